@@ -1,0 +1,145 @@
+"""The group of permutations that a spec allows: identity, inverse, composition, action on params.
+
+A permutation maps every group to an index tensor of shape ``(size,)``. Acting on a tensor gathers,
+``w[perm]``; in matrix form ``matrix[u, perm[u]] = 1`` and ``matrix @ w`` is the same thing. Node i's
+permutation takes its units *into* the universe, so ``perm[u]`` is the unit of node i that sits at
+place u of the universe (the published paper's P is the transpose of ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.spec import Axis, Params, PermutationSpec, TensorSpec
+from c2m3_fl.errors import SpecError
+
+Permutation = Mapping[str, Tensor]
+
+
+def identity(spec: PermutationSpec) -> dict[str, Tensor]:
+    """The permutation that moves nothing."""
+    return {name: torch.arange(group.size) for name, group in spec.groups.items()}
+
+
+def random(spec: PermutationSpec, generator: torch.Generator) -> dict[str, Tensor]:
+    """A uniformly drawn permutation; nested groups move inside the blocks of their parents."""
+    perm = {name: torch.randperm(spec.groups[name].size, generator=generator) for name in spec.roots}
+    for name, group in spec.groups.items():
+        if group.parent is not None:
+            outer = perm[group.parent]
+            block = group.size // len(outer)
+            inner = torch.stack([torch.randperm(block, generator=generator) for _ in outer])
+            perm[name] = (outer[:, None] * block + inner).reshape(-1)
+    return {name: perm[name] for name in spec.groups}
+
+
+def invert(perm: Permutation) -> dict[str, Tensor]:
+    """Inverse: ``compose(perm, invert(perm))`` is the identity."""
+    return {name: torch.argsort(index) for name, index in perm.items()}
+
+
+def compose(outer: Permutation, inner: Permutation) -> dict[str, Tensor]:
+    """Composition: ``apply(outer, apply(inner, w)) = apply(compose(outer, inner), w)``."""
+    return {name: inner[name][index] for name, index in outer.items()}
+
+
+def between(to: Permutation, source: Permutation) -> dict[str, Tensor]:
+    """The map from node `source` to node `to`, through the universe: ``P_to^T P_source``."""
+    return compose(invert(to), source)
+
+
+def is_identity(perm: Permutation) -> bool:
+    """Whether nothing moves."""
+    return all(torch.equal(index, torch.arange(len(index), device=index.device)) for index in perm.values())
+
+
+def share_moved(perm: Permutation) -> float:
+    """Share of all units, over all groups, that the permutation moves; 0 for a spec without groups."""
+    moved = sum(int((index != torch.arange(len(index), device=index.device)).sum()) for index in perm.values())
+    return moved / max(1, sum(len(index) for index in perm.values()))
+
+
+def cycle_error(perms: Sequence[Permutation]) -> int:
+    """Number of units that do not return home around the cycle ``0 → 1 → … → 0``; zero by construction."""
+    error = 0
+    for name, index in perms[0].items():
+        around = {name: torch.arange(len(index))}
+        for source, target in zip(perms, [*perms[1:], perms[0]], strict=True):
+            around = compose(between({name: target[name].cpu()}, {name: source[name].cpu()}), around)
+        error += int((around[name] != torch.arange(len(index))).sum())
+    return error
+
+
+def validate(spec: PermutationSpec, perm: Permutation, who: str = "permutation") -> None:
+    """Raise `SpecError` unless `perm` is a permutation that the spec allows."""
+    if set(perm) != set(spec.groups):
+        raise SpecError(f"{who}: has groups {sorted(perm)}, expected {sorted(spec.groups)}")
+    for name, group in spec.groups.items():
+        index = perm[name].cpu()
+        if index.shape != (group.size,) or not torch.equal(index.sort().values, torch.arange(group.size)):
+            raise SpecError(f"{who}: group {name!r} is no permutation of its {group.size} units")
+        if group.parent is not None:
+            outer = perm[group.parent].cpu()
+            block = group.size // len(outer)
+            if not torch.equal(index // block, outer.repeat_interleave(block)):
+                raise SpecError(f"{who}: group {name!r} tears apart the blocks of its parent {group.parent!r}")
+
+
+def apply(spec: PermutationSpec, perm: Permutation, params: Params) -> dict[str, Tensor]:
+    """Act on every tensor: the same function of the inputs, its units in another order.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The symmetries of the network.
+    perm : mapping of str to Tensor
+        For every group an index tensor of shape (size,).
+    params : mapping of str to Tensor
+        The state dict; not mutated. Tensors that nothing moves are returned as they are.
+    """
+    return {name: apply_to_tensor(spec.tensors[name], perm, value) for name, value in params.items()}
+
+
+def apply_to_tensor(tensor: TensorSpec, perm: Permutation, value: Tensor) -> Tensor:
+    """Act on one tensor of shape `tensor.shape`."""
+    rows, *_ = index = [axis_index(axis, tensor.length(dim), perm) for dim, axis in enumerate(tensor.axes)] or [None]
+    if tensor.diagonal > 1:
+        return _apply_to_diagonal(tensor, rows, index[1], value, index[2:])
+    for dim, gather in enumerate(index):
+        if gather is not None:
+            value = value.index_select(dim, gather.to(value.device))
+    return value
+
+
+def axis_index(axis: Axis, length: int, perm: Permutation) -> Tensor | None:
+    """Gather index of a whole axis, shape (length,); None where nothing on the axis can move."""
+    if not axis:
+        return None
+    index = torch.arange(length)
+    for segment in axis:
+        positions = torch.from_numpy(segment.positions)
+        index[positions] = positions[perm[segment.group].cpu()]
+    return index
+
+
+def _apply_to_diagonal(
+    tensor: TensorSpec, rows: Tensor | None, columns: Tensor | None, value: Tensor, rest: list[Tensor | None]
+) -> Tensor:
+    """Act on the diagonal blocks of a block-diagonal tensor: every block of rows has columns of its own."""
+    height, width = tensor.shape[0], tensor.shape[1]
+    rows = torch.arange(height) if rows is None else rows
+    columns = torch.arange(tensor.length(1)) if columns is None else columns
+    block = torch.arange(height) // (height // tensor.diagonal)
+    source = columns.reshape(tensor.diagonal, width)[block]
+    if not torch.equal(source // width, (rows // (height // tensor.diagonal))[:, None].expand_as(source)):
+        raise SpecError("a block-diagonal tensor's rows and columns move to different blocks; nest both groups")
+    moved = value.index_select(0, rows.to(value.device))
+    gather = (source % width).to(value.device).reshape(height, width, *(1,) * (value.ndim - 2))
+    moved = moved.gather(1, gather.expand_as(moved))
+    for dim, extra in enumerate(rest, start=2):
+        if extra is not None:
+            moved = moved.index_select(dim, extra.to(value.device))
+    return moved
