@@ -105,19 +105,16 @@ def apply(spec: PermutationSpec, perm: Permutation, params: Params) -> dict[str,
 
 def apply_to_tensor(tensor: TensorSpec, perm: Permutation, value: Tensor) -> Tensor:
     """Act on one tensor of shape `tensor.shape`."""
-    rows, *_ = index = [axis_index(axis, tensor.length(dim), perm) for dim, axis in enumerate(tensor.axes)] or [None]
     if tensor.diagonal > 1:
-        return _apply_to_diagonal(tensor, rows, index[1], value, index[2:])
-    for dim, gather in enumerate(index):
-        if gather is not None:
-            value = value.index_select(dim, gather.to(value.device))
+        return _apply_to_diagonal(tensor, perm, value)
+    for dim, axis in enumerate(tensor.axes):
+        if axis:
+            value = value.index_select(dim, axis_index(axis, tensor.length(dim), perm).to(value.device))
     return value
 
 
-def axis_index(axis: Axis, length: int, perm: Permutation) -> Tensor | None:
-    """Gather index of a whole axis, shape (length,); None where nothing on the axis can move."""
-    if not axis:
-        return None
+def axis_index(axis: Axis, length: int, perm: Permutation) -> Tensor:
+    """Gather index of a whole axis, shape (length,)."""
     index = torch.arange(length)
     for segment in axis:
         positions = torch.from_numpy(segment.positions)
@@ -125,21 +122,17 @@ def axis_index(axis: Axis, length: int, perm: Permutation) -> Tensor | None:
     return index
 
 
-def _apply_to_diagonal(
-    tensor: TensorSpec, rows: Tensor | None, columns: Tensor | None, value: Tensor, rest: list[Tensor | None]
-) -> Tensor:
+def _apply_to_diagonal(tensor: TensorSpec, perm: Permutation, value: Tensor) -> Tensor:
     """Act on the diagonal blocks of a block-diagonal tensor: every block of rows has columns of its own."""
-    height, width = tensor.shape[0], tensor.shape[1]
-    rows = torch.arange(height) if rows is None else rows
-    columns = torch.arange(tensor.length(1)) if columns is None else columns
-    block = torch.arange(height) // (height // tensor.diagonal)
-    source = columns.reshape(tensor.diagonal, width)[block]
-    if not torch.equal(source // width, (rows // (height // tensor.diagonal))[:, None].expand_as(source)):
-        raise SpecError("a block-diagonal tensor's rows and columns move to different blocks; nest both groups")
+    rows, columns, *rest = (axis_index(axis, tensor.length(dim), perm) for dim, axis in enumerate(tensor.axes))
+    height, width = tensor.shape[:2]
+    row_block = torch.arange(height) // (height // tensor.diagonal)
+    source = columns.reshape(tensor.diagonal, width)[row_block]
+    if not torch.equal(source // width, row_block[rows][:, None].expand_as(source)):
+        raise SpecError("the rows and columns of a block-diagonal tensor move to different blocks; nest both groups")
     moved = value.index_select(0, rows.to(value.device))
     gather = (source % width).to(value.device).reshape(height, width, *(1,) * (value.ndim - 2))
     moved = moved.gather(1, gather.expand_as(moved))
-    for dim, extra in enumerate(rest, start=2):
-        if extra is not None:
-            moved = moved.index_select(dim, extra.to(value.device))
+    for dim, index in enumerate(rest, start=2):
+        moved = moved.index_select(dim, index.to(value.device))
     return moved

@@ -1,0 +1,60 @@
+"""C2M3 for Flower: align the clients' neurons, then average.
+
+The names below are imported on first use, so that the core can be used where Flower is not installed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from c2m3_fl.core.frank_wolfe import Match, match
+    from c2m3_fl.core.spec import Group, PermutationSpec, Segment, TensorSpec
+    from c2m3_fl.errors import C2M3Error
+    from c2m3_fl.flower.strategy import C2M3
+    from c2m3_fl.merging.merge import Merge, merge
+    from c2m3_fl.merging.repair import repair
+    from c2m3_fl.models.symmetry import check_invariance, permutation_spec
+
+_HOME = {
+    "C2M3": "c2m3_fl.flower.strategy",
+    "C2M3Error": "c2m3_fl.errors",
+    "Group": "c2m3_fl.core.spec",
+    "Match": "c2m3_fl.core.frank_wolfe",
+    "Merge": "c2m3_fl.merging.merge",
+    "PermutationSpec": "c2m3_fl.core.spec",
+    "Segment": "c2m3_fl.core.spec",
+    "TensorSpec": "c2m3_fl.core.spec",
+    "check_invariance": "c2m3_fl.models.symmetry",
+    "match": "c2m3_fl.core.frank_wolfe",
+    "merge": "c2m3_fl.merging.merge",
+    "permutation_spec": "c2m3_fl.models.symmetry",
+    "repair": "c2m3_fl.merging.repair",
+}
+
+__all__ = [
+    "C2M3",
+    "C2M3Error",
+    "Group",
+    "Match",
+    "Merge",
+    "PermutationSpec",
+    "Segment",
+    "TensorSpec",
+    "check_invariance",
+    "match",
+    "merge",
+    "permutation_spec",
+    "repair",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  # a module's attributes are of any type
+    if name not in _HOME:
+        raise AttributeError(f"module 'c2m3_fl' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
