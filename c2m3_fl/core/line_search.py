@@ -1,0 +1,45 @@
+"""The exact step: the true maximiser on [0, 1] of the polynomial that the agreement is along a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+
+import numpy as np
+
+_REAL = 1e-9  # imaginary part counted as zero, relative to the root
+
+
+def power_basis(bernstein: Sequence[float]) -> list[float]:
+    """Coefficients of ``t^s`` from those of ``(1 - t)^(n - s) t^s``, n one less than their number."""
+    degree = len(bernstein) - 1
+    result = [0.0] * (degree + 1)
+    for low, coefficient in enumerate(bernstein):
+        for extra in range(degree - low + 1):
+            result[low + extra] += coefficient * comb(degree - low, extra) * (-1) ** extra
+    return result
+
+
+def added(polynomials: Sequence[Sequence[float]]) -> list[float]:
+    """Sum of polynomials in the power basis, of any degrees."""
+    total = [0.0] * max((len(polynomial) for polynomial in polynomials), default=1)
+    for polynomial in polynomials:
+        for power, coefficient in enumerate(polynomial):
+            total[power] += coefficient
+    return total
+
+
+def best_step(polynomial: Sequence[float]) -> tuple[float, float]:
+    """Where on [0, 1] a polynomial is largest, and its value there; the longest such step on ties.
+
+    Parameters
+    ----------
+    polynomial : sequence of float
+        Coefficients of t^0, t^1, ...
+    """
+    curve = np.polynomial.Polynomial(polynomial)
+    roots = curve.deriv().roots()
+    inside = [float(root.real) for root in roots.tolist() if abs(root.imag) <= _REAL * max(1.0, abs(root))]
+    candidates = [1.0, *sorted((root for root in inside if 0 < root < 1), reverse=True), 0.0]
+    step = max(candidates, key=lambda t: float(curve(t)))
+    return step, float(curve(step))
