@@ -1,0 +1,208 @@
+"""Models in, model out: match, average in one basis, recalibrate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from c2m3_fl.core import permutation
+from c2m3_fl.core.averaging import normalise_weights, weighted_mean
+from c2m3_fl.core.basis import fit
+from c2m3_fl.core.frank_wolfe import Match
+from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.starts import Start
+from c2m3_fl.errors import ConfigError, ParamsError
+from c2m3_fl.merging.methods import Alignment, CycleConsistent, Method, Nodes, resolve_method
+from c2m3_fl.merging.recalibrate import Recalibration, resolve
+from c2m3_fl.merging.reports import RecalibrationReport
+from c2m3_fl.merging.setting import canonical_order, check_params, moved_to, prepare
+from c2m3_fl.models.calibration import Calibration, ExampleInputs, first_inputs
+from c2m3_fl.models.symmetry import permutation_spec
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes
+    ----------
+    nodes : int
+        Number of merged networks.
+    basis : int
+        Index of the node whose order of units the result has.
+    weights : tuple of float
+        Averaging weights, in the order of the nodes; they sum to one.
+    objectives : (float, float), optional
+        Weighted agreement of all pairs of nodes, before and after the match; None for methods that do not match.
+    share_moved : tuple of float, optional
+        Per node the share of its units that move on the way into the basis; None for maps that are no permutations.
+    layers : mapping of str to tuple of float
+        Per matched tensor each node's cosine with the weighted sum of the other nodes, after the match.
+    recalibration : RecalibrationReport, optional
+        What was recalibrated, what could not be, and why.
+    notes : tuple of str
+        What a user should know about the result.
+    match_seconds, seconds : float
+        Wall-clock time of the match, and of everything.
+    """
+
+    nodes: int
+    basis: int
+    weights: tuple[float, ...]
+    objectives: tuple[float, float] | None
+    share_moved: tuple[float, ...] | None
+    layers: dict[str, tuple[float, ...]]
+    recalibration: RecalibrationReport | None
+    notes: tuple[str, ...]
+    match_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """A merged network.
+
+    Attributes
+    ----------
+    state_dict : dict of str to Tensor
+        Loads into the model.
+    match : Match, optional
+        Each node's permutation into the universe; None for methods that have none.
+    report : MergeReport
+        What was done.
+    """
+
+    state_dict: dict[str, Tensor]
+    match: Match | None
+    report: MergeReport
+
+
+def merge(
+    model: nn.Module,
+    state_dicts: Sequence[Params],
+    *,
+    example_inputs: ExampleInputs | None = None,
+    weights: Sequence[float] | Tensor | None = None,
+    calibration: Calibration | None = None,
+    recalibrate: Recalibration | str = "repair",
+    method: Method | str = "c2m3",
+    basis: int | None = None,
+    spec: PermutationSpec | None = None,
+    start: Start = "identity",
+    device: torch.device | str | None = None,
+) -> Merge:
+    """Merge networks that were trained apart: permute their units into one universe, average, recalibrate.
+
+    The result does not depend on the order of the nodes, and merging identical nodes changes nothing.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture that all nodes share; not mutated.
+    state_dicts : sequence of mappings of str to Tensor
+        The nodes' state dicts; not mutated.
+    example_inputs : Tensor or tuple of Tensor, optional
+        What the network takes; by default the inputs of the first calibration batch.
+    weights : sequence of float, optional
+        Averaging weights, one per node (numbers of training examples, say); equal by default.
+    calibration : iterable of batches, optional
+        Inputs like those the network will see; labels are ignored. Without them nothing is recalibrated.
+    recalibrate : Recalibration or str
+        What to do with the calibration data: ``Repair()``, ``BatchNormStatistics()``, or a short name.
+    method : Method or str
+        How the nodes are aligned: an object of `c2m3_fl.merging.methods`, or its short name.
+    basis : int, optional
+        The node whose order of units the result has; by default the heaviest, ties broken by content.
+    spec : PermutationSpec, optional
+        The network's symmetries; by default derived by `permutation_spec`.
+    start : str or sequence of Permutation
+        Where the match of method "c2m3" starts: see `match`.
+    device : torch.device or str, optional
+        Where to compute; by default where the first node is.
+
+    Raises
+    ------
+    ParamsError
+        When there is no node, or keys, shapes or types differ from the model's, or a value is not finite.
+    WeightsError, CalibrationError, ConfigError
+        When weights, calibration data or options are not usable.
+    TraceError
+        When the network cannot be exported.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> node = model.state_dict()
+    >>> order = torch.randperm(8)
+    >>> twin = {"0.weight": node["0.weight"][order], "0.bias": node["0.bias"][order],
+    ...         "2.weight": node["2.weight"][:, order], "2.bias": node["2.bias"]}
+    >>> merged = merge(model, [node, twin], example_inputs=torch.randn(2, 4), basis=0)
+    >>> all(torch.equal(merged.state_dict[name], node[name]) for name in node)
+    True
+    """
+    begin = time.perf_counter()
+    recalibration, aligner = resolve(recalibrate), resolve_method(_started(method, start))
+    share = _check(model, state_dicts, weights, basis)
+    spec = spec or permutation_spec(model, first_inputs(calibration, example_inputs))
+    home = next(iter(state_dicts[0].values())).device
+    order = canonical_order(state_dicts, share)
+    nodes = Nodes(
+        spec,
+        tuple(moved_to(node, home if device is None else torch.device(device)) for node in state_dicts),
+        share,
+        tuple(order),
+        order[0] if basis is None else basis,
+    )
+    alignment = aligner(nodes)
+    merged = weighted_mean([alignment.params[index] for index in order], share[order])
+    report = None
+    if recalibration is not None and calibration is not None:
+        setting = prepare(model, merged, alignment.params, calibration, weights=share, example_inputs=example_inputs)
+        merged, report = (done := recalibration(setting)).state_dict, done.report
+    seconds = time.perf_counter() - begin
+    return Merge(moved_to(merged, home), alignment.match, _report(nodes, alignment, report, seconds))
+
+
+def _started(method: Method | str, start: Start) -> Method | str:
+    return CycleConsistent(start=start) if method == "c2m3" else method
+
+
+def _check(
+    model: nn.Module, nodes: Sequence[Params], weights: Sequence[float] | Tensor | None, basis: int | None
+) -> Tensor:
+    if not nodes:
+        raise ParamsError("state_dicts: got none, expected at least one node to merge")
+    for index, node in enumerate(nodes):
+        check_params(model, node, f"node {index}")
+    if basis is not None and not 0 <= basis < len(nodes):
+        raise ConfigError(f"basis is {basis}, expected the index of one of the {len(nodes)} nodes")
+    return normalise_weights(weights, len(nodes))
+
+
+def _report(
+    nodes: Nodes, alignment: Alignment, recalibration: RecalibrationReport | None, seconds: float
+) -> MergeReport:
+    share = nodes.weights.tolist()
+    layers = fit(nodes.spec, alignment.params, share).layers
+    found, moves = alignment.match, alignment.moves
+    notes = []
+    if recalibration is None and any(name.endswith("running_var") for name in nodes.spec.tensors):
+        notes.append("BatchNorm statistics are the nodes' averages, which fit no network; recalibrate with data")
+    return MergeReport(
+        nodes=len(nodes.params),
+        basis=nodes.basis,
+        weights=tuple(share),
+        objectives=None if found is None else (found.objectives[0], found.objectives[-1]),
+        share_moved=None if moves is None else tuple(permutation.share_moved(move) for move in moves),
+        layers={name: tuple(row.tolist()) for name, row in layers.items()},
+        recalibration=recalibration,
+        notes=tuple(notes),
+        match_seconds=alignment.seconds,
+        seconds=seconds,
+    )

@@ -1,0 +1,45 @@
+"""What may follow an average: the recalibrations, and their short names."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.merging.repair import BatchNormStatistics, Repair
+from c2m3_fl.merging.reports import Recalibrated
+from c2m3_fl.merging.setting import Setting
+
+
+class Recalibration(Protocol):
+    """Corrects an averaged network with what its aligned endpoints do on calibration data."""
+
+    def __call__(self, setting: Setting) -> Recalibrated:
+        """Return the corrected state dict and a report."""
+        ...
+
+
+SHORT_NAMES: dict[str, Recalibration | None] = {
+    "none": None,
+    "batchnorm": BatchNormStatistics(),
+    "repair": Repair(),
+}
+
+
+def resolve(recalibrate: Recalibration | str | None) -> Recalibration | None:
+    """The recalibration of a short name; None for "none".
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name.
+
+    Examples
+    --------
+    >>> resolve("repair")
+    Repair(final=True)
+    """
+    if not isinstance(recalibrate, str):
+        return recalibrate
+    if recalibrate not in SHORT_NAMES:
+        raise ConfigError(f"recalibrate is {recalibrate!r}, expected one of {', '.join(map(repr, SHORT_NAMES))}")
+    return SHORT_NAMES[recalibrate]

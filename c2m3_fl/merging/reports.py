@@ -1,0 +1,66 @@
+"""What recalibration reports: per operator what was corrected, and what could not be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OperatorReport:
+    """What recalibration did to one operator.
+
+    Attributes
+    ----------
+    operator, module : str
+        Name of the call in the traced graph, and path of the module that makes it.
+    action : str
+        What was done: "mean and spread", "spread only: no bias", "running statistics", …
+    offset : float
+        Before: root mean square over channels of (mean - target) / target spread.
+    spread : float
+        Before: median over channels of spread / target spread; below one where averaging shrank it.
+    dead : int
+        Channels that did not vary and kept their scale.
+    """
+
+    operator: str
+    module: str
+    action: str
+    offset: float
+    spread: float
+    dead: int = 0
+
+
+@dataclass(frozen=True)
+class RecalibrationReport:
+    """What recalibration did.
+
+    Attributes
+    ----------
+    method : str
+        Short name of what was done.
+    operators : tuple of OperatorReport
+        In forward order.
+    skipped : tuple of (str, str)
+        Parameters that belong to no operator whose channels can be rescaled, each with the reason.
+    inputs : int
+        Number of calibration inputs.
+    seconds : float
+        Wall-clock time.
+    """
+
+    method: str
+    operators: tuple[OperatorReport, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    inputs: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recalibrated:
+    """A recalibrated state dict, and the report of how it came about."""
+
+    state_dict: dict[str, Tensor]
+    report: RecalibrationReport

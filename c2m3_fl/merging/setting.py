@@ -1,0 +1,133 @@
+"""The setting of a recalibration: an averaged network, its aligned endpoints and calibration batches, checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from c2m3_fl.core.averaging import normalise_weights
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import ParamsError
+from c2m3_fl.merging.targets import Target, mean_targets, output_moments
+from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, load_batches
+from c2m3_fl.models.program import Program, trace_batches
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that a recalibration works with, on one device.
+
+    Attributes
+    ----------
+    programs : tuple of Program
+        The traced network, one entry per batch.
+    batches : tuple of Batch
+        The calibration data.
+    merged : mapping of str to Tensor
+        The averaged state dict.
+    endpoints : tuple of mappings of str to Tensor
+        The averaged networks, aligned, in canonical order.
+    weights : Tensor of float64, shape (endpoints,)
+        Averaging weights in the same order; they sum to one.
+    """
+
+    programs: tuple[Program, ...]
+    batches: tuple[Batch, ...]
+    merged: Params
+    endpoints: tuple[Params, ...]
+    weights: Tensor
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        """Moments that every operator's output should have; measured on first use, in one pass per endpoint."""
+        with torch.no_grad():
+            moments = [output_moments(self.programs, self.batches, endpoint) for endpoint in self.endpoints]
+            return mean_targets(moments, self.weights)
+
+    @property
+    def inputs(self) -> int:
+        """Number of calibration inputs."""
+        return sum(len(batch.inputs[0]) for batch in self.batches)
+
+
+def prepare(
+    model: nn.Module,
+    merged: Params,
+    endpoints: Sequence[Params],
+    calibration: Calibration,
+    *,
+    weights: Sequence[float] | Tensor | None = None,
+    example_inputs: ExampleInputs | None = None,
+    device: torch.device | str | None = None,
+) -> Setting:
+    """Check everything, trace the network, and bring it all to one device.
+
+    Raises
+    ------
+    CalibrationError, TraceError, WeightsError, ParamsError
+        When the data, the network, the weights or the state dicts do not fit.
+    """
+    if not endpoints:
+        raise ParamsError("endpoints: got none, expected the state dicts that were averaged")
+    share = normalise_weights(weights, len(endpoints))
+    check_params(model, merged, "merged")
+    for index, endpoint in enumerate(endpoints):
+        check_params(model, endpoint, f"endpoint {index}")
+    place = torch.device(device) if device is not None else next(iter(merged.values())).device
+    batches = load_batches(calibration, example_inputs=example_inputs, device=place)
+    order = canonical_order(endpoints, share)
+    return Setting(
+        programs=tuple(trace_batches(model, batches)),
+        batches=batches,
+        merged=moved_to(merged, place),
+        endpoints=tuple(moved_to(endpoints[index], place) for index in order),
+        weights=share[order],
+    )
+
+
+def check_params(model: nn.Module, params: Params, who: str) -> None:
+    """Raise `ParamsError` unless `params` is a finite state dict of `model`."""
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in params]
+    extra = [name for name in params if name not in expected]
+    if missing or extra:
+        raise ParamsError(
+            f"{who}: keys differ from those of {type(model).__name__}: missing {missing[:5]}, unexpected {extra[:5]}"
+        )
+    for name, value in expected.items():
+        if params[name].shape != value.shape:
+            raise ParamsError(f"{who}: {name!r} has shape {tuple(params[name].shape)}, expected {tuple(value.shape)}")
+        if params[name].is_floating_point() != value.is_floating_point():
+            raise ParamsError(f"{who}: {name!r} is of type {params[name].dtype}, expected {value.dtype}")
+        if params[name].is_floating_point() and not bool(torch.isfinite(params[name]).all()):
+            raise ParamsError(f"{who}: {name!r} holds NaN or infinite values")
+
+
+def digest(params: Params) -> str:
+    """Digest of a state dict's content; the same for equal tensors under equal names."""
+    state = hashlib.sha256()
+    for name in sorted(params):
+        value = params[name].detach().cpu().contiguous()
+        state.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        state.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def canonical_order(nodes: Sequence[Params], weights: Tensor) -> list[int]:
+    """Indices of the nodes in an order that does not depend on the order they came in.
+
+    The heaviest node first, ties by the digest of the content: sums of floats depend on their order, and so
+    would everything that is made of them.
+    """
+    digests = [digest(node) for node in nodes]
+    return sorted(range(len(nodes)), key=lambda index: (-float(weights[index]), digests[index]))
+
+
+def moved_to(params: Params, device: torch.device) -> dict[str, Tensor]:
+    """Return a state dict on another device, without gradients."""
+    return {name: value.detach().to(device) for name, value in params.items()}

@@ -1,0 +1,95 @@
+"""What recalibration aims at, the aligned endpoints' channel moments, and the front that walks towards them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.models.calibration import Batch
+from c2m3_fl.models.operators import Operator
+from c2m3_fl.models.program import Program, Walk, observe
+from c2m3_fl.models.statistics import Moments
+
+_BUDGET = 4 << 30  # bytes of activations kept alive; batches beyond it run again from the start at every operator
+
+
+@dataclass(frozen=True)
+class Target:
+    """Moments that every channel of an operator's output should have.
+
+    Attributes
+    ----------
+    mean, std : Tensor of float64, shape (channels,)
+        Weighted means of the endpoints' means and of their standard deviations.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+def output_moments(programs: Sequence[Program], batches: Sequence[Batch], params: Params) -> dict[str, Moments]:
+    """Moments of every operator's output, in one pass over the batches."""
+    found: dict[str, Moments] = {}
+
+    def visit(operator: Operator, walk: Walk, output: Tensor) -> None:
+        moments = Moments.of(output, operator.channel_axes(params))
+        found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
+
+    for program, batch in zip(programs, batches, strict=True):
+        observe(program, params, batch, visit)
+    return found
+
+
+def mean_targets(endpoints: Sequence[Mapping[str, Moments]], weights: Tensor) -> dict[str, Target]:
+    """Weighted mean of the endpoints' means and standard deviations (not variances), per operator."""
+    share = weights.tolist()
+    return {
+        name: Target(
+            _mean([moments[name].mean for moments in endpoints], share),
+            _mean([moments[name].std for moments in endpoints], share),
+        )
+        for name in endpoints[0]
+    }
+
+
+def _mean(values: Sequence[Tensor], share: Sequence[float]) -> Tensor:
+    """Weighted mean as differences from the first value: exact where all values are equal."""
+    total = torch.zeros_like(values[0])
+    for value, weight in zip(values[1:], share[1:], strict=True):
+        total += weight * (value - values[0])
+    return values[0] + total
+
+
+class Front:
+    """All calibration batches, standing before the same operator of one network.
+
+    Parameters
+    ----------
+    programs, batches : sequences of equal length
+        The traced network for every batch.
+    params : mapping of str to Tensor
+        Read while walking, so that later operators see the corrections made to earlier ones.
+    """
+
+    def __init__(self, programs: Sequence[Program], batches: Sequence[Batch], params: Params) -> None:
+        self._programs = programs
+        self._batches = batches
+        self._params = params
+        self._walks = [self._fresh(place) for place in range(len(batches))]
+
+    def before(self, place: int) -> Iterator[tuple[Operator, Walk]]:
+        """Every batch's walk, its inputs of operator number `place` ready and the operator not yet run."""
+        for index, program in enumerate(self._programs):
+            operator = program.operators[place]
+            walk = self._walks[index]
+            walk.advance(operator.index)
+            yield operator, walk
+            if walk.resident * len(self._batches) > _BUDGET:
+                self._walks[index] = self._fresh(index)
+
+    def _fresh(self, index: int) -> Walk:
+        return Walk(self._programs[index], self._params, self._batches[index])

@@ -1,0 +1,1 @@
+"""Networks: their symmetries, and what their operators compute."""

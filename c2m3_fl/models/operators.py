@@ -1,0 +1,158 @@
+"""The parameterised operators of a traced network, and how a change of their output folds into their parameters.
+
+An operator's *channels* are the coordinates of its output that own a row of its weight: the last axis of a
+linear layer, axis 1 of a convolution, the normalised axes of a LayerNorm. Rescaling a channel of the output,
+``y -> scale * y + shift``, is exactly a change of weight and bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, fx
+
+from c2m3_fl.core.spec import Params
+
+_aten = torch.ops.aten
+
+
+class Kind(Enum):
+    """What an operator does with its parameters."""
+
+    LINEAR = "linear"
+    CONVOLUTION = "convolution"
+    TRANSPOSED = "transposed convolution"
+    PRODUCT = "matrix product"
+    BATCH_NORM = "batch norm"
+    NORM = "norm"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where an ATen operator keeps its arguments.
+
+    Attributes
+    ----------
+    kind : Kind
+        What it does with them.
+    arguments : tuple of int
+        Positions of input, weight and bias; -1 for an operator without bias.
+    channel : int
+        Channel axis of the output; ignored for norms over several axes.
+    spatial : int
+        Number of spatial dimensions of a convolution.
+    """
+
+    kind: Kind
+    arguments: tuple[int, int, int]
+    channel: int
+    spatial: int = 0
+
+
+def _convolutions() -> dict[object, Layout]:
+    table: dict[object, Layout] = {}
+    for spatial, (plain, transposed) in enumerate(
+        (
+            (_aten.conv1d, _aten.conv_transpose1d.default),
+            (_aten.conv2d, _aten.conv_transpose2d.input),
+            (_aten.conv3d, _aten.conv_transpose3d.input),
+        ),
+        start=1,
+    ):
+        layout = Layout(Kind.CONVOLUTION, (0, 1, 2), -1 - spatial, spatial)
+        table |= {plain.default: layout, plain.padding: layout}
+        table[transposed] = Layout(Kind.TRANSPOSED, (0, 1, 2), -1 - spatial, spatial)
+    return table
+
+
+LAYOUTS: dict[object, Layout] = {
+    _aten.linear.default: Layout(Kind.LINEAR, (0, 1, 2), -1),
+    _aten.addmm.default: Layout(Kind.PRODUCT, (1, 2, 0), -1),
+    _aten.mm.default: Layout(Kind.PRODUCT, (0, 1, -1), -1),
+    _aten.matmul.default: Layout(Kind.PRODUCT, (0, 1, -1), -1),
+    _aten.batch_norm.default: Layout(Kind.BATCH_NORM, (0, 1, 2), 1),
+    _aten.layer_norm.default: Layout(Kind.NORM, (0, 2, 3), -1),
+    _aten.rms_norm.default: Layout(Kind.NORM, (0, 2, -1), -1),
+    _aten.group_norm.default: Layout(Kind.NORM, (0, 2, 3), 1),
+    _aten.instance_norm.default: Layout(Kind.NORM, (0, 1, 2), 1),
+    **_convolutions(),
+}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One call of an operator with parameters of its own.
+
+    Attributes
+    ----------
+    node : fx.Node
+        The call in the traced graph.
+    index : int
+        Its place in the graph.
+    layout : Layout
+        How its arguments are ordered.
+    module : str
+        Path of the module that makes the call.
+    weight, bias, mean, variance : str
+        Names in the state dict; "" for what it does not have. `mean` and `variance` are running statistics.
+    final : bool
+        Whether its output reaches the network's output without passing another operator.
+    """
+
+    node: fx.Node
+    index: int
+    layout: Layout
+    module: str
+    weight: str
+    bias: str = ""
+    mean: str = ""
+    variance: str = ""
+    final: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique name: that of its call in the graph."""
+        return self.node.name
+
+    @property
+    def kind(self) -> Kind:
+        """What it does with its parameters."""
+        return self.layout.kind
+
+    @property
+    def linear(self) -> bool:
+        """Whether the output is an affine function of the input with the operator's own weights."""
+        return self.kind in (Kind.LINEAR, Kind.CONVOLUTION, Kind.TRANSPOSED, Kind.PRODUCT)
+
+    @property
+    def input(self) -> fx.Node:
+        """The node whose value the operator is applied to."""
+        source = self.node.args[self.layout.arguments[0]]
+        assert isinstance(source, fx.Node)
+        return source
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of a convolution; 1 for everything else."""
+        position = {Kind.CONVOLUTION: 6, Kind.TRANSPOSED: 6}.get(self.kind, -1)
+        found = self.node.args[position] if 0 <= position < len(self.node.args) else self.node.kwargs.get("groups", 1)
+        return found if isinstance(found, int) else 1
+
+    def channel_axes(self, params: Params) -> tuple[int, ...]:
+        """Axes of the output whose coordinates are the channels."""
+        normalised = self.kind is Kind.NORM and self.layout.channel == -1
+        return tuple(range(-params[self.weight].ndim, 0)) if normalised else (self.layout.channel,)
+
+    def rescaled(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Weight of the operator whose outputs are `scale` times those of `weight`; scale has one value per channel."""
+        if self.kind in (Kind.NORM, Kind.BATCH_NORM):
+            return weight * scale.reshape(weight.shape)
+        if self.kind is Kind.PRODUCT:
+            return weight * scale
+        if self.kind is Kind.TRANSPOSED:
+            spread = scale.reshape(self.groups, 1, weight.shape[1])
+            spread = spread.expand(-1, weight.shape[0] // self.groups, -1).reshape(weight.shape[:2])
+            return weight * spread.reshape(*weight.shape[:2], *(1,) * self.layout.spatial)
+        return weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))
