@@ -1,0 +1,131 @@
+"""Into the basis of a given network: where a merge is mapped back to, and how well each node fits it.
+
+Permuting the universe, and every node with it, changes neither the agreement nor the merge. So once the nodes
+are matched with each other, the universe may be laid onto any reference: the model that a server sent out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core import permutation
+from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.spec import Params, PermutationSpec
+
+
+def into_basis(
+    spec: PermutationSpec,
+    reference: Params,
+    params: Params,
+    *,
+    start: Permutation | None = None,
+    max_steps: int = 100,
+    tolerance: float = 1e-4,
+) -> dict[str, Tensor]:
+    """Map of one network into the basis of another, which stays where it is.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The symmetries that both share.
+    reference, params : mapping of str to Tensor
+        The network that stays, and the one that is brought to it.
+    start : Permutation, optional
+        The map to start from; by default the identity.
+    max_steps, tolerance : int, float
+        See `match`.
+    """
+    identity = permutation.identity(spec)
+    starts = [identity, identity if start is None else start]
+    found = match(spec, [reference, params], start=starts, max_steps=max_steps, tolerance=tolerance)
+    return found.between(0, 1)
+
+
+def closest(spec: PermutationSpec, reference: Params, params: Params, candidates: Sequence[Permutation]) -> Permutation:
+    """The candidate that brings `params` closest to `reference`; the first of several equally close ones."""
+    scores = [_similarity(spec, reference, permutation.apply(spec, perm, params)) for perm in candidates]
+    return candidates[scores.index(max(scores))]
+
+
+def bounded_weights(
+    spec: PermutationSpec, nodes: Sequence[Params], weights: Sequence[float], limit: float = 3.0
+) -> list[float]:
+    """Weights under which no node pulls the universe harder than its weight times `limit` median norms.
+
+    Agreement is linear in every node, so a node scaled by a thousand would otherwise dictate where all others
+    go. Among nodes of similar norm nothing changes.
+    """
+    norms = [_norm(spec, node) for node in nodes]
+    ceiling = limit * float(torch.tensor(norms, dtype=torch.float64).median())
+    return [weight if norm <= ceiling else weight * ceiling / norm for weight, norm in zip(weights, norms, strict=True)]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well every node of a merge fits the others.
+
+    Attributes
+    ----------
+    cosines : Tensor of float64, shape (nodes,)
+        Cosine between a node and the weighted sum of the other nodes, over all matched tensors.
+    norms : Tensor of float64, shape (nodes,)
+        Norm of a node.
+    layers : mapping of str to Tensor of float64, shape (nodes,)
+        The cosine of every tensor by itself.
+    """
+
+    cosines: Tensor
+    norms: Tensor
+    layers: dict[str, Tensor]
+
+    def outliers(self, *, least: float = 0.5, largest: float = 3.0) -> list[int]:
+        """Nodes whose cosine is below `least` median cosines or whose norm is above `largest` median norms.
+
+        Among fewer than three nodes nobody can say who the outlier is.
+        """
+        if len(self.cosines) < 3:
+            return []
+        typical = self.cosines.median().clamp(min=0)
+        odd = (self.cosines < least * typical) | (self.norms > largest * self.norms.median())
+        return [int(index) for index in odd.nonzero().flatten()]
+
+
+def fit(spec: PermutationSpec, aligned: Sequence[Params], weights: Sequence[float]) -> Fit:
+    """Agreement of each aligned node with the weighted sum of the others, in O(nodes)."""
+    share = torch.tensor(list(weights), dtype=torch.float64)
+    share = share / share.sum()
+    names = _matched(spec, aligned[0])
+    totals = torch.zeros(3, len(aligned), dtype=torch.float64)
+    layers = {}
+    for name in names:
+        values = torch.stack([node[name].detach().double().flatten() for node in aligned])
+        own = share.to(values)[:, None] * values
+        others = own.sum(0) - own
+        parts = torch.stack([(values * others).sum(1), values.square().sum(1), others.square().sum(1)]).cpu()
+        layers[name] = _cosine(parts)
+        totals += parts
+    return Fit(_cosine(totals), totals[1].sqrt(), layers)
+
+
+def _cosine(parts: Tensor) -> Tensor:
+    """From products and squared norms, shape (3, nodes); zero where a norm is."""
+    scale = (parts[1] * parts[2]).sqrt()
+    return torch.where(scale > 0, parts[0] / scale.clamp(min=torch.finfo(scale.dtype).tiny), 0.0)
+
+
+def _matched(spec: PermutationSpec, params: Params) -> list[str]:
+    return [name for name, tensor in spec.tensors.items() if not tensor.buffer and params[name].is_floating_point()]
+
+
+def _similarity(spec: PermutationSpec, left: Params, right: Params) -> float:
+    return sum(float((left[name].double() * right[name].double()).sum()) for name in _matched(spec, left))
+
+
+def _norm(spec: PermutationSpec, params: Params) -> float:
+    return math.sqrt(_similarity(spec, params, params))

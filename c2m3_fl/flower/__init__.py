@@ -1,0 +1,1 @@
+"""The adapters to Flower: strategies, records, checkpoints, and a federation inside one process."""

@@ -1,0 +1,244 @@
+"""Bringing the replies of a round into one basis: what the current and the legacy strategy share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from logging import WARNING
+from typing import Literal, TypeVar
+
+import torch
+from flwr.supercore import log
+from torch import Tensor
+
+from c2m3_fl.core import permutation
+from c2m3_fl.core.averaging import weighted_mean
+from c2m3_fl.core.basis import Fit, bounded_weights, closest, fit, into_basis
+from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.flower.memory import Memory
+
+Mode = Literal["joint", "separate"]
+Basis = Literal["global", "largest", "client"] | int
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """The replies of a round in one basis.
+
+    Attributes
+    ----------
+    params : tuple of mappings of str to Tensor
+        The aligned replies; a reply that nothing moves is the very one that came in.
+    moves : tuple of Permutation
+        Each reply's map into the basis.
+    fit : Fit
+        How well each aligned reply fits the others.
+    objectives : tuple of float
+        Agreement before and after the match.
+    gap : float
+        Relative duality gap where the solver stopped; the largest one when replies are aligned separately.
+    steps : int
+        Steps of the solver.
+    seconds : float
+        Wall-clock time.
+    on_cpu : bool
+        Whether the accelerator ran out of memory and the CPU took over.
+    """
+
+    params: tuple[Params, ...]
+    moves: tuple[Permutation, ...]
+    fit: Fit
+    objectives: tuple[float, float]
+    gap: float
+    steps: int
+    seconds: float
+    on_cpu: bool
+
+    @property
+    def share_moved(self) -> list[float]:
+        """Share of units that each reply's map moves."""
+        return [permutation.share_moved(move) for move in self.moves]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Maps into the basis of the model that was sent out, and the solver's numbers."""
+
+    moves: Sequence[Permutation]
+    objectives: tuple[float, float]
+    gap: float
+    steps: int
+
+
+class Aligner:
+    """Aligns the replies of one round after another, remembering where each node was found.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The symmetries of the network.
+    mode : {"joint", "separate"}
+        Match all replies with each other, or each one only with the model that was sent out: then no client's
+        permutation depends on another client, as differential privacy needs it.
+    basis : {"global", "largest", "client"} or int
+        Where the aligned replies end up: in the basis of the model that was sent out ("global", and "client",
+        where every client is sent the model in its own), or in that of the reply of largest weight or of the
+        node of that id; when that node did not reply, the global basis.
+    memory : int
+        How many nodes to remember between rounds.
+    device : torch.device
+        Where to compute.
+    max_steps, tolerance : int, float
+        See `match`.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        *,
+        mode: Mode,
+        basis: Basis,
+        memory: int,
+        device: torch.device,
+        max_steps: int,
+        tolerance: float,
+    ) -> None:
+        if mode not in ("joint", "separate"):
+            raise ConfigError(f"alignment is {mode!r}, expected 'joint' or 'separate'")
+        if isinstance(basis, bool) or not (isinstance(basis, int) or basis in ("global", "largest", "client")):
+            raise ConfigError(f"basis is {basis!r}, expected 'global', 'largest', 'client' or a node id")
+        self.spec = spec
+        self.mode = mode
+        self.basis: Basis = basis
+        self.memory = Memory(spec, memory)
+        self.device = device
+        self.max_steps = max_steps
+        self.tolerance = tolerance
+
+    def align(
+        self, nodes: Sequence[int], params: Sequence[Params], weights: Sequence[float], sent: Params
+    ) -> Alignment:
+        """Bring the replies of `nodes` into one basis, and remember it.
+
+        Parameters
+        ----------
+        nodes : sequence of int
+            Who replied.
+        params : sequence of mappings of str to Tensor
+            Their state dicts, in a stable order; not mutated.
+        weights : sequence of float
+            Their averaging weights, positive.
+        sent : mapping of str to Tensor
+            The global model that was sent out.
+        """
+        started = time.perf_counter()
+        find = self._jointly if self.mode == "joint" else self._separately
+        found, on_cpu = with_cpu_fallback(
+            lambda device: find(nodes, [to_device(node, device) for node in params], weights, to_device(sent, device)),
+            self.device,
+            "matching",
+        )
+        moves = self._rebased(nodes, weights, found.moves)
+        for node, move in zip(nodes, moves, strict=True):
+            self.memory.remember(node, move)
+        aligned = tuple(
+            node if permutation.is_identity(move) else permutation.apply(self.spec, move, node)
+            for node, move in zip(params, moves, strict=True)
+        )
+        fits = fit(self.spec, aligned, weights)
+        seconds = time.perf_counter() - started
+        return Alignment(aligned, tuple(moves), fits, found.objectives, found.gap, found.steps, seconds, on_cpu)
+
+    def own_basis(self, node: int, params: Params) -> Params:
+        """The global model in the basis in which a node was last found."""
+        perm = self.memory.recall(node)
+        return params if perm is None else permutation.apply(self.spec, permutation.invert(perm), params)
+
+    def _starts(self, nodes: Sequence[int], params: Sequence[Params], sent: Params) -> list[Permutation]:
+        """For every reply the better of the identity and where its node was last found."""
+        identity = permutation.identity(self.spec)
+        starts: list[Permutation] = []
+        for node, reply in zip(nodes, params, strict=True):
+            known = self.memory.recall(node)
+            starts.append(identity if known is None else closest(self.spec, sent, reply, [identity, known]))
+        return starts
+
+    def _jointly(
+        self, nodes: Sequence[int], params: Sequence[Params], weights: Sequence[float], sent: Params
+    ) -> _Found:
+        """Match the replies with each other, then lay their universe onto the model that was sent out."""
+        starts = self._starts(nodes, params, sent)
+        pulls = bounded_weights(self.spec, params, weights)
+        found = match(
+            self.spec, params, weights=pulls, start=starts, max_steps=self.max_steps, tolerance=self.tolerance
+        )
+        numbers = ((found.objectives[0], found.objectives[-1]), found.gap, found.steps)
+        if len(nodes) > 1 and all(map(_same, found.permutations, starts)):
+            return _Found(starts, *numbers)  # nothing moved, so the universe is still the basis that was sent
+        universe = [permutation.apply(self.spec, *pair) for pair in zip(found.permutations, params, strict=True)]
+        onto = self._into(sent, weighted_mean(universe, pulls))
+        return _Found([permutation.compose(onto, perm) for perm in found.permutations], *numbers)
+
+    def _separately(
+        self, nodes: Sequence[int], params: Sequence[Params], weights: Sequence[float], sent: Params
+    ) -> _Found:
+        """Match each reply with nothing but the model that was sent out."""
+        starts = self._starts(nodes, params, sent)
+        found = [
+            match(
+                self.spec,
+                [sent, reply],
+                start=[permutation.identity(self.spec), start],
+                max_steps=self.max_steps,
+                tolerance=self.tolerance,
+            )
+            for reply, start in zip(params, starts, strict=True)
+        ]
+        before, after = (sum(each.objectives[end] for each in found) for end in (0, -1))
+        moves = [each.between(0, 1) for each in found]
+        return _Found(moves, (before, after), max(each.gap for each in found), sum(each.steps for each in found))
+
+    def _into(self, sent: Params, params: Params) -> dict[str, Tensor]:
+        return into_basis(self.spec, sent, params, max_steps=self.max_steps, tolerance=self.tolerance)
+
+    def _rebased(
+        self, nodes: Sequence[int], weights: Sequence[float], moves: Sequence[Permutation]
+    ) -> list[Permutation]:
+        """The maps, continued into the basis of one of the nodes where that was asked for."""
+        if self.basis in ("global", "client"):
+            return list(moves)
+        if self.basis == "largest":
+            chosen = max(range(len(nodes)), key=weights.__getitem__)
+        elif self.basis in nodes:
+            chosen = [node == self.basis for node in nodes].index(True)
+        else:
+            log(WARNING, "\t> node %s did not reply: this round ends in the basis of the last global model", self.basis)
+            return list(moves)
+        return [permutation.between(moves[chosen], move) for move in moves]
+
+
+def to_device(params: Params, device: torch.device) -> Params:
+    """The tensors on a device; the very same ones when they are there already."""
+    return {name: value.to(device) for name, value in params.items()}
+
+
+def with_cpu_fallback(compute: Callable[[torch.device], Value], device: torch.device, what: str) -> tuple[Value, bool]:
+    """Compute on `device`, or on the CPU when that runs out of memory; and whether it did."""
+    try:
+        return compute(device), False
+    except torch.OutOfMemoryError:
+        if device.type == "cpu":
+            raise
+        log(WARNING, "\t> %s: %s is out of memory, going on on the CPU", what, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return compute(torch.device("cpu")), True
+
+
+def _same(left: Permutation, right: Permutation) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left)

@@ -1,0 +1,63 @@
+"""Which combinations with differential privacy are refused, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    Strategy,
+)
+
+from c2m3_fl.errors import ConfigError
+
+_WRAPPERS = (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
+
+_JOINT = (
+    "{name} bounds what one client can change, but in a joint match every client's permutation depends on all the "
+    "others, so that bound does not hold in either order of the wrappers; pass alignment='separate', which matches "
+    "each reply with nothing but the public global model"
+)
+_CALIBRATED = (
+    "{name} bounds what one client can change, but repair measures every client's network by itself, outside that "
+    "bound; pass calibration=None"
+)
+
+
+def chain(strategy: Strategy) -> Iterator[Strategy]:
+    """A strategy and those that it wraps, outermost first."""
+    inner: object = strategy
+    while isinstance(inner, Strategy):
+        yield inner
+        inner = getattr(inner, "strategy", None)
+
+
+def check_privacy(strategy: object, *, separate: bool, calibrated: bool) -> None:
+    """Raise `ConfigError` for a wrapper for differential privacy whose bound would no longer hold.
+
+    Parameters
+    ----------
+    strategy : object
+        The strategy that is wrapped, or the one that wraps.
+    separate : bool
+        Whether each reply is aligned by itself.
+    calibrated : bool
+        Whether the merged model is recalibrated.
+    """
+    if not isinstance(strategy, Strategy):
+        return
+    for each in chain(strategy):
+        if isinstance(each, _WRAPPERS):
+            name = type(each).__name__
+            if not separate:
+                raise ConfigError(_JOINT.format(name=name))
+            if calibrated:
+                raise ConfigError(_CALIBRATED.format(name=name))

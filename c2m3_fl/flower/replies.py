@@ -1,0 +1,197 @@
+"""What the clients sent back: every reply is checked before any of them is used.
+
+A reply that cannot be used is dropped with the reason, and the round goes on with the others. Those that
+remain are put into an order that depends on their content alone, because Flower delivers them in random
+order and a sum of floats depends on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.records import Schema, to_params
+
+Source = TypeVar("Source")
+
+
+@dataclass(frozen=True, eq=False)
+class Reply(Generic[Source]):
+    """A reply that passed every check.
+
+    Attributes
+    ----------
+    node : int
+        Who sent it.
+    params : dict of str to Tensor
+        Its tensors, in the order of the model that was sent out.
+    weight : float
+        Its averaging weight, positive.
+    digest : bytes
+        Stands for the content: replies are ordered by it.
+    source : Message or legacy result
+        The reply as Flower delivered it.
+    """
+
+    node: int
+    params: dict[str, Tensor]
+    weight: float
+    digest: bytes
+    source: Source
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A reply that cannot be used, and why."""
+
+    node: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Sorted(Generic[Source]):
+    """The replies of a round: the usable ones in stable order, and the others."""
+
+    replies: tuple[Reply[Source], ...]
+    dropped: tuple[Dropped, ...]
+
+
+def sort_messages(
+    messages: Iterable[Message], schema: Schema, *, weighted_by: str, required: Sequence[str] = ()
+) -> Sorted[Message]:
+    """Check every message of a training round.
+
+    Parameters
+    ----------
+    messages : iterable of Message
+        As Flower delivered them, errors included; not mutated.
+    schema : mapping of str to Entry
+        Keys, shapes and element types of the model that was sent out.
+    weighted_by : str
+        Key of the averaging weight in each reply's only MetricRecord.
+    required : sequence of str
+        Further metrics that must be there and finite (the loss of q-FedAvg).
+    """
+    kept: list[Reply[Message]] = []
+    dropped: list[Dropped] = []
+    for message in messages:
+        node = message.metadata.src_node_id
+        try:
+            kept.append(_read(message, schema, weighted_by, required))
+        except ParamsError as error:
+            dropped.append(Dropped(node, str(error)))
+    kept.sort(key=lambda reply: (reply.digest, reply.node))
+    return _consistent(*_distinct(kept, dropped))
+
+
+def digest(params: Params, extra: str = "") -> bytes:
+    """Digest of a state dict, and of whatever else tells replies apart."""
+    state = hashlib.blake2b(extra.encode(), digest_size=16)
+    for name, value in params.items():
+        state.update(name.encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        state.update(flat.view(torch.uint8).numpy().data)
+    return state.digest()
+
+
+def check_finite(params: Params) -> None:
+    """Raise `ParamsError` naming the first floating tensor that holds NaN or an infinity."""
+    for name, value in params.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            count = int((~torch.isfinite(value)).sum())
+            raise ParamsError(f"{name!r} has {count} values that are NaN or infinite, expected finite numbers")
+
+
+def check_weight(value: object, key: str) -> float:
+    """The averaging weight as a float; `ParamsError` unless it is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ParamsError(f"weight {key!r} is {value!r}, expected one positive number")
+    if not math.isfinite(value) or value <= 0:
+        raise ParamsError(f"weight {key!r} is {value}, expected a positive finite number")
+    return float(value)
+
+
+def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence[str]) -> Reply[Message]:
+    if message.has_error():
+        raise ParamsError(f"the client failed: {_last_line(message.error.reason)}")
+    if not message.has_content():
+        raise ParamsError("the reply is empty")
+    arrays, metrics = _only_records(message)
+    weight = _weight(metrics, weighted_by)
+    for key in required:
+        value = metrics.get(key)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ParamsError(f"metric {key!r} is {value!r}, expected a finite number: the wrapped strategy needs it")
+    params = to_params(arrays, schema)
+    check_finite(params)
+    told = repr(sorted(metrics.items()))
+    return Reply(message.metadata.src_node_id, params, weight, digest(params, told), message)
+
+
+def _only_records(message: Message) -> tuple[ArrayRecord, MetricRecord]:
+    arrays, metrics = message.content.array_records, message.content.metric_records
+    if len(arrays) != 1:
+        raise ParamsError(f"the reply has {len(arrays)} ArrayRecords, expected exactly one")
+    if len(metrics) != 1:
+        raise ParamsError(f"the reply has {len(metrics)} MetricRecords, expected exactly one")
+    return next(iter(arrays.values())), next(iter(metrics.values()))
+
+
+def _weight(metrics: MetricRecord, key: str) -> float:
+    if key not in metrics:
+        raise ParamsError(f"weight {key!r} is missing from the MetricRecord, which has {sorted(metrics)}")
+    return check_weight(metrics[key], key)
+
+
+def _last_line(reason: str | None) -> str:
+    """The exception itself, without the traceback above it."""
+    lines = [line.strip() for line in (reason or "no reason given").splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
+
+
+def _distinct(kept: list[Reply[Message]], dropped: list[Dropped]) -> tuple[list[Reply[Message]], list[Dropped]]:
+    """Keep one reply to each message: the first in the stable order."""
+    seen: set[tuple[int, str]] = set()
+    distinct = []
+    for reply in kept:
+        key = (reply.node, reply.source.metadata.reply_to_message_id)
+        if key in seen:
+            dropped.append(Dropped(reply.node, "a second reply to the same message"))
+        else:
+            distinct.append(reply)
+        seen.add(key)
+    return distinct, dropped
+
+
+Signature = tuple[str, str, tuple[tuple[str, int], ...]]
+
+
+def _signature(reply: Reply[Message]) -> Signature:
+    """Names and kinds of a reply's records, which Flower wants equal among all replies."""
+    content = reply.source.content
+    metrics = next(iter(content.metric_records.values()))
+    kinds = sorted((key, len(value) if isinstance(value, list) else -1) for key, value in metrics.items())
+    return next(iter(content.array_records)), next(iter(content.metric_records)), tuple(kinds)
+
+
+def _consistent(kept: list[Reply[Message]], dropped: list[Dropped]) -> Sorted[Message]:
+    """Drop the replies whose records are named or made unlike those of most others."""
+    votes = Counter(_signature(reply) for reply in kept)
+    usual = min(votes, key=lambda signature: (-votes[signature], signature), default=None)
+    replies = []
+    for reply in kept:
+        if _signature(reply) == usual:
+            replies.append(reply)
+        else:
+            dropped.append(Dropped(reply.node, "its records are named or made unlike those of most replies"))
+    return Sorted(tuple(replies), tuple(dropped))

@@ -1,0 +1,308 @@
+"""One round on state dicts: align the replies, and finish what the wrapped strategy made of them.
+
+The current and the legacy strategy are two dialects of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from logging import INFO, WARNING
+from time import perf_counter
+from typing import Any, Literal, TypedDict
+
+import torch
+from flwr.supercore import log
+from torch import Tensor, nn
+
+from c2m3_fl.core import permutation
+from c2m3_fl.core.averaging import weighted_mean
+from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import C2M3Error, ConfigError, ParamsError
+from c2m3_fl.flower.alignment import Aligner, Alignment, Basis, Mode, with_cpu_fallback
+from c2m3_fl.flower.replies import Dropped, Reply, check_finite
+from c2m3_fl.merging.repair import Repair
+from c2m3_fl.merging.reports import Recalibrated
+from c2m3_fl.merging.setting import Setting, prepare
+from c2m3_fl.models.calibration import Calibration, ExampleInputs, first_inputs
+from c2m3_fl.models.symmetry import permutation_spec
+
+Numbers = dict[str, float | int | list[float] | list[int]]
+Recalibration = Callable[[Setting], Recalibrated]
+Finish = Callable[[Params, Sequence[Params], Sequence[float]], Params]
+
+
+class Options(TypedDict, total=False):
+    """What both strategies may be told by keyword, beyond the model and the calibration data.
+
+    Attributes
+    ----------
+    alignment : {"joint", "separate"}
+        "joint" (default) matches all replies with each other; "separate" matches each one with nothing but the
+        model that was sent out, so that no client's permutation depends on another client.
+    basis : {"global", "largest", "client"} or int
+        "global" (default): every round ends in the basis of the model that was sent out. "client": the same, and
+        every client is sent the model in the neuron order that it last replied in, so that state which it keeps
+        still fits. "largest" or a node id: the basis of that reply; a wrapped strategy with state of its own
+        (momenta) wants one of the others.
+    min_replies : int
+        With fewer valid replies than this (default 1) the previous global model stays.
+    outliers : {"report", "drop"}
+        Whether replies that do not fit the others are named only (default), or left out as well.
+    memory : int
+        How many nodes' permutations to remember between rounds (default 1000).
+    max_steps : int
+        Upper limit of the solver's steps (default 100).
+    tolerance : float
+        Relative duality gap at which the solver stops (default 1e-4).
+    diagnostics : bool
+        Whether the metrics also hold the agreement of every tensor of every client.
+    """
+
+    alignment: Mode
+    basis: Basis
+    min_replies: int
+    outliers: Literal["report", "drop"]
+    memory: int
+    max_steps: int
+    tolerance: float
+    diagnostics: bool
+
+
+_DEFAULTS = Options(
+    alignment="joint",
+    basis="global",
+    min_replies=1,
+    outliers="report",
+    memory=1000,
+    max_steps=100,
+    tolerance=1e-4,
+    diagnostics=False,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """The replies that go to the wrapped strategy, their aligned params, and the numbers of the round so far."""
+
+    replies: tuple[Reply[Any], ...]
+    params: tuple[Params, ...]
+    moves: tuple[Permutation, ...]
+    dropped: tuple[Dropped, ...]
+    numbers: Numbers
+
+    @property
+    def weights(self) -> list[float]:
+        """Averaging weights."""
+        return [reply.weight for reply in self.replies]
+
+
+class Rounds:
+    """Aligns replies and finishes aggregates, round after round.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture; not mutated.
+    example_inputs : Tensor or tuple of Tensor, optional
+        Inputs that the network can be traced with; by default the first calibration batch.
+    calibration : iterable of batches, optional
+        Inputs for recalibration.
+    recalibrate : {"repair", "none"} or callable
+        What to do with them.
+    device : torch.device or str, optional
+        Where to compute; by default CUDA when there is one, else the CPU.
+    options : Options
+        See there.
+
+    Raises
+    ------
+    ConfigError, CalibrationError, TraceError
+        For unknown options, unusable calibration data, or a model that cannot be exported.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: ExampleInputs | None,
+        calibration: Calibration | None,
+        recalibrate: Literal["repair", "none"] | Recalibration,
+        device: torch.device | str | None,
+        options: Options,
+    ) -> None:
+        unknown = sorted(set(options) - set(_DEFAULTS))
+        if unknown:
+            raise ConfigError(f"unknown options {unknown}; known are {sorted(_DEFAULTS)}")
+        self.options: Options = {**_DEFAULTS, **options}
+        if self.options["min_replies"] < 1:
+            raise ConfigError(f"min_replies is {self.options['min_replies']}, expected at least 1")
+        if self.options["outliers"] not in ("report", "drop"):
+            raise ConfigError(f"outliers is {self.options['outliers']!r}, expected 'report' or 'drop'")
+        self.model = model
+        self.calibration = calibration
+        self.recalibration = _recalibration(recalibrate)
+        self.device = _device(device)
+        self.example_inputs = example_inputs
+        self.spec = permutation_spec(model, first_inputs(calibration, example_inputs))
+        self.aligner = Aligner(
+            self.spec,
+            mode=self.options["alignment"],
+            basis=self.options["basis"],
+            memory=self.options["memory"],
+            device=self.device,
+            max_steps=self.options["max_steps"],
+            tolerance=self.options["tolerance"],
+        )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether merged models are recalibrated."""
+        return self.calibration is not None and self.recalibration is not None
+
+    def enough(self, count: int) -> bool:
+        """Whether `count` valid replies reach the stated minimum."""
+        return count >= self.options["min_replies"]
+
+    def align(self, replies: Sequence[Reply[Any]], sent: Params) -> Aligned:
+        """Bring replies into one basis, and name those that do not fit the others."""
+        alignment = self.aligner.align(
+            [reply.node for reply in replies],
+            [reply.params for reply in replies],
+            [reply.weight for reply in replies],
+            sent,
+        )
+        nodes = [reply.node for reply in replies]
+        odd = alignment.fit.outliers()
+        numbers = _numbers(nodes, alignment, odd)
+        if self.options["diagnostics"]:
+            numbers |= {f"c2m3-agreement/{name}": layer.tolist() for name, layer in alignment.fit.layers.items()}
+        _report(nodes, alignment, odd)
+        left_out = set(odd) if self.options["outliers"] == "drop" else set()
+        kept = [index for index in range(len(replies)) if index not in left_out]
+        return Aligned(
+            tuple(replies[index] for index in kept),
+            tuple(alignment.params[index] for index in kept),
+            tuple(alignment.moves[index] for index in kept),
+            tuple(Dropped(nodes[index], "does not fit the other replies") for index in sorted(left_out)),
+            numbers,
+        )
+
+    def restore(self, aggregated: Params, aligned: Aligned) -> dict[str, Tensor]:
+        """What the wrapped strategy returned, with the key order and element types of the replies.
+
+        Integer and boolean tensors take the largest reply's value: no strategy's arithmetic is for them.
+
+        Raises
+        ------
+        ParamsError
+            When tensors are missing, of another shape or not finite.
+        """
+        first = aligned.replies[0].params
+        if aggregated.keys() != first.keys():
+            differing = sorted(aggregated.keys() ^ first.keys())
+            raise ParamsError(f"the wrapped strategy's result differs from the replies in keys {differing[:5]}")
+        counters = [name for name, value in first.items() if not value.is_floating_point()]
+        largest = weighted_mean([{name: reply.params[name] for name in counters} for reply in aligned.replies])
+        result = {}
+        for name, value in first.items():
+            if aggregated[name].shape != value.shape:
+                shapes = f"{tuple(aggregated[name].shape)}, expected {tuple(value.shape)}"
+                raise ParamsError(f"the wrapped strategy's result: {name!r} has shape {shapes}")
+            result[name] = largest[name] if name in largest else aggregated[name].to(value.dtype)
+        check_finite(result)
+        return result
+
+    def recalibrate(self, merged: Params, aligned: Aligned, finish: Finish | None = None) -> tuple[Params, Numbers]:
+        """Recalibrate the merged model; the merged model itself, with a word in the log, where that fails."""
+        finish = finish or (self._recalibrated if self.calibrated else None)
+        if finish is None:
+            return merged, {}
+        started = perf_counter()
+        numbers: Numbers = {"c2m3-repaired": 0}
+        try:
+            repaired = finish(merged, aligned.params, aligned.weights)
+            check_finite(repaired)
+            merged, numbers = repaired, {"c2m3-repaired": 1}
+        except (C2M3Error, torch.OutOfMemoryError) as error:
+            log(WARNING, "\t> recalibration failed, the merged model stays as it is: %s", error)
+        return merged, {**numbers, "c2m3-repair-seconds": perf_counter() - started}
+
+    def _recalibrated(self, merged: Params, endpoints: Sequence[Params], weights: Sequence[float]) -> Params:
+        calibration, recalibration = self.calibration, self.recalibration
+        assert calibration is not None  # only called when there is something to do
+        assert recalibration is not None
+
+        def compute(device: torch.device) -> Params:
+            setting = prepare(
+                self.model,
+                merged,
+                endpoints,
+                calibration,
+                weights=weights,
+                example_inputs=self.example_inputs,
+                device=device,
+            )
+            return {name: value.cpu() for name, value in recalibration(setting).state_dict.items()}
+
+        return with_cpu_fallback(compute, self.device, "recalibration")[0]
+
+
+def _recalibration(chosen: Literal["repair", "none"] | Recalibration) -> Recalibration | None:
+    if chosen == "none":
+        return None
+    if chosen == "repair":
+        return Repair()
+    if callable(chosen):
+        return chosen
+    raise ConfigError(f"recalibrate is {chosen!r}, expected 'repair', 'none' or a recalibration such as Repair()")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _numbers(nodes: Sequence[int], alignment: Alignment, odd: Sequence[int]) -> Numbers:
+    moved = [permutation.share_moved(move) for move in alignment.moves]
+    return {
+        "c2m3-objective-before": alignment.objectives[0],
+        "c2m3-objective-after": alignment.objectives[1],
+        "c2m3-gap": alignment.gap,
+        "c2m3-steps": alignment.steps,
+        "c2m3-share-moved": sum(moved) / len(moved),
+        "c2m3-match-seconds": alignment.seconds,
+        "c2m3-on-cpu": int(alignment.on_cpu),
+        "c2m3-nodes": list(nodes),
+        "c2m3-node-moved": moved,
+        "c2m3-node-agreement": alignment.fit.cosines.tolist(),
+        "c2m3-node-outlier": [int(index in odd) for index in range(len(nodes))],
+        "c2m3-outliers": len(odd),
+    }
+
+
+def _report(nodes: Sequence[int], alignment: Alignment, odd: Sequence[int]) -> None:
+    before, after = alignment.objectives
+    moved = [permutation.share_moved(move) for move in alignment.moves]
+    log(
+        INFO,
+        "\t> C2M3: %d replies aligned in %.2fs: agreement %.6g -> %.6g, %.1f%% of units moved, gap %.1e after %d steps",
+        len(nodes),
+        alignment.seconds,
+        before,
+        after,
+        100 * sum(moved) / len(moved),
+        alignment.gap,
+        alignment.steps,
+    )
+    for index in odd:
+        log(
+            WARNING,
+            "\t> node %d does not fit the others: cosine %.3f, median %.3f; norm %.3g, median %.3g",
+            nodes[index],
+            alignment.fit.cosines[index],
+            alignment.fit.cosines.median(),
+            alignment.fit.norms[index],
+            alignment.fit.norms.median(),
+        )

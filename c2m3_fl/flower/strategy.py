@@ -1,0 +1,228 @@
+"""C2M3 as a Flower strategy: align the clients' neurons, then let any strategy aggregate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from inspect import currentframe
+from logging import INFO, WARNING
+from typing import Literal, Unpack
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, FedAvgM, QFedAvg, Strategy
+from flwr.supercore import log
+from torch import nn
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.privacy import chain, check_privacy
+from c2m3_fl.flower.records import from_params, schema_of, to_params
+from c2m3_fl.flower.replies import Dropped, Reply, sort_messages
+from c2m3_fl.flower.rounds import Aligned, Numbers, Options, Recalibration, Rounds
+from c2m3_fl.models.calibration import Calibration, ExampleInputs
+
+
+class C2M3(Strategy):
+    """Align the clients' neurons before another strategy aggregates them.
+
+    Every reply is checked, permuted into the basis of the global model that was sent out, and handed to the
+    wrapped strategy, whose result is recalibrated where there is calibration data. When nothing needs to move
+    and nothing is recalibrated, the floating tensors of the global model are, bit for bit, what the wrapped
+    strategy returns for the same replies in the same order. A reply that cannot be used is dropped, counted and
+    logged; with too few left, the previous global model stays.
+
+    Parameters
+    ----------
+    strategy : Strategy, optional
+        Whatever aggregates the aligned replies; `FedAvg()` by default.
+    model : nn.Module
+        The architecture whose arrays are exchanged; not mutated.
+    example_inputs : Tensor or tuple of Tensor, optional
+        Inputs that the network can be traced with; by default the first calibration batch.
+    calibration : iterable of batches, optional
+        Inputs that the server holds, labels or none, for recalibration.
+    recalibrate : {"repair", "none"} or callable
+        What to do with them.
+    device : torch.device or str, optional
+        Where to match and repair; by default CUDA when there is one, else the CPU.
+    **options : Options
+        See `c2m3_fl.flower.rounds.Options`.
+
+    Raises
+    ------
+    ConfigError
+        For unknown options, and for wrappers for differential privacy whose bound would no longer hold.
+    CalibrationError, TraceError
+        For unusable calibration data, or a model that cannot be exported.
+
+    Examples
+    --------
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> strategy = C2M3(FedAvg(fraction_evaluate=0.5), model=net, example_inputs=torch.zeros(1, 4))
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy | None = None,
+        *,
+        model: nn.Module,
+        example_inputs: ExampleInputs | None = None,
+        calibration: Calibration | None = None,
+        recalibrate: Literal["repair", "none"] | Recalibration = "repair",
+        device: torch.device | str | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        self.strategy = FedAvg() if strategy is None else strategy
+        self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
+        self.sent = from_params(model.state_dict())
+        self._check_privacy(self.strategy)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Remember the model that is sent out, and let the wrapped strategy choose who gets it."""
+        self._refuse_private_caller()
+        self.rounds.spec.check(to_params(arrays), "the arrays to send out")
+        self.sent = arrays
+        for each in chain(self.strategy):
+            if isinstance(each, FedAvgM) and each.current_arrays is not None:
+                each.current_arrays = arrays  # what it returned may have been repaired since
+        return self._personal(self.strategy.configure_train(server_round, arrays, config, grid))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Align the replies, aggregate them with the wrapped strategy, and recalibrate the result."""
+        schema = schema_of(self.sent)
+        found = sort_messages(replies, schema, weighted_by=self._weighted_by, required=self._required)
+        _report_dropped(found.dropped)
+        counts: Numbers = {"c2m3-replies": len(found.replies), "c2m3-dropped": len(found.dropped)}
+        if not self.rounds.enough(len(found.replies)):
+            return self._keep(f"{len(found.replies)} valid replies are too few", counts)
+        aligned = self.rounds.align(found.replies, to_params(self.sent, schema))
+        _report_dropped(aligned.dropped)
+        counts = {**counts, **aligned.numbers}
+        counts["c2m3-dropped"] = len(found.dropped) + len(aligned.dropped)
+        before = [(each, dict(vars(each))) for each in chain(self.strategy)]
+        arrays, metrics = self.strategy.aggregate_train(server_round, _messages(aligned))
+        if arrays is None:
+            return self._keep("the wrapped strategy returned no arrays", counts, metrics)
+        try:
+            merged = self.rounds.restore(to_params(arrays), aligned)
+        except ParamsError as error:
+            for each, state in before:
+                vars(each).update(state)  # a momentum that holds NaN would never recover
+            return self._keep(str(error), counts, metrics)
+        merged, numbers = self.rounds.recalibrate(merged, aligned)
+        return from_params(merged), _joined(metrics, {**counts, **numbers, "c2m3-kept-previous": 0})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the wrapped strategy configure the evaluation."""
+        return self._personal(self.strategy.configure_evaluate(server_round, arrays, config, grid))
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Let the wrapped strategy aggregate the evaluation."""
+        return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """Log the configuration of the strategy and of the one that it wraps."""
+        spec, options = self.rounds.spec, self.rounds.options
+        log(INFO, "\t├──> C2M3 settings:")
+        log(INFO, "\t│\t├── Wrapped strategy: %s", type(self.strategy).__name__)
+        units = sum(group.size for group in spec.groups.values())
+        log(INFO, "\t│\t├── Permutable: %d units in %d groups", units, len(spec.groups))
+        log(INFO, "\t│\t├── Alignment: %s | basis: %s", options["alignment"], options["basis"])
+        log(INFO, "\t│\t├── Recalibration: %s", "ON" if self.rounds.calibrated else "OFF (no calibration data)")
+        log(INFO, "\t│\t└── Device: %s", self.rounds.device)
+        self.strategy.summary()
+
+    @property
+    def _weighted_by(self) -> str:
+        """Key of the averaging weight, as the innermost wrapped strategy has it."""
+        keys = [each.weighted_by_key for each in chain(self.strategy) if isinstance(each, FedAvg)]
+        return keys[-1] if keys else "num-examples"
+
+    @property
+    def _required(self) -> list[str]:
+        """Metrics without which the wrapped strategy cannot aggregate."""
+        return [each.train_loss_key for each in chain(self.strategy) if isinstance(each, QFedAvg)]
+
+    def _personal(self, messages: Iterable[Message]) -> Iterable[Message]:
+        """The same messages, every client's model in its own basis where that was asked for."""
+        if self.rounds.options["basis"] != "client":
+            return messages
+        aligner = self.rounds.aligner
+        personal = []
+        for message in messages:
+            key, record = next(iter(message.content.array_records.items()))
+            params = to_params(record)
+            own = aligner.own_basis(message.metadata.dst_node_id, params)
+            personal.append(message if own is params else _carrying(message, {key: from_params(own)}))
+        return personal
+
+    def _keep(
+        self, reason: str, counts: Numbers, metrics: MetricRecord | None = None
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """The previous global model: a round in which nothing was aggregated leaves it as it was."""
+        log(WARNING, "aggregate_train: %s: the previous global model stays", reason)
+        return self.sent.copy(), _joined(metrics, {**counts, "c2m3-kept-previous": 1})
+
+    def _check_privacy(self, strategy: object) -> None:
+        check_privacy(
+            strategy, separate=self.rounds.options["alignment"] == "separate", calibrated=self.rounds.calibrated
+        )
+
+    def _refuse_private_caller(self) -> None:
+        """Refuse to be wrapped for differential privacy, which a wrapped strategy only sees from its caller."""
+        frame = currentframe()
+        caller = frame.f_back.f_back if frame and frame.f_back else None
+        self._check_privacy(None if caller is None else caller.f_locals.get("self"))
+
+
+def _messages(aligned: Aligned) -> list[Message]:
+    """The replies with their aligned arrays, for the wrapped strategy, which may consume them."""
+    return [
+        _carrying(reply.source, {next(iter(reply.source.content.array_records)): _arrays(reply, params)})
+        for reply, params in zip(aligned.replies, aligned.params, strict=True)
+    ]
+
+
+def _arrays(reply: Reply[Message], params: Params) -> ArrayRecord:
+    """The aligned arrays in the order of the schema; those that did not change are the client's own.
+
+    Integer arrays go as float64, which every strategy's arithmetic takes, and give the same floating results.
+    """
+    received = next(iter(reply.source.content.array_records.values()))
+    arrays = {}
+    for name, value in params.items():
+        if not value.is_floating_point():
+            arrays[name] = Array(np.asarray(value.double().numpy()))
+        else:
+            arrays[name] = received[name] if value is reply.params[name] else Array(np.asarray(value.numpy()))
+    return ArrayRecord(arrays)
+
+
+def _carrying(message: Message, arrays: Mapping[str, ArrayRecord]) -> Message:
+    """A copy of a message with other arrays: a new message cannot be made outside of a client or server app."""
+    records = {
+        key: copy(record) if isinstance(record, MetricRecord) else record for key, record in message.content.items()
+    }
+    carrying = copy(message)
+    carrying.content = RecordDict({**records, **arrays})
+    return carrying
+
+
+def _joined(metrics: MetricRecord | None, numbers: Numbers) -> MetricRecord:
+    """The wrapped strategy's metrics and ours in one record."""
+    return MetricRecord({**(metrics or {}), **numbers})
+
+
+def _report_dropped(dropped: Sequence[Dropped]) -> None:
+    for each in dropped:
+        log(WARNING, "\t> dropped the reply of node %d: %s", each.node, each.reason)
