@@ -34,3 +34,7 @@ class ConfigError(C2M3Error, ValueError):
 
 class DataError(C2M3Error, RuntimeError):
     """A data set could not be found or downloaded."""
+
+
+class SimulationError(C2M3Error, RuntimeError):
+    """A simulated federation did not finish: a client raised, or Flower's engine did not run."""

@@ -1,0 +1,127 @@
+"""The data of one federation: every client's share of the training images, and what the server keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from c2m3_fl.errors import ConfigError
+from simulations.partition import Indices, partition
+from simulations.settings import Settings
+from simulations.sources import KINDS, Kind, Source, open_source
+
+_CALIBRATION_BATCH = 250  # images; any size gives the same statistics
+
+
+@dataclass(frozen=True)
+class Images:
+    """Inputs (n, channels, height, width) and labels (n,)."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Who holds which images.
+
+    Attributes
+    ----------
+    kind : Kind
+        The data set's constants.
+    image_size : int
+        Images are resized to this many pixels square; 0 keeps them.
+    train, test : Source
+        The two splits.
+    parts : tuple of ndarray
+        Rows of `train` that each client holds.
+    calibration_rows : ndarray
+        Rows of `train` that the server holds, without labels; no client has them.
+    test_rows : ndarray
+        Rows of `test` on which every model is evaluated.
+    """
+
+    kind: Kind
+    image_size: int
+    train: Source
+    test: Source
+    parts: tuple[Indices, ...]
+    calibration_rows: Indices
+    test_rows: Indices
+
+    @property
+    def classes(self) -> int:
+        """Number of labels."""
+        return self.kind.classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self._images(self.test, self.test_rows[:1]).inputs.shape[1:]
+        return channels, height, width
+
+    @cached_property
+    def calibration(self) -> list[Tensor]:
+        """Unlabelled batches for REPAIR."""
+        return list(torch.split(self._images(self.train, self.calibration_rows).inputs, _CALIBRATION_BATCH))
+
+    @cached_property
+    def held_out(self) -> Images:
+        """The test images."""
+        return self._images(self.test, self.test_rows)
+
+    def share(self, client: int) -> Images:
+        """The training images of one client."""
+        return self._images(self.train, self.parts[client])
+
+    def _images(self, source: Source, rows: Indices) -> Images:
+        inputs = torch.from_numpy(source.pixels(rows)).permute(0, 3, 1, 2).float() / 255
+        if self.image_size and self.image_size != inputs.shape[-1]:
+            inputs = torch.nn.functional.interpolate(inputs, self.image_size, mode="bilinear", antialias=True)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.kind.mean, self.kind.std))
+        return Images((inputs - mean) / std, torch.from_numpy(source.labels[rows]))
+
+
+@lru_cache(maxsize=2)
+def federated_data(settings: Settings) -> FederatedData:
+    """Data of the federation that the settings describe, decided by them alone.
+
+    Raises
+    ------
+    ConfigError
+        When more images are asked for than there are, or these labels cannot be spread as asked.
+    DataError
+        When the data set is neither found nor downloaded.
+    """
+    train, test = open_source(settings.data, "train"), open_source(settings.data, "test")
+    wanted = settings.calibration_size + max(settings.train_size, 1)
+    if wanted > len(train.labels):
+        raise ConfigError(
+            f"train-size {settings.train_size} and calibration-size {settings.calibration_size} exceed the "
+            f"{len(train.labels)} training images of {settings.data!r}"
+        )
+    order = np.random.default_rng(derived_seed(settings.seed, 0)).permutation(len(train.labels))
+    calibration, rest = order[: settings.calibration_size], order[settings.calibration_size :]
+    rows = rest[: settings.train_size or None]
+    parts = partition(train.labels[rows], settings, derived_seed(settings.seed, 1))
+    return FederatedData(
+        kind=KINDS[settings.data],
+        image_size=settings.image_size,
+        train=train,
+        test=test,
+        parts=tuple(rows[part] for part in parts),
+        calibration_rows=calibration,
+        test_rows=np.arange(len(test.labels))[: settings.test_size or None],
+    )
+
+
+def derived_seed(seed: int, *path: int) -> int:
+    """A seed of its own for every path below `seed`: distinct paths give independent streams."""
+    return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0])

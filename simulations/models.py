@@ -1,0 +1,183 @@
+"""The networks of the comparisons: MLP, small CNN, LeNet, VGG and ResNet20, for any image size and number of classes.
+
+They are ordinary ``torch.nn`` code; nothing in them knows of permutations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from c2m3_fl.errors import ConfigError
+from simulations.settings import Settings
+
+Shape = tuple[int, int, int]  # channels, height, width of one image
+
+_VGG = {  # channels of the convolutions, "M" a pooling by two
+    "vgg11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
+    "vgg16": (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
+}
+
+
+def build_model(settings: Settings, shape: Shape, classes: int, seed: int) -> nn.Module:
+    """The network that the settings name, its initial weights decided by `seed` alone.
+
+    Parameters
+    ----------
+    settings : Settings
+        Fields ``model``, ``hidden_widths`` and ``width``.
+    shape : tuple of int
+        Channels, height and width of an image.
+    classes : int
+        Width of the output.
+    seed : int
+        Seed of the initialisation; the global random state is left as it was.
+
+    Raises
+    ------
+    ConfigError
+        When the images are too small for the network.
+    """
+    smallest = 32 if settings.model.startswith("vgg") else 16 if settings.model == "lenet" else 8
+    if settings.model != "mlp" and min(shape[1:]) < smallest:
+        raise ConfigError(
+            f"model {settings.model!r} needs images of at least {smallest}x{smallest} pixels, "
+            f"{settings.data!r} has {shape[1]}x{shape[2]}: set image-size"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _build(settings, shape, classes)
+
+
+def _build(settings: Settings, shape: Shape, classes: int) -> nn.Module:
+    def scaled(channels: int) -> int:
+        return max(1, round(channels * settings.width))
+
+    name = settings.model
+    if name == "mlp":
+        return mlp(shape, settings.widths, classes)
+    if name == "cnn":
+        return cnn(shape, [scaled(32), scaled(64)], scaled(128), classes)
+    if name == "lenet":
+        return lenet(shape, scaled, classes)
+    if name.startswith("vgg"):
+        return vgg(_VGG[name.removesuffix("-bn")], shape[0], scaled, classes, normalised=name.endswith("-bn"))
+    norm = nn.BatchNorm2d if name == "resnet20-bn" else ChannelNorm
+    return ResNet20(shape[0], scaled(16), classes, norm)
+
+
+def mlp(shape: Shape, widths: Sequence[int], classes: int) -> nn.Sequential:
+    """Fully connected network with ReLU."""
+    sizes = [shape[0] * shape[1] * shape[2], *widths]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
+
+
+def cnn(shape: Shape, channels: Sequence[int], hidden: int, classes: int) -> nn.Sequential:
+    """Blocks of convolution and pooling, one hidden layer."""
+    layers: list[nn.Module] = []
+    inputs, (height, width) = shape[0], shape[1:]
+    for outputs in channels:
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        inputs, height, width = outputs, height // 2, width // 2
+    layers += [nn.Flatten(), nn.Linear(inputs * height * width, hidden), nn.ReLU(), nn.Linear(hidden, classes)]
+    return nn.Sequential(*layers)
+
+
+def lenet(shape: Shape, scaled: Callable[[int], int], classes: int) -> nn.Sequential:
+    """LeNet-5 with ReLU and max pooling."""
+    height, width = ((side - 4) // 2 for side in shape[1:])
+    height, width = (height - 4) // 2, (width - 4) // 2
+    one, two, three, four = scaled(6), scaled(16), scaled(120), scaled(84)
+    return nn.Sequential(
+        *(nn.Conv2d(shape[0], one, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(one, two, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(two * height * width, three), nn.ReLU()),
+        *(nn.Linear(three, four), nn.ReLU(), nn.Linear(four, classes)),
+    )
+
+
+def vgg(
+    plan: Sequence[int | str], inputs: int, scaled: Callable[[int], int], classes: int, *, normalised: bool
+) -> nn.Sequential:
+    """VGG for small images: convolutions as planned, then one linear layer."""
+    layers: list[nn.Module] = []
+    for step in plan:
+        if isinstance(step, str):
+            layers.append(nn.MaxPool2d(2))
+            continue
+        outputs = scaled(step)
+        layers.append(nn.Conv2d(inputs, outputs, 3, padding=1))
+        layers += [nn.BatchNorm2d(outputs), nn.ReLU()] if normalised else [nn.ReLU()]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of every pixel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (n, c, h, w) over c."""
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """Two convolutions with a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = norm(outputs)
+        self.shortcut = (
+            nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+            if stride != 1 or inputs != outputs
+            else nn.Identity()
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of the same or, with stride 2, half the size."""
+        hidden = torch.relu(self.norm1(self.conv1(images)))
+        return torch.relu(self.norm2(self.conv2(hidden)) + self.shortcut(images))
+
+
+class ResNet20(nn.Module):
+    """The CIFAR ResNet of twenty layers (He et al. 2016, section 4.2), with a norm of choice.
+
+    Parameters
+    ----------
+    inputs : int
+        Channels of an image.
+    width : int
+        Channels of the first stage; 16 in the paper.
+    classes : int
+        Width of the output.
+    norm : callable
+        From a number of channels to a norm over them.
+    """
+
+    def __init__(self, inputs: int, width: int, classes: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
+        self.norm = norm(width)
+        stages = [(width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)]
+        self.blocks = nn.Sequential(
+            *(
+                Block(before if position == 0 else after, after, stride if position == 0 else 1, norm)
+                for before, after, stride in stages
+                for position in range(3)
+            )
+        )
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of a batch of images."""
+        features = self.blocks(torch.relu(self.norm(self.stem(images))))
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        return logits

@@ -1,0 +1,23 @@
+"""Named settings: the demonstration, and the benchmark that the README reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from simulations.settings import Value
+
+PRESETS: Mapping[str, Mapping[str, Value]] = {
+    # scikit-learn's digits, small enough for a minute on two cores
+    "demo": {"data": "digits", "clients": 5, "partition": "dirichlet", "alpha": 0.5, "rounds": 3, "local_epochs": 10},
+    # one-shot federation of independently initialised MLPs
+    "mnist": {
+        "data": "mnist",
+        "train_size": 20_000,
+        "clients": 10,
+        "partition": "iid",
+        "rounds": 1,
+        "local_epochs": 2,
+        "batch_size": 64,
+        "calibration_size": 1_000,
+    },
+}

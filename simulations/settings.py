@@ -1,0 +1,160 @@
+"""Everything that decides a simulated run: one frozen record, checked where it enters.
+
+The fields are the app's run-config keys (``local_epochs`` is ``local-epochs`` there) and the options of
+``c2m3-fl compare``; pyproject.toml repeats the defaults because Flower wants them there.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_type_hints
+
+from c2m3_fl.errors import ConfigError
+
+Value = str | int | float
+
+STRATEGIES = ("fedavg", "fedavgm", "fedmedian", "c2m3", "c2m3+repair")
+OUTPUT = "output"  # a run-config key of the app that decides nothing: where the server writes its results
+
+
+def _option(
+    default: Value,
+    meaning: str,
+    *,
+    choices: Sequence[str] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> Any:  # noqa: ANN401  # what dataclasses.field returns
+    """A field with what is needed to check and to explain it."""
+    limits = {"choices": tuple(choices), "at_least": at_least, "above": above, "at_most": at_most}
+    return field(default=default, metadata={"meaning": meaning, **limits})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One simulated run.
+
+    Raises
+    ------
+    ConfigError
+        For a value of the wrong type, out of range or not among its choices; see `from_run_config` for unknown keys.
+    """
+
+    data: str = _option(
+        "digits",
+        "data set",
+        choices=("digits", "mnist", "fashion-mnist", "emnist", "cifar10", "cifar100"),
+    )
+    train_size: int = _option(0, "training images of all clients together; 0 takes all", at_least=0)
+    test_size: int = _option(0, "test images; 0 takes all", at_least=0)
+    image_size: int = _option(0, "images are resized to this many pixels square; 0 keeps them", at_least=0)
+    model: str = _option(
+        "mlp",
+        "network",
+        choices=("mlp", "cnn", "lenet", "vgg11", "vgg11-bn", "vgg16", "vgg16-bn", "resnet20-bn", "resnet20-ln"),
+    )
+    hidden_widths: str = _option("256,256", "hidden widths of the MLP, separated by commas")
+    width: float = _option(1.0, "factor on the channels of convolutional networks", above=0)
+    clients: int = _option(5, "clients, one per partition of the training images", at_least=1)
+    partition: str = _option(
+        "dirichlet", "how labels are spread over clients", choices=("iid", "dirichlet", "pathological")
+    )
+    alpha: float = _option(0.5, "concentration of the Dirichlet partition", above=0)
+    classes_per_client: int = _option(2, "classes of each client in the pathological partition", at_least=1)
+    initialisation: str = _option(
+        "independent", "do clients start round 1 from one model or each from its own", choices=("independent", "shared")
+    )
+    rounds: int = _option(3, "rounds", at_least=1)
+    local_epochs: int = _option(2, "epochs that each client trains per round", at_least=1)
+    optimiser: str = _option("sgd", "optimiser of the clients", choices=("sgd", "adam", "adamw"))
+    learning_rate: float = _option(0.05, "learning rate of the clients", above=0)
+    momentum: float = _option(0.9, "momentum of SGD", at_least=0, at_most=1)
+    weight_decay: float = _option(0.0, "weight decay of the clients", at_least=0)
+    batch_size: int = _option(32, "batch size of the clients", at_least=1)
+    strategy: str = _option("fedavg,c2m3,c2m3+repair", "strategies to run one after the other, separated by commas")
+    calibration_size: int = _option(200, "unlabelled training images kept by the server for REPAIR", at_least=1)
+    seed: int = _option(0, "seed of partition, initialisations and batches", at_least=0)
+
+    def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
+        for each in fields(self):
+            key = each.name.replace("_", "-")
+            value = _typed(key, getattr(self, each.name), types[each.name])
+            _check_range(key, value, **{name: each.metadata[name] for name in ("at_least", "above", "at_most")})
+            if each.metadata["choices"]:
+                check_choice(key, value, each.metadata["choices"])
+            object.__setattr__(self, each.name, value)
+        if not self.strategies:
+            raise ConfigError("strategy is empty, expected names such as 'fedavg,c2m3,c2m3+repair'")
+        for name in self.strategies:
+            check_choice("strategy", name, STRATEGIES)
+        _ = self.widths
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, object]) -> Settings:
+        """Settings from Flower's run config, whose keys have hyphens.
+
+        Raises
+        ------
+        ConfigError
+            For a key that no field has, or a value that the field does not take.
+        """
+        known = {each.name.replace("_", "-"): each.name for each in fields(cls)}
+        values = {key: value for key, value in run_config.items() if key != OUTPUT}
+        for key in values:
+            check_choice("run-config key", key, tuple(known))
+        checked: dict[str, Any] = {known[key]: value for key, value in values.items()}
+        return cls(**checked)
+
+    def to_run_config(self) -> dict[str, Value]:
+        """The run config that `from_run_config` reads these settings from."""
+        return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Names of the strategies, in order, without repetition."""
+        return tuple(dict.fromkeys(name.strip() for name in self.strategy.split(",") if name.strip()))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Hidden widths of the MLP."""
+        try:
+            widths = tuple(int(part) for part in self.hidden_widths.split(","))
+        except ValueError:
+            widths = ()
+        if not widths or min(widths) < 1:
+            raise ConfigError(f"hidden-widths is {self.hidden_widths!r}, expected positive integers such as '256,256'")
+        return widths
+
+
+def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ConfigError, with the nearest choice, if `value` is none of them."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{key} is {value!r}, expected one of {', '.join(choices)}{hint}")
+
+
+def _typed(key: str, value: Value, kind: type) -> Value:
+    """`value` as `kind`; whole numbers may stand for floats, nothing else is converted."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{key} is {value!r}, expected {'a number' if kind is float else f'of type {kind.__name__}'}")
+    return value
+
+
+def _check_range(key: str, value: Value, *, at_least: float | None, above: float | None, at_most: float | None) -> None:
+    if isinstance(value, str):
+        return
+    if not float("-inf") < value < float("inf"):
+        raise ConfigError(f"{key} is {value}, expected a finite number")
+    if at_least is not None and value < at_least:
+        raise ConfigError(f"{key} is {value}, expected at least {at_least:g}")
+    if above is not None and value <= above:
+        raise ConfigError(f"{key} is {value}, expected more than {above:g}")
+    if at_most is not None and value > at_most:
+        raise ConfigError(f"{key} is {value}, expected at most {at_most:g}")

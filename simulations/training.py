@@ -1,0 +1,82 @@
+"""Training on a client, evaluation on the server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from simulations.data import Images
+from simulations.settings import Settings
+
+_BATCH = 500  # images per evaluation step
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy and mean cross-entropy on a set of images."""
+
+    accuracy: float
+    loss: float
+
+
+def default_device() -> torch.device:
+    """CUDA where there is a device, the CPU elsewhere."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(model: nn.Module, images: Images, settings: Settings, seed: int) -> float:
+    """Train `model` in place for the local epochs of the settings; mean loss of the last epoch.
+
+    The order of the batches is decided by `seed` alone. A last batch of one image is left out: it has no
+    batch statistics.
+    """
+    device = next(model.parameters()).device
+    inputs, labels = images.inputs.to(device), images.labels.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = _optimiser(model, settings)
+    model.train()
+    total = torch.zeros((), device=device)
+    steps = 0
+    for _ in range(settings.local_epochs):
+        total, steps = torch.zeros((), device=device), 0
+        for rows in torch.split(torch.randperm(len(images), generator=generator).to(device), settings.batch_size):
+            if len(rows) == 1 and len(images) > 1:
+                continue
+            optimiser.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs[rows]), labels[rows])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            total, steps = total + loss.detach(), steps + 1
+    return float(total / max(steps, 1))
+
+
+def _optimiser(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimiser == "sgd":
+        return torch.optim.SGD(model.parameters(), rate, momentum=settings.momentum, weight_decay=decay)
+    kind = torch.optim.Adam if settings.optimiser == "adam" else torch.optim.AdamW
+    return kind(model.parameters(), rate, weight_decay=decay)
+
+
+def log_probabilities(model: nn.Module, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    """Log-probabilities of the classes, shape (images, classes), of `model` with other `params`."""
+    model.load_state_dict(params)
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        return torch.cat([model(batch.to(device)).log_softmax(dim=1).cpu() for batch in torch.split(inputs, _BATCH)])
+
+
+def score(predicted: Tensor, labels: Tensor) -> Score:
+    """Accuracy and cross-entropy of log-probabilities."""
+    accuracy = (predicted.argmax(dim=1) == labels).double().mean()
+    return Score(float(accuracy), float(nn.functional.nll_loss(predicted, labels)))
+
+
+def ensemble(predictions: Iterable[Tensor]) -> Tensor:
+    """Log of the mean probability over models."""
+    stacked = torch.stack(tuple(predictions))
+    return torch.logsumexp(stacked, dim=0) - torch.log(torch.tensor(float(len(stacked))))
