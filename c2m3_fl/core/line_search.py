@@ -7,7 +7,7 @@ from math import comb
 
 import numpy as np
 
-_REAL = 1e-9  # imaginary part counted as zero, relative to the root
+_NEGLIGIBLE = 1e-12  # leading coefficients this small, relative to the largest, are rounding and ruin the roots
 
 
 def power_basis(bernstein: Sequence[float]) -> list[float]:
@@ -21,8 +21,8 @@ def power_basis(bernstein: Sequence[float]) -> list[float]:
 
 
 def added(polynomials: Sequence[Sequence[float]]) -> list[float]:
-    """Sum of polynomials in the power basis, of any degrees."""
-    total = [0.0] * max((len(polynomial) for polynomial in polynomials), default=1)
+    """Sum of polynomials in the power basis, of any degrees; no polynomials sum to the line zero."""
+    total = [0.0] * max((len(polynomial) for polynomial in polynomials), default=2)
     for polynomial in polynomials:
         for power, coefficient in enumerate(polynomial):
             total[power] += coefficient
@@ -38,8 +38,9 @@ def best_step(polynomial: Sequence[float]) -> tuple[float, float]:
         Coefficients of t^0, t^1, ...
     """
     curve = np.polynomial.Polynomial(polynomial)
-    roots = curve.deriv().roots()
-    inside = [float(root.real) for root in roots.tolist() if abs(root.imag) <= _REAL * max(1.0, abs(root))]
-    candidates = [1.0, *sorted((root for root in inside if 0 < root < 1), reverse=True), 0.0]
+    slope = curve.deriv()
+    slope = slope.trim(_NEGLIGIBLE * float(np.abs(slope.coef).max()))
+    stationary = [root.real for root in slope.roots().tolist()]  # complex ones too: rounding splits double roots
+    candidates = [1.0, *sorted((t for t in stationary if 0 < t < 1), reverse=True), 0.0]
     step = max(candidates, key=lambda t: float(curve(t)))
     return step, float(curve(step))
