@@ -9,6 +9,9 @@ from pathlib import Path
 
 from simulations.settings import Value
 
+PROGRESS = "progress.jsonl"  # a server app's output: one line more per round
+RESULTS = "results.json"  # the same at the end, with the strategies' own metrics
+
 
 @dataclass(frozen=True)
 class Round:
@@ -17,7 +20,7 @@ class Round:
     Attributes
     ----------
     strategy : str
-        Its name among `simulations.settings.STRATEGIES`.
+        Its name among `simulations.settings.TITLES`.
     seed : int
         Seed of the run.
     round : int

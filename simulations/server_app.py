@@ -9,11 +9,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from c2m3_fl.errors import ConfigError
 from simulations.experiment import run_experiment
-from simulations.results import Comparison, Round, append, save
+from simulations.results import PROGRESS, RESULTS, Comparison, Round, append, save
 from simulations.settings import OUTPUT, Settings
-
-PROGRESS = "progress.jsonl"  # grows by one line per round
-RESULTS = "results.json"  # written at the end, with the strategies' own metrics
 
 app = ServerApp()
 

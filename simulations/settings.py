@@ -15,7 +15,13 @@ from c2m3_fl.errors import ConfigError
 
 Value = str | int | float
 
-STRATEGIES = ("fedavg", "fedavgm", "fedmedian", "c2m3", "c2m3+repair")
+TITLES = {  # the strategies that can be run, and what they are called in tables and pictures
+    "fedavg": "FedAvg",
+    "fedavgm": "FedAvgM",
+    "fedmedian": "FedMedian",
+    "c2m3": "C2M3",
+    "c2m3+repair": "C2M3 + REPAIR",
+}
 OUTPUT = "output"  # a run-config key of the app that decides nothing: where the server writes its results
 
 
@@ -90,7 +96,7 @@ class Settings:
         if not self.strategies:
             raise ConfigError("strategy is empty, expected names such as 'fedavg,c2m3,c2m3+repair'")
         for name in self.strategies:
-            check_choice("strategy", name, STRATEGIES)
+            check_choice("strategy", name, tuple(TITLES))
         _ = self.widths
 
     @classmethod

@@ -9,17 +9,9 @@ from torch import nn
 
 from c2m3_fl.flower.strategy import C2M3
 from simulations.data import FederatedData
-from simulations.settings import STRATEGIES, check_choice
+from simulations.settings import TITLES, check_choice
 
 _STOCK: dict[str, Callable[..., Strategy]] = {"fedavg": FedAvg, "fedavgm": FedAvgM, "fedmedian": FedMedian}
-
-TITLES = {
-    "fedavg": "FedAvg",
-    "fedavgm": "FedAvgM",
-    "fedmedian": "FedMedian",
-    "c2m3": "C2M3",
-    "c2m3+repair": "C2M3 + REPAIR",
-}
 
 
 def build_strategy(name: str, model: nn.Module, data: FederatedData) -> Strategy:
@@ -28,9 +20,9 @@ def build_strategy(name: str, model: nn.Module, data: FederatedData) -> Strategy
     Raises
     ------
     ConfigError
-        For a name that is not among `STRATEGIES`.
+        For a name that is not among `TITLES`.
     """
-    check_choice("strategy", name, STRATEGIES)
+    check_choice("strategy", name, tuple(TITLES))
     clients = len(data.parts)
     wrapped = _STOCK.get(name, FedAvg)(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
     if name in _STOCK:

@@ -1,0 +1,1 @@
+"""The command line, ``c2m3-fl``: parse, call, draw."""

@@ -1,0 +1,54 @@
+"""Entry point of ``c2m3-fl``: one module of this package per command, imported when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from c2m3_fl.errors import C2M3Error
+
+_COMMANDS = {  # name of the command: module that holds a function of that name
+    "compare": "c2m3_fl.cli.compare",
+}
+
+
+class _Commands(TyperGroup):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        alone.command(cmd_name)(getattr(import_module(_COMMANDS[cmd_name]), cmd_name))
+        return typer.main.get_command(alone)
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+
+@app.callback()
+def _about() -> None:
+    """Merge networks that do not share a basis, and compare what that gains in a federation."""
+
+
+def main() -> None:
+    """Run the command line; an error of this package ends it with status 1 and its message alone."""
+    try:
+        app()
+    except C2M3Error as error:
+        message = Text.assemble(("error: ", "bold red"), str(error))
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""``c2m3-fl compare``: strategies side by side, on the same clients, partitions and seeds."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import Field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from c2m3_fl.errors import ConfigError
+from simulations.presets import PRESETS
+from simulations.results import PROGRESS, RESULTS, Comparison, Round, load, read_lines, save
+from simulations.settings import TITLES, Settings, Value, check_choice
+
+_ENGINES = ("serial", "flwr")
+
+Report = Callable[[Round], None]
+
+
+def compare(
+    preset: Annotated[str, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}.")] = "",
+    engine: Annotated[
+        str, typer.Option(help="'serial': clients one after another in this process; 'flwr': Flower's engine, on Ray.")
+    ] = "serial",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas: the table shows mean and spread.")] = "",
+    output: Annotated[Path, typer.Option(help="Folder for results.json, table.md and accuracy.png.")] = Path("results"),
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Flower's own log.")] = False,
+    **options: Value | None,
+) -> None:
+    """Compare strategies on one simulated federation: a table per round, JSON and a picture."""
+    check_choice("engine", engine, _ENGINES)
+    settings = _settings(preset, options)
+    chosen = _seeds(seeds) or (settings.seed,)
+    output.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.ERROR)
+    console = Console()
+    runs = [replace(settings, seed=seed) for seed in chosen]
+    with _progress(console, len(runs) * settings.rounds * len(settings.strategies)) as report:
+        rounds = _flower(runs, report) if engine == "flwr" else _serial(runs, report)
+    _show(console, Comparison(settings.to_run_config(), rounds), output)
+
+
+def _show(console: Console, comparison: Comparison, output: Path) -> None:
+    """Table, JSON, Markdown and picture, and where they are."""
+    from c2m3_fl.cli.pictures import draw
+    from c2m3_fl.cli.tables import markdown, rounds_table
+
+    results, table, picture = output / RESULTS, output / "table.md", output / "accuracy.png"
+    save(comparison, results)
+    table.write_text(markdown(comparison))
+    draw(comparison, picture)
+    console.print()
+    console.print(rounds_table(comparison))
+    for meaning, file in (("results", results), ("table", table), ("picture", picture)):
+        console.print(f"{meaning:>8}: {file.resolve()}", highlight=False, soft_wrap=True)
+
+
+def _serial(runs: list[Settings], report: Report) -> tuple[Round, ...]:
+    """All runs in this process."""
+    from c2m3_fl.flower.serial import SerialGrid
+    from simulations.client_app import app
+    from simulations.experiment import run_experiment
+
+    rounds: list[Round] = []
+    for settings in runs:
+        grid = SerialGrid(app, settings.clients, run_config=settings.to_run_config())
+        rounds += run_experiment(grid, settings, report)
+    return tuple(rounds)
+
+
+def _flower(runs: list[Settings], report: Report) -> tuple[Round, ...]:
+    """All runs on one SuperLink, one after the other; their progress is read from the file they write."""
+    from simulations.engine import flower_engine
+
+    rounds: list[Round] = []
+    with flower_engine() as engine:
+        for settings in runs:
+            folder = engine.home / f"seed-{settings.seed}"
+            seen = 0
+
+            def watch(file: Path = folder / PROGRESS) -> None:
+                nonlocal seen
+                fresh = read_lines(file)[seen:]
+                seen += len(fresh)
+                for scored in fresh:
+                    report(scored)
+
+            engine.run(settings, folder, watch)
+            rounds += load(folder / RESULTS).rounds
+    return tuple(rounds)
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Report]:
+    """A bar over all rounds, and a line for each one that is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=total)
+
+        def report(scored: Round) -> None:
+            progress.console.print(
+                f"seed {scored.seed}  {TITLES[scored.strategy]:<14} round {scored.round}"
+                f"  accuracy {scored.accuracy:.3f}  loss {scored.loss:.3f}  ({scored.seconds:.1f} s)",
+                highlight=False,
+            )
+            progress.update(task, advance=1, description=TITLES[scored.strategy])
+
+        yield report
+
+
+def _settings(preset: str, options: Mapping[str, Value | None]) -> Settings:
+    """The preset's settings with the options that were given in their place."""
+    if preset:
+        check_choice("preset", preset, tuple(PRESETS))
+    given = {name: value for name, value in options.items() if value is not None}
+    values: dict[str, Any] = {**(PRESETS[preset] if preset else {}), **given}
+    return Settings(**values)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+    except ValueError as error:
+        raise ConfigError(f"seeds is {text!r}, expected integers separated by commas, such as '0,1,2'") from error
+
+
+def _option(each: Field[Any], kind: type) -> inspect.Parameter:
+    """A field of `Settings` as an option that is None unless it is given."""
+    choices = f": {', '.join(each.metadata['choices'])}" if each.metadata["choices"] else ""
+    about = f"{each.metadata['meaning']}{choices} [default: {each.default}]"
+    option = typer.Option(help=about[0].upper() + about[1:], show_default=False)
+    annotation: Any = Annotated[Optional[kind], option]  # noqa: UP045  # the type is only known when this runs
+    return inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _with_settings(function: Callable[..., None]) -> None:
+    """Let typer see one option for every field of `Settings` where the function takes ``**options``."""
+    hints = get_type_hints(function, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != "options"
+    ]
+    types = get_type_hints(Settings)
+    parameters = [*own, *(_option(each, types[each.name]) for each in fields(Settings))]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {each.name: each.annotation for each in parameters}
+
+
+_with_settings(compare)
