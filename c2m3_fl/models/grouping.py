@@ -1,0 +1,152 @@
+"""From the facts of tracing to a permutation spec: groups, their names and places, and a reason for every pin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from c2m3_fl.core.spec import Axis, Group, PermutationSpec, Pin, Segment, TensorSpec
+from c2m3_fl.models.forest import Forest, settle
+from c2m3_fl.models.refinement import Facts, collect
+from c2m3_fl.models.structure import Atoms, AxisKey, Cause, Structure
+
+_ALONE = Cause("no other unit plays the same role")
+
+
+def build_spec(
+    structure: Structure, state: Mapping[str, Tensor], first_name: Mapping[str, str], buffers: frozenset[str]
+) -> PermutationSpec:
+    """Group interchangeable units.
+
+    Parameters
+    ----------
+    structure : Structure
+        What tracing found, about tensors under the first of their names.
+    state : mapping of str to Tensor
+        The state dict.
+    first_name : mapping of str to str
+        The first name of every tied tensor.
+    buffers : frozenset of str
+        Names of the buffers.
+    """
+    facts = collect(structure)
+    on_axis = np.zeros(facts.size, dtype=bool)
+    for atoms in structure.axes.values():
+        on_axis[facts.classes[atoms]] = True
+    return _Builder(structure, facts, settle(facts, on_axis)).spec(state, first_name, buffers)
+
+
+class _Builder:
+    def __init__(self, structure: Structure, facts: Facts, forest: Forest) -> None:
+        self.structure = structure
+        self.facts = facts
+        self.forest = forest
+        self.first = np.full(facts.size, structure.size)
+        for atoms in structure.axes.values():
+            np.minimum.at(self.first, facts.classes[atoms], atoms)
+        self.rank = self._ranks()
+        self.names = self._names()
+        self.causes = self._causes()
+
+    def spec(
+        self, state: Mapping[str, Tensor], first_name: Mapping[str, str], buffers: frozenset[str]
+    ) -> PermutationSpec:
+        """Assemble the spec; tied tensors get the same axes under each of their names."""
+        groups = {}
+        for bundle, name in self.names.items():
+            held = self.forest.parent.get(bundle)
+            groups[name] = Group(int(self.forest.sizes[bundle]), self.names[held[0]] if held else None)
+        tensors, pins = {}, []
+        for name, value in state.items():
+            source = first_name.get(name, name)
+            axes = tuple(self._axis(source, dim, value) for dim in range(value.ndim))
+            diagonal = self.structure.diagonal.get(source, 1) if value.ndim > 1 and axes[1] else 1
+            tensors[name] = TensorSpec(tuple(value.shape), axes, name in buffers, diagonal)
+            if source == name:
+                for dim in range(value.ndim):
+                    pins += self._pins(name, dim)
+        return PermutationSpec(groups, tensors, tuple(pins))
+
+    # ------------------------------------------------------------------------------------------------------- units
+
+    def _ranks(self) -> dict[int, Atoms]:
+        """Place of every unit in its group: by first coordinate in the state dict, block by block when nested."""
+        forest = self.forest
+        keys = {}
+        for bundle in map(int, np.unique(forest.bundle[forest.bundle >= 0])):
+            members = np.flatnonzero(forest.bundle == bundle)
+            keys[bundle] = np.full(forest.sizes[bundle], self.structure.size)
+            np.minimum.at(keys[bundle], forest.unit[members], self.first[members])
+        for lower, (upper, block) in forest.parent.items():
+            np.minimum.at(keys[upper], block, keys[lower])
+        ranks = {bundle: np.argsort(np.argsort(key, kind="stable")) for bundle, key in keys.items()}
+        for lower, (upper, block) in forest.parent.items():
+            order = np.lexsort((keys[lower], ranks[upper][block]))
+            ranks[lower] = np.argsort(order)
+        return ranks
+
+    def _names(self) -> dict[int, str]:
+        """Readable, unique names, in the order of first appearance in the state dict."""
+        keys = list(self.structure.axes)
+        produced = {key: place for place, key in enumerate(keys) if key in self.structure.outputs}
+        homes: dict[int, AxisKey] = {}
+        for key in [*produced, *keys]:
+            for bundle in map(int, np.unique(self.forest.bundle[self.facts.classes[self.structure.axes[key]]])):
+                if bundle >= 0:
+                    homes.setdefault(bundle, key)
+        for lower, (upper, _) in self.forest.parent.items():
+            homes.setdefault(upper, homes[lower])
+        holders = {upper for upper, _ in self.forest.parent.values()}
+        place = {key: index for index, key in enumerate(keys)}
+        names: dict[int, str] = {}
+        for bundle in sorted(self.rank, key=lambda bundle: (place[homes[bundle]], bundle not in holders, bundle)):
+            base = _stem(homes[bundle][0]) + (".blocks" if bundle in holders else "")
+            taken = sum(name.partition("#")[0] == base for name in names.values())
+            names[bundle] = base if not taken else f"{base}#{taken + 1}"
+        return names
+
+    # -------------------------------------------------------------------------------------------------------- axes
+
+    def _axis(self, tensor: str, dim: int, value: Tensor) -> Axis:
+        atoms = self.structure.axes.get((tensor, dim))
+        if atoms is None or (dim == 1 and value.shape[1] == 1):
+            return ()
+        classes = self.facts.classes[atoms]
+        bundles = self.forest.bundle[classes]
+        segments = []
+        for bundle in map(int, dict.fromkeys(bundles[bundles >= 0])):
+            places = np.flatnonzero(bundles == bundle)
+            members = classes[places]
+            cells = self.forest.cell[members]
+            begin = {cell: places[cells == cell].min() for cell in np.unique(cells)}
+            parts = np.array([begin[cell] for cell in cells])
+            order = np.lexsort((places, parts, self.rank[bundle][self.forest.unit[members]]))
+            segments.append(Segment(self.names[bundle], places[order].reshape(self.forest.sizes[bundle], -1)))
+        return tuple(segments)
+
+    # -------------------------------------------------------------------------------------------------------- pins
+
+    def _causes(self) -> dict[int, Cause]:
+        causes: dict[int, Cause] = {}
+        for atoms, cause in self.structure.pins:
+            for found in np.unique(self.facts.classes[atoms]):
+                causes.setdefault(int(found), cause)
+        for child, parent in zip(self.facts.children, self.facts.parents, strict=True):
+            if int(parent) in causes:
+                causes.setdefault(int(child), causes[int(parent)])
+        return causes
+
+    def _pins(self, tensor: str, dim: int) -> list[Pin]:
+        atoms = self.structure.axes.get((tensor, dim), np.empty(0, np.int64))
+        classes = self.facts.classes[atoms]
+        still = classes[self.forest.bundle[classes] < 0]
+        found = dict.fromkeys(self.causes.get(int(one), _ALONE) for one in np.unique(still))
+        return [Pin(tensor, dim, cause.reason, cause.operator, cause.module) for cause in found]
+
+
+def _stem(tensor: str) -> str:
+    """Name of a parameter's module, or the parameter's own where that says more."""
+    module, _, leaf = tensor.rpartition(".")
+    return module if module and leaf in ("weight", "bias") else tensor

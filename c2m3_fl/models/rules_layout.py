@@ -1,0 +1,305 @@
+"""Rules of operators that only move, join or pick entries, and of pooling over ordered dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from c2m3_fl.models.labels import Labels, expand, in_order, insert, permute, select, take
+from c2m3_fl.models.layout import concatenate, reshape, stack
+from c2m3_fl.models.rules import Argument, Call, Result, rule
+from c2m3_fl.models.rules_contraction import look_up
+from c2m3_fl.models.structure import Atoms
+
+
+@rule(
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.ravel", "aten.view_copy"
+)
+@rule("aten.squeeze", "aten.unsqueeze", "aten.view_as", "aten.reshape_as", "aten.atleast_1d", "aten.atleast_2d")
+def view(call: Call, x: Labels, *_: Argument) -> Labels:
+    """Same entries in row-major order; the output's shape says everything."""
+    return reshape(call.structure, x, call.shape)
+
+
+@rule("aten.squeeze")
+def squeeze(call: Call, x: Labels, *dims: Argument) -> Labels:
+    """Dimensions of size 1 disappear."""
+    return reshape(call.structure, x, call.shape)
+
+
+@rule("aten.permute")
+def reorder(call: Call, x: Labels, dims: Sequence[int]) -> Labels:
+    """Dimensions in another order."""
+    return permute(x, dims)
+
+
+@rule("aten.transpose", "aten.swapaxes", "aten.t", "aten.mT", "aten.numpy_T")
+def transpose(call: Call, x: Labels, first: int = -1, second: int = -2) -> Labels:
+    """Two dimensions exchanged."""
+    if x.ndim < 2:
+        return x
+    order = list(range(x.ndim))
+    order[first], order[second] = order[second], order[first]
+    return permute(x, order)
+
+
+@rule("aten.movedim", "aten.moveaxis")
+def movedim(call: Call, x: Labels, source: Argument, target: Argument) -> Labels:
+    """Some dimensions taken to other places."""
+    sources = [x.dim(dim) for dim in (source if isinstance(source, Sequence) else [source])]
+    targets = [x.dim(dim) for dim in (target if isinstance(target, Sequence) else [target])]
+    order = [dim for dim in range(x.ndim) if dim not in sources]
+    for place, dim in sorted(zip(targets, sources, strict=True)):
+        order.insert(place, dim)
+    return permute(x, order)
+
+
+@rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+def broadcast(call: Call, x: Labels, *_: Argument, **__: Argument) -> Labels:
+    """Repeated along dimensions of size 1."""
+    return expand(x, call.shape)
+
+
+@rule("aten.repeat", "aten.tile")
+def repeat(call: Call, x: Labels, repeats: Sequence[int]) -> Labels:
+    """The whole tensor again and again along dimensions."""
+    x = insert(x, range(len(call.shape) - x.ndim))
+    for dim, size in enumerate(call.shape):
+        if size != x.shape[dim]:
+            times = size // x.shape[dim]
+            x = insert(x, [dim])
+            x = expand(x, (*x.shape[:dim], times, *x.shape[dim + 1 :]))
+            x = reshape(call.structure, x, (*x.shape[:dim], size, *x.shape[dim + 2 :]))
+    return x
+
+
+@rule("aten.repeat_interleave")
+def repeat_interleave(call: Call, x: Labels, repeats: Argument, dim: int | None = None, **_: Argument) -> Labels:
+    """Every entry several times in a row."""
+    if not isinstance(repeats, int):
+        in_order(call.structure, x, range(x.ndim), "repeated a varying number of times")
+        return Labels.ordered(call.shape)
+    if dim is None:
+        x, dim = reshape(call.structure, x, (int(np.prod(x.shape)),)), 0
+    dim = x.dim(dim)
+    return take(call.structure, x, dim, np.repeat(np.arange(x.shape[dim]), repeats))
+
+
+# ---------------------------------------------------------------------------------------------------- parts of it
+
+
+@rule("aten.select")
+def pick(call: Call, x: Labels, dim: int, index: int) -> Labels:
+    """One entry along a dimension."""
+    return select(call.structure, x, dim, index)
+
+
+@rule("aten.slice")
+def cut(call: Call, x: Labels, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Labels:
+    """Entries at regular places along a dimension."""
+    dim = x.dim(dim)
+    return take(call.structure, x, dim, np.arange(x.shape[dim])[slice(start, end, step)])
+
+
+@rule("aten.narrow")
+def narrow(call: Call, x: Labels, dim: int, start: int, length: int) -> Labels:
+    """A run of entries along a dimension."""
+    dim = x.dim(dim)
+    start = start % x.shape[dim]
+    return take(call.structure, x, dim, np.arange(start, start + length))
+
+
+@rule(
+    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_split", "aten.unsafe_chunk"
+)
+def split(call: Call, x: Labels, sizes: Argument, dim: int = 0) -> tuple[Labels, ...]:
+    """Runs of entries along a dimension; the outputs' shapes say how long."""
+    dim, start, parts = x.dim(dim), 0, []
+    for shape in call.outputs:
+        parts.append(take(call.structure, x, dim, np.arange(start, start + shape[dim])))
+        start += shape[dim]
+    return tuple(parts)
+
+
+@rule("aten.unbind")
+def unbind(call: Call, x: Labels, dim: int = 0) -> tuple[Labels, ...]:
+    """All entries along a dimension."""
+    return tuple(select(call.structure, x, dim, index) for index in range(x.shape[dim]))
+
+
+@rule("aten.flip")
+def flip(call: Call, x: Labels, dims: Sequence[int]) -> Labels:
+    """Entries backwards."""
+    for dim in dims:
+        x = take(call.structure, x, dim, np.arange(x.shape[x.dim(dim)])[::-1])
+    return x
+
+
+@rule("aten.roll")
+def roll(call: Call, x: Labels, shifts: Argument, dims: Argument = ()) -> Labels:
+    """Entries moved along dimensions, those that fall out coming back in."""
+    shifts, dims = ([value] if isinstance(value, int) else list(value) for value in (shifts, dims))
+    if not dims:
+        flat = reshape(call.structure, x, (int(np.prod(x.shape)),))
+        return reshape(call.structure, roll(call, flat, shifts, [0]), x.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        x = take(call.structure, x, dim, np.roll(np.arange(x.shape[x.dim(dim)]), shift))
+    return x
+
+
+@rule("aten.index_select")
+def index_select(call: Call, x: Labels, dim: int, index: Labels) -> Labels:
+    """Entries at the places of an index."""
+    if 2 in call.values:
+        return take(call.structure, x, dim, call.values[2].ravel())
+    dim = x.dim(dim)
+    return look_up(in_order(call.structure, x, [dim], "looked up by its place"), dim, index)
+
+
+@rule("aten.index")
+def index(call: Call, x: Labels, indices: Sequence[Labels | None]) -> Labels:
+    """Entries at the places of one index; several, or masks, read every indexed dimension in order."""
+    used = [dim for dim, value in enumerate(indices) if value is not None]
+    given = [value for value in indices if value is not None]
+    if len(used) == 1 and 1 in call.values and x.shape[used[0]] > 0 and call.values[1].dtype != np.bool_:
+        known: Atoms = call.values[1]
+        taken = take(call.structure, x, used[0], known.ravel() % x.shape[used[0]])
+        return reshape(call.structure, taken, call.shape)
+    x = in_order(call.structure, x, used, "looked up by its place")
+    if len(used) == 1 and len(call.shape) == x.ndim - 1 + given[0].ndim:
+        return look_up(x, used[0], given[0])
+    in_order(call.structure, x, range(x.ndim), "looked up by several indices")
+    return Labels.ordered(call.shape)
+
+
+# ------------------------------------------------------------------------------------------------------ joining it
+
+
+@rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(call: Call, pieces: Sequence[Labels], dim: int = 0) -> Labels:
+    """Joined along a dimension."""
+    return concatenate(call.structure, [x for x in pieces if x.shape != (0,)], dim)
+
+
+@rule("aten.stack")
+def pile(call: Call, pieces: Sequence[Labels], dim: int = 0) -> Labels:
+    """Joined along a new dimension."""
+    return stack(call.structure, pieces, dim)
+
+
+@rule("aten.slice_scatter")
+def slice_scatter(
+    call: Call, x: Labels, source: Labels, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Labels:
+    """Entries at regular places along a dimension replaced by others."""
+    dim = x.dim(dim)
+    places = np.arange(x.shape[dim])[slice(start, end, step)]
+    joined = concatenate(call.structure, [x, source], dim)
+    order = np.arange(x.shape[dim])
+    order[places] = x.shape[dim] + np.arange(len(places))
+    return take(call.structure, joined, dim, order)
+
+
+@rule("aten.select_scatter")
+def select_scatter(call: Call, x: Labels, source: Labels, dim: int, index: int) -> Labels:
+    """One entry along a dimension replaced."""
+    dim = x.dim(dim)
+    index = index % x.shape[dim]
+    return slice_scatter(call, x, insert(source, [dim]), dim, index, index + 1)
+
+
+@rule("aten.constant_pad_nd", "aten.pad", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad2d")
+@rule("aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad3d")
+def pad(call: Call, x: Labels, widths: Sequence[int], mode: Argument = "constant", *_: Argument) -> Labels:
+    """A margin: constant next to units, ordered content elsewhere."""
+    structure = call.structure
+    labelled = {dim for factor in x.factors for dim, size in enumerate(factor.shape) if size > 1}
+    for place in range(len(widths) // 2):
+        dim, (before, after) = x.ndim - 1 - place, widths[2 * place : 2 * place + 2]
+        if (before, after) == (0, 0):
+            continue
+        size = x.shape[dim] + before + after
+        wide = (*x.shape[:dim], size, *x.shape[dim + 1 :])
+        if dim in labelled and min(before, after) >= 0 and (not isinstance(mode, str) or mode == "constant"):
+            margin = Labels((*x.shape[:dim], before + after, *x.shape[dim + 1 :]))
+            joined = concatenate(structure, [margin, x], dim)
+            order = np.arange(size)
+            order = np.concatenate([order[:before], order[before + after :], order[before : before + after]])
+            x = take(structure, joined, dim, order)
+        elif dim in labelled and max(before, after) <= 0:
+            x = take(structure, x, dim, np.arange(x.shape[dim])[-before : x.shape[dim] + after])
+        else:
+            x = in_order(structure, x, [dim])
+            x = Labels(wide, x.factors, x.fixed | {dim})
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+def _resample(call: Call, x: Labels, spatial: int) -> Labels:
+    """Anything that works on every channel alike and reads the last dimensions in order."""
+    x = in_order(call.structure, x, range(x.ndim - spatial, x.ndim), "position in an image")
+    dims = {dim for dim in range(x.ndim - spatial, x.ndim) if call.shape[dim] > 1}
+    return Labels(call.shape, x.factors, frozenset(dim for dim in x.fixed if dim < x.ndim - spatial) | dims)
+
+
+def _register() -> None:
+    pooling = "max_pool{d}d avg_pool{d}d adaptive_avg_pool{d}d adaptive_max_pool{d}d _adaptive_avg_pool{d}d"
+    upsampling = "upsample_nearest{d}d _upsample_nearest_exact{d}d"
+    names = {f"aten.{name}": d for d in (1, 2, 3) for name in f"{pooling} {upsampling}".format(d=d).split()}
+    names |= {f"aten.max_pool{d}d_with_indices": d for d in (2, 3)}
+    names |= {f"aten.upsample_{kind}2d": 2 for kind in ("bilinear", "bicubic", "_bilinear2d_aa")}
+    names |= {"aten._upsample_bilinear2d_aa": 2, "aten._upsample_bicubic2d_aa": 2, "aten.upsample_linear1d": 1}
+    names |= {"aten.upsample_trilinear3d": 3, "aten.grid_sampler": 2, "aten.grid_sampler_2d": 2}
+    for name, spatial in names.items():
+
+        @rule(name)
+        def pool(call: Call, x: Labels, *_: Argument, spatial: int = spatial, **__: Argument) -> Result:
+            found = _resample(call, x, spatial)
+            return found if len(call.outputs) == 1 else tuple(found for _ in call.outputs)
+
+
+_register()
+
+
+@rule("aten.pixel_shuffle")
+def pixel_shuffle(call: Call, x: Labels, factor: int) -> Labels:
+    """Channels (C, r, r) to pixels."""
+    *batch, channels, height, width = x.shape
+    lead = len(batch)
+    wide = reshape(call.structure, x, (*batch, channels // factor**2, factor, factor, height, width))
+    order = [*range(lead + 1), lead + 3, lead + 1, lead + 4, lead + 2]
+    return reshape(call.structure, permute(wide, order), call.shape)
+
+
+@rule("aten.pixel_unshuffle")
+def pixel_unshuffle(call: Call, x: Labels, factor: int) -> Labels:
+    """Pixels to channels (C, r, r)."""
+    *batch, channels, height, width = x.shape
+    lead = len(batch)
+    wide = reshape(call.structure, x, (*batch, channels, height // factor, factor, width // factor, factor))
+    order = [*range(lead + 1), lead + 2, lead + 4, lead + 1, lead + 3]
+    return reshape(call.structure, permute(wide, order), call.shape)
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(call: Call, x: Labels, groups: int) -> Labels:
+    """Channels (g, c) to (c, g)."""
+    wide = reshape(call.structure, x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
+    order = [0, 2, 1, *range(3, wide.ndim)]
+    return reshape(call.structure, permute(wide, order), x.shape)
+
+
+@rule("aten.im2col")
+def unfold(call: Call, x: Labels, kernel: Sequence[int], *_: Argument) -> Labels:
+    """Patches as columns: (N, C, H, W) to (N, C·k·k, L)."""
+    channel = in_order(call.structure, x, range(x.ndim - 2, x.ndim), "position in an image")
+    lead = channel.ndim - 2
+    factors = tuple(factor.reshape(*factor.shape[:lead], 1, 1) for factor in channel.factors)
+    area = kernel[0] * kernel[1]
+    patches = Labels(
+        (*x.shape[:lead], area, call.shape[-1]), factors, frozenset({lead, lead + 1}) | (x.fixed & set(range(lead)))
+    )
+    return reshape(call.structure, patches, call.shape)
