@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import copy
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from c2m3_fl.core import permutation
+from c2m3_fl.core.averaging import weighted_mean
+from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.errors import C2M3Error, CalibrationError, ConfigError, ParamsError, WeightsError
+from c2m3_fl.merging.merge import merge
+from c2m3_fl.merging.methods import METHODS
+from c2m3_fl.models.symmetry import permutation_spec
+from tests.merging.networks import CALIBRATION, NETWORKS, nodes, outputs
+
+SEED = torch.Generator().manual_seed
+SPECS: dict[str, PermutationSpec] = {}
+
+
+def spec_of(network: str) -> PermutationSpec:
+    if network not in SPECS:
+        SPECS[network] = permutation_spec(NETWORKS[network]().eval(), CALIBRATION[0])
+    return SPECS[network]
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_merging_identical_nodes_changes_nothing(network: str, method: str) -> None:
+    model, (node,) = nodes(network, 1)
+    merged = merge(model, [node] * 3, spec=spec_of(network), method=method, weights=[1, 2, 5])
+    assert equal(merged.state_dict, node)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_permuted_copies_merge_to_the_original_function(network: str) -> None:
+    model, (node,) = nodes(network, 1)
+    spec = spec_of(network)
+    copies = [node, *(permutation.apply(spec, permutation.random(spec, SEED(seed)), node) for seed in (1, 2))]
+    merged = merge(model, copies, spec=spec, basis=0)
+    assert merged.report.share_moved is not None
+    assert merged.report.share_moved[0] == 0 < min(merged.report.share_moved[1:])
+    wanted = outputs(model, node, CALIBRATION[0])
+    torch.testing.assert_close(outputs(model, merged.state_dict, CALIBRATION[0]), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("network", ["mlp", "batch norm"])
+def test_the_order_of_the_nodes_does_not_matter_to_a_bit(network: str, method: str) -> None:
+    model, params = nodes(network, 3)
+    weights = [1.0, 3.0, 3.0]
+
+    def merged(order: tuple[int, ...]) -> dict[str, Tensor]:
+        chosen, share = [params[index] for index in order], [weights[index] for index in order]
+        options: dict[str, Any] = {"spec": spec_of(network), "method": method, "calibration": CALIBRATION}
+        return merge(model, chosen, weights=share, **options).state_dict
+
+    first = merged((0, 1, 2))
+    assert all(equal(first, merged(order)) for order in permutations(range(3)))
+
+
+@pytest.mark.parametrize("basis", [0, 1, 2])
+def test_the_basis_changes_the_order_of_units_and_not_the_function(basis: int) -> None:
+    model, params = nodes("cnn", 3)
+    default = merge(model, params, spec=spec_of("cnn"))
+    chosen = merge(model, params, spec=spec_of("cnn"), basis=basis)
+    assert chosen.report.basis == basis
+    inputs = CALIBRATION[0]
+    wanted = outputs(model, default.state_dict, inputs)
+    torch.testing.assert_close(outputs(model, chosen.state_dict, inputs), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_merge_is_the_weighted_mean_of_the_aligned_nodes() -> None:
+    model, params = nodes("mlp", 3)
+    merged = merge(model, params, weights=[1, 2, 3], spec=spec_of("mlp"), basis=1)
+    assert merged.match is not None
+    aligned = [permutation.apply(spec_of("mlp"), merged.match.between(1, i), node) for i, node in enumerate(params)]
+    wanted = weighted_mean(aligned, [1, 2, 3])
+    for name in wanted:
+        torch.testing.assert_close(merged.state_dict[name], wanted[name])
+
+
+def test_the_default_basis_is_the_heaviest_node() -> None:
+    model, params = nodes("mlp", 3)
+    assert merge(model, params, weights=[1, 5, 2], spec=spec_of("mlp")).report.basis == 1
+
+
+def test_integer_buffers_keep_their_type_and_take_the_largest_value() -> None:
+    model, params = nodes("batch norm", 3)
+    counters = [node["norm.num_batches_tracked"] for node in params]
+    found = merge(model, params, spec=spec_of("batch norm")).state_dict["norm.num_batches_tracked"]
+    assert found.dtype == torch.int64
+    assert found == max(counters)
+
+
+def test_nothing_that_was_given_is_changed() -> None:
+    model, params = nodes("batch norm", 2)
+    before, kept = copy.deepcopy(model.state_dict()), copy.deepcopy(params)
+    model.train()
+    merge(model, params, calibration=CALIBRATION, spec=spec_of("batch norm"))
+    assert model.training
+    assert equal(dict(model.state_dict()), dict(before))
+    assert all(equal(a, b) for a, b in zip(params, kept, strict=True))
+
+
+def test_the_merge_loads_into_the_model_and_the_spec_is_derived_from_calibration() -> None:
+    model, params = nodes("mlp", 2)
+    merged = merge(model, params, calibration=[(CALIBRATION[0], torch.zeros(32, dtype=torch.int64))])
+    model.load_state_dict(merged.state_dict)
+    report = merged.report
+    assert report.objectives is not None
+    assert report.objectives[1] >= report.objectives[0]
+    assert report.recalibration is not None
+    assert report.recalibration.method == "repair"
+    assert report.recalibration.inputs == 32
+
+
+def test_batch_norm_without_calibration_is_noted() -> None:
+    model, params = nodes("batch norm", 2)
+    (note,) = merge(model, params, spec=spec_of("batch norm")).report.notes
+    assert "BatchNorm statistics" in note
+    assert not merge(*nodes("mlp", 2), spec=spec_of("mlp")).report.notes
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weights": [1.0]}, WeightsError, "got 1, expected one for each of the 2 nodes"),
+        ({"weights": [1.0, -1.0]}, WeightsError, r"weights\[1\] is -1.0"),
+        ({"weights": [0.0, 0.0]}, WeightsError, "all zero"),
+        ({"weights": [1.0, float("nan")]}, WeightsError, r"weights\[1\] is nan"),
+        ({"basis": 2}, ConfigError, "basis is 2, expected the index of one of the 2 nodes"),
+        ({"recalibrate": "magic"}, ConfigError, "recalibrate is 'magic', expected one of 'none'"),
+        ({"method": "magic"}, ConfigError, "method is 'magic', expected one of 'mean'"),
+        ({"start": "magic"}, ConfigError, "magic"),
+        ({"calibration": []}, CalibrationError, "empty"),
+        ({"calibration": [CALIBRATION[0].byte()]}, CalibrationError, "torch.uint8"),
+        ({"spec": None}, CalibrationError, "neither example_inputs nor calibration"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict[str, Any], error: type[C2M3Error], message: str) -> None:
+    model, params = nodes("mlp", 2)
+    with pytest.raises(error, match=message):
+        merge(model, params, **{"spec": spec_of("mlp"), **options})
+
+
+def _without(params: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {other: value for other, value in params.items() if other != name}
+
+
+def test_nodes_that_do_not_fit_are_refused_by_name() -> None:
+    model, (one, two) = nodes("mlp", 2)
+    for bad, message in [
+        ([], "state_dicts: got none"),
+        ([one, _without(two, "3.bias")], r"node 1: keys differ .* missing \['3.bias'\]"),
+        ([{**one, "extra": one["3.bias"]}, two], r"node 0: keys differ .* unexpected \['extra'\]"),
+        ([one, {**two, "3.bias": torch.zeros(1)}], r"node 1: '3.bias' has shape \(1,\), expected \(12,\)"),
+        ([one, {**two, "3.bias": torch.full((12,), torch.inf)}], "node 1: '3.bias' holds NaN or infinite"),
+        ([one, {**two, "3.bias": torch.zeros(12, dtype=torch.int64)}], "node 1: '3.bias' is of type torch.int64"),
+    ]:
+        with pytest.raises(ParamsError, match=message):
+            merge(model, bad, spec=spec_of("mlp"))
