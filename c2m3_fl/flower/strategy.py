@@ -112,7 +112,7 @@ class C2M3(Strategy):
         if arrays is None:
             return self._keep("the wrapped strategy returned no arrays", counts, metrics)
         try:
-            merged = self.rounds.restore(to_params(arrays), aligned)
+            merged: Params = self.rounds.restore(to_params(arrays), aligned)
         except ParamsError as error:
             for each, state in before:
                 vars(each).update(state)  # a momentum that holds NaN would never recover

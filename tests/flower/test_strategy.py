@@ -1,0 +1,301 @@
+"""C2M3 around Flower's strategies: no harm, the gain, and the form of what comes out."""
+
+from __future__ import annotations
+
+import random
+from copy import deepcopy
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import (
+    Bulyan,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    Krum,
+    MultiKrum,
+    QFedAvg,
+)
+
+from c2m3_fl.core import permutation
+from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
+from c2m3_fl.flower.records import from_params, schema_of, to_params
+from c2m3_fl.flower.replies import sort_messages
+from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.strategy import C2M3
+from tests.flower.federation import (
+    EXAMPLE,
+    accuracy,
+    calibration,
+    clients,
+    digits_app,
+    mlp,
+    normed,
+    reply,
+    same,
+    send,
+    shuffled,
+)
+
+STOCK = {
+    "FedAvg": lambda: FedAvg(fraction_evaluate=0.0),
+    "FedProx": lambda: FedProx(fraction_evaluate=0.0, proximal_mu=0.1),
+    "FedAvgM": lambda: FedAvgM(fraction_evaluate=0.0, server_momentum=0.5, server_learning_rate=0.9),
+    "FedAdam": lambda: FedAdam(fraction_evaluate=0.0),
+    "FedAdagrad": lambda: FedAdagrad(fraction_evaluate=0.0),
+    "FedYogi": lambda: FedYogi(fraction_evaluate=0.0, eta=0.1),
+    "FedMedian": lambda: FedMedian(fraction_evaluate=0.0),
+    "FedTrimmedAvg": lambda: FedTrimmedAvg(fraction_evaluate=0.0, beta=0.2),
+    "Krum": lambda: Krum(fraction_evaluate=0.0, num_malicious_nodes=1),
+    "MultiKrum": lambda: MultiKrum(fraction_evaluate=0.0, num_malicious_nodes=1, num_nodes_to_select=4),
+    "Bulyan": lambda: Bulyan(fraction_evaluate=0.0, num_malicious_nodes=1),
+    "QFedAvg": lambda: QFedAvg(client_learning_rate=0.1, q=0.01, fraction_evaluate=0.0),
+}
+each_strategy = pytest.mark.parametrize("make", STOCK.values(), ids=STOCK.keys())
+NODES = 7  # the fewest that Bulyan takes with one malicious node
+
+
+def floats(record: ArrayRecord) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in record.to_torch_state_dict().items() if value.is_floating_point()}
+
+
+def rounds_side_by_side(make, app, model, count):
+    """Feed C2M3 and the bare strategy the same models and the same replies, in C2M3's order."""
+    ours, stock = C2M3(make(), model=model, example_inputs=EXAMPLE), make()
+    arrays = from_params(model.state_dict())
+    grid = SerialGrid(app, NODES)
+    for current in range(1, count + 1):
+        messages = list(ours.configure_train(current, arrays, ConfigRecord(), grid))
+        stock.configure_train(current, arrays.copy(), ConfigRecord(), grid)
+        replies = list(grid.send_and_receive(messages))
+        ordered = sort_messages(deepcopy(replies), schema_of(arrays), weighted_by="num-examples").replies
+        expected, _ = stock.aggregate_train(current, [each.source for each in ordered])
+        arrays, metrics = ours.aggregate_train(current, replies)
+        yield arrays, expected, metrics
+        if isinstance(stock, FedAvgM):
+            stock.current_arrays = arrays.copy()  # what a bare server would hold, rounded to the model's dtype
+
+
+@each_strategy
+def test_with_nothing_to_move_every_strategy_gives_its_own_result_bit_for_bit(make):
+    for arrays, expected, metrics in rounds_side_by_side(make, digits_app(rate=0.02), mlp(), 2):
+        assert metrics["c2m3-share-moved"] == 0
+        stock = floats(expected)
+        for name, value in floats(arrays).items():
+            assert torch.equal(value, stock[name].to(value.dtype)), name
+
+
+def test_no_harm_holds_with_batch_norm_and_its_counters():
+    app = digits_app(normed, rate=0.02)
+    for arrays, expected, metrics in rounds_side_by_side(STOCK["FedAvg"], app, normed(), 2):
+        assert metrics["c2m3-share-moved"] == 0
+        stock = expected.to_torch_state_dict()
+        for name, value in floats(arrays).items():
+            assert torch.equal(value, stock[name]), name
+
+
+@each_strategy
+@pytest.mark.parametrize("independent", [False, True], ids=["shared", "independent"])
+def test_every_strategy_learns_for_several_rounds(make, independent):
+    app = digits_app(independent=independent)
+    strategy = C2M3(make(), model=mlp(), example_inputs=EXAMPLE)
+    result = strategy.start(SerialGrid(app, NODES), from_params(mlp().state_dict()), num_rounds=6)
+    assert [metrics["c2m3-kept-previous"] for metrics in result.train_metrics_clientapp.values()] == [0] * 6
+    assert accuracy(mlp, result.arrays) > 0.5  # ten classes
+
+
+def test_batch_norm_counters_do_not_stop_q_fed_avg():
+    strategy = C2M3(STOCK["QFedAvg"](), model=normed(), example_inputs=EXAMPLE)
+    result = strategy.start(SerialGrid(digits_app(normed), 3), from_params(normed().state_dict()), num_rounds=2)
+    assert schema_of(result.arrays) == schema_of(from_params(normed().state_dict()))
+
+
+def one_round(strategy, *, independent=True, nodes=5, epochs=15):
+    grid = SerialGrid(digits_app(independent=independent, epochs=epochs), nodes)
+    result = strategy.start(grid, from_params(mlp().state_dict()), num_rounds=1)
+    return accuracy(mlp, result.arrays), result.train_metrics_clientapp[1]
+
+
+def test_from_independent_starts_the_average_is_a_model_instead_of_noise():
+    plain, _ = one_round(FedAvg(fraction_evaluate=0.0))
+    ours, metrics = one_round(C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE))
+    assert plain < 0.5
+    assert ours > 0.85
+    assert metrics["c2m3-objective-after"] > metrics["c2m3-objective-before"]
+    assert metrics["c2m3-share-moved"] > 0.5
+
+
+def test_calibration_data_are_used_and_counted():
+    strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), calibration=calibration())
+    repaired, metrics = one_round(strategy)
+    assert repaired > 0.85
+    assert metrics["c2m3-repaired"] == 1
+    assert metrics["c2m3-repair-seconds"] > 0
+
+
+@pytest.mark.parametrize("chosen", ["repair", "none"])
+def test_without_repair_calibration_data_change_nothing(chosen):
+    strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), calibration=calibration(), recalibrate=chosen)
+    _, metrics = one_round(strategy, epochs=1)
+    assert ("c2m3-repaired" in metrics) == (chosen == "repair")
+
+
+def test_the_global_model_does_not_depend_on_the_order_of_the_replies():
+    found = []
+    for seed in range(3):
+        strategy = C2M3(model=mlp(), calibration=calibration())
+        send(strategy, mlp().state_dict())
+        replies = [reply(node, params, examples=10 + node) for node, params in enumerate(clients(5))]
+        random.Random(seed).shuffle(replies)
+        found.append(strategy.aggregate_train(1, replies)[0])
+    assert all(same(found[0], other) for other in found[1:])
+
+
+def test_shuffled_copies_of_the_sent_model_come_home():
+    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
+    (model,) = clients(1)
+    send(strategy, model)
+    replies = [reply(node, shuffled(strategy.rounds.spec, model, seed=node)) for node in range(4)]
+    arrays, _ = strategy.aggregate_train(1, replies)
+    for name, value in to_params(arrays).items():
+        torch.testing.assert_close(value, model[name])
+
+
+def test_rounds_end_in_the_basis_of_the_model_that_was_sent():
+    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
+    spec = strategy.rounds.spec
+    sent, *others = clients(5)
+    send(strategy, sent)
+    moved = [shuffled(spec, params, seed) for seed, params in enumerate(others)]
+    replies = [reply(node, params) for node, params in enumerate([shuffled(spec, sent, 9), *moved])]
+    first, _ = strategy.aggregate_train(1, replies)
+    again, metrics = strategy.aggregate_train(2, [reply(0, sent), reply(1, to_params(first))])
+    assert metrics["c2m3-share-moved"] == 0, "the merge and the model that was sent are in one basis"
+    assert again is not None
+
+
+def test_counters_take_the_largest_reply_and_keep_their_dtype_and_place():
+    strategy = C2M3(model=normed(), example_inputs=EXAMPLE)
+    sent = normed().state_dict()
+    send(strategy, sent)
+    replies = [reply(node, {**sent, "1.num_batches_tracked": torch.tensor(count)}) for node, count in enumerate([3, 8])]
+    arrays, _ = strategy.aggregate_train(1, replies)
+    back = to_params(arrays)
+    assert list(back) == list(sent)
+    assert schema_of(arrays) == schema_of(from_params(sent))
+    assert back["1.num_batches_tracked"] == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_element_types_are_kept(dtype):
+    model = mlp().to(dtype)
+    strategy = C2M3(FedAdam(), model=model, example_inputs=EXAMPLE.to(dtype))
+    send(strategy, model.state_dict())
+    arrays, _ = strategy.aggregate_train(1, [reply(node, mlp(node).to(dtype).state_dict()) for node in range(2)])
+    assert {array.dtype for array in arrays.values()} == {str(dtype).removeprefix("torch.")}
+
+
+def test_key_order_is_that_of_the_model_whatever_order_a_client_sends():
+    strategy = C2M3(FedAvgM(server_momentum=0.5), model=mlp(), example_inputs=EXAMPLE)
+    sent = mlp().state_dict()
+    send(strategy, sent)
+    params = clients(2)
+    straight, _ = strategy.aggregate_train(1, [reply(node, each) for node, each in enumerate(params)])
+    other = C2M3(FedAvgM(server_momentum=0.5), model=mlp(), example_inputs=EXAMPLE)
+    send(other, sent)
+    backwards = [dict(reversed(each.items())) for each in params]
+    turned, _ = other.aggregate_train(1, [reply(node, each) for node, each in enumerate(backwards)])
+    assert same(straight, turned)
+
+
+def test_the_replies_themselves_are_left_alone():
+    strategy = C2M3(FedMedian(), model=mlp(), example_inputs=EXAMPLE)  # which empties the records that it is given
+    send(strategy, mlp().state_dict())
+    replies = [reply(node, params) for node, params in enumerate(clients(3))]
+    before = deepcopy([each.content for each in replies])
+    strategy.aggregate_train(1, replies)
+    for message, content in zip(replies, before, strict=True):
+        assert same(message.content["arrays"], content["arrays"])
+        assert message.content["metrics"] == content["metrics"]
+
+
+def test_weights_are_those_of_the_wrapped_strategys_key():
+    strategy = C2M3(FedAvg(weighted_by_key="minutes"), model=mlp(), example_inputs=EXAMPLE)
+    send(strategy, mlp().state_dict())
+    light, heavy = clients(2, independent=False)
+    messages = [
+        reply(0, light, examples=None, metrics={"minutes": 1.0}),
+        reply(1, heavy, examples=None, metrics={"minutes": 3.0}),
+    ]
+    arrays, _ = strategy.aggregate_train(1, messages)
+    for name, value in to_params(arrays).items():
+        torch.testing.assert_close(value, 0.25 * light[name] + 0.75 * heavy[name])
+
+
+def test_metrics_of_the_wrapped_strategy_are_kept():
+    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
+    send(strategy, mlp().state_dict())
+    messages = [reply(node, params, metrics={"loss": 1.0 + node}) for node, params in enumerate(clients(2))]
+    _, metrics = strategy.aggregate_train(1, messages)
+    assert metrics["loss"] == 1.5
+
+
+def test_diagnostics_name_every_tensor_of_every_client():
+    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, diagnostics=True)
+    send(strategy, mlp().state_dict())
+    _, metrics = strategy.aggregate_train(1, [reply(node, params) for node, params in enumerate(clients(3))])
+    assert {len(metrics[f"c2m3-agreement/{name}"]) for name in mlp().state_dict()} == {3}
+    assert sorted(metrics["c2m3-nodes"]) == [0, 1, 2]
+    for key in ("c2m3-node-moved", "c2m3-node-agreement", "c2m3-node-outlier"):
+        assert len(metrics[key]) == 3
+
+
+def test_metrics_can_be_sent_like_any_record():
+    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, diagnostics=True)
+    send(strategy, mlp().state_dict())
+    _, metrics = strategy.aggregate_train(1, [reply(node, params) for node, params in enumerate(clients(3))])
+    assert MetricRecord.inflate(metrics.deflate()) == metrics
+
+
+BAD_OPTIONS = {
+    "unknown": ({"colour": "red"}, ConfigError, "unknown options"),
+    "alignment": ({"alignment": "none"}, ConfigError, "alignment is 'none'"),
+    "basis": ({"basis": "mine"}, ConfigError, "basis is 'mine'"),
+    "min_replies": ({"min_replies": 0}, ConfigError, "min_replies is 0"),
+    "outliers": ({"outliers": "keep"}, ConfigError, "outliers is 'keep'"),
+    "memory": ({"memory": -1}, ConfigError, "memory is -1"),
+    "recalibrate": ({"recalibrate": "mend"}, ConfigError, "recalibrate is 'mend'"),
+    "no inputs": ({"example_inputs": None}, CalibrationError, "neither example_inputs nor calibration"),
+    "empty calibration": ({"example_inputs": None, "calibration": []}, CalibrationError, "empty"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_bad_options_are_refused_before_any_round(options, error, message):
+    with pytest.raises(error, match=message):
+        C2M3(model=mlp(), **{"example_inputs": EXAMPLE, **options})
+
+
+def test_sending_out_a_model_that_does_not_fit_is_refused():
+    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
+    with pytest.raises(ParamsError, match="the arrays to send out"):
+        send(strategy, mlp(width=8).state_dict())
+
+
+def test_a_model_in_bfloat16_is_refused_with_advice():
+    with pytest.raises(ParamsError, match=r"bfloat16.*\.float\(\)"):
+        C2M3(model=mlp().bfloat16(), example_inputs=EXAMPLE.bfloat16())
+
+
+def test_identity_is_what_shared_starts_give():
+    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
+    send(strategy, mlp().state_dict())
+    strategy.aggregate_train(1, [reply(n, params) for n, params in enumerate(clients(3, independent=False, epochs=1))])
+    assert all(strategy.rounds.aligner.memory.recall(node) is None for node in range(3))
+    assert permutation.is_identity(permutation.identity(strategy.rounds.spec))
