@@ -8,7 +8,15 @@ from simulations.settings import Value
 
 PRESETS: Mapping[str, Mapping[str, Value]] = {
     # scikit-learn's digits, small enough for a minute on two cores
-    "demo": {"data": "digits", "clients": 5, "partition": "dirichlet", "alpha": 0.5, "rounds": 3, "local_epochs": 10},
+    "demo": {
+        "data": "digits",
+        "hidden_widths": "256,256,256",
+        "clients": 5,
+        "partition": "dirichlet",
+        "alpha": 0.3,
+        "rounds": 5,
+        "local_epochs": 5,
+    },
     # one-shot federation of independently initialised MLPs
     "mnist": {
         "data": "mnist",

@@ -31,7 +31,7 @@ def compare(
     ] = "serial",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas: the table shows mean and spread.")] = "",
     output: Annotated[Path, typer.Option(help="Folder for results.json, table.md and accuracy.png.")] = Path("results"),
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show Flower's own log.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With the serial engine, show Flower's own log.")] = False,
     **options: Value | None,
 ) -> None:
     """Compare strategies on one simulated federation: a table per round, JSON and a picture."""
@@ -39,11 +39,10 @@ def compare(
     settings = _settings(preset, options)
     chosen = _seeds(seeds) or (settings.seed,)
     output.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.ERROR)
     console = Console()
     runs = [replace(settings, seed=seed) for seed in chosen]
     with _progress(console, len(runs) * settings.rounds * len(settings.strategies)) as report:
-        rounds = _flower(runs, report) if engine == "flwr" else _serial(runs, report)
+        rounds = _flower(runs, report) if engine == "flwr" else _serial(runs, report, verbose)
     _show(console, Comparison(settings.to_run_config(), rounds), output)
 
 
@@ -62,12 +61,14 @@ def _show(console: Console, comparison: Comparison, output: Path) -> None:
         console.print(f"{meaning:>8}: {file.resolve()}", highlight=False, soft_wrap=True)
 
 
-def _serial(runs: list[Settings], report: Report) -> tuple[Round, ...]:
+def _serial(runs: list[Settings], report: Report, verbose: bool) -> tuple[Round, ...]:
     """All runs in this process."""
     from c2m3_fl.flower.serial import SerialGrid
     from simulations.client_app import app
     from simulations.experiment import run_experiment
 
+    if not verbose:
+        logging.getLogger("flwr").setLevel(logging.ERROR)  # after the imports: Flower sets its level in one of them
     rounds: list[Round] = []
     for settings in runs:
         grid = SerialGrid(app, settings.clients, run_config=settings.to_run_config())

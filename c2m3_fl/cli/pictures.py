@@ -47,7 +47,7 @@ def draw(comparison: Comparison, file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=_FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_title(_title(comparison), loc="left", fontsize=9, color=_INK)
+    axes.set_title(_title(comparison), loc="left", fontsize=9, color=_INK, pad=10)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(file, dpi=160)
     plt.close(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 
+from rich import box
 from rich.table import Table
 
 from simulations.results import Comparison, Round
@@ -23,7 +24,9 @@ def rounds_table(comparison: Comparison) -> Table:
     """One line per strategy and round; over several seeds mean and standard deviation."""
     seeds = comparison.seeds
     title = "Test accuracy" if len(seeds) == 1 else f"Test accuracy, mean ± standard deviation over {len(seeds)} seeds"
-    table = Table("strategy", "round", title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("round", justify="right")
     for name in _COLUMNS:
         table.add_column(name, justify="right", style="bold" if name == "accuracy" else None)
     for strategy in comparison.strategies:
