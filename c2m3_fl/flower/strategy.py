@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, FedAvgM, QFedAvg, Strategy
 from flwr.supercore import log
-from torch import nn
+from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
@@ -141,6 +141,14 @@ class C2M3(Strategy):
         log(INFO, "\t│\t├── Recalibration: %s", "ON" if self.rounds.calibrated else "OFF (no calibration data)")
         log(INFO, "\t│\t└── Device: %s", self.rounds.device)
         self.strategy.summary()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is remembered between rounds: where each node was last found."""
+        return self.rounds.aligner.memory.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Remember that instead."""
+        self.rounds.aligner.memory.load_state_dict(state)
 
     @property
     def _weighted_by(self) -> str:

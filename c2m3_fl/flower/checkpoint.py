@@ -1,0 +1,163 @@
+"""Checkpoints of a whole federation: a server that is killed loses at most the round it was in.
+
+A checkpoint is two files, ``round-000007.safetensors`` with every tensor and ``round-000007.json`` with all
+else and the digests of both. Each is written beside its place, flushed to the disk and renamed; the JSON comes
+last and makes the checkpoint count. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.supercore import log
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from c2m3_fl.errors import ConfigError, DataError
+
+Arrays = dict[str, npt.NDArray[Any]]
+_FORMAT = 1  # of the JSON; raised when old checkpoints could no longer be read
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The state of a federation after a round.
+
+    Attributes
+    ----------
+    round : int
+        The last round that is over.
+    arrays : dict of str to ndarray
+        The global model, its keys in order.
+    state : dict of str to ndarray
+        Tensors of the strategies.
+    notes : dict
+        JSON: how the strategies' state is made up of them, and whatever else they remember.
+    metrics : dict
+        JSON: the metrics of every round so far, by kind and round.
+    """
+
+    round: int
+    arrays: Arrays
+    state: Arrays
+    notes: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+class Folder:
+    """Where checkpoints live.
+
+    Parameters
+    ----------
+    path : str or Path
+        The folder; made when the first checkpoint is written.
+    keep : int
+        How many of the latest checkpoints to keep. With two, one may be damaged.
+    """
+
+    def __init__(self, path: str | Path, keep: int = 2) -> None:
+        if keep < 1:
+            raise ConfigError(f"keep is {keep}, expected the number of checkpoints to keep, at least 1")
+        self.path = Path(path)
+        self.keep = keep
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint so that a crash at any point leaves this one or the one before it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        tensors = {f"model/{name}": value for name, value in checkpoint.arrays.items()}
+        tensors |= {f"state/{name}": value for name, value in checkpoint.state.items()}
+        data = save_tensors({name: np.ascontiguousarray(value) for name, value in tensors.items()})
+        content = {
+            "format": _FORMAT,
+            "round": checkpoint.round,
+            "keys": list(checkpoint.arrays),
+            "shapes": {name: list(value.shape) for name, value in tensors.items()},
+            "notes": checkpoint.notes,
+            "metrics": checkpoint.metrics,
+            "random": random.getstate(),
+            "tensors-sha256": hashlib.sha256(data).hexdigest(),
+        }
+        text = json.dumps(content)
+        stem = self.path / f"round-{checkpoint.round:06d}"
+        _write(stem.with_suffix(".safetensors"), data)
+        _write(stem.with_suffix(".json"), json.dumps({"sha256": _sha(text), "content": text}).encode())
+        for old in self._stems()[self.keep :]:
+            old.with_suffix(".json").unlink()
+            old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+    def load(self) -> Checkpoint | None:
+        """The latest undamaged checkpoint; None where there is none at all.
+
+        Also puts Python's random numbers, which choose the clients of a round, where they were.
+
+        Raises
+        ------
+        DataError
+            When there are checkpoints and every one of them is damaged.
+        """
+        stems = self._stems()
+        for stem in stems:
+            try:
+                return _read(stem)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log(WARNING, "checkpoint %s is damaged, trying the one before it: %s", stem, error)
+        if stems:
+            raise DataError(f"every checkpoint in {self.path} is damaged; move the folder away to start anew")
+        return None
+
+    def _stems(self) -> list[Path]:
+        """Checkpoints that count, the latest first."""
+        return sorted((path.with_suffix("") for path in self.path.glob("round-*.json")), reverse=True)
+
+
+def _read(stem: Path) -> Checkpoint:
+    outer = json.loads(stem.with_suffix(".json").read_bytes())
+    text = outer["content"]
+    if _sha(text) != outer["sha256"]:
+        raise ValueError("the JSON does not match its checksum")
+    content: Mapping[str, Any] = json.loads(text)
+    if content["format"] != _FORMAT:
+        raise ValueError(f"its format is {content['format']}, expected {_FORMAT}")
+    data = stem.with_suffix(".safetensors").read_bytes()
+    if hashlib.sha256(data).hexdigest() != content["tensors-sha256"]:
+        raise ValueError("the tensors do not match their checksum")
+    tensors = {name: value.reshape(content["shapes"][name]) for name, value in load_tensors(data).items()}
+    version, numbers, gauss = content["random"]
+    random.setstate((version, tuple(numbers), gauss))
+    log(INFO, "resuming after round %d from %s", content["round"], stem)
+    return Checkpoint(
+        content["round"],
+        {name: tensors[f"model/{name}"] for name in content["keys"]},
+        {name.removeprefix("state/"): value for name, value in tensors.items() if name.startswith("state/")},
+        content["notes"],
+        content["metrics"],
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write, flush to the disk, rename: at no time is there half a file of that name."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,159 @@
+"""A strategy that survives the death of its server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from logging import INFO
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore import log
+
+from c2m3_fl.flower.checkpoint import Checkpoint, Folder
+from c2m3_fl.flower.state import capture, restore, snapshot
+
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+_KINDS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
+
+
+class Resumable(Strategy):
+    """Save the federation after every round, and go on from there when started again.
+
+    Works around any strategy. After a crash, start the same server app on the same folder: it continues with the
+    round that was lost, with the model, the strategies' state, the metrics and the random numbers of the round
+    before it, and ends with the model that an undisturbed run would have ended with.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        What aggregates.
+    folder : str or Path
+        Where the checkpoints go; an absolute path, because Flower runs server apps in a folder of its own.
+    keep : int
+        How many of the latest checkpoints to keep.
+
+    Examples
+    --------
+    Two lines in a server app::
+
+        strategy = Resumable(C2M3(FedAvg(), model=net, calibration=loader), "/var/lib/federation")
+        result = strategy.start(grid=grid, initial_arrays=arrays, num_rounds=50)
+    """
+
+    def __init__(self, strategy: Strategy, folder: str | Path, *, keep: int = 2) -> None:
+        self.strategy = strategy
+        self.folder = Folder(folder, keep)
+        self._made = snapshot(strategy)
+        self._done = 0
+        self._result = Result()
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Evaluate | None = None,
+    ) -> Result:
+        """Run the rounds that are not yet done; see `Strategy.start`.
+
+        Raises
+        ------
+        DataError
+            When there are checkpoints and every one of them is damaged.
+        ConfigError
+            When the checkpoints are of other strategies.
+        """
+        self._done, self._result = 0, Result(arrays=initial_arrays)
+        found = self.folder.load()
+        if found is not None:
+            self._resume(found)
+        if self._done >= num_rounds:
+            log(INFO, "nothing to do: round %d of %d is done", self._done, num_rounds)
+            return self._result
+        super().start(
+            grid,
+            self._result.arrays,
+            num_rounds - self._done,
+            timeout,
+            train_config,
+            evaluate_config,
+            self._at_the_end_of_a_round(evaluate_fn),
+        )
+        return self._result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the wrapped strategy configure the round, counted from the very first start."""
+        return self.strategy.configure_train(self._done + server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Let the wrapped strategy aggregate."""
+        current = self._done + server_round
+        arrays, metrics = self.strategy.aggregate_train(current, replies)
+        if metrics is not None:
+            self._result.train_metrics_clientapp[current] = metrics
+        return arrays, metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the wrapped strategy configure the evaluation."""
+        return self.strategy.configure_evaluate(self._done + server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Let the wrapped strategy aggregate the evaluation."""
+        current = self._done + server_round
+        metrics = self.strategy.aggregate_evaluate(current, replies)
+        if metrics is not None:
+            self._result.evaluate_metrics_clientapp[current] = metrics
+        return metrics
+
+    def summary(self) -> None:
+        """Log where the checkpoints are, and the wrapped strategy's configuration."""
+        log(INFO, "\t├──> Checkpoints: %s, after round %d", self.folder.path, self._done)
+        self.strategy.summary()
+
+    def _at_the_end_of_a_round(self, evaluate_fn: Evaluate | None) -> Evaluate:
+        """Flower's last act in every round is the server's own evaluation: evaluate, then save."""
+
+        def evaluate_and_save(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            current = self._done + server_round
+            if server_round == 0 and self._done:
+                return None  # evaluated before the crash
+            metrics = evaluate_fn(current, arrays) if evaluate_fn else None
+            if metrics is not None:
+                self._result.evaluate_metrics_serverapp[current] = metrics
+            self._result.arrays = arrays
+            if server_round:
+                self._save(current)
+            return metrics
+
+        return evaluate_and_save
+
+    def _save(self, current: int) -> None:
+        state, notes = capture(self.strategy, self._made)
+        metrics = {kind: _plain(getattr(self._result, kind)) for kind in _KINDS}
+        arrays = {name: array.numpy() for name, array in self._result.arrays.items()}
+        self.folder.save(Checkpoint(current, arrays, state, notes, metrics))
+
+    def _resume(self, found: Checkpoint) -> None:
+        restore(self.strategy, found.state, found.notes)
+        self._done = found.round
+        self._result.arrays = ArrayRecord({name: Array(value) for name, value in found.arrays.items()})
+        for kind in _KINDS:
+            getattr(self._result, kind).update(
+                {int(current): MetricRecord(values) for current, values in found.metrics[kind].items()}
+            )
+
+
+def _plain(metrics: dict[int, MetricRecord]) -> dict[str, dict[str, Any]]:
+    return {str(current): dict(record) for current, record in metrics.items()}
