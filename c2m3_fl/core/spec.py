@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from c2m3_fl.core.describe import describe
 from c2m3_fl.errors import ParamsError, SpecError
 
 Params = Mapping[str, Tensor]
@@ -176,6 +177,9 @@ class PermutationSpec:
         for name, tensor in self.tensors.items():
             _check_tensor(self.groups, name, tensor)
 
+    def __str__(self) -> str:
+        return describe(self)
+
     def children(self, parent: str) -> tuple[str, ...]:
         """Names of the groups nested in `parent`."""
         return tuple(name for name, group in self.groups.items() if group.parent == parent)
@@ -205,9 +209,7 @@ class PermutationSpec:
             )
         for name, tensor in self.tensors.items():
             if tuple(params[name].shape) != tensor.shape:
-                raise ParamsError(
-                    f"{who}: {name!r} has shape {tuple(params[name].shape)}, expected {tensor.shape}"
-                )
+                raise ParamsError(f"{who}: {name!r} has shape {tuple(params[name].shape)}, expected {tensor.shape}")
 
 
 def _check_group(groups: Mapping[str, Group], name: str, group: Group) -> None:

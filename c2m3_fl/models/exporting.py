@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,9 +33,12 @@ def as_inputs(example_inputs: ExampleInputs) -> Inputs:
 
 @contextlib.contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Evaluation or training mode for a while; every submodule gets its own mode back."""
+    """Evaluation mode, or training mode without dropout, for a while; every submodule gets its own mode back."""
     before = {module: module.training for module in model.modules()}
     model.train(training)
+    for module in before:
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
     try:
         yield
     finally:
@@ -53,6 +57,19 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines of the exporter: what matters is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def export(model: nn.Module, inputs: Inputs, *, training: bool = False) -> ExportedProgram:
     """Functional ATen graph of one forward pass.
 
@@ -62,8 +79,7 @@ def export(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Expor
         When `torch.export` refuses the network, naming the line that it refuses.
     """
     args, kwargs = inputs
-    with mode(model, training=training), plain_attention(), warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")  # export warns of its own internals
+    with mode(model, training=training), plain_attention(), quiet(), torch.enable_grad():
         try:
             program: ExportedProgram = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
         except Exception as error:

@@ -33,7 +33,7 @@ def build_spec(
     """
     facts = collect(structure)
     on_axis = np.zeros(facts.size, dtype=bool)
-    for atoms in structure.axes.values():
+    for atoms in structure.places().values():
         on_axis[facts.classes[atoms]] = True
     return _Builder(structure, facts, settle(facts, on_axis)).spec(state, first_name, buffers)
 
@@ -41,10 +41,11 @@ def build_spec(
 class _Builder:
     def __init__(self, structure: Structure, facts: Facts, forest: Forest) -> None:
         self.structure = structure
+        self.axes = structure.places()
         self.facts = facts
         self.forest = forest
         self.first = np.full(facts.size, structure.size)
-        for atoms in structure.axes.values():
+        for atoms in self.axes.values():
             np.minimum.at(self.first, facts.classes[atoms], atoms)
         self.rank = self._ranks()
         self.names = self._names()
@@ -89,11 +90,11 @@ class _Builder:
 
     def _names(self) -> dict[int, str]:
         """Readable, unique names, in the order of first appearance in the state dict."""
-        keys = list(self.structure.axes)
+        keys = list(self.axes)
         produced = {key: place for place, key in enumerate(keys) if key in self.structure.outputs}
         homes: dict[int, AxisKey] = {}
         for key in [*produced, *keys]:
-            for bundle in map(int, np.unique(self.forest.bundle[self.facts.classes[self.structure.axes[key]]])):
+            for bundle in map(int, np.unique(self.forest.bundle[self.facts.classes[self.axes[key]]])):
                 if bundle >= 0:
                     homes.setdefault(bundle, key)
         for lower, (upper, _) in self.forest.parent.items():
@@ -110,7 +111,7 @@ class _Builder:
     # -------------------------------------------------------------------------------------------------------- axes
 
     def _axis(self, tensor: str, dim: int, value: Tensor) -> Axis:
-        atoms = self.structure.axes.get((tensor, dim))
+        atoms = self.axes.get((tensor, dim))
         if atoms is None or (dim == 1 and value.shape[1] == 1):
             return ()
         classes = self.facts.classes[atoms]
@@ -139,14 +140,20 @@ class _Builder:
         return causes
 
     def _pins(self, tensor: str, dim: int) -> list[Pin]:
-        atoms = self.structure.axes.get((tensor, dim), np.empty(0, np.int64))
+        atoms = self.axes.get((tensor, dim), np.empty(0, np.int64))
         classes = self.facts.classes[atoms]
-        still = classes[self.forest.bundle[classes] < 0]
+        still = (
+            classes[self.forest.bundle[classes] < 0] if len(atoms) > 1 else atoms[:0]
+        )  # one coordinate has no choice
         found = dict.fromkeys(self.causes.get(int(one), _ALONE) for one in np.unique(still))
         return [Pin(tensor, dim, cause.reason, cause.operator, cause.module) for cause in found]
 
 
 def _stem(tensor: str) -> str:
-    """Name of a parameter's module, or the parameter's own where that says more."""
+    """Name of the layer that a parameter belongs to: ``l1.weight → l1``, ``rnn.weight_ih_l0 → rnn.l0``."""
     module, _, leaf = tensor.rpartition(".")
-    return module if module and leaf in ("weight", "bias") else tensor
+    for word in ("weight_ih", "weight_hh", "weight_hr", "weight", "bias_ih", "bias_hh", "bias"):
+        if leaf.startswith(word) or leaf.endswith("_" + word):
+            leaf = leaf.removeprefix(word).removesuffix("_" + word).strip("_")
+            break
+    return ".".join(part for part in (module, leaf) if part) or tensor

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from c2m3_fl.core.permutation import Permutation, apply, identity, random
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.models.exporting import Inputs, mode, plain_attention
+from c2m3_fl.models.exporting import Inputs, aliases, mode, plain_attention
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; what rounding alone stays below
 
@@ -29,26 +30,26 @@ class Prover:
     seed : int
         Seed of parameters and permutations.
     training : bool
-        Whether to run in training mode, with dropout off.
+        Whether to run in training mode, without dropout.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, *, seed: int = 0, training: bool = False) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.training = training
-        self.dtype = torch.float64
-        self._module = _private(model, self.dtype)
-        self._inputs = _cast(inputs, self.dtype, self.generator)
-        self.params = generic(_tensors(self._module.state_dict()), self.generator, tied=_ties(self._module))
+        self._training = training
+        self._first_name = aliases(model)
         try:
-            self._expected = self._run(self.params)
+            self._prepare(model, inputs, torch.float64, seed)
         except (RuntimeError, TypeError):  # a constant or a cast inside the network insists on single precision
-            self.dtype = torch.float32
-            self._module = _private(model, self.dtype)
-            self._inputs = _cast(inputs, self.dtype, self.generator)
-            self.params = {
-                name: value.to(_tensors(self._module.state_dict())[name].dtype) for name, value in self.params.items()
-            }
-            self._expected = self._run(self.params)
+            self._prepare(model, inputs, torch.float32, seed)
+
+    def _prepare(self, model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> None:
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        self._module = copy.deepcopy(model).to(device="cpu", dtype=dtype)
+        self._inputs = _cast(inputs, dtype, self.generator)
+        state: Mapping[str, Any] = self._module.state_dict()
+        own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        self._params = generic(own, self.generator, self._first_name)
+        self._expected = self._run(self._params)
 
     @property
     def tolerance(self) -> float:
@@ -60,18 +61,16 @@ class Prover:
         perm = random(spec, self.generator)
         if chosen is not None:
             perm = restrict(spec, perm, chosen)
-        return _difference(self._expected, self._run(apply(spec, perm, self.params)))
+        return difference(self._expected, self._run(apply(spec, perm, self._params)))
 
     def _run(self, params: Params) -> list[Tensor]:
-        self._module.load_state_dict({**self._module.state_dict(), **params})
-        args, kwargs = self._inputs
-        torch_state = torch.random.get_rng_state()
-        try:
+        first = {name: value.clone() if value.ndim == 0 else value for name, value in params.items()}
+        first = {name: value for name, value in first.items() if self._first_name.get(name, name) == name}
+        args, kwargs = copy.deepcopy(self._inputs)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), plain_attention():
             torch.manual_seed(0)
-            with torch.no_grad(), plain_attention(), mode(self._module, training=self.training):
-                out = self._module(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-        finally:
-            torch.random.set_rng_state(torch_state)
+            with mode(self._module, training=self._training):
+                out = functional_call(self._module, first, args, kwargs)
         return [leaf.detach().clone() for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
 
 
@@ -101,15 +100,14 @@ def guilty(bad: Callable[[list[str]], bool], groups: list[str]) -> list[str]:
     return guilty(bad, groups[:half]) + guilty(bad, groups[half:]) or groups[:half]
 
 
-def generic(params: Params, generator: torch.Generator, *, tied: Mapping[str, str]) -> dict[str, Tensor]:
-    """The same params, with constant tensors and statistics randomised so that nothing hides behind a zero or a one."""
+def generic(params: Params, generator: torch.Generator, first_name: Mapping[str, str]) -> dict[str, Tensor]:
+    """The same params with constant tensors randomised: nothing hides behind a zero (heads) or a one (scales)."""
     result: dict[str, Tensor] = {}
     for name, value in params.items():
-        if name in tied and tied[name] in result:
-            result[name] = result[tied[name]]
-        elif not value.is_floating_point() or value.numel() < 1:
-            result[name] = value
-        elif value.ndim and bool((value == value.flatten()[0]).all()):
+        first = first_name.get(name, name)
+        if first in result:
+            result[name] = result[first]
+        elif value.is_floating_point() and value.numel() > 1 and bool((value == value.flatten()[0]).all()):
             result[name] = _spread(value, generator)
         else:
             result[name] = value
@@ -121,51 +119,34 @@ def _spread(value: Tensor, generator: torch.Generator) -> Tensor:
         size: Tensor = 0.5 + torch.rand(value.shape, generator=generator)
         return value.sign() * size.to(value)
     fan_in = max(1, value[0].numel()) if value.ndim > 1 else 4
-    return (torch.randn(value.shape, generator=generator) / fan_in**0.5).to(value)
-
-
-def _private(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    module = copy.deepcopy(model).to(device="cpu", dtype=dtype)
-    for child in module.modules():
-        if isinstance(child, nn.modules.dropout._DropoutNd):
-            child.p = 0.0
-    return module
-
-
-def _ties(module: nn.Module) -> dict[str, str]:
-    first: dict[int, str] = {}
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: first.setdefault(id(value), name) for name, value in named}
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+    noise: Tensor = torch.randn(value.shape, generator=generator) / fan_in**0.5
+    return noise.to(value)
 
 
 def _cast(inputs: Inputs, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-    def cast(value: Any) -> Any:  # noqa: ANN401
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+    def cast(value: Any) -> Any:  # noqa: ANN401  # inputs may hold anything
+        if not isinstance(value, Tensor):
             return value
         value = value.detach().cpu()
+        if not value.is_floating_point():
+            return value
         if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
-            value = torch.randn(value.shape, generator=generator)  # blank examples would hide what pixels are for
+            value = torch.randn(value.shape, generator=generator)  # a blank example would hide what pixels are for
         return value.to(dtype)
 
     found: Inputs = pytree.tree_map(cast, inputs)
     return found
 
 
-def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+def difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Largest relative difference of corresponding tensors; infinite where only one of two entries is finite."""
     worst = 0.0
     for a, b in zip(expected, found, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
         if not a.is_floating_point():
             worst = max(worst, float((a != b).any()))
-            continue
-        if not torch.equal(a.isfinite(), b.isfinite()):
+        elif not torch.equal(a.isfinite(), b.isfinite()):
             return float("inf")
-        a, b = a.double().nan_to_num(0, 0, 0), b.double().nan_to_num(0, 0, 0)
-        if a.numel():
+        elif a.numel():
+            a, b = a.double().nan_to_num(0, 0, 0), b.double().nan_to_num(0, 0, 0)
             worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)))
     return worst

@@ -87,7 +87,7 @@ def collect(structure: Structure) -> Facts:
     size = int(classes.max(initial=-1)) + 1
     marks = np.zeros(size, dtype=np.uint64)
     sets = {np.sort(classes[atoms]).tobytes(): atoms for atoms in structure.sets.values()}
-    for seed, atoms in enumerate([*structure.axes.values(), *sets.values()]):
+    for seed, atoms in enumerate([*structure.places().values(), *sets.values()]):
         np.add.at(marks, classes[atoms], scramble(np.array([seed])))
     for atoms, _ in structure.pins:
         pinned = np.unique(classes[atoms])

@@ -21,7 +21,7 @@ _UNARY = (
     "erfc exp exp2 expm1 feature_dropout floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf "
     "isnan leaky_relu lift_fresh_copy log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg positive "
     "reciprocal relu relu6 round rsqrt selu sigmoid sign sgn silu sin sinh softplus softshrink sqrt square tan tanh "
-    "tanh_ threshold to trunc type_as _to_copy native_dropout _conj rrelu"
+    "tanh_ threshold to trunc type_as _to_copy _conj rrelu"
 )
 _BINARY = (
     "add sub rsub mul div true_divide floor_divide remainder fmod pow atan2 maximum minimum fmax fmin where clamp "
@@ -43,10 +43,16 @@ def constant(call: Call, *_: Argument, **__: Argument) -> Labels:
     return Labels(call.shape)
 
 
-@rule("aten.fill", "aten.empty_like")
+@rule("aten.fill", "aten.empty_like", "aten.zero")
 def fill(call: Call, x: Labels, value: Argument = 0, **_: Argument) -> Labels:
     """The same number everywhere, also when it is computed."""
     return Labels(call.shape)
+
+
+@rule("aten.native_dropout")
+def native_dropout(call: Call, x: Labels, *_: Argument) -> tuple[Labels, Labels]:
+    """A random mask treats all entries alike."""
+    return x, Labels(x.shape)
 
 
 @rule("aten.copy")

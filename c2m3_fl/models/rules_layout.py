@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from c2m3_fl.models.labels import Labels, expand, in_order, insert, permute, select, take
+from c2m3_fl.models.labels import Labels, combine, expand, in_order, insert, permute, select, take
 from c2m3_fl.models.layout import concatenate, reshape, stack
 from c2m3_fl.models.rules import Argument, Call, Result, rule
 from c2m3_fl.models.rules_contraction import look_up
@@ -195,6 +195,8 @@ def slice_scatter(
     """Entries at regular places along a dimension replaced by others."""
     dim = x.dim(dim)
     places = np.arange(x.shape[dim])[slice(start, end, step)]
+    if not source.factors and not source.fixed and any(factor.shape[dim] > 1 for factor in x.factors):
+        return combine(call.structure, x)  # a constant written over some units: their labels still fit
     joined = concatenate(call.structure, [x, source], dim)
     order = np.arange(x.shape[dim])
     order[places] = x.shape[dim] + np.arange(len(places))

@@ -39,7 +39,9 @@ class Structure:
     size : int
         Number of atoms.
     axes : dict of (str, int) to ndarray
-        Atoms of every parameter axis, shape (length,). Axis 1 of a block-diagonal weight is its virtual axis.
+        Atoms of every parameter axis, shape (length,).
+    virtuals : dict of str to ndarray
+        Atoms of the virtual axis 1 of block-diagonal weights, shape (blocks * width,).
     diagonal : dict of str to int
         Number of diagonal blocks of the weights of grouped convolutions.
     outputs : dict of (str, int) to None
@@ -49,6 +51,7 @@ class Structure:
     def __init__(self) -> None:
         self.size = 0
         self.axes: dict[AxisKey, Atoms] = {}
+        self.virtuals: dict[str, Atoms] = {}
         self.diagonal: dict[str, int] = {}
         self.outputs: dict[AxisKey, None] = {}
         self.ties: list[tuple[Atoms, Atoms]] = []
@@ -80,8 +83,12 @@ class Structure:
             return None
         if tensor not in self.diagonal:
             self.diagonal[tensor] = blocks
-            self.axes[tensor, 1] = self.fresh(blocks * width)
-        return self.axes[tensor, 1].reshape(blocks, width)
+            self.virtuals[tensor] = self.fresh(blocks * width)
+        return self.virtuals[tensor].reshape(blocks, width)
+
+    def places(self) -> dict[AxisKey, Atoms]:
+        """Atoms of all axes as a spec describes them: axis 1 of a block-diagonal weight is the virtual one."""
+        return {**self.axes, **{(tensor, 1): atoms for tensor, atoms in self.virtuals.items()}}
 
     def tie(self, a: Atoms, b: Atoms) -> None:
         """State that the units of two broadcastable arrays are the same, coordinate by coordinate."""

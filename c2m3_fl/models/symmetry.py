@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Axis, PermutationSpec, Pin, Segment, TensorSpec
-from c2m3_fl.errors import SpecError
+from c2m3_fl.errors import SpecError, TraceError
 from c2m3_fl.models.exporting import ExampleInputs, Inputs, aliases, as_inputs, export
 from c2m3_fl.models.grouping import build_spec
 from c2m3_fl.models.proof import Prover, guilty
@@ -48,7 +48,10 @@ def permutation_spec(
         When `pin` names a tensor or an axis that the network does not have.
     """
     inputs = as_inputs(example_inputs)
-    return _prove(model, _derive(model, inputs, pin), inputs)
+    spec, modes = derive(model, inputs, pin=pin)
+    for training in modes:
+        spec = prove(spec, Prover(model, inputs, training=training))
+    return spec
 
 
 def check_invariance(
@@ -74,19 +77,31 @@ def check_invariance(
     return max(prover.error(spec) for _ in range(draws))
 
 
-def _derive(model: nn.Module, inputs: Inputs, pin: Iterable[str]) -> PermutationSpec:
+def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tuple[PermutationSpec, tuple[bool, ...]]:
+    """The spec that tracing finds, not yet proven, and the modes (training or not) that it was traced in.
+
+    Training mode is traced as well when evaluation leaves parameters unused: auxiliary heads are trained too.
+    """
     structure = Structure()
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     first_name = aliases(model)
+    own = {name for name, value in state.items() if first_name.get(name, name) == name and value.ndim}
+    modes: tuple[bool, ...] = (False,)
+    unused = ""
     used = trace(export(model, inputs), model, structure)
+    if own - used:
+        try:
+            used |= trace(export(model, inputs, training=True), model, structure)
+            modes, unused = (False, True), "not used by the forward pass"
+        except TraceError:
+            unused = "not used in evaluation mode, and training mode cannot be traced with these inputs"
     structure.operator = structure.module = ""
-    for name, value in state.items():
-        if first_name.get(name, name) == name and name not in used:
-            for dim, size in enumerate(value.shape):
-                structure.pin(structure.axis(name, dim, size), "not used by the forward pass")
+    for name in sorted(own - used):
+        for dim, size in enumerate(state[name].shape):
+            structure.pin(structure.axis(name, dim, size), unused)
     _pin_named(structure, state, first_name, pin)
     buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
-    return build_spec(structure, state, first_name, buffers)
+    return build_spec(structure, state, first_name, buffers), modes
 
 
 def _pin_named(structure: Structure, state: dict[str, Tensor], first_name: dict[str, str], pin: Iterable[str]) -> None:
@@ -105,11 +120,8 @@ def _pin_named(structure: Structure, state: dict[str, Tensor], first_name: dict[
 # ----------------------------------------------------------------------------------------------------------- proof
 
 
-def _prove(model: nn.Module, spec: PermutationSpec, inputs: Inputs) -> PermutationSpec:
+def prove(spec: PermutationSpec, prover: Prover) -> PermutationSpec:
     """Pin the groups that change the outputs, until none is left that does."""
-    if not spec.groups:
-        return spec
-    prover = Prover(model, inputs)
     while spec.groups and _fails(spec, prover, None):
         found = guilty(partial(_fails, spec, prover), list(spec.groups))
         for name in found or list(spec.groups):
