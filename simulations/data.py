@@ -124,4 +124,4 @@ def federated_data(settings: Settings) -> FederatedData:
 
 def derived_seed(seed: int, *path: int) -> int:
     """A seed of its own for every path below `seed`: distinct paths give independent streams."""
-    return int(np.random.SeedSequence([seed, *path]).generate_state(1)[0])
+    return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1)[0])

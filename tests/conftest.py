@@ -1,0 +1,29 @@
+"""Where the data sets are, one thread for every test, and a reason for every test that is left out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if _SHARED.is_dir():
+    os.environ.setdefault("C2M3_DATA", str(_SHARED))
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs the data sets where there are none."""
+    root = os.environ.get("C2M3_DATA", "")
+    if root and (Path(root) / "mnist" / "test.parquet").is_file():
+        return
+    where = f"C2M3_DATA is {root!r}" if root else f"C2M3_DATA is not set and there is no {_SHARED}"
+    missing = pytest.mark.skip(reason=f"no data sets: {where}; expected a folder with mnist/{{train,test}}.parquet")
+    for item in items:
+        if item.get_closest_marker("data"):
+            item.add_marker(missing)
