@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar, cast
 
+from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
@@ -14,7 +16,14 @@ from flwr.serverapp.strategy import (
 
 from c2m3_fl.errors import ConfigError
 
+Wrapping = TypeVar("Wrapping")
+
 _WRAPPERS = (
+    legacy.DPFedAvgFixed,  # DPFedAvgAdaptive derives from it
+    legacy.DifferentialPrivacyClientSideAdaptiveClipping,
+    legacy.DifferentialPrivacyClientSideFixedClipping,
+    legacy.DifferentialPrivacyServerSideAdaptiveClipping,
+    legacy.DifferentialPrivacyServerSideFixedClipping,
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideAdaptiveClipping,
@@ -32,11 +41,11 @@ _CALIBRATED = (
 )
 
 
-def chain(strategy: Strategy) -> Iterator[Strategy]:
-    """A strategy and those that it wraps, outermost first."""
+def chain(strategy: Wrapping) -> Iterator[Wrapping]:
+    """A strategy, current or legacy, and those that it wraps, outermost first."""
     inner: object = strategy
-    while isinstance(inner, Strategy):
-        yield inner
+    while isinstance(inner, Strategy | legacy.Strategy):
+        yield cast(Wrapping, inner)
         inner = getattr(inner, "strategy", None)
 
 
@@ -52,8 +61,6 @@ def check_privacy(strategy: object, *, separate: bool, calibrated: bool) -> None
     calibrated : bool
         Whether the merged model is recalibrated.
     """
-    if not isinstance(strategy, Strategy):
-        return
     for each in chain(strategy):
         if isinstance(each, _WRAPPERS):
             name = type(each).__name__

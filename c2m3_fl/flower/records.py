@@ -13,7 +13,6 @@ from io import BytesIO
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
@@ -130,11 +129,17 @@ def _decode(who: str, array: Array, entry: Entry) -> Tensor:
         raise ParamsError(f"{who} has shape {tuple(array.shape)}, expected {entry.shape}")
     if array.dtype != entry.dtype:
         raise ParamsError(f"{who} has dtype {array.dtype}, expected {entry.dtype}")
-    return torch.from_numpy(_read_npy(who, array.data, entry))
+    return read_npy(who, array.data, entry)
 
 
-def _read_npy(who: str, data: bytes, entry: Entry) -> npt.NDArray[np.generic]:
-    """Elements of a ``.npy`` file of exactly the expected kind and length, as a copy of their own."""
+def read_npy(who: str, data: bytes, entry: Entry) -> Tensor:
+    """Tensor of the elements of a ``.npy`` file, which must be of exactly the expected kind and length.
+
+    Raises
+    ------
+    ParamsError
+        When the bytes are no such file; before memory is taken for more than they are.
+    """
     stream = BytesIO(data)
     try:
         header = _HEADERS[np.lib.format.read_magic(stream)]
@@ -147,4 +152,4 @@ def _read_npy(who: str, data: bytes, entry: Entry) -> npt.NDArray[np.generic]:
     if len(body) != entry.nbytes:
         raise ParamsError(f"{who} holds {len(body)} bytes of elements, expected {entry.nbytes}")
     order: Literal["F", "C"] = "F" if fortran else "C"
-    return np.ndarray(entry.shape, dtype, buffer=body, order=order).copy(order="C")
+    return torch.from_numpy(np.ndarray(entry.shape, dtype, buffer=body, order=order).copy(order="C"))

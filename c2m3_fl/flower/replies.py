@@ -12,10 +12,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from logging import WARNING
 from typing import Generic, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
@@ -119,6 +121,12 @@ def check_weight(value: object, key: str) -> float:
     if not math.isfinite(value) or value <= 0:
         raise ParamsError(f"weight {key!r} is {value}, expected a positive finite number")
     return float(value)
+
+
+def report_dropped(dropped: Iterable[Dropped]) -> None:
+    """Log every dropped reply with its reason."""
+    for each in dropped:
+        log(WARNING, "\t> dropped the reply of node %d: %s", each.node, each.reason)
 
 
 def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence[str]) -> Reply[Message]:

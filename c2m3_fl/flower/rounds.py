@@ -22,14 +22,12 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import C2M3Error, ConfigError, ParamsError
 from c2m3_fl.flower.alignment import Aligner, Alignment, Basis, Mode, with_cpu_fallback
 from c2m3_fl.flower.replies import Dropped, Reply, check_finite
-from c2m3_fl.merging.repair import Repair
-from c2m3_fl.merging.reports import Recalibrated
-from c2m3_fl.merging.setting import Setting, prepare
+from c2m3_fl.merging.recalibrate import Recalibration, resolve
+from c2m3_fl.merging.setting import prepare
 from c2m3_fl.models.calibration import Calibration, ExampleInputs, first_inputs
 from c2m3_fl.models.symmetry import permutation_spec
 
 Numbers = dict[str, float | int | list[float] | list[int]]
-Recalibration = Callable[[Setting], Recalibrated]
 Finish = Callable[[Params, Sequence[Params], Sequence[float]], Params]
 
 
@@ -109,8 +107,8 @@ class Rounds:
         Inputs that the network can be traced with; by default the first calibration batch.
     calibration : iterable of batches, optional
         Inputs for recalibration.
-    recalibrate : {"repair", "none"} or callable
-        What to do with them.
+    recalibrate : str or Recalibration
+        What to do with them: "none", "repair", or any other name or object that `c2m3_fl.merging.recalibrate` knows.
     device : torch.device or str, optional
         Where to compute; by default CUDA when there is one, else the CPU.
     options : Options
@@ -127,7 +125,7 @@ class Rounds:
         model: nn.Module,
         example_inputs: ExampleInputs | None,
         calibration: Calibration | None,
-        recalibrate: Literal["repair", "none"] | Recalibration,
+        recalibrate: Recalibration | str,
         device: torch.device | str | None,
         options: Options,
     ) -> None:
@@ -141,7 +139,7 @@ class Rounds:
             raise ConfigError(f"outliers is {self.options['outliers']!r}, expected 'report' or 'drop'")
         self.model = model
         self.calibration = calibration
-        self.recalibration = _recalibration(recalibrate)
+        self.recalibration = resolve(recalibrate)
         self.device = _device(device)
         self.example_inputs = example_inputs
         self.spec = permutation_spec(model, first_inputs(calibration, example_inputs))
@@ -246,16 +244,6 @@ class Rounds:
             return {name: value.cpu() for name, value in recalibration(setting).state_dict.items()}
 
         return with_cpu_fallback(compute, self.device, "recalibration")[0]
-
-
-def _recalibration(chosen: Literal["repair", "none"] | Recalibration) -> Recalibration | None:
-    if chosen == "none":
-        return None
-    if chosen == "repair":
-        return Repair()
-    if callable(chosen):
-        return chosen
-    raise ConfigError(f"recalibrate is {chosen!r}, expected 'repair', 'none' or a recalibration such as Repair()")
 
 
 def _device(device: torch.device | str | None) -> torch.device:

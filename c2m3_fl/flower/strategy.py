@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from copy import copy
 from inspect import currentframe
 from logging import INFO, WARNING
-from typing import Literal, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.privacy import chain, check_privacy
 from c2m3_fl.flower.records import from_params, schema_of, to_params
-from c2m3_fl.flower.replies import Dropped, Reply, sort_messages
-from c2m3_fl.flower.rounds import Aligned, Numbers, Options, Recalibration, Rounds
+from c2m3_fl.flower.replies import Reply, report_dropped, sort_messages
+from c2m3_fl.flower.rounds import Aligned, Numbers, Options, Rounds
+from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.models.calibration import Calibration, ExampleInputs
 
 
@@ -44,8 +45,8 @@ class C2M3(Strategy):
         Inputs that the network can be traced with; by default the first calibration batch.
     calibration : iterable of batches, optional
         Inputs that the server holds, labels or none, for recalibration.
-    recalibrate : {"repair", "none"} or callable
-        What to do with them.
+    recalibrate : str or Recalibration
+        What to do with them: "none", "repair", or any other name or object that `c2m3_fl.merging.recalibrate` knows.
     device : torch.device or str, optional
         Where to match and repair; by default CUDA when there is one, else the CPU.
     **options : Options
@@ -72,7 +73,7 @@ class C2M3(Strategy):
         model: nn.Module,
         example_inputs: ExampleInputs | None = None,
         calibration: Calibration | None = None,
-        recalibrate: Literal["repair", "none"] | Recalibration = "repair",
+        recalibrate: Recalibration | str = "repair",
         device: torch.device | str | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -99,12 +100,12 @@ class C2M3(Strategy):
         """Align the replies, aggregate them with the wrapped strategy, and recalibrate the result."""
         schema = schema_of(self.sent)
         found = sort_messages(replies, schema, weighted_by=self._weighted_by, required=self._required)
-        _report_dropped(found.dropped)
+        report_dropped(found.dropped)
         counts: Numbers = {"c2m3-replies": len(found.replies), "c2m3-dropped": len(found.dropped)}
         if not self.rounds.enough(len(found.replies)):
             return self._keep(f"{len(found.replies)} valid replies are too few", counts)
         aligned = self.rounds.align(found.replies, to_params(self.sent, schema))
-        _report_dropped(aligned.dropped)
+        report_dropped(aligned.dropped)
         counts = {**counts, **aligned.numbers}
         counts["c2m3-dropped"] = len(found.dropped) + len(aligned.dropped)
         before = [(each, dict(vars(each))) for each in chain(self.strategy)]
@@ -229,8 +230,3 @@ def _carrying(message: Message, arrays: Mapping[str, ArrayRecord]) -> Message:
 def _joined(metrics: MetricRecord | None, numbers: Numbers) -> MetricRecord:
     """The wrapped strategy's metrics and ours in one record."""
     return MetricRecord({**(metrics or {}), **numbers})
-
-
-def _report_dropped(dropped: Sequence[Dropped]) -> None:
-    for each in dropped:
-        log(WARNING, "\t> dropped the reply of node %d: %s", each.node, each.reason)
