@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _COMMANDS = {  # name of the command: module that holds a function of that name
     "compare": "c2m3_fl.cli.compare",
+    "inspect": "c2m3_fl.cli.inspect",
 }
 
 

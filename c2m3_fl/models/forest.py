@@ -34,6 +34,8 @@ class Forest:
         Classes of one cell are corresponding parts of their units.
     parent : mapping of int to (int, ndarray)
         For nested bundles the bundle that holds them, and the block, a unit of it, of each of their units.
+    frozen : tuple of (ndarray, str)
+        Classes that could move more freely than a spec expresses, and why they do not.
     """
 
     sizes: Atoms
@@ -41,6 +43,7 @@ class Forest:
     unit: Atoms
     cell: Atoms
     parent: dict[int, tuple[int, Atoms]]
+    frozen: tuple[tuple[Atoms, str], ...]
 
 
 class _Unsettled(Exception):  # noqa: N818  # not an error: control returns to refinement with more facts
@@ -107,7 +110,8 @@ class _Arrangement:
         pairs, counts = np.unique(np.stack([whole[moving], self.colours[moving]]), axis=1, return_counts=True)
         if (counts > 1).any():  # a unit tied to itself in another place: no rank could stay consistent
             cell = pairs[1, counts > 1].min()
-            self._freeze(np.flatnonzero(self.colours == cell), np.arange(self.counts[cell]))
+            found = np.flatnonzero(self.colours == cell)
+            self._freeze(found, np.arange(len(found)), found, "its units are tied to one another out of order")
         ends = [self.colours[np.array([run[side][0] for run in ties], dtype=np.int64)] for side in (0, 1)]
         joined = components(len(self.counts), *ends)
         bundle = np.where(self.moves, joined[self.colours], -1)
@@ -132,7 +136,9 @@ class _Arrangement:
             block[self.unit[child]] = self.unit[parent]
             known = maps.setdefault(lower, {}).setdefault(upper, block)
             if not np.array_equal(known, block):
-                self._freeze_bundle(upper, self._blocks_above(upper, maps))
+                self._freeze_bundle(
+                    upper, self._blocks_above(upper, maps), lower, "its units lie in blocks in two ways"
+                )
         return maps
 
     def forest(self) -> Forest:
@@ -148,7 +154,7 @@ class _Arrangement:
             kept[upper] |= self.matters[lower]
         bundle = np.where(self.moves & kept[self.bundle], self.bundle, -1)
         nested = {lower: found for lower, found in parent.items() if kept[lower]}
-        return Forest(self.sizes, bundle, self.unit, self.colours, nested)
+        return Forest(self.sizes, bundle, self.unit, self.colours, nested, self.facts.frozen)
 
     def _chains(self) -> None:
         """Blocks that determine other blocks are nested in them (or are the same): state it."""
@@ -176,7 +182,8 @@ class _Arrangement:
                     continue  # every pair exists once and no parameter hangs on it: both may move
                 joint = components(int(self.sizes[first] + self.sizes[second]), pairs[0], self.sizes[first] + pairs[1])
                 options = [(first, joint[: self.sizes[first]]), (second, joint[self.sizes[first] :])]
-                self._freeze_bundle(*min(options, key=lambda option: _freedom(option[1])))
+                chosen = min(options, key=lambda option: _freedom(option[1]))
+                self._freeze_bundle(*chosen, lower, "its units lie in blocks that cross")
 
     def _depth(self, lower: int) -> None:
         for middle, block in self.maps[lower].items():
@@ -184,7 +191,8 @@ class _Arrangement:
                 if self.matters[lower]:
                     whole = np.zeros(self.sizes[upper], dtype=np.int64)
                     options = [(upper, whole), (middle, outer), (lower, block)]
-                    self._freeze_bundle(*min(options, key=lambda option: _freedom(option[1])))
+                    chosen = min(options, key=lambda option: _freedom(option[1]))
+                    self._freeze_bundle(*chosen, lower, "its blocks lie in larger blocks")
 
     def _blocks_above(self, bundle: int, maps: Maps) -> Atoms:
         above = maps.get(bundle, {})
@@ -194,15 +202,17 @@ class _Arrangement:
 
     # ------------------------------------------------------------------------------------------------- more facts
 
-    def _freeze_bundle(self, bundle: int, block: Atoms) -> None:
+    def _freeze_bundle(self, bundle: int, block: Atoms, lower: int, reason: str) -> None:
+        """Let the units of a bundle keep their rank in their block, so that those of `lower` can be expressed."""
         members = np.flatnonzero(self.bundle == bundle)
         cell = members[self.colours[members] == self.colours[members].min()]
-        self._freeze(cell, occurrence(block)[self.unit[cell]])
+        held = np.flatnonzero(self.bundle == lower)
+        self._freeze(cell, occurrence(block)[self.unit[cell]], held, f"{reason}: only some of their orders are used")
 
-    def _freeze(self, classes: Atoms, ranks: Atoms) -> None:
+    def _freeze(self, classes: Atoms, ranks: Atoms, held: Atoms, reason: str) -> None:
         marks = self.facts.marks.copy()
         marks[classes] = scramble(marks[classes] ^ scramble(ranks + np.int64(2**41)))
-        raise _Unsettled(replace(self.facts, marks=marks))
+        raise _Unsettled(replace(self.facts, marks=marks, frozen=(*self.facts.frozen, (held, reason))))
 
     def _relate(self, found: list[tuple[int, int, Atoms]]) -> None:
         kinds, children, parents = [self.facts.kinds], [self.facts.children], [self.facts.parents]
@@ -213,9 +223,8 @@ class _Arrangement:
             children.append(below)
             parents.append(above[block])
             kind += 1
-        merged = (np.concatenate(parts) for parts in (kinds, children, parents))
-        facts = self.facts
-        raise _Unsettled(Facts(facts.classes, facts.size, facts.marks, *merged))
+        merged = [np.concatenate(parts) for parts in (kinds, children, parents)]
+        raise _Unsettled(replace(self.facts, kinds=merged[0], children=merged[1], parents=merged[2]))
 
     def _face(self, bundle: int) -> Atoms:
         """One class per unit of a bundle, in the order of its units."""

@@ -98,7 +98,8 @@ class _Builder:
                 if bundle >= 0:
                     homes.setdefault(bundle, key)
         for lower, (upper, _) in self.forest.parent.items():
-            homes.setdefault(upper, homes[lower])
+            if homes.get(upper) not in produced:
+                homes[upper] = homes[lower]
         holders = {upper for upper, _ in self.forest.parent.values()}
         place = {key: index for index, key in enumerate(keys)}
         names: dict[int, str] = {}
@@ -146,6 +147,8 @@ class _Builder:
             classes[self.forest.bundle[classes] < 0] if len(atoms) > 1 else atoms[:0]
         )  # one coordinate has no choice
         found = dict.fromkeys(self.causes.get(int(one), _ALONE) for one in np.unique(still))
+        moving = classes[self.forest.bundle[classes] >= 0]
+        found |= dict.fromkeys(Cause(why) for held, why in self.forest.frozen if np.isin(moving, held).any())
         return [Pin(tensor, dim, cause.reason, cause.operator, cause.module) for cause in found]
 
 

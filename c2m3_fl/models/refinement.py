@@ -33,6 +33,8 @@ class Facts:
     kinds, children, parents : ndarray, shape (relations,)
         Class `children[i]` lies in block `parents[i]`; `kinds[i]` tells the statements of one operator, and the
         occurrences of a repeated unit within it, from others.
+    frozen : tuple of (ndarray, str)
+        Classes that lost freedom because no spec expresses it, and what they lost.
     """
 
     classes: Atoms
@@ -41,6 +43,7 @@ class Facts:
     kinds: Atoms
     children: Atoms
     parents: Atoms
+    frozen: tuple[tuple[Atoms, str], ...] = ()
 
 
 def scramble(values: npt.NDArray[np.int64] | Hashes) -> Hashes:

@@ -45,6 +45,15 @@ def addmm(call: Call, bias: Labels, x: Labels, y: Labels, **_: Argument) -> Labe
     return combine(call.structure, bias, matmul(call, x, y))
 
 
+@rule("aten.bilinear")
+def bilinear(call: Call, x: Labels, y: Labels, weight: Labels, bias: Labels | None = None) -> Labels:
+    """Products of all pairs of two inputs' last dimensions against a weight of shape (out, first, second)."""
+    produces(call, weight, 0)
+    batch = list(range(x.ndim - 1))
+    found = einsum(call.structure, [[*batch, "i"], [*batch, "j"], "oij"], [*batch, "o"], [x, y, weight])
+    return found if bias is None else combine(call.structure, found, bias)
+
+
 @rule("aten.einsum")
 def einstein(call: Call, equation: str, operands: Sequence[Labels], **_: Argument) -> Labels:
     """Sum of products in Einstein's notation."""

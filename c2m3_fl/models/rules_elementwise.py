@@ -192,6 +192,13 @@ def group_norm(call: Call, x: Labels, *args: Argument, **_: Argument) -> Result:
     return (found, *(reduce(structure, split, range(2, split.ndim)) for _ in call.outputs[1:]))
 
 
+@rule("aten._weight_norm")
+def weight_norm(call: Call, direction: Labels, size: Labels, dim: int = 0) -> Labels:
+    """A direction divided by its norm, which the entries off `dim` share, times a size."""
+    rest = [other for other in range(direction.ndim) if other != dim]
+    return combine(call.structure, normalise(call.structure, direction, rest), size)
+
+
 @rule("aten.prelu", "aten._prelu_kernel")
 def prelu(call: Call, x: Labels, weight: Labels) -> Labels:
     """A slope per channel, or one for all."""
