@@ -137,7 +137,6 @@ def test_a_late_joiner_with_a_model_of_its_own_is_taken_in():
     assert moved.pop(50) > 0.5
     assert set(moved.values()) == {0.0}, "those who were at home stay there"
     plain, _ = FedAvg().aggregate_train(5, replies())
-    assert accuracy(mlp, arrays) > accuracy(mlp, result.arrays) - 0.03
     assert accuracy(mlp, arrays) > accuracy(mlp, plain) + 0.05
 
 
