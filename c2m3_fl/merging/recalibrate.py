@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from c2m3_fl.errors import ConfigError
+from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import BatchNormStatistics, Repair
 from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.merging.setting import Setting
@@ -22,6 +23,7 @@ SHORT_NAMES: dict[str, Recalibration | None] = {
     "none": None,
     "batchnorm": BatchNormStatistics(),
     "repair": Repair(),
+    "refit": Refit(),
 }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.merging.reports import OperatorReport, Recalibrated, RecalibrationReport
@@ -47,8 +47,8 @@ class Repair:
         """Repair ``setting.merged``."""
         start = time.perf_counter()
         with torch.no_grad():
-            params, operators = _walk(setting, rescale=True, final=self.final)
-        return Recalibrated(params, _report("repair", setting, operators, start))
+            params, operators = _walk(setting, scales=True, final=self.final)
+        return Recalibrated(params, recalibration_report("repair", setting, operators, start))
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class BatchNormStatistics:
         """Re-estimate in ``setting.merged``."""
         start = time.perf_counter()
         with torch.no_grad():
-            params, operators = _walk(setting, rescale=False, final=False)
-        return Recalibrated(params, _report("batchnorm", setting, operators, start))
+            params, operators = _walk(setting, scales=False, final=False)
+        return Recalibrated(params, recalibration_report("batchnorm", setting, operators, start))
 
 
 def repair(
@@ -108,7 +108,7 @@ def repair(
     return Recalibrated(home, repaired.report)
 
 
-def _walk(setting: Setting, *, rescale: bool, final: bool) -> tuple[dict[str, Tensor], tuple[OperatorReport, ...]]:
+def _walk(setting: Setting, *, scales: bool, final: bool) -> tuple[dict[str, Tensor], tuple[OperatorReport, ...]]:
     """Correct one operator after the other, each measured with all earlier ones corrected."""
     program = setting.programs[0]
     params = dict(setting.merged)
@@ -116,14 +116,14 @@ def _walk(setting: Setting, *, rescale: bool, final: bool) -> tuple[dict[str, Te
     reports = []
     for place, operator in enumerate(program.operators):
         if operator.mean:
-            reports.append(_restate(program, operator, params, _measured(front, place, params, before=True)))
-        elif rescale and (final or not operator.final) and not _feeds_batch_norm(operator):
-            moments = _measured(front, place, params)
-            reports.append(_rescale(program, operator, params, moments, setting.targets[operator.name]))
+            reports.append(restate(program, operator, params, measured(front, place, params, before=True)))
+        elif scales and (final or not operator.final) and not feeds_batch_norm(operator):
+            moments = measured(front, place, params)
+            reports.append(rescale(program, operator, params, moments, setting.targets[operator.name]))
     return params, tuple(reports)
 
 
-def _measured(front: Front, place: int, params: Params, *, before: bool = False) -> Moments:
+def measured(front: Front, place: int, params: Params, *, before: bool = False) -> Moments:
     """Moments over all batches of an operator's output, or of its input."""
     total: Moments | None = None
     for operator, walk in front.before(place):
@@ -134,7 +134,7 @@ def _measured(front: Front, place: int, params: Params, *, before: bool = False)
     return total
 
 
-def _rescale(
+def rescale(
     program: Program, operator: Operator, params: dict[str, Tensor], moments: Moments, target: Target
 ) -> OperatorReport:
     """Fold ``y -> scale * (y - mean) + target mean`` into weight and bias."""
@@ -146,19 +146,20 @@ def _rescale(
         shift = target.mean - scale * moments.mean
         program.assign(params, operator.bias, bias * scale.reshape(bias.shape) + shift.reshape(bias.shape))
     action = "mean and spread" if operator.bias else "spread only: no bias"
-    return _compared(operator, action, moments, target, int(dead.sum()))
+    return compared(operator, action, moments, target, int(dead.sum()))
 
 
-def _restate(program: Program, operator: Operator, params: dict[str, Tensor], moments: Moments) -> OperatorReport:
+def restate(program: Program, operator: Operator, params: dict[str, Tensor], moments: Moments) -> OperatorReport:
     """Re-estimate the running statistics of a BatchNorm from its inputs."""
     spread = params[operator.variance].double().clamp_min(0).sqrt()
-    report = _compared(operator, "running statistics", moments, Target(params[operator.mean].double(), spread))
+    report = compared(operator, "running statistics", moments, Target(params[operator.mean].double(), spread))
     program.assign(params, operator.mean, moments.mean)
     program.assign(params, operator.variance, moments.unbiased_variance)
     return report
 
 
-def _compared(operator: Operator, action: str, moments: Moments, target: Target, dead: int = 0) -> OperatorReport:
+def compared(operator: Operator, action: str, moments: Moments, target: Target, dead: int = 0) -> OperatorReport:
+    """How far the moments were from their target."""
     alive = target.std > _DEAD * (target.mean.abs() + moments.std)
     if not bool(alive.any()):
         return OperatorReport(operator.name, operator.module, action, 0.0, 1.0, dead)
@@ -169,16 +170,15 @@ def _compared(operator: Operator, action: str, moments: Moments, target: Target,
     )
 
 
-def _feeds_batch_norm(operator: Operator) -> bool:
+def feeds_batch_norm(operator: Operator) -> bool:
     """Whether the output goes to a BatchNorm alone, whose new statistics undo any rescaling."""
     users = list(operator.node.users)
-    return len(users) == 1 and _is_batch_norm(users[0])
+    return len(users) == 1 and users[0].target is torch.ops.aten.batch_norm.default
 
 
-def _is_batch_norm(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.batch_norm.default
-
-
-def _report(method: str, setting: Setting, operators: tuple[OperatorReport, ...], start: float) -> RecalibrationReport:
+def recalibration_report(
+    method: str, setting: Setting, operators: tuple[OperatorReport, ...], start: float
+) -> RecalibrationReport:
+    """Report of a recalibration that began at `start`."""
     skipped = tuple(setting.programs[0].skipped.items())
     return RecalibrationReport(method, operators, skipped, setting.inputs, time.perf_counter() - start)

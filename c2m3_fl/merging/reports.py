@@ -8,6 +8,23 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class FitReport:
+    """How well an operator could be fitted.
+
+    Attributes
+    ----------
+    strength : float
+        Ridge strength relative to the mean variance of the inputs; infinite where the weights were kept.
+    error_before, error : float
+        Held-out squared error, relative to the targets' variance, with the weights kept and with the fit.
+    """
+
+    strength: float
+    error_before: float
+    error: float
+
+
+@dataclass(frozen=True)
 class OperatorReport:
     """What recalibration did to one operator.
 
@@ -16,13 +33,15 @@ class OperatorReport:
     operator, module : str
         Name of the call in the traced graph, and path of the module that makes it.
     action : str
-        What was done: "mean and spread", "spread only: no bias", "running statistics", …
+        What was done: "mean and spread", "spread only: no bias", "running statistics", "refit", …
     offset : float
         Before: root mean square over channels of (mean - target) / target spread.
     spread : float
         Before: median over channels of spread / target spread; below one where averaging shrank it.
     dead : int
         Channels that did not vary and kept their scale.
+    fit : FitReport, optional
+        How well it could be fitted, where it was.
     """
 
     operator: str
@@ -31,6 +50,7 @@ class OperatorReport:
     offset: float
     spread: float
     dead: int = 0
+    fit: FitReport | None = None
 
 
 @dataclass(frozen=True)

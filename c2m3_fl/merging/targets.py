@@ -11,7 +11,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.models.calibration import Batch
 from c2m3_fl.models.operators import Operator
-from c2m3_fl.models.program import Program, Walk, observe
+from c2m3_fl.models.program import Program, Walk
 from c2m3_fl.models.statistics import Moments
 
 _BUDGET = 4 << 30  # bytes of activations kept alive; batches beyond it run again from the start at every operator
@@ -34,13 +34,11 @@ class Target:
 def output_moments(programs: Sequence[Program], batches: Sequence[Batch], params: Params) -> dict[str, Moments]:
     """Moments of every operator's output, in one pass over the batches."""
     found: dict[str, Moments] = {}
-
-    def visit(operator: Operator, walk: Walk, output: Tensor) -> None:
-        moments = Moments.of(output, operator.channel_axes(params))
-        found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
-
     for program, batch in zip(programs, batches, strict=True):
-        observe(program, params, batch, visit)
+        walk = Walk(program, params, batch)
+        for operator in program.operators:
+            moments = Moments.of(walk.output(operator), operator.channel_axes(params))
+            found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
     return found
 
 

@@ -7,6 +7,7 @@ linear layer, axis 1 of a convolution, the normalised axes of a LayerNorm. Resca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -82,6 +83,15 @@ LAYOUTS: dict[object, Layout] = {
 
 
 @dataclass(frozen=True)
+class Window:
+    """How a convolution slides: per spatial axis its stride, its dilation, and the padding on both sides."""
+
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    padding: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Operator:
     """One call of an operator with parameters of its own.
 
@@ -134,11 +144,33 @@ class Operator:
         return source
 
     @property
+    def gives_output(self) -> bool:
+        """Whether its output is an output of the network as it stands."""
+        return any(user.op == "output" for user in self.node.users)
+
+    @property
     def groups(self) -> int:
         """Number of groups of a convolution; 1 for everything else."""
         position = {Kind.CONVOLUTION: 6, Kind.TRANSPOSED: 6}.get(self.kind, -1)
         found = self.node.args[position] if 0 <= position < len(self.node.args) else self.node.kwargs.get("groups", 1)
         return found if isinstance(found, int) else 1
+
+    def window(self, kernel: Sequence[int]) -> Window:
+        """Geometry of a convolution whose kernel has these sizes."""
+        spatial = len(kernel)
+
+        def sizes(position: int, default: int) -> list[int]:
+            found = self.node.args[position] if position < len(self.node.args) else default
+            values = list(found) if isinstance(found, (list, tuple)) else [found]
+            return [int(str(value)) for value in (values * spatial if len(values) == 1 else values)]
+
+        stride, dilation = sizes(3, 1), sizes(5, 1)
+        padding = self.node.args[4] if len(self.node.args) > 4 else 0
+        if padding == "same":
+            total = [reach * (size - 1) for reach, size in zip(dilation, kernel, strict=True)]
+            return Window(stride, dilation, [(each // 2, each - each // 2) for each in total])
+        sides = [0] * spatial if padding == "valid" else sizes(4, 0)
+        return Window(stride, dilation, [(side, side) for side in sides])
 
     def channel_axes(self, params: Params) -> tuple[int, ...]:
         """Axes of the output whose coordinates are the channels."""

@@ -8,7 +8,7 @@ shows them all; a `Walk` runs it and may stop at any of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,12 @@ class Walk:
         assert callable(node.target)
         return node.target(*fx.map_arg(node.args, self.value), **fx.map_arg(node.kwargs, self.value))
 
+    def output(self, operator: Operator) -> Tensor:
+        """Run up to and including an operator; its output."""
+        self.advance(operator.index + 1)
+        result: Tensor = self.value(operator.node)
+        return result
+
     @property
     def resident(self) -> int:
         """Bytes of the activations that are alive."""
@@ -183,14 +189,6 @@ def trace_batches(model: nn.Module, batches: Sequence[Batch]) -> list[Program]:
                 "pass calibration batches of one shape"
             )
     return programs
-
-
-def observe(program: Program, params: Params, batch: Batch, visit: Callable[[Operator, Walk, Tensor], None]) -> None:
-    """Run a network and show the output of every operator, in forward order, to `visit`."""
-    walk = Walk(program, params, batch)
-    for operator in program.operators:
-        walk.advance(operator.index + 1)
-        visit(operator, walk, walk.value(operator.node))
 
 
 def _operators(graph: fx.Graph, names: Mapping[str, str]) -> tuple[tuple[Operator, ...], dict[str, str]]:

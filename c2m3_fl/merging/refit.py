@@ -1,0 +1,138 @@
+"""Refit: fit every linear operator of the merged network to its aligned endpoints' mean output, in closed form.
+
+REPAIR corrects two numbers per channel. With aligned endpoints there is more to aim at: the weighted mean of their
+outputs at every position. Each operator is fitted to it in forward order, by ridge regression towards its current
+weights, on the inputs that it has in the merged network itself. No labels, no learning rate.
+
+Averaging endpoints shrinks the spread of targets, so every channel's moments are then set as REPAIR sets them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError
+from c2m3_fl.merging.mean_outputs import FOLDS, MeanOutputs
+from c2m3_fl.merging.repair import feeds_batch_norm, measured, recalibration_report, rescale, restate
+from c2m3_fl.merging.reports import FitReport, OperatorReport, Recalibrated
+from c2m3_fl.merging.ridge import Sums, choose
+from c2m3_fl.merging.setting import Setting
+from c2m3_fl.merging.targets import Front
+from c2m3_fl.models.operators import Kind, Operator
+from c2m3_fl.models.patches import from_matrix, input_rows, weight_matrix
+
+_FITTED = (Kind.LINEAR, Kind.CONVOLUTION, Kind.PRODUCT)
+_CHUNK = 4096  # rows whose patches are in memory at once
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Fit every linear operator to the aligned endpoints' mean outputs, in forward order.
+
+    Norms and transposed convolutions are repaired. Harmful where the calibration data come from elsewhere, and
+    held-out calibration error does not notice: see `Auto` for a guard.
+
+    Attributes
+    ----------
+    positions : int
+        Largest number of positions, over all calibration inputs, that an operator is fitted to.
+    strengths : tuple of float
+        Ridge strengths, relative to the mean variance of an operator's inputs, from which held-out inputs choose;
+        keeping the weights is always a candidate.
+    logits : bool
+        Whether the network's outputs are logits of classes. Their mean lets a class that one node never saw veto
+        all others, so the last layer is fitted to the centred log of the endpoints' mean softmax.
+    floor : float
+        Least probability that enters that logarithm.
+    final_only : bool
+        Fit the operators that give the network's output alone and repair all others.
+    seed : int
+        Decides which positions are drawn.
+    """
+
+    positions: int = 40_000
+    strengths: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    logits: bool = False
+    floor: float = 1e-2
+    final_only: bool = False
+    seed: int = 0
+
+    def __call__(self, setting: Setting) -> Recalibrated:
+        """Refit ``setting.merged``."""
+        start = time.perf_counter()
+        with torch.no_grad():
+            outputs = MeanOutputs(setting, self.fits, self.positions, self.seed, self.floor if self.logits else None)
+            params = dict(setting.merged)
+            front = Front(setting.programs, setting.batches, params)
+            reports = [
+                report
+                for place in range(len(setting.programs[0].operators))
+                for report in self._correct(setting, outputs, front, place, params)
+            ]
+        return Recalibrated(params, recalibration_report("refit", setting, tuple(reports), start))
+
+    def fits(self, operator: Operator) -> bool:
+        """Whether this operator is fitted, not only repaired."""
+        return operator.kind in _FITTED and (operator.final or not self.final_only)
+
+    def _correct(
+        self, setting: Setting, outputs: MeanOutputs, front: Front, place: int, params: dict[str, Tensor]
+    ) -> list[OperatorReport]:
+        program = setting.programs[0]
+        operator = program.operators[place]
+        reports = []
+        if operator.mean:
+            reports.append(restate(program, operator, params, measured(front, place, params, before=True)))
+        target = setting.targets[operator.name]
+        if self.fits(operator):
+            reports.append(_fit(setting, self, outputs, front, place, params))
+            target = outputs.target(place, operator, target)
+        if not feeds_batch_norm(operator) and operator.weight:
+            reports.append(rescale(program, operator, params, measured(front, place, params), target))
+        return reports
+
+
+def _fit(
+    setting: Setting, options: Refit, outputs: MeanOutputs, front: Front, place: int, params: dict[str, Tensor]
+) -> OperatorReport:
+    """Fit one operator and put its new weight in place; its channels' moments are left to be set."""
+    program = setting.programs[0]
+    operator = program.operators[place]
+    train, held_out = _sums(outputs, front, place, params)
+    if not operator.bias and not feeds_batch_norm(operator):
+        train, held_out = train.through_origin(), held_out.through_origin()
+    spread = outputs.target(place, operator, setting.targets[operator.name]).std.reshape(train.r.shape)
+    fit = choose(train, held_out, options.strengths, spread)
+    weight = params[operator.weight]
+    matrix = weight_matrix(operator, weight.double()) + fit.change
+    program.assign(params, operator.weight, from_matrix(operator, matrix, weight.shape))
+    quality = FitReport(fit.strength, fit.error_before, fit.error)
+    return OperatorReport(operator.name, operator.module, "refit", 0.0, 1.0, fit=quality)
+
+
+def _sums(outputs: MeanOutputs, front: Front, place: int, params: Params) -> tuple[Sums, Sums]:
+    """Sums over inputs to fit and inputs held out; residuals are what the current weights leave."""
+    sums: list[Sums | None] = [None, None]
+    for index, (operator, walk) in enumerate(front.before(place)):
+        weight = params[operator.weight]
+        matrix = weight_matrix(operator, weight)
+        bias = params[operator.bias] if operator.bias else None
+        source = walk.value(operator.input)
+        drawn = outputs.at(place, index)
+        for held in (0, 1):
+            for chosen in torch.split(torch.nonzero(drawn.held_out == bool(held))[:, 0], _CHUNK):
+                rows = input_rows(operator, source, weight, drawn.shape, drawn.positions[chosen])
+                goal = drawn.rows[chosen] if bias is None else drawn.rows[chosen] - bias
+                residuals = goal.reshape(len(chosen), operator.groups, -1).movedim(1, 0) - rows @ matrix
+                part = Sums.of(rows, residuals)
+                before = sums[held]
+                sums[held] = part if before is None else before.combine(part)
+    train, held_out = sums
+    if train is None or held_out is None:
+        raise CalibrationError(f"refit holds every {FOLDS}th calibration input out, so it needs at least {FOLDS}")
+    return train, held_out

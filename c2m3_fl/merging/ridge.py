@@ -1,0 +1,147 @@
+"""Ridge regression towards given weights, from sums alone: the data are seen once and never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+_GAIN = 1e-3  # relative improvement below which nothing is gained but noise
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over rows x and residuals r, in float64: all that a least-squares fit of r by x needs.
+
+    Every attribute has a leading axis of groups, which are fitted apart. Sums form a monoid under `combine`.
+
+    Attributes
+    ----------
+    count : int
+        Number of rows.
+    x : Tensor, shape (groups, inputs)
+        Sum of rows.
+    r : Tensor, shape (groups, outputs)
+        Sum of residuals.
+    xx : Tensor, shape (groups, inputs, inputs)
+        Sum of x xᵀ.
+    xr : Tensor, shape (groups, inputs, outputs)
+        Sum of x rᵀ.
+    rr : Tensor, shape (groups, outputs)
+        Sum of squared residuals, per output.
+    """
+
+    count: int
+    x: Tensor
+    r: Tensor
+    xx: Tensor
+    xr: Tensor
+    rr: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, residuals: Tensor) -> Sums:
+        """Sums of rows (groups, count, inputs) and residuals (groups, count, outputs)."""
+        x, r = rows.double(), residuals.double()
+        return cls(x.shape[1], x.sum(1), r.sum(1), x.mT @ x, x.mT @ r, r.square().sum(1))
+
+    def combine(self, other: Sums) -> Sums:
+        """Sums over both sets of rows."""
+        return Sums(
+            self.count + other.count,
+            self.x + other.x,
+            self.r + other.r,
+            self.xx + other.xx,
+            self.xr + other.xr,
+            self.rr + other.rr,
+        )
+
+    def through_origin(self) -> Sums:
+        """The sums for a fit without intercept: nothing is centred."""
+        return replace(self, x=torch.zeros_like(self.x), r=torch.zeros_like(self.r))
+
+    @property
+    def gram(self) -> Tensor:
+        """Mean of x xᵀ about the mean of x, shape (groups, inputs, inputs)."""
+        mean = self.x / self.count
+        return self.xx / self.count - mean[:, :, None] * mean[:, None, :]
+
+    @property
+    def cross(self) -> Tensor:
+        """Mean of x rᵀ about the means, shape (groups, inputs, outputs)."""
+        return self.xr / self.count - (self.x / self.count)[:, :, None] * (self.r / self.count)[:, None, :]
+
+    def error(self, change: Tensor, offset: Tensor) -> Tensor:
+        """Mean of (r - changeᵀ x - offset)², shape (groups, outputs)."""
+        mean_x, mean_r = self.x / self.count, self.r / self.count
+        mean_fit = (mean_x[:, None, :] @ change)[:, 0, :]
+        spread = self.rr / self.count - mean_r.square()
+        spread = spread + (change * (self.gram @ change)).sum(1) - 2 * (change * self.cross).sum(1)
+        return spread.clamp_min(0) + (mean_r - mean_fit - offset).square()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A change of weights.
+
+    Attributes
+    ----------
+    change : Tensor, shape (groups, inputs, outputs)
+        What to add to the weights.
+    strength : float
+        The chosen ridge strength, relative to the mean variance of the inputs; infinite for "keep the weights".
+    error_before, error : float
+        Held-out error with the weights kept and with the chosen strength, relative to the targets' variance.
+    """
+
+    change: Tensor
+    strength: float
+    error_before: float
+    error: float
+
+
+def offset_of(sums: Sums, change: Tensor) -> Tensor:
+    """The unpenalised intercept that goes with a change, shape (groups, outputs)."""
+    return sums.r / sums.count - ((sums.x / sums.count)[:, None, :] @ change)[:, 0, :]
+
+
+def solve(sums: Sums, strength: float) -> Tensor:
+    """The change that minimises ``mean |r - changeᵀ x - offset|² + strength · scale · |change|²``.
+
+    `scale` is the mean variance of the inputs, so that a strength means the same for every operator.
+    """
+    gram = sums.gram
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = (strength * scale).clamp_min(torch.finfo(torch.float64).tiny)
+    lifted = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(lifted)
+    solution = torch.cholesky_solve(sums.cross, factor)
+    return torch.where((failed == 0)[:, None, None] & solution.isfinite(), solution, 0.0)
+
+
+def choose(train: Sums, held_out: Sums, strengths: Sequence[float], spread: Tensor) -> Fit:
+    """Fit with the strength that predicts held-out rows best, or keep the weights where none does better.
+
+    Parameters
+    ----------
+    train, held_out : Sums
+        Rows of different inputs.
+    strengths : sequence of float
+        Candidates, relative to the mean variance of the inputs.
+    spread : Tensor, shape (groups, outputs)
+        Standard deviation of every target: errors count relative to it.
+    """
+    weight = torch.where(spread > 0, 1 / spread.square().clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+
+    def held_out_error(change: Tensor) -> float:
+        return float((held_out.error(change, offset_of(train, change)) * weight).mean())
+
+    nothing = torch.zeros_like(train.xr)
+    kept = held_out_error(nothing)
+    errors = {strength: held_out_error(solve(train, strength)) for strength in strengths}
+    best = min(errors, key=errors.__getitem__)
+    if not errors[best] < kept * (1 - _GAIN):
+        return Fit(nothing, float("inf"), kept, kept)
+    return Fit(solve(train.combine(held_out), best), best, kept, errors[best])
