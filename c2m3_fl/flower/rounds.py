@@ -22,6 +22,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import C2M3Error, ConfigError, ParamsError
 from c2m3_fl.flower.alignment import Aligner, Alignment, Basis, Mode, with_cpu_fallback
 from c2m3_fl.flower.replies import Dropped, Reply, check_finite
+from c2m3_fl.flower.statistics import ClientStatistics, check_measurable
 from c2m3_fl.merging.recalibrate import Recalibration, resolve
 from c2m3_fl.merging.setting import prepare
 from c2m3_fl.models.calibration import Calibration, ExampleInputs, first_inputs
@@ -105,8 +106,8 @@ class Rounds:
         The architecture; not mutated.
     example_inputs : Tensor or tuple of Tensor, optional
         Inputs that the network can be traced with; by default the first calibration batch.
-    calibration : iterable of batches, optional
-        Inputs for recalibration.
+    calibration : iterable of batches or ClientStatistics, optional
+        Inputs for recalibration, or who measures instead.
     recalibrate : str or Recalibration
         What to do with them: "none", "repair", or any other name or object that `c2m3_fl.merging.recalibrate` knows.
     device : torch.device or str, optional
@@ -124,7 +125,7 @@ class Rounds:
         self,
         model: nn.Module,
         example_inputs: ExampleInputs | None,
-        calibration: Calibration | None,
+        calibration: Calibration | ClientStatistics | None,
         recalibrate: Recalibration | str,
         device: torch.device | str | None,
         options: Options,
@@ -142,7 +143,11 @@ class Rounds:
         self.recalibration = resolve(recalibrate)
         self.device = _device(device)
         self.example_inputs = example_inputs
-        self.spec = permutation_spec(model, first_inputs(calibration, example_inputs))
+        held = None if isinstance(calibration, ClientStatistics) else calibration
+        if held is not calibration:
+            check_measurable(self.recalibration)
+        self.inputs = first_inputs(held, example_inputs)
+        self.spec = permutation_spec(model, self.inputs)
         self.aligner = Aligner(
             self.spec,
             mode=self.options["alignment"],
@@ -228,8 +233,8 @@ class Rounds:
 
     def _recalibrated(self, merged: Params, endpoints: Sequence[Params], weights: Sequence[float]) -> Params:
         calibration, recalibration = self.calibration, self.recalibration
-        assert calibration is not None  # only called when there is something to do
-        assert recalibration is not None
+        if calibration is None or recalibration is None or isinstance(calibration, ClientStatistics):
+            raise ConfigError("there is nothing to recalibrate with on this server")
 
         def compute(device: torch.device) -> Params:
             setting = prepare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from inspect import currentframe
 from logging import INFO, WARNING
@@ -21,7 +21,8 @@ from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.privacy import chain, check_privacy
 from c2m3_fl.flower.records import from_params, schema_of, to_params
 from c2m3_fl.flower.replies import Reply, report_dropped, sort_messages
-from c2m3_fl.flower.rounds import Aligned, Numbers, Options, Rounds
+from c2m3_fl.flower.rounds import Aligned, Finish, Numbers, Options, Rounds
+from c2m3_fl.flower.statistics import ClientStatistics, repair_by_clients
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.models.calibration import Calibration, ExampleInputs
 
@@ -43,8 +44,9 @@ class C2M3(Strategy):
         The architecture whose arrays are exchanged; not mutated.
     example_inputs : Tensor or tuple of Tensor, optional
         Inputs that the network can be traced with; by default the first calibration batch.
-    calibration : iterable of batches, optional
-        Inputs that the server holds, labels or none, for recalibration.
+    calibration : iterable of batches or ClientStatistics, optional
+        Inputs that the server holds, labels or none, for recalibration; or `ClientStatistics()`, to let the
+        clients measure on theirs.
     recalibrate : str or Recalibration
         What to do with them: "none", "repair", or any other name or object that `c2m3_fl.merging.recalibrate` knows.
     device : torch.device or str, optional
@@ -72,7 +74,7 @@ class C2M3(Strategy):
         *,
         model: nn.Module,
         example_inputs: ExampleInputs | None = None,
-        calibration: Calibration | None = None,
+        calibration: Calibration | ClientStatistics | None = None,
         recalibrate: Recalibration | str = "repair",
         device: torch.device | str | None = None,
         **options: Unpack[Options],
@@ -80,6 +82,7 @@ class C2M3(Strategy):
         self.strategy = FedAvg() if strategy is None else strategy
         self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
         self.sent = from_params(model.state_dict())
+        self._grid: Grid | None = None
         self._check_privacy(self.strategy)
 
     def configure_train(
@@ -88,7 +91,7 @@ class C2M3(Strategy):
         """Remember the model that is sent out, and let the wrapped strategy choose who gets it."""
         self._refuse_private_caller()
         self.rounds.spec.check(to_params(arrays), "the arrays to send out")
-        self.sent = arrays
+        self.sent, self._grid = arrays, grid
         for each in chain(self.strategy):
             if isinstance(each, FedAvgM) and each.current_arrays is not None:
                 each.current_arrays = arrays  # what it returned may have been repaired since
@@ -118,7 +121,7 @@ class C2M3(Strategy):
             for each, state in before:
                 vars(each).update(state)  # a momentum that holds NaN would never recover
             return self._keep(str(error), counts, metrics)
-        merged, numbers = self.rounds.recalibrate(merged, aligned)
+        merged, numbers = self.rounds.recalibrate(merged, aligned, self._asking([r.node for r in aligned.replies]))
         return from_params(merged), _joined(metrics, {**counts, **numbers, "c2m3-kept-previous": 0})
 
     def configure_evaluate(
@@ -161,6 +164,18 @@ class C2M3(Strategy):
     def _required(self) -> list[str]:
         """Metrics without which the wrapped strategy cannot aggregate."""
         return [each.train_loss_key for each in chain(self.strategy) if isinstance(each, QFedAvg)]
+
+    def _asking(self, nodes: Sequence[int]) -> Finish | None:
+        """How to recalibrate with what these nodes measure; None where the server has data of its own, or none."""
+        statistics, recalibration, grid = self.rounds.calibration, self.rounds.recalibration, self._grid
+        if not isinstance(statistics, ClientStatistics) or recalibration is None or grid is None:
+            return None
+
+        def finish(merged: Params, endpoints: Sequence[Params], weights: Sequence[float]) -> Params:
+            model, inputs = self.rounds.model, self.rounds.inputs
+            return repair_by_clients(statistics, recalibration, grid, nodes, model, inputs, merged, endpoints, weights)
+
+        return finish
 
     def _personal(self, messages: Iterable[Message]) -> Iterable[Message]:
         """The same messages, every client's model in its own basis where that was asked for."""

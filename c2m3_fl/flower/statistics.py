@@ -1,0 +1,280 @@
+"""Repair without calibration data on the server: the clients measure, the server repairs.
+
+The server sends networks in ``query`` messages; a client runs them on data of its own and returns the mean, the
+spread and the count of every channel, never an activation or an input. The server pools them, which is exact, and
+corrects the merged network operator by operator, asking again before each one because every correction changes
+what the later ones see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from logging import WARNING
+from typing import Literal
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore import log
+from torch import Tensor, nn
+
+from c2m3_fl.core.averaging import normalise_weights
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
+from c2m3_fl.flower.records import from_params, schema_of_params, to_params
+from c2m3_fl.merging.recalibrate import Recalibration
+from c2m3_fl.merging.repair import BatchNormStatistics, Repair, feeds_batch_norm, rescale, restate
+from c2m3_fl.merging.setting import check_params
+from c2m3_fl.merging.targets import Target, mean_targets, output_moments
+from c2m3_fl.models.calibration import Batch, Calibration, load_batches
+from c2m3_fl.models.operators import Operator
+from c2m3_fl.models.program import Program, Walk, trace
+from c2m3_fl.models.statistics import Moments
+
+ACTION = "c2m3_statistics"
+Ask = tuple[int, str, Params]  # whom, about what, and the network to measure
+
+
+@dataclass(frozen=True)
+class ClientStatistics:
+    """Calibrate with what the clients measure; pass it as `calibration`.
+
+    Every client needs one line, `answer_statistics`. A round costs one query for the targets and one for every
+    operator that is corrected.
+
+    Attributes
+    ----------
+    endpoints : {"own", "all"}
+        "own" (default): a client measures the merged network and its own aligned reply; nobody sees another
+        client's network. "all": every client measures every aligned reply, which gives exactly what repair on the
+        pooled data gives, costs as many networks per client as there are clients, and shows them to all.
+    timeout : float
+        Seconds to wait for the answers to a query; who does not answer in time is left out of it.
+    """
+
+    endpoints: Literal["own", "all"] = "own"
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.endpoints not in ("own", "all"):
+            raise ConfigError(f"endpoints is {self.endpoints!r}, expected 'own' or 'all'")
+
+
+def answer_statistics(
+    app: ClientApp,
+    *,
+    model: Callable[[Context], nn.Module],
+    calibration: Callable[[Context], Calibration],
+) -> None:
+    """Let a client app answer the server's queries for channel moments.
+
+    Parameters
+    ----------
+    app : ClientApp
+        Gets one more query handler.
+    model : callable
+        From the context to the architecture, as the server has it.
+    calibration : callable
+        From the context to batches of the client's own data; labels are ignored.
+
+    Examples
+    --------
+    >>> app = ClientApp()
+    >>> answer_statistics(app, model=lambda context: Net(), calibration=lambda context: load_data(context))
+    """
+    programs: dict[tuple[tuple[int, ...], ...], Program] = {}  # by shape of a batch: tracing takes longer than running
+
+    @app.query(ACTION)
+    def measure(message: Message, context: Context) -> Message:
+        network = model(context)
+        (arrays,), (config,) = message.content.array_records.values(), message.content.config_records.values()
+        params = to_params(arrays, schema_of_params(network.state_dict()), "query")
+        check_params(network, params, "query")
+        batches = load_batches(calibration(context))
+        place, before = int(str(config["place"])), bool(config["before"])
+        found: dict[str, Moments] = {}
+        with torch.no_grad():
+            for batch in batches:
+                program = programs.get(batch.shapes) or trace(network, batch.inputs)
+                programs[batch.shapes] = program
+                walk = Walk(program, params, batch)
+                for operator in program.operators if place < 0 else [program.operators[place]]:
+                    moments = _measured(walk, operator, params, before)
+                    found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
+        return Message(RecordDict({"moments": _to_record(found)}), reply_to=message)
+
+
+def check_measurable(recalibration: Recalibration | None) -> None:
+    """Raise `ConfigError` for a recalibration that needs more than moments."""
+    if not isinstance(recalibration, Repair | BatchNormStatistics | None):
+        raise ConfigError(f"{type(recalibration).__name__} needs inputs, not moments: hold calibration data instead")
+
+
+def repair_by_clients(
+    statistics: ClientStatistics,
+    recalibration: Recalibration,
+    grid: Grid,
+    nodes: Sequence[int],
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    merged: Params,
+    endpoints: Sequence[Params],
+    weights: Sequence[float],
+) -> Params:
+    """Repair a merged network with the moments that clients measure.
+
+    Parameters
+    ----------
+    statistics : ClientStatistics
+        Who measures what.
+    recalibration : Repair or BatchNormStatistics
+        What to do with it.
+    grid : Grid
+        Where the clients are.
+    nodes : sequence of int
+        Whom to ask, one node per endpoint, in a stable order.
+    model : nn.Module
+        The architecture; not mutated.
+    inputs : tuple of Tensor
+        Example inputs to trace it with.
+    merged : mapping of str to Tensor
+        The merged state dict; not mutated.
+    endpoints : sequence of mappings of str to Tensor
+        The aligned replies.
+    weights : sequence of float
+        Their averaging weights.
+
+    Raises
+    ------
+    CalibrationError
+        When a query gets no usable answer at all.
+    ConfigError
+        For a recalibration that needs more than moments.
+    """
+    check_measurable(recalibration)
+    final = isinstance(recalibration, Repair) and recalibration.final
+    program = trace(model, inputs)
+    params = dict(merged)
+    survey = _Survey(grid, statistics.timeout, program, inputs, params)
+    targets: Mapping[str, Target] = {}
+    if isinstance(recalibration, Repair):
+        targets = _targets(survey, statistics.endpoints == "all", nodes, endpoints, weights)
+    for place, operator in enumerate(program.operators):
+        if operator.mean:
+            restate(program, operator, params, survey.pooled(nodes, place, params, before=True))
+        elif targets and (final or not operator.final) and not feeds_batch_norm(operator):
+            rescale(program, operator, params, survey.pooled(nodes, place, params), targets[operator.name])
+    return params
+
+
+class _Survey:
+    """Asks clients for moments, and believes no answer that is not of the expected form."""
+
+    def __init__(
+        self, grid: Grid, timeout: float, program: Program, inputs: tuple[Tensor, ...], params: Params
+    ) -> None:
+        self._grid = grid
+        self._timeout = timeout
+        self._operators = program.operators
+        with torch.no_grad():  # one pass over the example inputs, to know how many channels to expect
+            seen = output_moments([program], [Batch(inputs)], params)
+        self._channels = {name: len(moments.mean) for name, moments in seen.items()}
+
+    def pooled(self, nodes: Sequence[int], place: int, params: Params, *, before: bool = False) -> Moments:
+        """Moments of one operator over the data of all nodes."""
+        answers = self.ask([(node, "merged", params) for node in nodes], place, before=before)
+        return _combined([answers[node, "merged"] for node in nodes if (node, "merged") in answers])[
+            self._operators[place].name
+        ]
+
+    def ask(
+        self, asks: Iterable[Ask], place: int = -1, *, before: bool = False
+    ) -> dict[tuple[int, str], dict[str, Moments]]:
+        """The usable answers, by node and subject; place -1 asks for every operator's output."""
+        config = ConfigRecord({"place": place, "before": int(before)})
+        messages = [
+            Message(
+                RecordDict({"arrays": from_params(params), "config": config}), node, f"query.{ACTION}", group_id=about
+            )
+            for node, about, params in asks
+        ]
+        found = {}
+        for reply in self._grid.send_and_receive(messages, timeout=self._timeout):
+            node = reply.metadata.src_node_id
+            try:
+                found[node, reply.metadata.group_id] = self._read(reply, place)
+            except ParamsError as error:
+                log(WARNING, "\t> no moments from node %d: %s", node, error)
+        if not found:
+            raise CalibrationError("no client answered the query for channel moments; add answer_statistics to its app")
+        return found
+
+    def _read(self, reply: Message, place: int) -> dict[str, Moments]:
+        if reply.has_error():
+            raise ParamsError(f"the client failed: {reply.error.reason}")
+        records = list(reply.content.array_records.values())
+        if len(records) != 1:
+            raise ParamsError(f"the answer has {len(records)} ArrayRecords, expected exactly one")
+        arrays = to_params(records[0], who="moments")
+        operators = self._operators if place < 0 else [self._operators[place]]
+        return {operator.name: _read_moments(arrays, operator, self._channels[operator.name]) for operator in operators}
+
+
+def _targets(
+    survey: _Survey, exact: bool, nodes: Sequence[int], endpoints: Sequence[Params], weights: Sequence[float]
+) -> dict[str, Target]:
+    """What every channel should do, from each endpoint on its own client's data or on everybody's."""
+    asks = [
+        (node, str(index), endpoint)
+        for index, endpoint in enumerate(endpoints)
+        for node in (nodes if exact else [nodes[index]])
+    ]
+    answers = survey.ask(asks)
+    measured, kept = [], []
+    for index, weight in enumerate(weights):
+        found = [answers[node, str(index)] for node in nodes if (node, str(index)) in answers]
+        if found:
+            measured.append(_combined(found))
+            kept.append(weight)
+    return mean_targets(measured, normalise_weights(kept, len(kept)))
+
+
+def _combined(answers: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
+    """Pooled moments: exactly those of all data together."""
+    if not answers:
+        raise CalibrationError("no usable channel moments for a network that must be measured")
+    total = dict(answers[0])
+    for answer in answers[1:]:
+        total = {name: moments.combine(answer[name]) for name, moments in total.items()}
+    return total
+
+
+def _measured(walk: Walk, operator: Operator, params: Params, before: bool) -> Moments:
+    if not before:
+        return Moments.of(walk.output(operator), operator.channel_axes(params))
+    walk.advance(operator.index)
+    return Moments.of(walk.value(operator.input), operator.channel_axes(params))
+
+
+def _to_record(found: Mapping[str, Moments]) -> ArrayRecord:
+    arrays = {}
+    for name, moments in found.items():
+        arrays[f"{name}/count"] = torch.tensor(moments.count)
+        arrays[f"{name}/mean"] = moments.mean
+        arrays[f"{name}/deviation"] = moments.deviation
+    return from_params(arrays)
+
+
+def _read_moments(arrays: Params, operator: Operator, channels: int) -> Moments:
+    who = f"moments of operator {operator.name!r} ({operator.module})"
+    try:
+        count, mean, deviation = (arrays[f"{operator.name}/{part}"] for part in ("count", "mean", "deviation"))
+    except KeyError as error:
+        raise ParamsError(f"{who} are missing") from error
+    if count.shape != () or {mean.shape, deviation.shape} != {(channels,)}:
+        raise ParamsError(f"{who} are of shape {tuple(mean.shape)}, expected {(channels,)}")
+    if count < 1 or not bool(torch.isfinite(torch.stack([mean, deviation])).all()) or bool((deviation < 0).any()):
+        raise ParamsError(f"{who} are not finite, or negative where they must not be")
+    return Moments(int(count), mean.double(), deviation.double())

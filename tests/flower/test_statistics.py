@@ -1,0 +1,235 @@
+"""Repair by what the clients measure: the same as with their data pooled on the server."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from torch import nn
+
+from c2m3_fl.errors import CalibrationError, ConfigError
+from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.statistics import ACTION, ClientStatistics, answer_statistics, repair_by_clients
+from c2m3_fl.flower.strategy import C2M3
+from c2m3_fl.merging.refit import Refit
+from c2m3_fl.merging.repair import BatchNormStatistics, Repair, repair
+from c2m3_fl.merging.setting import prepare
+from tests.flower.federation import EXAMPLE, accuracy, calibration, digits, digits_app, mlp, normed, same
+
+NODES = 3
+
+
+def share(context):
+    """Unequal shares, in batches of unequal size, labels and all."""
+    partition = int(context.node_config["partition-id"])
+    data, labels = (each[partition * 100 : partition * 100 + 60 + 20 * partition] for each in digits())
+    return list(zip(data.split(32), labels.split(32), strict=True))
+
+
+def pooled():
+    data = digits()[0]
+    return [data[partition * 100 : partition * 100 + 60 + 20 * partition] for partition in range(NODES)]
+
+
+def answering(make=mlp, app=None):
+    app = app or ClientApp()
+    answer_statistics(app, model=lambda context: make(), calibration=share)
+    return app
+
+
+def convolutional(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 6, 3, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 5, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(80, 10),
+        )
+
+
+def measured_by_clients(make, endpoints, merged, statistics, recalibration=None):
+    return repair_by_clients(
+        statistics,
+        recalibration or Repair(),
+        SerialGrid(answering(make), NODES),
+        list(range(1, NODES + 1)),
+        make(),
+        (EXAMPLE,),
+        merged,
+        endpoints,
+        [1.0, 2.0, 3.0],
+    )
+
+
+def networks(make):
+    endpoints = [{name: value.clone() for name, value in make(seed).state_dict().items()} for seed in range(NODES)]
+    merged = {
+        name: sum(endpoint[name] for endpoint in endpoints) / NODES if value.is_floating_point() else value
+        for name, value in endpoints[0].items()
+    }
+    return endpoints, merged
+
+
+@pytest.mark.parametrize("make", [mlp, normed, convolutional])
+def test_it_is_the_repair_that_the_pooled_data_give(make):
+    endpoints, merged = networks(make)
+    found = measured_by_clients(make, endpoints, merged, ClientStatistics(endpoints="all"))
+    expected = repair(make(), merged, endpoints, pooled(), weights=[1.0, 2.0, 3.0], example_inputs=EXAMPLE).state_dict
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(found[name], merged[name]) for name in merged)
+
+
+@pytest.mark.parametrize("make", [mlp, normed, convolutional])
+def test_batch_norm_statistics_are_those_of_the_pooled_data(make):
+    endpoints, merged = networks(make)
+    found = measured_by_clients(make, endpoints, merged, ClientStatistics(), BatchNormStatistics())
+    setting = prepare(make(), merged, endpoints, pooled(), example_inputs=EXAMPLE)
+    for name, value in BatchNormStatistics()(setting).state_dict.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_by_default_each_endpoint_is_measured_where_it_came_from():
+    """Three copies of one endpoint: then own data and pooled data differ only in the spread between clients."""
+    endpoint = mlp(5).state_dict()
+    same_data = ClientApp()
+    answer_statistics(same_data, model=lambda context: mlp(), calibration=lambda context: calibration())
+    grid = SerialGrid(same_data, NODES)
+    merged = {name: value * 0.9 for name, value in endpoint.items()}
+    found = repair_by_clients(
+        ClientStatistics(), Repair(), grid, [1, 2, 3], mlp(), (EXAMPLE,), merged, [endpoint] * NODES, [1.0] * NODES
+    )
+    expected = repair(mlp(), merged, [endpoint], calibration()).state_dict
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def listening(seen, make=mlp):
+    """A federation whose clients note what they are sent in queries."""
+
+    class Grid(SerialGrid):
+        def push_messages(self, messages):
+            messages = list(messages)
+            seen.extend(each for each in messages if each.metadata.message_type == f"query.{ACTION}")
+            return super().push_messages(messages)
+
+    return Grid(answering(make, digits_app(make, independent=True, epochs=5)), 4)
+
+
+def test_nobody_is_sent_another_clients_network_unless_asked_for():
+    for endpoints, subjects in (("own", 2), ("all", 5)):
+        seen: list[Message] = []
+        strategy = C2M3(
+            FedAvg(fraction_evaluate=0.0),
+            model=mlp(),
+            example_inputs=EXAMPLE,
+            calibration=ClientStatistics(endpoints=endpoints),
+        )
+        strategy.start(listening(seen), from_params(mlp().state_dict()), num_rounds=1)
+        assert len({each.metadata.group_id for each in seen if each.metadata.dst_node_id == 1}) == subjects
+
+
+def test_clients_return_moments_and_nothing_else():
+    grid = SerialGrid(answering(), 1)
+    content = {"arrays": from_params(mlp().state_dict()), "config": ConfigRecord({"place": -1, "before": 0})}
+    message = Message(RecordDict(content), 1, f"query.{ACTION}")
+    (answer,) = grid.send_and_receive([message])
+    assert list(answer.content) == ["moments"]
+    arrays = to_params(answer.content["moments"])
+    assert {name.rsplit("/", 1)[1] for name in arrays} == {"count", "mean", "deviation"}
+    assert {tuple(value.shape) for value in arrays.values()} == {(), (32,), (10,)}
+
+
+def run(grid, **options):
+    strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, **options)
+    return strategy.start(grid, from_params(mlp().state_dict()), num_rounds=2)
+
+
+def test_a_federation_without_calibration_data_on_the_server_is_repaired():
+    app = answering(app=digits_app(independent=True, epochs=5))
+    result = run(SerialGrid(app, 4), calibration=ClientStatistics())
+    assert [metrics["c2m3-repaired"] for metrics in result.train_metrics_clientapp.values()] == [1, 1]
+    assert accuracy(mlp, result.arrays) > 0.8
+
+
+def test_clients_without_the_handler_cost_the_repair_not_the_round(caplog):
+    app = digits_app(independent=True, epochs=2)
+    result = run(SerialGrid(app, 4), calibration=ClientStatistics())
+    assert [metrics["c2m3-repaired"] for metrics in result.train_metrics_clientapp.values()] == [0, 0]
+    assert any("add answer_statistics to its app" in text for text in caplog.messages)
+    assert same(result.arrays, run(SerialGrid(app, 4)).arrays)
+
+
+def corrupt(harm):
+    """Break every answer of node 2 to a query."""
+
+    def transit(replies):
+        for each in replies:
+            if each.metadata.message_type == f"query.{ACTION}" and each.metadata.src_node_id == 2:
+                arrays = to_params(each.content["moments"])
+                each.content["moments"] = from_params({name: harm(name, value) for name, value in arrays.items()})
+        return replies
+
+    return transit
+
+
+HARM = {
+    "NaN": lambda name, value: value * math.nan if name.endswith("mean") else value,
+    "negative spread": lambda name, value: value - 1e9 if name.endswith("deviation") else value,
+    "no inputs": lambda name, value: value * 0 if name.endswith("count") else value,
+    "other shape": lambda name, value: value[:1] if value.ndim else value,
+}
+
+
+@pytest.mark.parametrize("harm", HARM.values(), ids=HARM.keys())
+def test_answers_that_are_no_moments_are_left_out(harm, caplog):
+    def app():
+        return answering(app=digits_app(independent=True, epochs=3))
+
+    result = run(SerialGrid(app(), 4, transit=corrupt(harm)), calibration=ClientStatistics())
+    assert result.train_metrics_clientapp[1]["c2m3-repaired"] == 1
+    assert any("no moments from node 2" in text for text in caplog.messages)
+    assert all(torch.isfinite(value).all() for value in to_params(result.arrays).values())
+
+
+def test_answers_that_go_missing_are_left_out():
+    def transit(replies):
+        query = [each for each in replies if each.metadata.message_type == f"query.{ACTION}"]
+        return [each for each in replies if each not in query[:1]]
+
+    app = answering(app=digits_app(independent=True, epochs=3))
+    result = run(SerialGrid(app, 4, transit=transit), calibration=ClientStatistics())
+    assert result.train_metrics_clientapp[2]["c2m3-repaired"] == 1
+
+
+def test_a_client_measures_only_networks_that_fit_its_own():
+    grid, sent = SerialGrid(answering(normed), NODES), mlp().state_dict()
+    with pytest.raises(CalibrationError):
+        repair_by_clients(ClientStatistics(), Repair(), grid, [1], mlp(), (EXAMPLE,), sent, [sent], [1.0])
+
+
+def test_what_moments_cannot_give_is_refused_at_once():
+    with pytest.raises(ConfigError, match="Refit needs inputs, not moments"):
+        C2M3(model=mlp(), example_inputs=EXAMPLE, calibration=ClientStatistics(), recalibrate=Refit())
+    with pytest.raises(ConfigError, match="endpoints is 'some'"):
+        ClientStatistics(endpoints="some")
+    with pytest.raises(CalibrationError, match="neither example_inputs nor calibration"):
+        C2M3(model=mlp(), calibration=ClientStatistics())
+
+
+def test_the_result_does_not_depend_on_the_order_of_the_answers():
+    def run_in(order):
+        app = answering(app=digits_app(independent=True, epochs=3))
+        return run(SerialGrid(app, 4, transit=order), calibration=ClientStatistics()).arrays
+
+    assert same(run_in(list), run_in(lambda replies: replies[::-1]))
