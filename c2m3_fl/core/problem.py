@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from c2m3_fl.core import permutation
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.terms import Term, compile_terms, matched_names, working_dtype
-from c2m3_fl.core.universe import Images, agreement, gradient, images_at_vertex, inner
-from c2m3_fl.errors import ParamsError
+from c2m3_fl.core.universe import Images, inners
+from c2m3_fl.errors import ConfigError, ParamsError
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,8 @@ class Problem:
         ``sum_{i<j} w_i w_j |W_i| |W_j|`` over the terms: the largest agreement that is conceivable.
     like : Tensor
         An empty tensor of the dtype and on the device of the computation.
+    frozen : int
+        How many nodes, the first ones, stay where they are: they are in the universe already.
     """
 
     spec: PermutationSpec
@@ -42,20 +46,27 @@ class Problem:
     constant: float
     scale: float
     like: Tensor
+    frozen: int = 0
 
     @classmethod
-    def of(cls, spec: PermutationSpec, nodes: Sequence[Params], weights: Tensor) -> Problem:
+    def of(cls, spec: PermutationSpec, nodes: Sequence[Params], weights: Tensor, frozen: int = 0) -> Problem:
         """Compile; the nodes must have been checked."""
         terms = compile_terms(spec, nodes)
-        fixed = [images_at_vertex(term, {}) for term in terms if not term.groups]
+        constant = sum(Images(term).agreement(weights) for term in terms if not term.groups)
         moving = tuple(term for term in terms if term.groups)
-        norms = [sum(inner(term.value[i], term.value[i]) for term in moving) ** 0.5 for i in range(len(nodes))]
+        squares = sum((inners(term.value, term.value).cpu() for term in moving), torch.zeros(len(nodes)))
+        norms = squares.sqrt().tolist()
         shares = [w * norm for w, norm in zip(weights.tolist(), norms, strict=True)]
         scale = 0.5 * (sum(shares) ** 2 - sum(share**2 for share in shares))
         names = matched_names(spec, nodes)
         device = nodes[0][names[0]].device if names else torch.device("cpu")
         like = torch.empty(0, dtype=working_dtype(nodes, names), device=device)
-        return cls(spec, moving, weights, sum(agreement(image, weights) for image in fixed), max(scale, 0.0), like)
+        return cls(spec, moving, weights, constant, max(scale, 0.0), like, frozen)
+
+    @property
+    def unit(self) -> float:
+        """What gaps and gains are measured in: `scale`, or where that is zero something that hides no gain."""
+        return self.scale if self.scale > 0 else torch.finfo(torch.float64).tiny
 
     @property
     def count(self) -> int:
@@ -64,16 +75,24 @@ class Problem:
 
     def objective(self, images: Sequence[Images]) -> float:
         """The weighted agreement over all pairs of nodes."""
-        return self.constant + sum(agreement(image, self.weights) for image in images)
+        return self.constant + sum(image.agreement(self.weights) for image in images)
 
     def gradient(self, images: Sequence[Images]) -> dict[str, Tensor]:
-        """Per group, shape (nodes, size, size); every node's own weight, a common factor, is left out."""
+        """Per group, shape (nodes - frozen, size, size); every node's own weight, a common factor, is left out."""
         into = {
-            name: self.like.new_zeros(self.count, group.size, group.size) for name, group in self.spec.groups.items()
+            name: self.like.new_zeros(self.count - self.frozen, group.size, group.size)
+            for name, group in self.spec.groups.items()
         }
         for image in images:
-            gradient(image, self.weights, into)
+            image.gradient(self.weights, into, self.frozen)
         return into
+
+    def whole(self, vertex: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A vertex of the free nodes with the frozen ones at the identity in front."""
+        return {
+            name: torch.cat([torch.arange(index.shape[1], device=index.device).expand(self.frozen, -1), index])
+            for name, index in vertex.items()
+        }
 
 
 def check_nodes(spec: PermutationSpec, nodes: Sequence[Params]) -> None:
@@ -92,24 +111,64 @@ def check_nodes(spec: PermutationSpec, nodes: Sequence[Params]) -> None:
                 )
 
 
+def check_search(max_steps: int, tolerance: float) -> None:
+    """Raise `ConfigError` for limits that no search can keep."""
+    if max_steps < 0 or not tolerance >= 0:
+        raise ConfigError(f"max_steps is {max_steps}, tolerance is {tolerance}; both must not be negative")
+
+
 def canonical_order(
     spec: PermutationSpec, nodes: Sequence[Params], weights: Tensor, start: Sequence[Permutation] | None = None
 ) -> tuple[int, ...]:
-    """The nodes sorted by a digest of what they bring: the same whichever order they arrive in."""
+    """The nodes sorted by what they bring: the same whichever order they arrive in.
 
-    def key(index: int) -> tuple[str, float, str]:
-        content, places = hashlib.sha256(), hashlib.sha256()
+    The first key is a checksum of every tensor's values that does not depend on the order of its units either, so that
+    permuting a node changes nothing. Only nodes that it cannot tell apart are sorted by their bytes.
+    """
+    keys = [
+        (*(_checksum(node[name]) for name in spec.tensors), float(w)) for node, w in zip(nodes, weights, strict=True)
+    ]
+    twins = {key for key, count in Counter(keys).items() if count > 1}
+
+    def key(index: int) -> tuple[tuple[float, ...], str]:
+        if keys[index] not in twins:
+            return keys[index], ""
+        digest = hashlib.sha256()
         for name in spec.tensors:
-            _digest(content, nodes[index][name])
+            digest.update(_bytes(nodes[index][name]))
         if start is not None:
             for name in spec.groups:
-                _digest(places, start[index][name])
-        return content.hexdigest(), float(weights[index]), places.hexdigest()
+                digest.update(_bytes(start[index][name]))
+        return keys[index], digest.hexdigest()
 
     return tuple(sorted(range(len(nodes)), key=key))
 
 
-def _digest(into: hashlib._Hash, value: Tensor) -> None:
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    into.update(str(flat.dtype).encode())
-    into.update(flat.view(torch.uint8).numpy().data)
+def universe_mean(spec: PermutationSpec, members: Iterable[tuple[Params, Permutation, float]]) -> dict[str, Tensor]:
+    """Weighted mean in the universe of nodes that have been matched, one ``(node, permutation, weight)`` at a time.
+
+    Only the matched tensors are averaged, accumulated in float64; all others are those of the first node.
+    """
+    total, mean, dtypes = 0.0, {}, {}
+    for node, perm, weight in members:
+        total += weight
+        for name, value in permutation.apply(spec, perm, node).items():
+            if name not in mean:
+                dtypes[name] = value.dtype
+                mean[name] = value.double() * weight if torch.is_floating_point(value) else value
+            elif torch.is_floating_point(value):
+                mean[name].add_(value, alpha=weight)
+    return {
+        name: (value / total).to(dtypes[name]) if torch.is_floating_point(value) else value
+        for name, value in mean.items()
+    }
+
+
+def _checksum(value: Tensor) -> int:
+    """Sum of the values' bit patterns: exact, so it does not depend on their order."""
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(value.element_size(), torch.int64)
+    return int(value.detach().contiguous().view(width).sum(dtype=torch.int64))
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

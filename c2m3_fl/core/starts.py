@@ -34,21 +34,26 @@ def check_start(spec: PermutationSpec, start: Start, count: int) -> None:
 
 
 def start_point(problem: Problem, start: Start, generator: torch.Generator | None) -> dict[str, Tensor]:
-    """The doubly stochastic matrices to start from, shape (nodes, size, size) per group."""
-    spec, count = problem.spec, problem.count
+    """The doubly stochastic matrices to start from, shape (nodes, size, size); frozen nodes at the identity."""
+    spec, count = problem.spec, problem.count - problem.frozen
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
+    here = [permutation.identity(spec)] * problem.frozen
     if not isinstance(start, str):
-        return at_vertex(problem, start)
+        return _at_vertex(problem, [*here, *start])
     if start == "identity":
-        return at_vertex(problem, [permutation.identity(spec)] * count)
+        return _at_vertex(problem, [permutation.identity(spec)] * problem.count)
     if start == "random":
-        return at_vertex(problem, [permutation.random(spec, generator) for _ in range(count)])
+        return _at_vertex(problem, [*here, *(permutation.random(spec, generator) for _ in range(count))])
     if start == "barycentre":
-        return _barycentre(problem)
-    return _soft(problem, {name: _noise(count, group.size, generator) for name, group in spec.groups.items()})
+        # With every node at the exact barycentre all rows of the gradient are equal and nothing moves; the agreement
+        # does not change when the universe is permuted, so one node's gauge may be fixed.
+        positive = {name: torch.ones(problem.count, group.size, group.size) for name, group in spec.groups.items()}
+        return _fixed(_soft(problem, positive), max(1, problem.frozen))
+    noise = {name: _noise(problem.count, group.size, generator) for name, group in spec.groups.items()}
+    return _fixed(_soft(problem, noise), problem.frozen)
 
 
-def at_vertex(problem: Problem, perms: Sequence[Permutation]) -> dict[str, Tensor]:
+def _at_vertex(problem: Problem, perms: Sequence[Permutation]) -> dict[str, Tensor]:
     """Permutations in matrix form."""
     return {
         name: torch.stack([torch.eye(group.size)[perm[name].cpu()] for perm in perms]).to(problem.like)
@@ -56,16 +61,10 @@ def at_vertex(problem: Problem, perms: Sequence[Permutation]) -> dict[str, Tenso
     }
 
 
-def _barycentre(problem: Problem) -> dict[str, Tensor]:
-    """The barycentre, with the first node at the identity.
-
-    With every node at the exact barycentre all rows of the gradient are equal and nothing moves; the agreement does
-    not change when the universe is permuted, so one node's gauge may be fixed.
-    """
-    groups = problem.spec.groups
-    point = _soft(problem, {name: torch.ones(problem.count, group.size, group.size) for name, group in groups.items()})
-    for name, matrices in point.items():
-        matrices[0] = torch.eye(groups[name].size).to(matrices)
+def _fixed(point: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The point with its first nodes put at the identity."""
+    for matrices in point.values():
+        matrices[:count] = torch.eye(matrices.shape[1]).to(matrices)
     return point
 
 

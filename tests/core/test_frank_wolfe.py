@@ -29,12 +29,14 @@ def test_ascent_is_monotone_and_ends_at_permutations(spec, start):
     result = match(spec, nodes, start=start, callback=steps.append)
     for perm in result.permutations:
         permutation.validate(spec, perm)
-    objectives = torch.tensor(result.objectives[:-1], dtype=torch.float64)
-    assert bool((objectives.diff() >= -1e-12 * objectives.abs().max()).all())
+    climbed = torch.tensor(result.objectives, dtype=torch.float64).diff() >= -1e-12 * abs(result.objectives[-1])
+    assert bool(climbed[: result.steps].all())
+    assert bool(climbed[result.steps + 1 :].all())  # between them lies the way to permutations
     assert result.objectives[-1] == pytest.approx(pairwise_agreement(spec, nodes, result.permutations, [0.25] * 4))
-    assert [step.step for step in steps] == list(range(1, result.steps + 1))
+    assert [step.step for step in steps] == list(range(1, len(result.objectives)))
+    assert 0 <= result.steps < len(result.objectives)
     assert all(step.gap >= 0 and 0 < step.step_size <= 1 and 0 <= step.share_moved <= 1 for step in steps)
-    assert [step.objective for step in steps] == list(result.objectives[1:-1])
+    assert [step.objective for step in steps] == list(result.objectives[1:])
 
 
 @pytest.mark.parametrize("name", ["mlp", "convolutional", "concatenated", "attention", "bilinear"])
@@ -51,7 +53,8 @@ def test_rounding_and_polish_lose_nothing_where_no_tensor_carries_a_family_twice
         )
     for seed in range(5):
         result = match(spec, draws(spec, 4, seed=seed), start=start)
-        assert result.objectives[-1] >= result.objectives[-2] - 1e-12 * abs(result.objectives[-2])
+        objectives = torch.tensor(result.objectives, dtype=torch.float64)
+        assert bool((objectives.diff() >= -1e-12 * objectives.abs().max()).all())
 
 
 @each_spec
@@ -164,7 +167,7 @@ def test_one_node_is_the_universe():
     result = match(spec, draws(spec, 1))
     assert permutation.is_identity(result.permutations[0])
     assert result.converged
-    assert result.objectives == (0.0, 0.0)
+    assert set(result.objectives) == {0.0}
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
@@ -216,8 +219,10 @@ def test_a_limit_of_steps_is_kept_and_told():
     spec = mlp(12, 24, 24, 6)
     nodes, _ = planted(spec, 4, 0.5, seed=0)
     short = match(spec, nodes, max_steps=1, tolerance=0.0)
-    assert (short.steps, short.converged) == (1, False)
-    assert short.gap > 0
+    assert short.steps == 1
+    rough = match(spec, nodes, max_steps=1, polish=False)
+    assert not rough.converged
+    assert rough.gap > 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""What a match returns, and what it tells on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from c2m3_fl.core import permutation
+from c2m3_fl.core.permutation import Permutation
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback is told after every step.
+
+    Attributes
+    ----------
+    step : int
+        Number of the step, from 1; the sweeps of the polish count on.
+    objective : float
+        The agreement after it.
+    gap : float
+        The relative duality gap before a step; what a sweep has gained, by the same measure.
+    step_size : float
+        How far the step went towards the vertex, in [0, 1]; sweeps go all the way.
+    share_moved : float
+        Share of all units that the vertex moves away from their place.
+    """
+
+    step: int
+    objective: float
+    gap: float
+    step_size: float
+    share_moved: float
+
+
+Callback = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Match:
+    """The result of `match`.
+
+    Attributes
+    ----------
+    permutations : tuple of Permutation
+        Each node's map into the universe, in the order in which the nodes were given.
+    objectives : tuple of float
+        The agreement at the start, after every step, after every sweep of the polish; the last is that of the
+        permutations.
+    gap : float
+        Relative duality gap: without polish where Frank-Wolfe stopped, with it what the last sweep over all blocks
+        has gained, which is the gap as seen block by block and zero where no block can improve.
+    converged : bool
+        Whether the gap reached the tolerance within the allowed steps.
+    steps : int
+        Number of Frank-Wolfe steps.
+    order : tuple of int
+        The nodes in an order that depends on their content alone, for sums that must not depend on the given one.
+    """
+
+    permutations: tuple[Permutation, ...]
+    objectives: tuple[float, ...]
+    gap: float
+    converged: bool
+    steps: int
+    order: tuple[int, ...]
+
+    def between(self, to: int, source: int) -> dict[str, Tensor]:
+        """The map from node `source` to node `to`; around any cycle these maps compose to the identity."""
+        return permutation.between(self.permutations[to], self.permutations[source])
