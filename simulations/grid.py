@@ -78,12 +78,13 @@ class PartitionGrid(Grid):
         if not sent:
             return []
         answers = [_incoming(reply) for reply in self._grid.send_and_receive(sent, timeout=timeout)]
+        answers.sort(key=lambda reply: reply.metadata.src_node_id)
         for reply in answers:
             if reply.has_error():
                 raise SimulationError(f"client {reply.metadata.src_node_id - 1} failed: {reply.error.reason}")
         if len(answers) < len(sent):
             raise SimulationError(f"{len(sent) - len(answers)} of {len(sent)} clients did not answer")
-        self.replies = tuple(sorted(answers, key=lambda reply: reply.metadata.src_node_id))
+        self.replies = tuple(answers)
         return self.replies
 
 

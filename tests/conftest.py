@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if _SHARED.is_dir():
-    os.environ.setdefault("C2M3_DATA", str(_SHARED))
-
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+_SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+if _SHARED.is_dir():
+    os.environ.setdefault("C2M3_DATA", str(_SHARED))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,9 +17,9 @@ from c2m3_fl.errors import C2M3Error
 # Before torch is imported: OpenMP threads that spin while they wait made a match twenty times slower on busy cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-_COMMANDS = {  # name of the command: module that holds a function of that name
-    "compare": "c2m3_fl.cli.compare",
-    "inspect": "c2m3_fl.cli.inspect",
+_COMMANDS = {  # a command is the function of that name in the module of that name
+    "compare": "Compare strategies on one simulated federation: table, JSON and picture.",
+    "inspect": "Show what may be permuted in a network, and what may not and why.",
 }
 
 
@@ -31,8 +31,12 @@ class _Commands(TyperGroup):
         if cmd_name not in _COMMANDS:
             return None
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        alone.command(cmd_name)(getattr(import_module(_COMMANDS[cmd_name]), cmd_name))
+        alone.command(cmd_name)(getattr(import_module(f"c2m3_fl.cli.{cmd_name}"), cmd_name))
         return typer.main.get_command(alone)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):  # from the list above: nothing is imported for a list of names
+            formatter.write_dl(list(_COMMANDS.items()))
 
 
 app = typer.Typer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import Field, fields, replace
@@ -20,6 +21,7 @@ from simulations.results import PROGRESS, RESULTS, Comparison, Round, load, read
 from simulations.settings import TITLES, Settings, Value, check_choice
 
 _ENGINES = ("serial", "flwr")
+_WIDE = 120  # columns of a table that goes to a file or a log
 
 Report = Callable[[Round], None]
 
@@ -39,8 +41,9 @@ def compare(
     settings = _settings(preset, options)
     chosen = _seeds(seeds) or (settings.seed,)
     output.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDE)
     runs = [replace(settings, seed=seed) for seed in chosen]
+    console.print(f"{len(runs)} x {len(settings.strategies)} strategies x {settings.rounds} rounds, engine {engine}")
     with _progress(console, len(runs) * settings.rounds * len(settings.strategies)) as report:
         rounds = _flower(runs, report) if engine == "flwr" else _serial(runs, report, verbose)
     _show(console, Comparison(settings.to_run_config(), rounds), output)

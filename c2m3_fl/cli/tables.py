@@ -28,7 +28,7 @@ def rounds_table(comparison: Comparison) -> Table:
     table.add_column("strategy", no_wrap=True)
     table.add_column("round", justify="right")
     for name in _COLUMNS:
-        table.add_column(name, justify="right", style="bold" if name == "accuracy" else None)
+        table.add_column(name, justify="right", style="bold" if name == "accuracy" else None, no_wrap=True)
     for strategy in comparison.strategies:
         for number in range(1, comparison.last_round + 1):
             row = _row(comparison.at(strategy, number))

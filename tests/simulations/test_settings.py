@@ -70,5 +70,5 @@ def test_a_bad_value_is_named_with_what_was_expected(key, value, said):
 
 
 def test_an_unknown_key_is_named_with_the_nearest_known_one():
-    with pytest.raises(ConfigError, match="'local-epoch'.*did you mean 'local-epochs'"):
+    with pytest.raises(ConfigError, match=r"'local-epoch'.*did you mean 'local-epochs'"):
         Settings.from_run_config({"local-epoch": 2})

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+from c2m3_fl.errors import SimulationError
+from c2m3_fl.flower.serial import SerialGrid
+from simulations.grid import PARTITION, PartitionGrid
+
+CLIENTS = 5
+
+
+def _app(fails: int | None = None) -> ClientApp:
+    """Answers with the partition that it was asked to play."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, _context: Context) -> Message:
+        partition = message.content["config"][PARTITION]
+        if partition == fails:
+            raise ValueError("out of patience")
+        metrics = MetricRecord({"num-examples": 1, "partition": partition})
+        return Message(RecordDict({"arrays": ArrayRecord(), "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def _answers(nodes: int, fails: int | None = None, transit=None) -> list[tuple[int, int]]:
+    """Who answered, and as which partition."""
+    grid = PartitionGrid(SerialGrid(_app(fails), nodes, transit=transit), CLIENTS)
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=CLIENTS, min_available_nodes=CLIENTS)
+    sent = strategy.configure_train(1, ArrayRecord(), ConfigRecord({"lr": 0.1}), grid)
+    replies = list(grid.send_and_receive(sent))
+    assert tuple(replies) == grid.replies
+    return [(reply.metadata.src_node_id, reply.content["metrics"]["partition"]) for reply in replies]
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 5, 9])
+def test_every_client_is_played_once_whatever_supernodes_there_are(nodes):
+    assert _answers(nodes) == [(client + 1, client) for client in range(CLIENTS)]
+
+
+def test_the_order_of_the_replies_does_not_matter():
+    assert _answers(3, transit=lambda replies: replies[::-1]) == _answers(3)
+
+
+def test_what_the_strategy_sends_is_not_changed():
+    grid = PartitionGrid(SerialGrid(_app(), 2), CLIENTS)
+    config = ConfigRecord({"server-round": 1})
+    message = grid.create_message(RecordDict({"arrays": ArrayRecord(), "config": config}), "train", 3, "")
+    list(grid.send_and_receive([message]))
+    assert (dict(config), message.metadata.dst_node_id) == ({"server-round": 1}, 3)
+
+
+def test_a_client_that_raises_ends_the_run_with_its_reason():
+    with pytest.raises(SimulationError, match="client 3 failed: ValueError: out of patience"):
+        _answers(2, fails=3)
+
+
+def test_a_client_that_does_not_answer_ends_the_run():
+    with pytest.raises(SimulationError, match="2 of 5 clients did not answer"):
+        _answers(5, transit=lambda replies: replies[2:])
+
+
+def test_no_supernode_is_an_error():
+    with pytest.raises(SimulationError, match="no SuperNode is connected"):
+        _answers(0)
