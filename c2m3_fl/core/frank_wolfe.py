@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from c2m3_fl.core import permutation
 from c2m3_fl.core.assignment import assignment_pool, oracle
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.line_search import added, best_step, power_basis
@@ -23,6 +24,7 @@ from c2m3_fl.core.problem import Problem, canonical_order, check_nodes, check_se
 from c2m3_fl.core.result import Callback, Match, Step
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start, check_start, start_point
+from c2m3_fl.core.stationary import agreement_if_stationary
 from c2m3_fl.core.universe import Images, share_moved
 
 __all__ = ["Found", "Limits", "Match", "Step", "Walk", "frank_wolfe", "match", "search"]
@@ -106,6 +108,12 @@ def match(
     check_search(max_steps, tolerance)
     order = canonical_order(spec, nodes, share, None if isinstance(start, str) else start)
     heavy = [i for i in order if share[i] > 0]
+    if start == "identity" and len(heavy) == len(nodes):
+        with torch.no_grad():
+            here = agreement_if_stationary(spec, [nodes[i] for i in order], share[heavy])
+        if here is not None:
+            still = tuple(permutation.identity(spec) for _ in nodes)
+            return Match(still, (here, here), 0.0, True, 0, order)
     with torch.no_grad(), assignment_pool() as pool:
         problem = Problem.of(spec, [nodes[i] for i in heavy], share[heavy])
         begin = start_point(problem, start if isinstance(start, str) else [start[i] for i in heavy], generator)

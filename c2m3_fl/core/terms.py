@@ -96,7 +96,7 @@ def compile_terms(
         tensor = spec.tensors[name]
         factor = 1.0 if scales is None else scales[name] ** 0.5
         value = torch.stack([node[name].detach().to(device=device, dtype=dtype) for node in nodes])
-        for groups, piece in _pieces(*_densify(tensor, value if factor == 1.0 else value * factor)):
+        for groups, piece in _pieces(*densify(tensor, value if factor == 1.0 else value * factor)):
             pieces.setdefault(groups, []).append(piece)
     return [
         Term(groups, parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=min(2, parts[0].ndim - 1)))
@@ -142,7 +142,7 @@ def _canonical(cell: tuple[_Cut, ...], value: Tensor) -> tuple[tuple[str, ...], 
     return tuple(group for group, _ in grouped), value.reshape(count, *sizes[:1], -1, *sizes[1:])
 
 
-def _densify(tensor: TensorSpec, value: Tensor) -> tuple[tuple[Axis, ...], Tensor]:
+def densify(tensor: TensorSpec, value: Tensor) -> tuple[tuple[Axis, ...], Tensor]:
     """A block-diagonal stacked tensor in a form whose axes move independently.
 
     With one column (or one row) per block the rows (or columns) say everything about how it moves; otherwise

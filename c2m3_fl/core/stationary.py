@@ -1,0 +1,97 @@
+"""A cheap proof that nodes which share a basis are matched already, without a gradient or an assignment problem.
+
+Let B be the weighted mean of the nodes and node i be B + D. For one group, with rows a, b of everything it carries,
+distances d_ab = |B_a - B_b|, drifts e_a = |D_a| and q_a = <B_a, D_a>, the gradient of node i at the identity obeys
+
+    C_aa + C_bb - 2 C_ab >= (1 - w) d_ab^2 + (q_a - q_b) - 2 d_ab ((1 - w) e_b + w e_a) - w (e_a + e_b)^2,
+
+because the other nodes' sum is (1 - w) B - w D. The antisymmetric q_a - q_b is absorbed by the dual potentials of the
+assignment problem. If the rest is not negative for any a, b, the identity answers the oracle. That takes one Gram
+matrix of the mean per group, where the gradient takes one product per node, and the norms of the drifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.terms import compile_terms, densify, matched_names, working_dtype
+from c2m3_fl.core.universe import contract, inner, inners
+
+_AT_A_TIME = 1 << 18  # numbers that are worked on together
+_ROUNDING = 16  # units of rounding, relative to the squared norms, by which a Gram matrix may be off
+
+
+def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weights: Tensor) -> float | None:
+    """The agreement at the identity if the identity is proven stationary by the bound; None where it is not.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The symmetries of the network.
+    nodes : sequence of mappings of str to Tensor
+        State dicts that fit the spec.
+    weights : Tensor of float64, shape (nodes,)
+        Averaging weights, which sum to one; all positive.
+    """
+    names = matched_names(spec, nodes)
+    if not names:
+        return 0.0
+    dtype, device = working_dtype(nodes, names), nodes[0][names[0]].device
+    shares = weights.to(device=device, dtype=dtype)
+    drifts = {name: torch.zeros(len(nodes), group.size, device=device) for name, group in spec.groups.items()}
+    mean, agreement = {}, 0.0
+    for name in names:
+        values = [node[name].detach().to(device=device, dtype=dtype) for node in nodes]
+        at_once = max(1, _AT_A_TIME // values[0].numel())  # small tensors are stacked, large ones taken one by one
+        portions = [
+            torch.stack(values[i : i + at_once]) if at_once > 1 else values[i][None]
+            for i in range(0, len(values), at_once)
+        ]
+        split = [shares[i : i + at_once] for i in range(0, len(values), at_once)]
+        centre = sum(torch.tensordot(share, part, 1) for share, part in zip(split, portions, strict=True))
+        own = sum(
+            float(inners(part, part) @ share.double().square()) for share, part in zip(split, portions, strict=True)
+        )
+        agreement += 0.5 * (inner(centre, centre) - own)
+        mean[name] = centre
+        for first, part in zip(range(0, len(values), at_once), portions, strict=True):
+            rows = slice(first, first + at_once)
+            _add_squares(spec, name, part - centre, {group: drift[rows] for group, drift in drifts.items()})
+    gram = {
+        name: torch.zeros(1, group.size, group.size, dtype=dtype, device=device) for name, group in spec.groups.items()
+    }
+    for term in compile_terms(spec, [{**nodes[0], **mean}]):
+        for axis, group in enumerate(term.groups):
+            contract(term.value, term.value, term.dim(axis), gram[group])
+    proven = all(_bound_holds(gram[name][0], drifts[name].to(dtype).sqrt(), shares) for name in spec.groups)
+    return agreement if proven else None
+
+
+def _add_squares(spec: PermutationSpec, name: str, drift: Tensor, into: dict[str, Tensor]) -> None:
+    """Add the squared norms of every unit's part of a stacked tensor."""
+    axes, squares = densify(spec.tensors[name], drift.square_())
+    for axis, segments in enumerate(axes):
+        if segments:
+            along = squares.movedim(axis + 1, 1).flatten(2).sum(2) if squares.ndim > 2 else squares
+            for segment in segments:
+                positions = torch.from_numpy(segment.positions.ravel()).to(along.device)
+                units = along.index_select(1, positions).view(len(along), segment.size, -1)
+                into[segment.group].add_(units.sum(2))
+
+
+def _bound_holds(gram: Tensor, drifts: Tensor, shares: Tensor) -> bool:
+    squares = gram.diagonal()
+    sums = squares[:, None] + squares[None, :]
+    distance = (sums - 2 * gram).clamp_(min=0).fill_diagonal_(0)
+    slack = _ROUNDING * torch.finfo(gram.dtype).eps * sums
+    root = distance.sqrt()
+    for drift, share in zip(drifts, shares, strict=True):
+        first = 2 * root * ((1 - share) * drift[None, :] + share * drift[:, None])
+        second = share * (drift[:, None] + drift[None, :]).square()
+        if not bool(((1 - share) * distance + slack >= (first + second).fill_diagonal_(0)).all()):
+            return False
+    return True

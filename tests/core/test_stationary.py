@@ -1,0 +1,66 @@
+"""The cheap proof that nothing needs to move never lies, and holds where it is needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from c2m3_fl.core import permutation
+from c2m3_fl.core.assignment import assignment_pool, oracle
+from c2m3_fl.core.problem import Problem
+from c2m3_fl.core.starts import start_point
+from c2m3_fl.core.stationary import agreement_if_stationary
+from c2m3_fl.core.universe import Images
+from tests.core.networks import ALL, draws, mlp, pairwise_agreement, planted
+
+each_spec = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
+
+
+def drifted(spec, count, drift, seed, dtype=torch.float64):
+    base = draws(spec, 1, seed=seed, dtype=dtype)[0]
+    noise = draws(spec, count, seed=seed + 1, dtype=dtype)
+    return [
+        {name: value + drift * other[name] if torch.is_floating_point(value) else value for name, value in base.items()}
+        for other in noise
+    ]
+
+
+@each_spec
+def test_what_is_proven_is_stationary(spec):
+    proven = 0
+    for seed in range(10):
+        for drift in (0.0, 0.03, 0.1, 0.3, 1.0):
+            nodes, weights = drifted(spec, 3, drift, seed), [0.5, 0.2, 0.3]
+            value = agreement_if_stationary(spec, nodes, torch.tensor(weights, dtype=torch.float64))
+            if value is None:
+                continue
+            proven += 1
+            here = [permutation.identity(spec)] * 3
+            assert value == pytest.approx(pairwise_agreement(spec, nodes, here, weights), rel=1e-10)
+            problem = Problem.of(spec, nodes, torch.tensor(weights, dtype=torch.float64))
+            gradient = problem.gradient(
+                [Images(term, start_point(problem, "identity", None)) for term in problem.terms]
+            )
+            with assignment_pool() as pool:
+                vertex = oracle(spec, gradient, pool)
+            gap = sum(
+                (
+                    gradient[name].gather(2, vertex[name][..., None])[..., 0] - gradient[name].diagonal(dim1=1, dim2=2)
+                ).sum()
+                for name in spec.groups
+            )
+            assert float(gap) <= 1e-9 * problem.scale
+    assert proven >= 10  # identical nodes at the very least
+
+
+def test_clients_that_drift_little_from_one_network_are_proven_at_once():
+    # Units of a random network are about 1.4 norms apart; drifts of a tenth of a norm are far inside the bound.
+    spec = mlp(32, 64, 64, 10)
+    for dtype in (torch.float32, torch.float64):
+        assert agreement_if_stationary(spec, drifted(spec, 10, 0.1, 0, dtype), torch.full((10,), 0.1)) is not None
+
+
+def test_nodes_in_different_orders_are_not_proven():
+    spec = mlp(32, 64, 64, 10)
+    nodes, _ = planted(spec, 3, 0.1, seed=0)
+    assert agreement_if_stationary(spec, nodes, torch.full((3,), 1 / 3)) is None
