@@ -12,7 +12,7 @@ from math import lgamma
 
 import numpy as np
 
-from c2m3_fl.models.refinement import Facts, components, occurrence, refine, scramble
+from c2m3_fl.models.refinement import Facts, components, mix, occurrence, refine
 from c2m3_fl.models.structure import Atoms
 
 Maps = dict[int, dict[int, Atoms]]
@@ -211,18 +211,17 @@ class _Arrangement:
 
     def _freeze(self, classes: Atoms, ranks: Atoms, held: Atoms, reason: str) -> None:
         marks = self.facts.marks.copy()
-        marks[classes] = scramble(marks[classes] ^ scramble(ranks + np.int64(2**41)))
+        marks[classes] = mix(marks[classes], -(2**41), ranks)
         raise _Unsettled(replace(self.facts, marks=marks, frozen=(*self.facts.frozen, (held, reason))))
 
     def _relate(self, found: list[tuple[int, int, Atoms]]) -> None:
         kinds, children, parents = [self.facts.kinds], [self.facts.children], [self.facts.parents]
-        kind = int(self.facts.kinds.max(initial=0)) + 1
-        for lower, upper, block in found:
+        for number, (lower, upper, block) in enumerate(found):
             below, above = self._face(lower), self._face(upper)
-            kinds.append(np.full(len(below), kind))
+            kind = mix(-(2**42), len(self.facts.kinds), number).view(np.int64)
+            kinds.append(np.broadcast_to(kind, len(below)))
             children.append(below)
             parents.append(above[block])
-            kind += 1
         merged = [np.concatenate(parts) for parts in (kinds, children, parents)]
         raise _Unsettled(replace(self.facts, kinds=merged[0], children=merged[1], parents=merged[2]))
 

@@ -89,25 +89,31 @@ class _Builder:
         return ranks
 
     def _names(self) -> dict[int, str]:
-        """Readable, unique names, in the order of first appearance in the state dict."""
-        keys = list(self.axes)
-        produced = {key: place for place, key in enumerate(keys) if key in self.structure.outputs}
-        homes: dict[int, AxisKey] = {}
-        for key in [*produced, *keys]:
-            for bundle in map(int, np.unique(self.forest.bundle[self.facts.classes[self.axes[key]]])):
-                if bundle >= 0:
-                    homes.setdefault(bundle, key)
-        for lower, (upper, _) in self.forest.parent.items():
-            if homes.get(upper) not in produced:
-                homes[upper] = homes[lower]
+        """Readable, unique names, in the order of first appearance in the state dict, blocks before what they hold."""
+        place = {key: index for index, key in enumerate(self.axes)}
         holders = {upper for upper, _ in self.forest.parent.values()}
-        place = {key: index for index, key in enumerate(keys)}
+        homes = self._homes(place)
+        starts = {bundle: int(self.first[self.forest.bundle == bundle].min()) for bundle in self.rank}
         names: dict[int, str] = {}
-        for bundle in sorted(self.rank, key=lambda bundle: (place[homes[bundle]], bundle not in holders, bundle)):
+        for bundle in sorted(homes, key=lambda one: (place[homes[one]], one not in holders, starts[one])):
             base = _stem(homes[bundle][0]) + (".blocks" if bundle in holders else "")
             taken = sum(name.partition("#")[0] == base for name in names.values())
             names[bundle] = base if not taken else f"{base}#{taken + 1}"
         return names
+
+    def _homes(self, place: Mapping[AxisKey, int]) -> dict[int, AxisKey]:
+        """The axis that names each group: the first that computes its units; for blocks, that of what they hold."""
+        produced = [key for key in place if key in self.structure.outputs]
+        homes: dict[int, AxisKey] = {}
+        for key in [*produced, *place]:
+            for bundle in map(int, np.unique(self.forest.bundle[self.facts.classes[self.axes[key]]])):
+                if bundle >= 0:
+                    homes.setdefault(bundle, key)
+        for upper in {upper for upper, _ in self.forest.parent.values()}:
+            if homes.get(upper) not in produced:
+                held = [homes[lower] for lower, (above, _) in self.forest.parent.items() if above == upper]
+                homes[upper] = min(held, key=place.__getitem__)
+        return homes
 
     # -------------------------------------------------------------------------------------------------------- axes
 

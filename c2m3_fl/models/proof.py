@@ -57,8 +57,8 @@ class Prover:
         return TOLERANCE[self.dtype]
 
     def error(self, spec: PermutationSpec, chosen: Collection[str] | None = None) -> float:
-        """Largest relative change of any output under a random permutation of the `chosen` groups (all of them)."""
-        perm = random(spec, self.generator)
+        """Largest relative change of any output when a random permutation moves each of the `chosen` groups (all)."""
+        perm = stirring(spec, self.generator)
         if chosen is not None:
             perm = restrict(spec, perm, chosen)
         return difference(self._expected, self._run(apply(spec, perm, self._params)))
@@ -72,6 +72,22 @@ class Prover:
             with mode(self._module, training=self._training):
                 out = functional_call(self._module, first, args, kwargs)
         return [leaf.detach().clone() for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def stirring(spec: PermutationSpec, generator: torch.Generator) -> dict[str, Tensor]:
+    """A random permutation that moves units of every group, also of small ones."""
+    perm = random(spec, generator)
+    for name in spec.roots:
+        if torch.equal(perm[name], torch.arange(len(perm[name]))):
+            perm[name] = perm[name].roll(1)
+    for name, group in spec.groups.items():
+        if group.parent is not None:
+            outer = perm[group.parent]
+            inner = (perm[name] % (group.size // len(outer))).reshape(len(outer), -1)
+            if bool((inner == torch.arange(inner.shape[1])).all()):
+                inner = inner.roll(1, dims=1)
+            perm[name] = (outer[:, None] * inner.shape[1] + inner).reshape(-1)
+    return perm
 
 
 def restrict(spec: PermutationSpec, perm: Permutation, chosen: Collection[str]) -> dict[str, Tensor]:

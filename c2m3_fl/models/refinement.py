@@ -1,7 +1,9 @@
 """Which units play the same role: colour refinement of the facts that tracing found.
 
-Ties merge atoms into *classes*. Classes get the colour of what they are (the axes they lie on, pinned or not), then
-repeatedly of what they are related to, until nothing splits any further. Classes of one colour form a *cell*.
+Ties merge atoms into *classes*. Within its class an atom has a *role*: the axis it comes from and its rank there, the
+slot of a spec's segment. Exchanging two classes moves atoms to the atoms of the same role, so classes may have one
+colour only if all statements about them, role by role, are the same. Colours then spread along relations until
+nothing splits any further. Classes of one colour form a *cell*.
 """
 
 from __future__ import annotations
@@ -31,8 +33,7 @@ class Facts:
     marks : ndarray of uint64, shape (size,)
         A hash of what each class is by itself.
     kinds, children, parents : ndarray, shape (relations,)
-        Class `children[i]` lies in block `parents[i]`; `kinds[i]` tells the statements of one operator, and the
-        occurrences of a repeated unit within it, from others.
+        Class `children[i]` lies in block `parents[i]`; `kinds[i]` tells statements, and roles within them, apart.
     frozen : tuple of (ndarray, str)
         Classes that lost freedom because no spec expresses it, and what they lost.
     """
@@ -82,39 +83,54 @@ def occurrence(values: Atoms) -> Atoms:
     return seen
 
 
+def mix(*values: npt.NDArray[np.int64] | Hashes | int) -> Hashes:
+    """One hash of several numbers, in their order; arrays broadcast."""
+    mixed = np.zeros(1, dtype=np.uint64)
+    for value in values:
+        mixed = scramble(mixed ^ scramble(np.atleast_1d(np.asarray(value))))
+    return mixed
+
+
 def collect(structure: Structure) -> Facts:
     """Merge tied atoms into classes and restate every fact about them."""
-    pairs = [np.concatenate(side) for side in zip(*structure.ties, strict=True)] if structure.ties else None
-    first, second = pairs if pairs else (np.empty(0, np.int64), np.empty(0, np.int64))
+    kinds, first, second = _flat(structure.ties)
     classes = components(structure.size, first, second)
-    size = int(classes.max(initial=-1)) + 1
-    marks = np.zeros(size, dtype=np.uint64)
-    sets = {np.sort(classes[atoms]).tobytes(): atoms for atoms in structure.sets.values()}
-    for seed, atoms in enumerate([*structure.places().values(), *sets.values()]):
-        np.add.at(marks, classes[atoms], scramble(np.array([seed])))
+    roles = _roles(structure, classes)
+    marks = np.zeros(int(classes.max(initial=-1)) + 1, dtype=np.uint64)
+    np.add.at(marks, classes, mix(roles))
+    np.add.at(marks, classes[first], mix(kinds, roles[first], roles[second]))
+    for number, atoms in enumerate(structure.sets.values()):
+        np.add.at(marks, classes[atoms], mix(-1 - number, roles[atoms]))
     for atoms, _ in structure.pins:
         pinned = np.unique(classes[atoms])
-        marks[pinned] = scramble(pinned + np.int64(2**40))
-    kinds, children, parents = _relations(structure, classes)
-    return Facts(classes, size, marks, kinds, children, parents)
+        marks[pinned] = mix(-(2**40), pinned)
+    return Facts(classes, len(marks), marks, *_relations(structure, classes, roles))
 
 
-def _relations(structure: Structure, classes: Atoms) -> tuple[Atoms, Atoms, Atoms]:
-    seen: set[bytes] = set()
-    kinds, children, parents = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    kind = 0
-    for lower, upper in structure.relations:
-        child, parent = classes[lower], classes[upper]
-        key = np.concatenate([child, parent]).tobytes()
-        if key in seen:
-            continue
-        seen.add(key)
-        slot = occurrence(child)
-        kinds.append(kind + slot)
-        children.append(child)
-        parents.append(parent)
-        kind += int(slot.max(initial=0)) + 1
-    return np.concatenate(kinds), np.concatenate(children), np.concatenate(parents)
+def _flat(statements: list[tuple[Atoms, Atoms]]) -> tuple[Atoms, Atoms, Atoms]:
+    """Number of the statement, and both its sides, of all statements one after another."""
+    empty = np.empty(0, np.int64)
+    first, second = (np.concatenate([empty, *(pair[side] for pair in statements)]) for side in (0, 1))
+    lengths = np.array([len(pair[0]) for pair in statements], dtype=np.int64)
+    return np.repeat(np.arange(len(statements)), lengths), first, second
+
+
+def _roles(structure: Structure, classes: Atoms) -> Hashes:
+    """Hash, shape (atoms,), of where each atom comes from and of its rank there among the atoms of its class."""
+    origins = np.searchsorted(np.array(structure.starts), np.arange(structure.size), side="right")
+    rank = occurrence(classes * (len(structure.starts) + 1) + origins)
+    return mix(origins, rank)
+
+
+def _relations(structure: Structure, classes: Atoms, roles: Hashes) -> tuple[Atoms, Atoms, Atoms]:
+    numbers, children, parents = _flat(structure.relations)
+    if not len(numbers):
+        return numbers, children, parents
+    pairs = np.unique(np.stack([numbers, children, parents]), axis=1)  # blocks repeat along broadcast dimensions
+    numbers, children, parents = pairs
+    slots = occurrence(numbers * structure.size + children)
+    kinds = mix(numbers, slots, roles[children], roles[parents])
+    return kinds.view(np.int64), classes[children], classes[parents]
 
 
 def refine(facts: Facts) -> Atoms:

@@ -38,6 +38,8 @@ class Structure:
     ----------
     size : int
         Number of atoms.
+    starts : list of int
+        First atom of every array of fresh atoms: atoms of one array have the same origin.
     axes : dict of (str, int) to ndarray
         Atoms of every parameter axis, shape (length,).
     virtuals : dict of str to ndarray
@@ -50,6 +52,7 @@ class Structure:
 
     def __init__(self) -> None:
         self.size = 0
+        self.starts: list[int] = []
         self.axes: dict[AxisKey, Atoms] = {}
         self.virtuals: dict[str, Atoms] = {}
         self.diagonal: dict[str, int] = {}
@@ -65,6 +68,7 @@ class Structure:
     def fresh(self, *shape: int) -> Atoms:
         """New atoms that nothing is known about."""
         count = int(np.prod(shape, dtype=np.int64))
+        self.starts.append(self.size)
         self.size += count
         return np.arange(self.size - count, self.size, dtype=np.int64).reshape(shape)
 

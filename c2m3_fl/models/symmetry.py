@@ -16,7 +16,7 @@ from c2m3_fl.models.proof import Prover, guilty
 from c2m3_fl.models.structure import Structure
 from c2m3_fl.models.tracing import trace
 
-_DRAWS = 2  # a guilty group escapes one random permutation only when that happens to move none of its units
+_DRAWS = 2  # one permutation may by chance be a symmetry that a wrong group contains
 
 
 def permutation_spec(
