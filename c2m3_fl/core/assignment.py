@@ -24,6 +24,7 @@ Index = npt.NDArray[np.int64]
 Matrix = npt.NDArray[Any]
 
 
+_BUNDLES = 32  # a thread takes many problems at a time: small ones cost less than handing them over
 _SAMPLE = 32  # size from which a look at one row pays before the whole matrix is checked
 
 
@@ -104,20 +105,20 @@ def oracle(spec: PermutationSpec, gains: Mapping[str, Tensor], pool: Executor) -
     """
     host = {name: gain.cpu().numpy() for name, gain in gains.items()}
     count = len(next(iter(host.values()))) if host else 0
-    jobs = [
-        (root, node) for root in sorted(spec.roots, key=lambda name: -spec.groups[name].size) for node in range(count)
-    ]
+    largest_first = sorted(spec.roots, key=lambda name: -spec.groups[name].size)
+    jobs = [(root, node) for root in largest_first for node in range(count)]
 
-    def solve(job: tuple[str, int]) -> dict[str, Index]:
-        root, node = job
-        children = {name: host[name][node] for name in spec.children(root)}
-        if not children:
-            return {root: assign(host[root][node])}
-        outer, nested = assign_nested(host[root][node], children)
-        return {root: outer, **nested}
+    def solve(some: list[tuple[str, int]]) -> list[tuple[str, int, Index]]:
+        answers = []
+        for root, node in some:
+            children = {name: host[name][node] for name in spec.children(root)}
+            outer, nested = assign_nested(host[root][node], children) if children else (assign(host[root][node]), {})
+            answers += [(name, node, index) for name, index in {root: outer, **nested}.items()]
+        return answers
 
-    found: dict[str, list[Index]] = {name: [] for name in spec.groups}
-    for solution in pool.map(solve, jobs):
-        for name, index in solution.items():
-            found[name].append(index)
-    return {name: torch.from_numpy(np.stack(index)).to(gains[name].device) for name, index in found.items()}
+    found = {name: np.empty((count, group.size), dtype=np.int64) for name, group in spec.groups.items()}
+    bundles = [jobs] if len(jobs) == 1 else [jobs[first::_BUNDLES] for first in range(min(_BUNDLES, len(jobs)))]
+    for answers in map(solve, bundles) if len(bundles) == 1 else pool.map(solve, bundles):
+        for name, node, index in answers:
+            found[name][node] = index
+    return {name: torch.from_numpy(index).to(gains[name].device) for name, index in found.items()}
