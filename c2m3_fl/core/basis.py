@@ -54,7 +54,7 @@ def closest(spec: PermutationSpec, reference: Params, params: Params, candidates
 
 
 def bounded_weights(
-    spec: PermutationSpec, nodes: Sequence[Params], weights: Sequence[float], limit: float = 3.0
+    spec: PermutationSpec, nodes: Sequence[Params], weights: Sequence[float], limit: float = 2.0
 ) -> list[float]:
     """Weights under which no node pulls the universe harder than its weight times `limit` median norms.
 

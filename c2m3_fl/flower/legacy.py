@@ -20,10 +20,11 @@ from torch import nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower.privacy import chain, check_privacy
+from c2m3_fl.flower.privacy import check_privacy
 from c2m3_fl.flower.records import read_npy, schema_of_params
 from c2m3_fl.flower.replies import Dropped, Reply, check_finite, check_weight, digest, report_dropped
 from c2m3_fl.flower.rounds import Aligned, Numbers, Options, Rounds
+from c2m3_fl.flower.wrapped import chain, ignores_weights
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.models.calibration import Calibration, ExampleInputs
 
@@ -92,7 +93,8 @@ class C2M3(Strategy):
         counts: Numbers = {"c2m3-replies": len(replies), "c2m3-dropped": len(dropped)}
         if not self.rounds.enough(len(replies)):
             return self._keep(f"{len(replies)} valid replies are too few", counts)
-        aligned = self.rounds.align(replies, self._params(self.sent, "the parameters sent out"))
+        sent = self._params(self.sent, "the parameters sent out")
+        aligned = self.rounds.align(replies, sent, equally=ignores_weights(self.strategy))
         report_dropped(aligned.dropped)
         counts = {**counts, **aligned.numbers, "c2m3-dropped": len(dropped) + len(aligned.dropped)}
         before = [(each, dict(vars(each))) for each in chain(self.strategy)]

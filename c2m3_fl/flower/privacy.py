@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeVar, cast
-
 from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideAdaptiveClipping,
     DifferentialPrivacyServerSideFixedClipping,
-    Strategy,
 )
 
 from c2m3_fl.errors import ConfigError
-
-Wrapping = TypeVar("Wrapping")
+from c2m3_fl.flower.wrapped import chain
 
 _WRAPPERS = (
     legacy.DPFedAvgFixed,  # DPFedAvgAdaptive derives from it
@@ -39,14 +34,6 @@ _CALIBRATED = (
     "{name} bounds what one client can change, but repair measures every client's network by itself, outside that "
     "bound; pass calibration=None"
 )
-
-
-def chain(strategy: Wrapping) -> Iterator[Wrapping]:
-    """A strategy, current or legacy, and those that it wraps, outermost first."""
-    inner: object = strategy
-    while isinstance(inner, Strategy | legacy.Strategy):
-        yield cast(Wrapping, inner)
-        inner = getattr(inner, "strategy", None)
 
 
 def check_privacy(strategy: object, *, separate: bool, calibrated: bool) -> None:

@@ -167,15 +167,11 @@ class Rounds:
         """Whether `count` valid replies reach the stated minimum."""
         return count >= self.options["min_replies"]
 
-    def align(self, replies: Sequence[Reply[Any]], sent: Params) -> Aligned:
-        """Bring replies into one basis, and name those that do not fit the others."""
-        alignment = self.aligner.align(
-            [reply.node for reply in replies],
-            [reply.params for reply in replies],
-            [reply.weight for reply in replies],
-            sent,
-        )
+    def align(self, replies: Sequence[Reply[Any]], sent: Params, *, equally: bool = False) -> Aligned:
+        """Bring replies into one basis, `equally` whatever their weights, and name those that do not fit the others."""
         nodes = [reply.node for reply in replies]
+        weights = [1.0 if equally else reply.weight for reply in replies]
+        alignment = self.aligner.align(nodes, [reply.params for reply in replies], weights, sent)
         odd = alignment.fit.outliers()
         numbers = _numbers(nodes, alignment, odd)
         if self.options["diagnostics"]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.checkpoint import Arrays
-from c2m3_fl.flower.privacy import chain
+from c2m3_fl.flower.wrapped import chain
 
 Snapshot = list[dict[str, Any]]
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower.privacy import chain, check_privacy
+from c2m3_fl.flower.privacy import check_privacy
 from c2m3_fl.flower.records import from_params, schema_of, to_params
 from c2m3_fl.flower.replies import Reply, report_dropped, sort_messages
 from c2m3_fl.flower.rounds import Aligned, Finish, Numbers, Options, Rounds
 from c2m3_fl.flower.statistics import ClientStatistics, repair_by_clients
+from c2m3_fl.flower.wrapped import chain, ignores_weights
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.models.calibration import Calibration, ExampleInputs
 
@@ -107,7 +108,8 @@ class C2M3(Strategy):
         counts: Numbers = {"c2m3-replies": len(found.replies), "c2m3-dropped": len(found.dropped)}
         if not self.rounds.enough(len(found.replies)):
             return self._keep(f"{len(found.replies)} valid replies are too few", counts)
-        aligned = self.rounds.align(found.replies, to_params(self.sent, schema))
+        sent = to_params(self.sent, schema)
+        aligned = self.rounds.align(found.replies, sent, equally=ignores_weights(self.strategy))
         report_dropped(aligned.dropped)
         counts = {**counts, **aligned.numbers}
         counts["c2m3-dropped"] = len(found.dropped) + len(aligned.dropped)

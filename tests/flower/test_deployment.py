@@ -26,8 +26,13 @@ APP = Path(__file__).parent / "deployment"
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 ROUNDS, NODES = 6, 3
+MARK = "C2M3_TEST_PROCESS"  # in the environment of a process and of all its descendants
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc"),
+]
 
 
 def write_certificates(folder: Path) -> None:
@@ -80,6 +85,16 @@ def wait_for(happened: Callable[[], bool], seconds: float, what: str, log: Calla
         time.sleep(0.1)
 
 
+def marked(value: str) -> list[int]:
+    """Processes that inherited a mark."""
+    mark, found = f"{MARK}={value}".encode(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
 class Deployment:
     """Processes of one federation, each in a session of its own; all of them are killed in the end."""
 
@@ -111,7 +126,7 @@ class Deployment:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [str(BIN / command[0]), *command[1:]],
-                env=self.environment,
+                env={**self.environment, MARK: f"{self.folder}/{name}"},
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -120,11 +135,11 @@ class Deployment:
             )
 
     def kill(self, name: str) -> None:
-        """Kill -9 a process with everything that it started."""
-        process = self.processes.pop(name)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        """Kill -9 a process with everything that it started, sessions of their own included."""
+        for pid in marked(f"{self.folder}/{name}"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.processes.pop(name).wait()
 
     def start_superlink(self) -> None:
         self.start(
