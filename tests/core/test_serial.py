@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from c2m3_fl.core.serial import from_json, load_spec, save_spec, to_json
+from c2m3_fl.core.spec import PermutationSpec, Pin
+from c2m3_fl.errors import SpecError
+from tests.core.networks import ALL
+
+
+@pytest.mark.parametrize("spec", ALL.values(), ids=ALL)
+def test_json_and_back_is_the_identity(spec: PermutationSpec) -> None:
+    assert from_json(to_json(spec)) == spec
+
+
+def test_file_and_back_is_the_identity(tmp_path: Path) -> None:
+    spec = PermutationSpec({}, {}, (Pin("a", 1, "reason", "aten.sort", "layers.0"),))
+    save_spec(spec, tmp_path / "spec.json")
+    assert load_spec(tmp_path / "spec.json") == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a permutation spec: Expecting"),
+        ("[]", "format 'list'"),
+        ('{"format": "other"}', "format 'other'"),
+        ('{"format": "c2m3-fl permutation spec 1"}', "malformed entry .KeyError: 'groups'"),
+    ],
+)
+def test_other_text_is_refused(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        from_json(text)
+
+
+def test_contradictory_document_is_refused() -> None:
+    text = to_json(PermutationSpec({}, {})).replace('"groups":{}', '"groups":{"a":{"size":2,"parent":"b"}}')
+    with pytest.raises(SpecError, match="its parent 'b'"):
+        from_json(text)
