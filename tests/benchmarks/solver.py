@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from c2m3_fl.core.starts import start_point
 from c2m3_fl.core.universe import Images
 from tests.benchmarks.networks import mlp, related_nodes, resnet20, vgg16
 from tests.benchmarks.published import frank_wolfe_step, objective, published_match
+from tests.benchmarks.published import gradient as published_gradient
 
 _WHOLE = 60.0  # CPU seconds up to which the published algorithm is run to its end
 
@@ -90,7 +92,7 @@ def one_step(problem: Problem, images: list[Images]) -> tuple[float, float]:
 def stalled(objectives: tuple[float, ...], tolerance: float = 1e-4, patience: int = 5) -> int:
     """Steps after which a course of objectives stalls by the published rule."""
     calm = 0
-    for step, (old, new) in enumerate(zip(objectives, objectives[1:], strict=False), start=1):
+    for step, (old, new) in enumerate(pairwise(objectives), start=1):
         calm = calm + 1 if abs(new - old) <= tolerance * abs(old) else 0
         if calm == patience:
             return step
@@ -113,9 +115,7 @@ def measure(case: str, steps: int) -> Row:
         matrices, _ = frank_wolfe_step(spec, nodes, matrices)
         published_steps.append(time.process_time() - start)
     gradients = problem.gradient(images)
-    from tests.benchmarks.published import gradient  # noqa: PLC0415 - named like ours
-
-    slopes = gradient(spec, nodes, eye) if count <= 3 else []
+    slopes = published_gradient(spec, nodes, eye) if count <= 3 else []
     differences = [
         float((gradients[name][i] / count - slope).norm() / slope.norm().clamp(min=1e-30))
         for i, own in enumerate(slopes)
@@ -164,7 +164,8 @@ def _walk(problem: Problem) -> tuple[float, ...]:
 
 def table(rows: list[Row]) -> str:
     """The table, ratio first."""
-    head = "case          step x  match x | published step    ours min / med / max   limit | published match    ours | f/f_pub"
+    head = "case          step x  match x | published step    ours min / med / max   limit | "
+    head += "published match    ours | f/f_pub"
     lines = [head, "-" * len(head)]
     lines += [
         f"{row.case:12s} {row.step_ratio:7.0f} {row.match_ratio:8.0f} | {row.published_step:14.2f} "
@@ -194,10 +195,10 @@ def growth() -> dict[str, list[tuple[int, float]]]:
 
 def draw_growth(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """One panel per axis, both scales logarithmic, with a line of slope one."""
-    import matplotlib as mpl  # noqa: PLC0415 - slow to import and needed for pictures only
+    import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     for panel, (axis, curve) in zip(panels, curves.items(), strict=True):
