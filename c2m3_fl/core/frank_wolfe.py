@@ -20,8 +20,9 @@ from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.line_search import added, best_step, power_basis
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.polish import climb
-from c2m3_fl.core.problem import Problem, canonical_order, check_nodes, check_search, universe_mean
+from c2m3_fl.core.problem import Problem, canonical_order, check_nodes, check_search
 from c2m3_fl.core.result import Callback, Match, Step
+from c2m3_fl.core.running import RunningUniverse
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start, check_start, start_point
 from c2m3_fl.core.stationary import agreement_if_stationary
@@ -121,7 +122,10 @@ def match(
         found = search(problem, begin, pool, limits, callback)
         perms = dict(zip(heavy, found.permutations, strict=True))
         if len(heavy) < len(nodes):
-            mean = universe_mean(spec, [(nodes[i], perms[i], float(share[i])) for i in heavy])
+            known = RunningUniverse(spec)
+            for i in heavy:
+                known.add(nodes[i], perms[i], float(share[i]))
+            mean = known.mean(nodes[heavy[0]])
             for i in (i for i in order if share[i] == 0):
                 alone = Problem.of(spec, [mean, nodes[i]], torch.full((2,), 0.5, dtype=torch.float64), frozen=1)
                 begin = start_point(alone, start if isinstance(start, str) else [start[i]], generator)

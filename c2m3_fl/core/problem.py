@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
 import torch
 from torch import Tensor
 
-from c2m3_fl.core import permutation
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.terms import Term, compile_terms, matched_names, working_dtype
@@ -145,26 +144,6 @@ def canonical_order(
         return keys[index], digest.hexdigest()
 
     return tuple(sorted(range(len(nodes)), key=key))
-
-
-def universe_mean(spec: PermutationSpec, members: Iterable[tuple[Params, Permutation, float]]) -> dict[str, Tensor]:
-    """Weighted mean in the universe of nodes that have been matched, one ``(node, permutation, weight)`` at a time.
-
-    Only the matched tensors are averaged, accumulated in float64; all others are those of the first node.
-    """
-    total, mean, dtypes = 0.0, {}, {}
-    for node, perm, weight in members:
-        total += weight
-        for name, value in permutation.apply(spec, perm, node).items():
-            if name not in mean:
-                dtypes[name] = value.dtype
-                mean[name] = value.double() * weight if torch.is_floating_point(value) else value
-            elif torch.is_floating_point(value):
-                mean[name].add_(value, alpha=weight)
-    return {
-        name: (value / total).to(dtypes[name]) if torch.is_floating_point(value) else value
-        for name, value in mean.items()
-    }
 
 
 def _checksum(value: Tensor) -> int:

@@ -1,0 +1,195 @@
+"""New nodes in a known universe, and more nodes than memory holds.
+
+The nodes that are known take part only through their weighted mean, which stays where it is: one frozen node that has
+their weight. Joining costs what matching the new nodes costs, and leaves the others' permutations as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core import permutation
+from c2m3_fl.core.assignment import assignment_pool
+from c2m3_fl.core.averaging import normalise_weights
+from c2m3_fl.core.frank_wolfe import Found, Limits, match, search
+from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.problem import Problem, canonical_order, check_nodes, check_search
+from c2m3_fl.core.result import Callback, Match
+from c2m3_fl.core.running import RunningUniverse
+from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.starts import Start, check_start, start_point
+from c2m3_fl.errors import ConfigError, ParamsError, WeightsError
+
+
+def join(
+    spec: PermutationSpec,
+    universe: Params,
+    nodes: Sequence[Params],
+    *,
+    universe_weight: float | None = None,
+    weights: Sequence[float] | Tensor | None = None,
+    start: Start = "identity",
+    max_steps: int = 100,
+    tolerance: float = 1e-4,
+    polish: bool = True,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Match:
+    """Bring new nodes into a known universe, which stays where it is.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The symmetries of the network.
+    universe : mapping of str to Tensor
+        Weighted mean of the known nodes, in the universe.
+    nodes : sequence of mappings of str to Tensor
+        The nodes that join; not mutated.
+    universe_weight : float, optional
+        The known nodes' weight together, on the scale of `weights`; by default that of all joining nodes.
+    weights : sequence of float, optional
+        The joining nodes' weights, all positive; one each by default.
+    start, max_steps, tolerance, polish, generator, callback
+        See `match`; a start of permutations has one for every joining node.
+
+    Returns
+    -------
+    Match
+        The joining nodes' maps into the universe; its agreement includes that with the universe.
+
+    Raises
+    ------
+    ParamsError, WeightsError, ConfigError
+        See `match`; also when the universe does not fit, or a weight is not positive.
+    """
+    check_nodes(spec, nodes)
+    check_nodes(spec, [universe])
+    check_start(spec, start, len(nodes))
+    check_search(max_steps, tolerance)
+    own = [1.0] * len(nodes) if weights is None else [float(weight) for weight in weights]
+    together = sum(own) if universe_weight is None else universe_weight
+    share = normalise_weights([together, *own], len(nodes) + 1)
+    if not bool((share > 0).all()):
+        raise WeightsError(f"weights are {own} and the universe's {together}, expected all of them positive")
+    order = canonical_order(spec, nodes, share[1:], None if isinstance(start, str) else start)
+    with torch.no_grad(), assignment_pool() as pool:
+        ordered = [nodes[i] for i in order]
+        problem = Problem.of(spec, [universe, *ordered], share[[0, *(i + 1 for i in order)]], frozen=1)
+        begin = start_point(problem, start if isinstance(start, str) else [start[i] for i in order], generator)
+        found: Found = search(problem, begin, pool, Limits(max_steps, tolerance, polish), callback)
+    perms = dict(zip(order, found.permutations[1:], strict=True))
+    in_order = tuple(perms[i] for i in range(len(nodes)))
+    return Match(in_order, found.objectives, found.gap, found.gap <= tolerance, found.steps, order)
+
+
+@dataclass(frozen=True)
+class BatchMatch:
+    """The result of `match_in_batches`.
+
+    Attributes
+    ----------
+    permutations : tuple of Permutation
+        Each node's map into the universe, in the order of the nodes.
+    universe : mapping of str to Tensor
+        The nodes' weighted mean there.
+    objective : float
+        The weighted agreement over all pairs of nodes.
+    """
+
+    permutations: tuple[Permutation, ...]
+    universe: dict[str, Tensor]
+    objective: float
+
+
+def match_in_batches(
+    spec: PermutationSpec,
+    nodes: Sequence[Params],
+    *,
+    batch: int,
+    weights: Sequence[float] | Tensor | None = None,
+    passes: int = 1,
+    max_steps: int = 100,
+    tolerance: float = 1e-4,
+) -> BatchMatch:
+    """Match any number of nodes, `batch` of them in memory at a time.
+
+    The first batch is matched by itself; every further one joins the universe of those before it. Each more pass lets
+    every batch join again, against the universe of all the others. Besides a batch (and what `match` needs for it) two
+    models are held: the running sum and the running mean. The nodes are taken in the order in which they come.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The symmetries of the network.
+    nodes : sequence of mappings of str to Tensor
+        State dicts; the sequence may load them as they are asked for.
+    batch : int
+        How many nodes are matched together.
+    weights : sequence of float, optional
+        Averaging weights, all positive; equal by default.
+    passes : int
+        How often every node is matched.
+    max_steps, tolerance : int, float
+        See `match`.
+
+    Raises
+    ------
+    ConfigError
+        For a batch below two or less than one pass.
+    ParamsError, WeightsError
+        See `match`; also for weights of zero.
+    """
+    if batch < 2 or passes < 1:
+        raise ConfigError(f"batch is {batch}, passes is {passes}; expected at least 2 and at least 1")
+    if not nodes:
+        raise ParamsError("nodes: got none, expected at least one state dict to match")
+    share = normalise_weights(weights, len(nodes)).tolist()
+    if min(share) <= 0:
+        raise WeightsError("weights: every node of a match in batches needs a positive weight")
+    limits = Limits(max_steps, tolerance, polish=True)
+    total = RunningUniverse(spec)
+    perms: list[Permutation] = [permutation.identity(spec)] * len(nodes)
+    for turn in range(passes):
+        for places in _batches(len(nodes), batch):
+            some, own = [nodes[i] for i in places], [share[i] for i in places]
+            if turn > 0:
+                for node, i in zip(some, places, strict=True):
+                    total.add(node, perms[i], -share[i])
+            alone = len(places) == len(nodes) or (turn == 0 and places.start == 0)
+            found = _match_batch(spec, None if alone else total, some, own, [perms[i] for i in places], limits)
+            for node, i, perm in zip(some, places, found.permutations, strict=True):
+                perms[i] = perm
+                total.add(node, perm, share[i])
+    return BatchMatch(tuple(perms), total.mean(nodes[0]), total.agreement(nodes, share))
+
+
+def _match_batch(
+    spec: PermutationSpec,
+    known: RunningUniverse | None,
+    nodes: Sequence[Params],
+    weights: Sequence[float],
+    start: Sequence[Permutation],
+    limits: Limits,
+) -> Match:
+    """Match a batch by itself, or into a known universe."""
+    begin: Start = "identity" if all(permutation.is_identity(perm) for perm in start) else start
+    if known is None:
+        return match(spec, nodes, weights=weights, start=begin, max_steps=limits.max_steps, tolerance=limits.tolerance)
+    return join(
+        spec,
+        known.mean(nodes[0]),
+        nodes,
+        universe_weight=known.weight,
+        weights=weights,
+        start=begin,
+        max_steps=limits.max_steps,
+        tolerance=limits.tolerance,
+    )
+
+
+def _batches(count: int, size: int) -> Iterator[range]:
+    return (range(first, min(first + size, count)) for first in range(0, count, size))
