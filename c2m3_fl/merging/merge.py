@@ -17,10 +17,11 @@ from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.merging.methods import Alignment, CycleConsistent, Method, Nodes, resolve_method
-from c2m3_fl.merging.recalibrate import Recalibration, resolve
+from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
 from c2m3_fl.merging.reports import RecalibrationReport
 from c2m3_fl.merging.setting import canonical_order, check_params, moved_to, prepare
-from c2m3_fl.models.calibration import Calibration, ExampleInputs, first_inputs
+from c2m3_fl.merging.shift import OwnMoments, with_own_moments
+from c2m3_fl.models.calibration import Calibration, ExampleInputs, first_inputs, load_batches
 from c2m3_fl.models.symmetry import permutation_spec
 
 
@@ -89,6 +90,7 @@ def merge(
     weights: Sequence[float] | Tensor | None = None,
     calibration: Calibration | None = None,
     recalibrate: Recalibration | str = "repair",
+    moments: Sequence[OwnMoments] | None = None,
     method: Method | str = "c2m3",
     basis: int | None = None,
     spec: PermutationSpec | None = None,
@@ -112,7 +114,10 @@ def merge(
     calibration : iterable of batches, optional
         Inputs like those the network will see; labels are ignored. Without them nothing is recalibrated.
     recalibrate : Recalibration or str
-        What to do with the calibration data: ``Repair()``, ``BatchNormStatistics()``, or a short name.
+        What to do with the calibration data: ``Auto()``, ``Repair()``, ``Refit()``, ``BatchNormStatistics()``, or a
+        short name: "auto", "repair", "refit", "batchnorm", "none".
+    moments : sequence of mappings, optional
+        Each node's `channel_moments` on its own data, by which "auto" sees whether the calibration data are like them.
     method : Method or str
         How the nodes are aligned: an object of `c2m3_fl.merging.methods`, or its short name.
     basis : int, optional
@@ -151,20 +156,26 @@ def merge(
     share = _check(model, state_dicts, weights, basis)
     spec = spec or permutation_spec(model, first_inputs(calibration, example_inputs))
     home = next(iter(state_dicts[0].values())).device
+    place = home if device is None else torch.device(device)
     order = canonical_order(state_dicts, share)
     nodes = Nodes(
         spec,
-        tuple(moved_to(node, home if device is None else torch.device(device)) for node in state_dicts),
+        tuple(moved_to(node, place) for node in state_dicts),
         share,
         tuple(order),
         order[0] if basis is None else basis,
+        model,
+        () if calibration is None else load_batches(calibration, example_inputs=example_inputs, device=place),
     )
     alignment = aligner(nodes)
     merged = weighted_mean([alignment.params[index] for index in order], share[order])
     report = None
-    if recalibration is not None and calibration is not None:
-        setting = prepare(model, merged, alignment.params, calibration, weights=share, example_inputs=example_inputs)
-        merged, report = (done := recalibration(setting)).state_dict, done.report
+    if recalibration is not None and nodes.batches:
+        setting = prepare(model, merged, alignment.params, nodes.batches, weights=share)
+        if moments is not None and alignment.moves is not None:
+            setting = with_own_moments(setting, spec, alignment.moves, moments)
+        done = recalibrated(recalibration, setting)
+        merged, report = done.state_dict, done.report
     seconds = time.perf_counter() - begin
     return Merge(moved_to(merged, home), alignment.match, _report(nodes, alignment, report, seconds))
 

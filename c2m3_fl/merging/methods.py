@@ -7,14 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.frank_wolfe import Match, match
+from c2m3_fl.core.pairwise import merge_many, pairwise_matching
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start
-from c2m3_fl.errors import ConfigError
+from c2m3_fl.errors import CalibrationError, ConfigError
+from c2m3_fl.merging.activations import Features, canonical_map, match_all, match_to, unit_features
+from c2m3_fl.merging.linear_maps import check_mappable, mapped
+from c2m3_fl.merging.setting import same
+from c2m3_fl.models.calibration import Batch
+from c2m3_fl.models.program import trace_batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +40,10 @@ class Nodes:
         The nodes in an order that depends on content and weights alone.
     basis : int
         The node whose order of units the merge shall have.
+    model : nn.Module
+        The architecture.
+    batches : tuple of Batch
+        Calibration data; empty where there are none.
     """
 
     spec: PermutationSpec
@@ -40,6 +51,22 @@ class Nodes:
     weights: Tensor
     order: tuple[int, ...]
     basis: int
+    model: nn.Module
+    batches: tuple[Batch, ...] = ()
+
+    def features(self) -> list[Features]:
+        """What every node's units do on the calibration data.
+
+        Raises
+        ------
+        CalibrationError
+            Without calibration data.
+        """
+        if not self.batches:
+            raise CalibrationError("this method compares activations and needs calibration data; none were given")
+        with torch.no_grad():
+            programs = trace_batches(self.model, self.batches)
+            return [unit_features(self.spec, programs, self.batches, node) for node in self.params]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +142,96 @@ class CycleConsistent:
         return moved(nodes, moves, found, begin)
 
 
+@dataclass(frozen=True)
+class GitReBasin:
+    """Weight matching of every node with the basis, pair by pair; see `weight_matching`."""
+
+    def __call__(self, nodes: Nodes) -> Alignment:
+        """Match each node to the basis."""
+        begin = time.perf_counter()
+        return moved(nodes, pairwise_matching(nodes.spec, nodes.params, nodes.basis), None, begin)
+
+
+@dataclass(frozen=True)
+class MergeMany:
+    """Every node in turn matched to the mean of the others; see `merge_many`.
+
+    Attributes
+    ----------
+    seed : int
+        Decides the order in which nodes are visited.
+    """
+
+    seed: int = 0
+
+    def __call__(self, nodes: Nodes) -> Alignment:
+        """Match the nodes, then map each into the basis."""
+        begin = time.perf_counter()
+        generator = torch.Generator().manual_seed(self.seed)
+        found = merge_many(nodes.spec, [nodes.params[index] for index in nodes.order], generator=generator)
+        perms = dict(zip(nodes.order, found, strict=True))
+        moves = [permutation.between(perms[nodes.basis], perms[index]) for index in range(len(nodes.params))]
+        return moved(nodes, moves, None, begin)
+
+
+@dataclass(frozen=True)
+class ActivationMatching:
+    """Permutations from the correlation of calibration activations.
+
+    Attributes
+    ----------
+    universe : bool
+        Match every node to the weighted sum of all others instead of to the basis alone.
+    """
+
+    universe: bool = False
+
+    def __call__(self, nodes: Nodes) -> Alignment:
+        """Match by what units do."""
+        begin = time.perf_counter()
+        features = nodes.features()
+        if not self.universe:
+            moves = [match_to(nodes.spec, features[nodes.basis], each) for each in features]
+            return moved(nodes, moves, None, begin)
+        share = nodes.weights.tolist()
+        ordered = [features[index] for index in nodes.order]
+        found = match_all(nodes.spec, ordered, [share[index] for index in nodes.order])
+        perms = dict(zip(nodes.order, found, strict=True))
+        moves = [permutation.between(perms[nodes.basis], perms[index]) for index in range(len(features))]
+        return moved(nodes, moves, None, begin)
+
+
+@dataclass(frozen=True)
+class CCA:
+    """CCA Merge: linear maps from regularised canonical correlation, every node to the basis.
+
+    A map goes onto every axis that produces a group's units and its inverse onto every axis that reads them. Linear
+    maps do not commute with nonlinearities, so unlike permutations they change what a node computes.
+
+    Attributes
+    ----------
+    regularisation : float
+        Added to the covariances of standardised activations.
+    """
+
+    regularisation: float = 1e-2
+
+    def __call__(self, nodes: Nodes) -> Alignment:
+        """Map each node onto the basis."""
+        begin = time.perf_counter()
+        check_mappable(nodes.spec)
+        features = nodes.features()
+        reference = features[nodes.basis]
+        aligned = []
+        for index, own in enumerate(features):
+            if index == nodes.basis or same(nodes.params[index], nodes.params[nodes.basis]):
+                aligned.append(nodes.params[index])
+                continue
+            maps = {name: canonical_map(reference[name], own[name], self.regularisation) for name in nodes.spec.groups}
+            aligned.append(mapped(nodes.spec, maps, nodes.params[index]))
+        return Alignment(tuple(aligned), None, None, time.perf_counter() - begin)
+
+
 def moved(nodes: Nodes, moves: Sequence[Permutation], match: Match | None, begin: float) -> Alignment:
     """Apply each node's map into the basis."""
     pairs = zip(moves, nodes.params, strict=True)
@@ -122,7 +239,15 @@ def moved(nodes: Nodes, moves: Sequence[Permutation], match: Match | None, begin
     return Alignment(params, tuple(moves), match, time.perf_counter() - begin)
 
 
-METHODS: dict[str, Method] = {"mean": Mean(), "c2m3": CycleConsistent()}
+METHODS: dict[str, Method] = {
+    "mean": Mean(),
+    "git-rebasin": GitReBasin(),
+    "mergemany": MergeMany(),
+    "c2m3": CycleConsistent(),
+    "activations": ActivationMatching(),
+    "activations-universe": ActivationMatching(universe=True),
+    "cca": CCA(),
+}
 
 
 def resolve_method(method: Method | str) -> Method:

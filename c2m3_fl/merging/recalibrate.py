@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 from c2m3_fl.errors import ConfigError
+from c2m3_fl.merging.guard import Auto
 from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import BatchNormStatistics, Repair
-from c2m3_fl.merging.reports import Recalibrated
-from c2m3_fl.merging.setting import Setting
+from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
+from c2m3_fl.merging.setting import Setting, same
 
 
 class Recalibration(Protocol):
@@ -20,11 +21,19 @@ class Recalibration(Protocol):
 
 
 SHORT_NAMES: dict[str, Recalibration | None] = {
+    "auto": Auto(),
     "none": None,
     "batchnorm": BatchNormStatistics(),
     "repair": Repair(),
     "refit": Refit(),
 }
+
+
+def recalibrated(recalibration: Recalibration, setting: Setting) -> Recalibrated:
+    """Apply a recalibration; endpoints that are all the same network leave nothing to correct."""
+    if all(same(setting.merged, endpoint) for endpoint in setting.endpoints):
+        return Recalibrated(dict(setting.merged), RecalibrationReport("nothing: all nodes are the same network"))
+    return recalibration(setting)
 
 
 def resolve(recalibrate: Recalibration | str | None) -> Recalibration | None:

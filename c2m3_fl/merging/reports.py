@@ -54,6 +54,48 @@ class OperatorReport:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One of the networks that a guard chose from.
+
+    Attributes
+    ----------
+    name : str
+        Short name.
+    accuracy : float, optional
+        Share of labelled calibration inputs that it classifies correctly; None without labels.
+    agreement : float, optional
+        Share of calibration inputs that it classifies as the ensemble of the endpoints does; None for networks
+        whose output is not one tensor of scores.
+    """
+
+    name: str
+    accuracy: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a guard decided.
+
+    Attributes
+    ----------
+    chosen : str
+        Short name of the candidate.
+    reason : str
+        Why.
+    shift : float, optional
+        Distance of the calibration data from the nodes' own, where it is known.
+    candidates : tuple of Candidate
+        What was compared, the safest first.
+    """
+
+    chosen: str
+    reason: str
+    shift: float | None
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
 class RecalibrationReport:
     """What recalibration did.
 
@@ -69,6 +111,8 @@ class RecalibrationReport:
         Number of calibration inputs.
     seconds : float
         Wall-clock time.
+    decision : Decision, optional
+        What a guard decided, where there was one.
     """
 
     method: str
@@ -76,6 +120,7 @@ class RecalibrationReport:
     skipped: tuple[tuple[str, str], ...] = ()
     inputs: int = 0
     seconds: float = 0.0
+    decision: Decision | None = None
 
 
 @dataclass(frozen=True)

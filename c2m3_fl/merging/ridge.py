@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-
 _GAIN = 1e-3  # relative improvement below which nothing is gained but noise
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from c2m3_fl.errors import ParamsError
 from c2m3_fl.merging.targets import Target, mean_targets, output_moments
 from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, load_batches
 from c2m3_fl.models.program import Program, trace_batches
+from c2m3_fl.models.statistics import Moments
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Setting:
         The averaged networks, aligned, in canonical order.
     weights : Tensor of float64, shape (endpoints,)
         Averaging weights in the same order; they sum to one.
+    model : nn.Module
+        The architecture.
+    order : tuple of int
+        The place at which each endpoint was given.
+    own : tuple of mappings of str to Moments
+        Each endpoint's channel moments on its own training data, aligned; empty where they are not known.
     """
 
     programs: tuple[Program, ...]
@@ -41,13 +48,25 @@ class Setting:
     merged: Params
     endpoints: tuple[Params, ...]
     weights: Tensor
+    model: nn.Module
+    order: tuple[int, ...]
+    own: tuple[Mapping[str, Moments], ...] = ()
+
+    @cached_property
+    def moments(self) -> list[dict[str, Moments]]:
+        """Each endpoint's channel moments on the calibration data; measured on first use, in one pass each."""
+        with torch.no_grad():
+            return [output_moments(self.programs, self.batches, endpoint) for endpoint in self.endpoints]
 
     @cached_property
     def targets(self) -> dict[str, Target]:
-        """Moments that every operator's output should have; measured on first use, in one pass per endpoint."""
-        with torch.no_grad():
-            moments = [output_moments(self.programs, self.batches, endpoint) for endpoint in self.endpoints]
-            return mean_targets(moments, self.weights)
+        """Moments that every operator's output should have."""
+        return mean_targets(self.moments, self.weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.batches[0].inputs[0].device
 
     @property
     def inputs(self) -> int:
@@ -87,6 +106,8 @@ def prepare(
         merged=moved_to(merged, place),
         endpoints=tuple(moved_to(endpoints[index], place) for index in order),
         weights=share[order],
+        model=model,
+        order=tuple(order),
     )
 
 
@@ -131,3 +152,8 @@ def canonical_order(nodes: Sequence[Params], weights: Tensor) -> list[int]:
 def moved_to(params: Params, device: torch.device) -> dict[str, Tensor]:
     """Return a state dict on another device, without gradients."""
     return {name: value.detach().to(device) for name, value in params.items()}
+
+
+def same(one: Params, other: Params) -> bool:
+    """Whether two state dicts are equal, bit for bit."""
+    return all(torch.equal(one[name], other[name]) for name in one)

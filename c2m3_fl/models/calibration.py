@@ -76,7 +76,8 @@ def load_batches(
     batches = []
     try:
         for index, raw in enumerate(source):
-            batches.append(_read(raw, arity, f"calibration batch {index}").to(device))
+            batch = raw if isinstance(raw, Batch) else _read(raw, arity, f"calibration batch {index}")
+            batches.append(batch.to(device))
     except CalibrationError:
         raise
     except Exception as error:

@@ -99,7 +99,9 @@ _ADAM = {"optimiser": "adam", "learning_rate": 1e-3}
 
 CASES = {
     "digits-vgg": Case(
-        replace(_DIGITS, model="vgg16", width=0.25, image_size=32, local_epochs=30, optimiser="adam", learning_rate=5e-4),
+        replace(
+            _DIGITS, model="vgg16", width=0.25, image_size=32, local_epochs=30, optimiser="adam", learning_rate=5e-4
+        ),
         True,
         "digits, VGG16 (¼ width), 3 models",
     ),
@@ -131,7 +133,8 @@ def trained(case: Case) -> Trained:
 
 
 def _node(case: Case, data: FederatedData, index: int) -> dict[str, Tensor]:
-    key = hashlib.sha256(f"{case.settings} {case.whole} {index}".encode()).hexdigest()[:24]
+    rows = b"" if case.whole else data.parts[index].tobytes()
+    key = hashlib.sha256(f"{case.settings} {case.whole} {index}".encode() + rows).hexdigest()[:24]
     file = CACHE / f"{key}.safetensors"
     if file.is_file():
         return load_file(file)

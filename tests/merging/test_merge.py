@@ -14,6 +14,7 @@ from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import C2M3Error, CalibrationError, ConfigError, ParamsError, WeightsError
 from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.methods import METHODS
+from c2m3_fl.merging.recalibrate import SHORT_NAMES
 from c2m3_fl.models.symmetry import permutation_spec
 from tests.merging.networks import CALIBRATION, NETWORKS, nodes, outputs
 
@@ -31,12 +32,12 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("recalibrate", SHORT_NAMES)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_merging_identical_nodes_changes_nothing(network: str, method: str) -> None:
+def test_merging_identical_nodes_changes_nothing(network: str, recalibrate: str) -> None:
     model, (node,) = nodes(network, 1)
-    merged = merge(model, [node] * 3, spec=spec_of(network), method=method, weights=[1, 2, 5])
-    assert equal(merged.state_dict, node)
+    options: dict[str, Any] = {"calibration": CALIBRATION, "recalibrate": recalibrate, "weights": [1, 2, 5]}
+    assert equal(merge(model, [node] * 3, spec=spec_of(network), **options).state_dict, node)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -137,7 +138,7 @@ def test_batch_norm_without_calibration_is_noted() -> None:
         ({"weights": [0.0, 0.0]}, WeightsError, "all zero"),
         ({"weights": [1.0, float("nan")]}, WeightsError, r"weights\[1\] is nan"),
         ({"basis": 2}, ConfigError, "basis is 2, expected the index of one of the 2 nodes"),
-        ({"recalibrate": "magic"}, ConfigError, "recalibrate is 'magic', expected one of 'none'"),
+        ({"recalibrate": "magic"}, ConfigError, "recalibrate is 'magic', expected one of 'auto', 'none'"),
         ({"method": "magic"}, ConfigError, "method is 'magic', expected one of 'mean'"),
         ({"start": "magic"}, ConfigError, "magic"),
         ({"calibration": []}, CalibrationError, "empty"),

@@ -1,0 +1,140 @@
+"""What units do on calibration data, and the maps between nodes that follow from it: permutations, and CCA.
+
+Activations are the outputs of the operators, before any nonlinearity, standardised per channel. A unit of a group is
+compared by all operators whose output channels carry the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.assignment import assignment_pool, oracle
+from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.spec import Axis, Params, PermutationSpec
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.models.calibration import Batch
+from c2m3_fl.models.operators import Kind, Operator
+from c2m3_fl.models.patches import output_rows, sample_positions
+from c2m3_fl.models.program import Program, Walk
+
+_POSITIONS = 4096  # of every operator and batch
+_ROUNDS = 50  # of the universe-wide search; it ends by itself after a handful
+
+Features = dict[str, Tensor]  # per group, shape (samples, units)
+
+
+def unit_features(
+    spec: PermutationSpec, programs: Sequence[Program], batches: Sequence[Batch], params: Params
+) -> Features:
+    """Standardised outputs of every group's units on the calibration data, shape (samples, units) per group.
+
+    Raises
+    ------
+    ConfigError
+        When no operator's output shows some group, so that its activations cannot be compared.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    outputs = _outputs(spec, programs, batches, params)
+    for operator in programs[0].operators:
+        axis = _rows_axis(spec, operator)
+        if axis:
+            output = torch.cat(outputs[operator.name]).double()
+            spread = output.std(0, correction=0)
+            output = (output - output.mean(0)) / torch.where(spread > 0, spread, 1.0)
+            for segment in axis:
+                positions = torch.from_numpy(segment.positions).to(output.device)
+                rows.setdefault(segment.group, []).append(output[:, positions.T.reshape(-1)].reshape(-1, segment.size))
+    hidden = [name for name in spec.groups if name not in rows]
+    if hidden:
+        raise ConfigError(
+            f"no operator's output shows the units of group {hidden[0]!r}, so activations cannot match them; "
+            "use a method that compares weights, such as 'c2m3'"
+        )
+    return {name: torch.cat(rows[name]) for name in spec.groups}
+
+
+def match_to(spec: PermutationSpec, reference: Features, features: Features) -> Permutation:
+    """The permutation of each group under which units correlate best with the reference's."""
+    gains = {name: (reference[name].T @ features[name])[None].cpu() for name in spec.groups}
+    with assignment_pool() as pool:
+        return {name: rows[0] for name, rows in oracle(spec, gains, pool).items()}
+
+
+def match_all(spec: PermutationSpec, features: Sequence[Features], weights: Sequence[float]) -> tuple[Permutation, ...]:
+    """Permutations into one universe: each node in turn matched to the weighted sum of the others, to a fixed point.
+
+    The first node's order of units is the universe's; the sum of all pairs' correlations never falls.
+    """
+    perms = [match_to(spec, features[0], each) for each in features]
+    total = {
+        name: sum(
+            (weight * each[name][:, perm[name]] for each, perm, weight in zip(features, perms, weights, strict=True)),
+            torch.zeros_like(features[0][name]),
+        )
+        for name in spec.groups
+    }
+    for _ in range(_ROUNDS):
+        changed = False
+        for index in range(1, len(features)):
+            own, weight = features[index], weights[index]
+            others = {name: total[name] - weight * own[name][:, perms[index][name]] for name in spec.groups}
+            found = match_to(spec, others, own)
+            if _score(others, own, found) > _score(others, own, perms[index]):
+                perms[index], changed = found, True
+                total = {name: others[name] + weight * own[name][:, found[name]] for name in spec.groups}
+        if not changed:
+            break
+    return tuple(perms)
+
+
+def canonical_map(reference: Tensor, features: Tensor, regularisation: float) -> Tensor:
+    """The linear map that takes units of `features` into the basis of `reference`, by regularised CCA.
+
+    With whitened cross-covariance ``U S Vᵀ`` the canonical directions of both sides are put on top of each other:
+    ``features @ mapᵀ`` has the reference's basis (Horoi et al. 2024, arXiv 2407.05385, equation 5).
+    """
+    count = len(reference)
+    eye = torch.eye(reference.shape[1], dtype=reference.dtype, device=reference.device)
+    inner = reference.T @ reference / count + regularisation * eye
+    outer = features.T @ features / count + regularisation * eye
+    root, unroot = _roots(inner)
+    _, whiten = _roots(outer)
+    left, _, right = torch.linalg.svd(unroot @ (reference.T @ features / count) @ whiten)
+    result: Tensor = root @ left @ right @ whiten
+    return result
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root of a positive definite matrix, and its inverse."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def _score(others: Mapping[str, Tensor], own: Features, perm: Permutation) -> float:
+    return sum(float((others[name] * own[name][:, perm[name]]).sum()) for name in own)
+
+
+def _rows_axis(spec: PermutationSpec, operator: Operator) -> Axis:
+    """Segments on the axis of the weight that owns the output channels; () where they cannot be told."""
+    if operator.kind in (Kind.LINEAR, Kind.CONVOLUTION):
+        return spec.tensors[operator.weight].axes[0]
+    return spec.tensors[operator.weight].axes[1] if operator.kind is Kind.PRODUCT else ()
+
+
+def _outputs(
+    spec: PermutationSpec, programs: Sequence[Program], batches: Sequence[Batch], params: Params
+) -> dict[str, list[Tensor]]:
+    """Outputs of the operators that show units, at drawn positions, per batch; one pass."""
+    found: dict[str, list[Tensor]] = {}
+    for index, (program, batch) in enumerate(zip(programs, batches, strict=True)):
+        walk = Walk(program, params, batch)
+        for operator in program.operators:
+            if _rows_axis(spec, operator):
+                output = walk.output(operator)
+                positions = sample_positions(operator, output, _POSITIONS, index)
+                found.setdefault(operator.name, []).append(output_rows(operator, output, positions))
+    return found
