@@ -17,16 +17,11 @@ from c2m3_fl.core import permutation
 from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.universe import inner, inners
 
 
 def into_basis(
-    spec: PermutationSpec,
-    reference: Params,
-    params: Params,
-    *,
-    start: Permutation | None = None,
-    max_steps: int = 100,
-    tolerance: float = 1e-4,
+    spec: PermutationSpec, reference: Params, params: Params, *, max_steps: int = 100, tolerance: float = 1e-4
 ) -> dict[str, Tensor]:
     """Map of one network into the basis of another, which stays where it is.
 
@@ -36,15 +31,10 @@ def into_basis(
         The symmetries that both share.
     reference, params : mapping of str to Tensor
         The network that stays, and the one that is brought to it.
-    start : Permutation, optional
-        The map to start from; by default the identity.
     max_steps, tolerance : int, float
         See `match`.
     """
-    identity = permutation.identity(spec)
-    starts = [identity, identity if start is None else start]
-    found = match(spec, [reference, params], start=starts, max_steps=max_steps, tolerance=tolerance)
-    return found.between(0, 1)
+    return match(spec, [reference, params], max_steps=max_steps, tolerance=tolerance).between(0, 1)
 
 
 def closest(spec: PermutationSpec, reference: Params, params: Params, candidates: Sequence[Permutation]) -> Permutation:
@@ -100,14 +90,13 @@ def fit(spec: PermutationSpec, aligned: Sequence[Params], weights: Sequence[floa
     """Agreement of each aligned node with the weighted sum of the others, in O(nodes)."""
     share = torch.tensor(list(weights), dtype=torch.float64)
     share = share / share.sum()
-    names = _matched(spec, aligned[0])
     totals = torch.zeros(3, len(aligned), dtype=torch.float64)
     layers = {}
-    for name in names:
-        values = torch.stack([node[name].detach().double().flatten() for node in aligned])
+    for name in _matched(spec, aligned[0]):
+        values = torch.stack([_wide(node[name]).flatten() for node in aligned])
         own = share.to(values)[:, None] * values
         others = own.sum(0) - own
-        parts = torch.stack([(values * others).sum(1), values.square().sum(1), others.square().sum(1)]).cpu()
+        parts = torch.stack([inners(values, others), inners(values, values), inners(others, others)]).cpu()
         layers[name] = _cosine(parts)
         totals += parts
     return Fit(_cosine(totals), totals[1].sqrt(), layers)
@@ -123,8 +112,13 @@ def _matched(spec: PermutationSpec, params: Params) -> list[str]:
     return [name for name, tensor in spec.tensors.items() if not tensor.buffer and params[name].is_floating_point()]
 
 
+def _wide(value: Tensor) -> Tensor:
+    """Half precision does not hold its own squares."""
+    return value.detach() if value.dtype == torch.float64 else value.detach().float()
+
+
 def _similarity(spec: PermutationSpec, left: Params, right: Params) -> float:
-    return sum(float((left[name].double() * right[name].double()).sum()) for name in _matched(spec, left))
+    return sum(inner(_wide(left[name]), _wide(right[name])) for name in _matched(spec, left))
 
 
 def _norm(spec: PermutationSpec, params: Params) -> float:

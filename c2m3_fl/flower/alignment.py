@@ -146,10 +146,7 @@ class Aligner:
         moves = self._rebased(nodes, weights, found.moves)
         for node, move in zip(nodes, moves, strict=True):
             self.memory.remember(node, move)
-        aligned = tuple(
-            node if permutation.is_identity(move) else permutation.apply(self.spec, move, node)
-            for node, move in zip(params, moves, strict=True)
-        )
+        aligned = tuple(_moved(self.spec, move, reply) for move, reply in zip(moves, params, strict=True))
         fits = fit(self.spec, aligned, weights)
         seconds = time.perf_counter() - started
         return Alignment(aligned, tuple(moves), fits, found.objectives, found.gap, found.steps, seconds, on_cpu)
@@ -159,48 +156,47 @@ class Aligner:
         perm = self.memory.recall(node)
         return params if perm is None else permutation.apply(self.spec, permutation.invert(perm), params)
 
-    def _starts(self, nodes: Sequence[int], params: Sequence[Params], sent: Params) -> list[Permutation]:
+    def _located(self, nodes: Sequence[int], params: Sequence[Params], sent: Params) -> list[Permutation]:
         """For every reply the better of the identity and where its node was last found."""
         identity = permutation.identity(self.spec)
-        starts: list[Permutation] = []
+        found: list[Permutation] = []
         for node, reply in zip(nodes, params, strict=True):
             known = self.memory.recall(node)
-            starts.append(identity if known is None else closest(self.spec, sent, reply, [identity, known]))
-        return starts
+            found.append(identity if known is None else closest(self.spec, sent, reply, [identity, known]))
+        return found
 
     def _jointly(
         self, nodes: Sequence[int], params: Sequence[Params], weights: Sequence[float], sent: Params
     ) -> _Found:
         """Match the replies with each other, then lay their universe onto the model that was sent out."""
-        starts = self._starts(nodes, params, sent)
-        pulls = bounded_weights(self.spec, params, weights)
-        found = match(
-            self.spec, params, weights=pulls, start=starts, max_steps=self.max_steps, tolerance=self.tolerance
-        )
+        starts = self._located(nodes, params, sent)
+        located = [_moved(self.spec, start, reply) for start, reply in zip(starts, params, strict=True)]
+        pulls = bounded_weights(self.spec, located, weights)
+        found = match(self.spec, located, weights=pulls, max_steps=self.max_steps, tolerance=self.tolerance)
         numbers = ((found.objectives[0], found.objectives[-1]), found.gap, found.steps)
-        if len(nodes) > 1 and all(map(_same, found.permutations, starts)):
+        if len(nodes) > 1 and all(map(permutation.is_identity, found.permutations)):
             return _Found(starts, *numbers)  # nothing moved, so the universe is still the basis that was sent
-        universe = [permutation.apply(self.spec, *pair) for pair in zip(found.permutations, params, strict=True)]
+        universe = [_moved(self.spec, perm, reply) for perm, reply in zip(found.permutations, located, strict=True)]
         onto = self._into(sent, weighted_mean(universe, pulls))
-        return _Found([permutation.compose(onto, perm) for perm in found.permutations], *numbers)
+        maps = [permutation.compose(onto, perm) for perm in found.permutations]
+        return _Found([permutation.compose(perm, start) for perm, start in zip(maps, starts, strict=True)], *numbers)
 
     def _separately(
         self, nodes: Sequence[int], params: Sequence[Params], weights: Sequence[float], sent: Params
     ) -> _Found:
         """Match each reply with nothing but the model that was sent out."""
-        starts = self._starts(nodes, params, sent)
+        starts = self._located(nodes, params, sent)
         found = [
             match(
                 self.spec,
-                [sent, reply],
-                start=[permutation.identity(self.spec), start],
+                [sent, _moved(self.spec, start, reply)],
                 max_steps=self.max_steps,
                 tolerance=self.tolerance,
             )
             for reply, start in zip(params, starts, strict=True)
         ]
         before, after = (sum(each.objectives[end] for each in found) for end in (0, -1))
-        moves = [each.between(0, 1) for each in found]
+        moves = [permutation.compose(each.between(0, 1), start) for each, start in zip(found, starts, strict=True)]
         return _Found(moves, (before, after), max(each.gap for each in found), sum(each.steps for each in found))
 
     def _into(self, sent: Params, params: Params) -> dict[str, Tensor]:
@@ -240,5 +236,6 @@ def with_cpu_fallback(compute: Callable[[torch.device], Value], device: torch.de
     return compute(torch.device("cpu")), True
 
 
-def _same(left: Permutation, right: Permutation) -> bool:
-    return all(torch.equal(left[name], right[name]) for name in left)
+def _moved(spec: PermutationSpec, perm: Permutation, params: Params) -> Params:
+    """The params themselves where nothing moves."""
+    return params if permutation.is_identity(perm) else permutation.apply(spec, perm, params)
