@@ -47,18 +47,23 @@ def unit_features(
             for segment in axis:
                 positions = torch.from_numpy(segment.positions).to(output.device)
                 rows.setdefault(segment.group, []).append(output[:, positions.T.reshape(-1)].reshape(-1, segment.size))
-    hidden = [name for name in spec.groups if name not in rows]
+    hidden = [name for name in spec.groups if name not in rows and not spec.children(name)]
     if hidden:
         raise ConfigError(
             f"no operator's output shows the units of group {hidden[0]!r}, so activations cannot match them; "
             "use a method that compares weights, such as 'c2m3'"
         )
-    return {name: torch.cat(rows[name]) for name in spec.groups}
+    return {name: torch.cat(rows[name]) for name in spec.groups if name in rows}
 
 
 def match_to(spec: PermutationSpec, reference: Features, features: Features) -> Permutation:
     """The permutation of each group under which units correlate best with the reference's."""
-    gains = {name: (reference[name].T @ features[name])[None].cpu() for name in spec.groups}
+    gains = {
+        name: (reference[name].T @ features[name])[None].cpu()
+        if name in features
+        else torch.zeros(1, group.size, group.size, dtype=torch.float64)  # blocks follow the units inside them
+        for name, group in spec.groups.items()
+    }
     with assignment_pool() as pool:
         return {name: rows[0] for name, rows in oracle(spec, gains, pool).items()}
 
@@ -74,17 +79,17 @@ def match_all(spec: PermutationSpec, features: Sequence[Features], weights: Sequ
             (weight * each[name][:, perm[name]] for each, perm, weight in zip(features, perms, weights, strict=True)),
             torch.zeros_like(features[0][name]),
         )
-        for name in spec.groups
+        for name in features[0]
     }
     for _ in range(_ROUNDS):
         changed = False
         for index in range(1, len(features)):
             own, weight = features[index], weights[index]
-            others = {name: total[name] - weight * own[name][:, perms[index][name]] for name in spec.groups}
+            others = {name: total[name] - weight * own[name][:, perms[index][name]] for name in own}
             found = match_to(spec, others, own)
             if _score(others, own, found) > _score(others, own, perms[index]):
                 perms[index], changed = found, True
-                total = {name: others[name] + weight * own[name][:, found[name]] for name in spec.groups}
+                total = {name: others[name] + weight * own[name][:, found[name]] for name in own}
         if not changed:
             break
     return tuple(perms)
@@ -120,9 +125,8 @@ def _score(others: Mapping[str, Tensor], own: Features, perm: Permutation) -> fl
 
 def _rows_axis(spec: PermutationSpec, operator: Operator) -> Axis:
     """Segments on the axis of the weight that owns the output channels; () where they cannot be told."""
-    if operator.kind in (Kind.LINEAR, Kind.CONVOLUTION):
-        return spec.tensors[operator.weight].axes[0]
-    return spec.tensors[operator.weight].axes[1] if operator.kind is Kind.PRODUCT else ()
+    axis = {Kind.LINEAR: 0, Kind.CONVOLUTION: 0, Kind.PRODUCT: 1, Kind.TRANSPOSED: 1}.get(operator.kind)
+    return () if axis is None else spec.tensors[operator.weight].axes[axis]
 
 
 def _outputs(

@@ -29,9 +29,16 @@ def check_mappable(spec: PermutationSpec) -> None:
 
 
 def mapped(spec: PermutationSpec, maps: Mapping[str, Tensor], params: Params) -> dict[str, Tensor]:
-    """Apply each group's map to axis 0 and to vectors, and its inverse to every other axis."""
+    """Apply each group's map to axis 0 and to vectors, and its inverse to every other axis.
+
+    Variances are mapped as those of uncorrelated units, by the squares; re-estimate them afterwards.
+    """
     inverses = {name: torch.linalg.inv(matrix) for name, matrix in maps.items()}
-    return {name: _mapped(spec.tensors[name], maps, inverses, value) for name, value in params.items()}
+    squares = {name: matrix.square() for name, matrix in maps.items()}
+    return {
+        name: _mapped(spec.tensors[name], squares if name.endswith("running_var") else maps, inverses, value)
+        for name, value in params.items()
+    }
 
 
 def _mapped(tensor: TensorSpec, maps: Mapping[str, Tensor], inverses: Mapping[str, Tensor], value: Tensor) -> Tensor:

@@ -126,6 +126,8 @@ def _sums(outputs: MeanOutputs, front: Front, place: int, params: Params) -> tup
         drawn = outputs.at(place, index)
         for held in (0, 1):
             for chosen in torch.split(torch.nonzero(drawn.held_out == bool(held))[:, 0], _CHUNK):
+                if not len(chosen):
+                    continue
                 rows = input_rows(operator, source, weight, drawn.shape, drawn.positions[chosen])
                 goal = drawn.rows[chosen] if bias is None else drawn.rows[chosen] - bias
                 residuals = goal.reshape(len(chosen), operator.groups, -1).movedim(1, 0) - rows @ matrix

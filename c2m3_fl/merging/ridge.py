@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _GAIN = 1e-3  # relative improvement below which nothing is gained but noise
+_EXACT = 1e-9  # error, relative to the targets' variance, that float32 rounding alone may leave
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,6 @@ def choose(train: Sums, held_out: Sums, strengths: Sequence[float], spread: Tens
     kept = held_out_error(nothing)
     errors = {strength: held_out_error(solve(train, strength)) for strength in strengths}
     best = min(errors, key=errors.__getitem__)
-    if not errors[best] < kept * (1 - _GAIN):
+    if kept < _EXACT or not errors[best] < kept * (1 - _GAIN):
         return Fit(nothing, float("inf"), kept, kept)
     return Fit(solve(train.combine(held_out), best), best, kept, errors[best])

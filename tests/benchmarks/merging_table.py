@@ -1,0 +1,218 @@
+"""Merges of trained networks: every recalibration after C2M3, every method, shifted calibration data.
+
+    python -m tests.benchmarks.merging_table [CASE ...] [--seeds 0 1 2] [--table recalibration|methods|shift]
+
+prints a markdown table, accuracy in percent (mean ± standard deviation over seeds) and seconds, and writes
+``results/merging-TABLE.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.merging.merge import merge
+from c2m3_fl.merging.methods import METHODS
+from c2m3_fl.merging.recalibrate import Recalibration
+from c2m3_fl.merging.refit import Refit
+from c2m3_fl.merging.shift import channel_moments
+from c2m3_fl.models.symmetry import permutation_spec
+from tests.benchmarks.merging_cases import CASES, Case, Trained, accuracy, probabilities, trained
+
+RESULTS = Path("results")
+RECALIBRATIONS: dict[str, Recalibration | str] = {
+    "C2M3": "none",
+    "+ BatchNorm": "batchnorm",
+    "+ REPAIR": "repair",
+    "+ last layer refit": Refit(final_only=True),
+    "+ refit": "refit",
+    "+ auto": "auto",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement."""
+
+    case: str
+    seed: int
+    column: str
+    accuracy: float
+    seconds: float
+
+
+def distilled(model: nn.Module, start: Mapping[str, Tensor], found: Trained, steps: int = 300) -> dict[str, Tensor]:
+    """So many Adam steps from `start` towards the endpoints' mean probabilities on the calibration inputs."""
+    inputs = torch.cat(found.calibration)
+    share = torch.tensor(found.weights) / sum(found.weights)
+    targets = sum(w * probabilities(model, node, inputs) for w, node in zip(share, found.nodes, strict=True))
+    assert isinstance(targets, Tensor)
+    student = copy.deepcopy(model)
+    student.load_state_dict(start)
+    student.train()
+    optimiser = torch.optim.Adam(student.parameters(), 1e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randint(len(inputs), (64,), generator=generator)
+        optimiser.zero_grad()
+        loss = nn.functional.kl_div(student(inputs[rows]).log_softmax(1), targets[rows], reduction="batchmean")
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return dict(student.state_dict())
+
+
+def own_moments(case: Case, found: Trained) -> list[dict[str, object]]:
+    """What every node sends: the moments of its channels on (500 of) the images it was trained on."""
+    clients = range(len(found.nodes))
+    rows = [found.data.share(index).inputs for index in clients]
+    data = [torch.cat(rows)[:500] if case.whole else rows[index][:500] for index in clients]
+    return [dict(channel_moments(found.model, node, [own])) for node, own in zip(found.nodes, data, strict=True)]
+
+
+def recalibration_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> Iterator[Row]:
+    """Nodes, ensemble, and everything that may follow C2M3."""
+
+    def row(column: str, value: float, seconds: float = 0.0) -> Row:
+        return Row(case.title, seed, column, value, seconds)
+
+    scores = [accuracy(found.model, node, found.test) for node in found.nodes]
+    votes = torch.stack([probabilities(found.model, node, found.test.inputs) for node in found.nodes]).mean(0)
+    yield row("mean node", statistics.mean(scores))
+    yield row("best node", max(scores))
+    yield row("ensemble", float((votes.argmax(1) == found.test.labels).double().mean()))
+    options = {"spec": spec, "weights": found.weights, "calibration": found.calibration}
+    naive = merge(found.model, found.nodes, method="mean", recalibrate="none", **options)  # type: ignore[arg-type]
+    yield row("naive mean", accuracy(found.model, naive.state_dict, found.test), naive.report.seconds)
+    start: dict[str, Tensor] = {}
+    for column, recalibrate in RECALIBRATIONS.items():
+        moments = own_moments(case, found) if recalibrate == "auto" else None
+        merged = merge(found.model, found.nodes, recalibrate=recalibrate, moments=moments, **options)  # type: ignore[arg-type]
+        done = merged.report.recalibration
+        seconds = merged.report.match_seconds if done is None else done.seconds
+        start = start or merged.state_dict
+        yield row(column, accuracy(found.model, merged.state_dict, found.test), seconds)
+        if recalibrate in ("repair", "refit"):
+            begin = time.perf_counter()
+            student = distilled(found.model, merged.state_dict, found)
+            column = f"{column}, then distilled"
+            yield row(column, accuracy(found.model, student, found.test), time.perf_counter() - begin)
+    begin = time.perf_counter()
+    student = distilled(found.model, start, found)
+    yield row("C2M3, distilled", accuracy(found.model, student, found.test), time.perf_counter() - begin)
+
+
+def method_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> Iterator[Row]:
+    """Every method, with every recalibration that follows it."""
+    for method in METHODS:
+        for recalibrate in ("none", "repair", "refit"):
+            merged = merge(
+                found.model,
+                found.nodes,
+                spec=spec,
+                weights=found.weights,
+                calibration=found.calibration,
+                method=method,
+                recalibrate=recalibrate,
+            )
+            score = accuracy(found.model, merged.state_dict, found.test)
+            yield Row(case.title, seed, f"{method} + {recalibrate}", score, merged.report.seconds)
+
+
+def shifted(found: Trained) -> dict[str, Tensor]:
+    """Calibration inputs that are not, or not all, what the nodes were trained on."""
+    own = torch.cat(found.calibration)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.from_numpy(found.data.train.labels[found.data.calibration_rows])
+    foreign = "mnist-iid" if own.shape[1] == 3 else "cifar-iid"
+    other = torch.cat(trained_calibration(CASES[foreign]))[: len(own)].mean(1, keepdim=True)
+    blur = torch.ones(own.shape[1], 1, 5, 5) / 25
+    return {
+        "own": own,
+        "100 inputs": own[:100],
+        "three classes": own[labels < 3],
+        "blurred": nn.functional.conv2d(own, blur, padding=2, groups=own.shape[1]),
+        "noisy": own + torch.randn(own.shape, generator=generator),
+        "noise": torch.randn(own.shape, generator=generator),
+        "other data": nn.functional.interpolate(other, own.shape[-1]).expand(-1, own.shape[1], -1, -1).contiguous(),
+    }
+
+
+def trained_calibration(case: Case) -> list[Tensor]:
+    """Calibration batches of a case."""
+    from simulations.data import federated_data
+
+    return federated_data(case.settings).calibration
+
+
+def shift_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> Iterator[Row]:
+    """REPAIR, refit and auto with shifted calibration data; for auto, seconds hold the shift instead."""
+    moments = own_moments(case, found)
+    for name, inputs in shifted(found).items():
+        for recalibrate in ("none", "repair", "refit", "auto"):
+            merged = merge(
+                found.model,
+                found.nodes,
+                spec=spec,
+                weights=found.weights,
+                calibration=list(inputs.split(250)),
+                recalibrate=recalibrate,
+                moments=moments,  # type: ignore[arg-type]
+            )
+            done = merged.report.recalibration
+            decision = None if done is None else done.decision
+            column = f"{name}: {recalibrate}" + (f" ({decision.chosen}, shift)" if decision else "")
+            distance = decision.shift if decision and decision.shift is not None else 0.0
+            yield Row(case.title, seed, column, accuracy(found.model, merged.state_dict, found.test), distance)
+
+
+TABLES: dict[str, Callable[[Case, int, Trained, PermutationSpec], Iterator[Row]]] = {
+    "recalibration": recalibration_rows,
+    "methods": method_rows,
+    "shift": shift_rows,
+}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: one line per case and column, mean ± standard deviation over seeds."""
+    lines = ["| case | | accuracy | seconds |", "| --- | --- | ---: | ---: |"]
+    for case, column in dict.fromkeys((row.case, row.column) for row in rows):
+        found = [row for row in rows if (row.case, row.column) == (case, column)]
+        scores = [100 * row.accuracy for row in found]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        seconds = statistics.mean(row.seconds for row in found)
+        lines.append(f"| {case} | {column} | {statistics.mean(scores):.1f} ± {spread:.1f} | {seconds:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Tables of the merging benchmarks.")
+    parser.add_argument("cases", nargs="*")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--table", choices=TABLES, default="recalibration")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    for name in arguments.cases or CASES:
+        for seed in arguments.seeds:
+            case = CASES[name].seeded(seed)
+            found = trained(case)
+            spec = permutation_spec(found.model, found.calibration[0][:4])
+            rows += TABLES[arguments.table](case, seed, found, spec)
+            RESULTS.mkdir(exist_ok=True)
+            file = RESULTS / f"merging-{arguments.table}.json"
+            file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
