@@ -50,6 +50,9 @@ class _Builder:
         self.rank = self._ranks()
         self.names = self._names()
         self.causes = self._causes()
+        self.pinned_by = np.full(structure.size, -1)
+        for number in reversed(range(len(structure.pins))):
+            self.pinned_by[structure.pins[number][0]] = number
 
     def spec(
         self, state: Mapping[str, Tensor], first_name: Mapping[str, str], buffers: frozenset[str]
@@ -146,13 +149,19 @@ class _Builder:
                 causes.setdefault(int(child), causes[int(parent)])
         return causes
 
+    def _cause(self, atom: int) -> Cause:
+        """Why an atom stays: what pinned itself, a unit tied to it, or the block that holds it."""
+        own = self.pinned_by[atom]
+        if own >= 0:
+            cause: Cause = self.structure.pins[own][1]
+            return cause
+        return self.causes.get(int(self.facts.classes[atom]), _ALONE)
+
     def _pins(self, tensor: str, dim: int) -> list[Pin]:
         atoms = self.axes.get((tensor, dim), np.empty(0, np.int64))
         classes = self.facts.classes[atoms]
-        still = (
-            classes[self.forest.bundle[classes] < 0] if len(atoms) > 1 else atoms[:0]
-        )  # one coordinate has no choice
-        found = dict.fromkeys(self.causes.get(int(one), _ALONE) for one in np.unique(still))
+        still = atoms[self.forest.bundle[classes] < 0] if len(atoms) > 1 else atoms[:0]  # one alone has no choice
+        found = dict.fromkeys(self._cause(int(one)) for one in still)
         moving = classes[self.forest.bundle[classes] >= 0]
         found |= dict.fromkeys(Cause(why) for held, why in self.forest.frozen if np.isin(moving, held).any())
         return [Pin(tensor, dim, cause.reason, cause.operator, cause.module) for cause in found]

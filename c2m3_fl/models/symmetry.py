@@ -72,7 +72,7 @@ def check_invariance(
     ParamsError
         When the spec does not describe this network's tensors.
     """
-    spec.check({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}, "model")
+    spec.check(_tensors(model), "model")
     prover = Prover(model, as_inputs(example_inputs), seed=seed)
     return max(prover.error(spec) for _ in range(draws))
 
@@ -83,7 +83,7 @@ def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tupl
     Training mode is traced as well when evaluation leaves parameters unused: auxiliary heads are trained too.
     """
     structure = Structure()
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    state = _tensors(model)
     first_name = aliases(model)
     own = {name for name, value in state.items() if first_name.get(name, name) == name and value.ndim}
     modes: tuple[bool, ...] = (False,)
@@ -102,6 +102,11 @@ def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tupl
     _pin_named(structure, state, first_name, pin)
     buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
     return build_spec(structure, state, first_name, buffers), modes
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without what is no tensor."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _pin_named(structure: Structure, state: dict[str, Tensor], first_name: dict[str, str], pin: Iterable[str]) -> None:

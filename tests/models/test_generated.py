@@ -233,14 +233,14 @@ def _invariant(network: nn.Module, inputs: Tensor) -> None:
 _SETTINGS = settings(deadline=None, print_blob=True, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
-@settings(_SETTINGS, max_examples=15)
+@settings(_SETTINGS, max_examples=8)
 @given(made=st.booleans().flatmap(lambda image: networks(image=image)))
 def test_rules_are_exact_on_generated_networks(made: tuple[nn.Module, Tensor]) -> None:
     _invariant(*made)
 
 
 @pytest.mark.slow
-@settings(_SETTINGS, max_examples=150)
+@settings(_SETTINGS, max_examples=80)
 @given(made=st.booleans().flatmap(lambda image: networks(image=image)))
 def test_rules_are_exact_on_many_generated_networks(made: tuple[nn.Module, Tensor]) -> None:
     _invariant(*made)

@@ -12,7 +12,7 @@ from c2m3_fl.core.spec import Group, PermutationSpec, Segment, TensorSpec
 from c2m3_fl.errors import ParamsError, SpecError, TraceError
 from c2m3_fl.models.exporting import as_inputs
 from c2m3_fl.models.proof import Prover
-from c2m3_fl.models.symmetry import check_invariance, derive, permutation_spec, prove
+from c2m3_fl.models.symmetry import check_invariance, derive, permutation_spec, prove, require_invariance
 from tests.models.families import SMALL, build, noise, traced
 
 _PROBLEMS = ("no rule", "fails the numerical proof")
@@ -182,6 +182,16 @@ def test_spec_of_another_network_is_refused() -> None:
     spec = traced("mlp").spec
     with pytest.raises(ParamsError, match="keys differ"):
         check_invariance(build("lenet"), spec, SMALL["lenet"][1])
+
+
+def test_right_spec_by_hand_is_accepted() -> None:
+    require_invariance(build("mlp"), traced("mlp").spec, SMALL["mlp"][1])
+
+
+def test_wrong_spec_by_hand_is_refused_naming_its_groups() -> None:
+    wrong = _left_behind(traced("mlp").spec, "3", "3.bias", 0)
+    with pytest.raises(SpecError, match=r"groups \['3'\] change the outputs"):
+        require_invariance(build("mlp"), wrong, SMALL["mlp"][1])
 
 
 class Branching(nn.Module):

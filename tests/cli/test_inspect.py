@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from c2m3_fl.cli.app import app
+from c2m3_fl.core.serial import load_spec
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.models.symmetry import permutation_spec
+
+_RUNNER = CliRunner()
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+def words() -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 2)), torch.zeros(2, 3, dtype=torch.long)
+
+
+def number() -> int:
+    return 3
+
+
+def test_shows_the_spec_of_a_factory_and_writes_it(tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    result = _RUNNER.invoke(app, ["inspect", f"{__name__}:small", "--input", "3,4", "--save", str(file)])
+    assert result.exit_code == 0, result.output
+    expected = permutation_spec(small(), torch.randn(3, 4))
+    assert result.stdout.startswith(str(expected))
+    assert load_spec(file) == expected
+
+
+def test_factory_may_bring_its_inputs() -> None:
+    result = _RUNNER.invoke(app, ["inspect", f"{__name__}:words"])
+    assert result.exit_code == 0, result.output
+    assert "0.weight:1, 1.weight:1" in result.stdout
+
+
+def test_integer_inputs_are_named_tokens() -> None:
+    result = _RUNNER.invoke(app, ["inspect", f"{__name__}:words", "--input", "tokens:2,7"])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+def test_zoo_prints_a_line_per_network() -> None:
+    result = _RUNNER.invoke(app, ["inspect", "--zoo", "squeezenet1_1"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[2].startswith("| squeezenet1_1 | 1,235,496 | 25 | 99.92 % |")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no network named"),
+        (["nosuch"], "'nosuch' is no torchvision classifier"),
+        (["no.such.module:f"], "cannot load 'no.such.module:f'"),
+        ([f"{__name__}:nothing"], "expected package.module:factory"),
+        ([f"{__name__}:number"], "returned int; expected a module"),
+        ([f"{__name__}:small"], "returned no example inputs"),
+        ([f"{__name__}:small", "--input", "a,b"], "expected sizes like 2,3,32,32"),
+        ([f"{__name__}:small", "--input", "words:2,4"], "unknown kind 'words'"),
+    ],
+)
+def test_bad_arguments_are_explained(arguments: list[str], message: str) -> None:
+    result = _RUNNER.invoke(app, ["inspect", *arguments])
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
