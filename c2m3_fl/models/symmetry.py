@@ -77,6 +77,26 @@ def check_invariance(
     return max(prover.error(spec) for _ in range(draws))
 
 
+def require_invariance(model: nn.Module, spec: PermutationSpec, example_inputs: ExampleInputs) -> None:
+    """Accept a spec written by hand only if it fits the network and every group of it preserves the function.
+
+    Raises
+    ------
+    ParamsError
+        When the spec does not describe this network's tensors.
+    SpecError
+        When a permutation that the spec allows changes the outputs, naming the groups at fault.
+    """
+    spec.check(_tensors(model), "model")
+    prover = Prover(model, as_inputs(example_inputs))
+    if _fails(spec, prover, None):
+        found = guilty(partial(_fails, spec, prover), list(spec.groups)) or list(spec.groups)
+        raise SpecError(
+            f"groups {found} change the outputs (relative error {prover.error(spec, found):.1e}, expected below "
+            f"{prover.tolerance:.0e}); correct their segments or leave them out, or derive the spec by permutation_spec"
+        )
+
+
 def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tuple[PermutationSpec, tuple[bool, ...]]:
     """The spec that tracing finds, not yet proven, and the modes (training or not) that it was traced in.
 
