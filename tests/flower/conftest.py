@@ -1,4 +1,4 @@
-"""What all tests of the adapters share."""
+"""What all tests of the adapters share: shortcuts past what would only take time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,22 @@ from types import SimpleNamespace
 
 import pytest
 
+from c2m3_fl.flower import rounds
+from c2m3_fl.models.symmetry import permutation_spec
+
+_SPECS = {}
+
+
+def _once(model, example_inputs):
+    """Networks that print the same have the same symmetries; deriving and proving them takes half a second."""
+    key = (repr(model), tuple((value.dtype, value.shape) for value in example_inputs))
+    if key not in _SPECS:
+        _SPECS[key] = permutation_spec(model, example_inputs)
+    return _SPECS[key]
+
 
 @pytest.fixture(autouse=True)
-def _no_garbage_collection_per_reply(monkeypatch):
-    """Some of Flower's strategies collect garbage after every reply: half a second each with torch loaded."""
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(rounds, "permutation_spec", _once)
+    # some of Flower's strategies collect garbage after every reply: half a second each with torch loaded
     monkeypatch.setattr("flwr.app.message.arrayrecord.gc", SimpleNamespace(collect=lambda: 0))

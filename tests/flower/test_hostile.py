@@ -17,6 +17,7 @@ def clients():
     return honest(SEED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "none"])
 @pytest.mark.parametrize("strategy", ["FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum"])
 def test_three_hostile_clients_of_ten_do_not_ruin_a_robust_strategy_in_the_universe(strategy, attack, clients):
