@@ -30,7 +30,7 @@ from c2m3_fl.core.universe import Images, share_moved
 
 __all__ = ["Found", "Limits", "Match", "Step", "Walk", "frank_wolfe", "match", "search"]
 
-_FADING = 0.02  # share of the whole rise below which the polish gains more than another two joint steps
+_FADING = 0.01  # share of the whole rise below which the polish gains more than another two joint steps
 
 
 @dataclass(frozen=True, eq=False)

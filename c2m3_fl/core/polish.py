@@ -26,6 +26,7 @@ from c2m3_fl.core.universe import Images, Point, contract, gather, inner, share_
 if TYPE_CHECKING:
     from c2m3_fl.core.frank_wolfe import Walk
 
+_TAIL = 0.1  # sweeps go on below the tolerance: their gains shrink slowly and add up
 _ROUNDING = 4  # gains below this many units of rounding are no improvement
 
 
@@ -59,7 +60,7 @@ def climb(
         gained = max(objectives[-1] - objectives[-2], 0.0) / problem.unit
         if not soft:
             gap = gained
-            moves &= gained > tolerance
+            moves &= gained > _TAIL * tolerance
         soft, moves = False, moves and polish
         if callback is not None:
             callback(Step(len(objectives) - 1, objectives[-1], gained, 1.0, share_moved(ascent.vertex)))

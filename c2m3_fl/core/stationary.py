@@ -43,7 +43,7 @@ def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weig
     dtype, device = working_dtype(nodes, names), nodes[0][names[0]].device
     shares = weights.to(device=device, dtype=dtype)
     drifts = {name: torch.zeros(len(nodes), group.size, device=device) for name, group in spec.groups.items()}
-    mean, agreement = {}, 0.0
+    mean, agreement, scratch = {}, 0.0, torch.empty(0)
     for name in names:
         values = [node[name].detach().to(device=device, dtype=dtype) for node in nodes]
         at_once = max(1, _AT_A_TIME // values[0].numel())  # small tensors are stacked, large ones taken one by one
@@ -60,7 +60,10 @@ def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weig
         mean[name] = centre
         for first, part in zip(range(0, len(values), at_once), portions, strict=True):
             rows = slice(first, first + at_once)
-            _add_squares(spec, name, part - centre, {group: drift[rows] for group, drift in drifts.items()})
+            if len(scratch) < part.numel():
+                scratch = part.new_empty(part.numel())
+            drift = torch.sub(part, centre, out=scratch[: part.numel()].view(part.shape))
+            _add_squares(spec, name, drift, {group: rows_of[rows] for group, rows_of in drifts.items()})
     gram = {
         name: torch.zeros(1, group.size, group.size, dtype=dtype, device=device) for name, group in spec.groups.items()
     }
@@ -74,9 +77,13 @@ def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weig
 def _add_squares(spec: PermutationSpec, name: str, drift: Tensor, into: dict[str, Tensor]) -> None:
     """Add the squared norms of every unit's part of a stacked tensor."""
     axes, squares = densify(spec.tensors[name], drift.square_())
+    kernel = [axis + 1 for axis, segments in enumerate(axes) if not segments]
+    if kernel:
+        squares, axes = squares.sum(kernel), tuple(segments for segments in axes if segments)
     for axis, segments in enumerate(axes):
         if segments:
-            along = squares.movedim(axis + 1, 1).flatten(2).sum(2) if squares.ndim > 2 else squares
+            rest = [other + 1 for other in range(len(axes)) if other != axis]
+            along = squares.sum(rest) if rest else squares
             for segment in segments:
                 positions = torch.from_numpy(segment.positions.ravel()).to(along.device)
                 units = along.index_select(1, positions).view(len(along), segment.size, -1)
