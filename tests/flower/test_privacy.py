@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from flwr.app import ConfigRecord
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
@@ -73,6 +75,21 @@ def test_separate_alignment_learns_from_independent_starts_with_clipping_and_noi
     strategy = c2m3(private, alignment="separate")
     grid = SerialGrid(digits_app(independent=True, epochs=5), 5)
     result = strategy.start(grid, from_params(mlp().state_dict()), num_rounds=4)
+    assert accuracy(mlp, result.arrays) > 0.8
+
+
+def test_noise_that_clients_add_themselves_survives_a_joint_match():
+    """What a client does to its own reply is done before the server sees it: aligning it is post-processing."""
+    app, noisy = digits_app(independent=True, epochs=5), ClientApp(mods=[])
+    mod = LocalDpMod(clipping_norm=50.0, sensitivity=1e-3, epsilon=10.0, delta=1e-5)
+
+    @noisy.train(mods=[mod])
+    def fit(message, context):
+        return app(message, context)
+
+    strategy = c2m3(FedAvg(fraction_evaluate=0.0))
+    result = strategy.start(SerialGrid(noisy, 5), from_params(mlp().state_dict()), num_rounds=2)
+    assert [metrics["c2m3-replies"] for metrics in result.train_metrics_clientapp.values()] == [5, 5]
     assert accuracy(mlp, result.arrays) > 0.8
 
 
