@@ -14,29 +14,33 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import PermutationSpec
-from c2m3_fl.merging.merge import merge
+from c2m3_fl.merging.guard import Auto
+from c2m3_fl.merging.merge import Merge, merge
 from c2m3_fl.merging.methods import METHODS
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.refit import Refit
-from c2m3_fl.merging.shift import channel_moments
+from c2m3_fl.merging.repair import BatchNormStatistics, Repair
+from c2m3_fl.merging.setting import Setting, prepare
+from c2m3_fl.merging.shift import channel_moments, with_own_moments
+from c2m3_fl.models.statistics import Moments
 from c2m3_fl.models.symmetry import permutation_spec
 from tests.benchmarks.merging_cases import CASES, Case, Trained, accuracy, probabilities, trained
 
 RESULTS = Path("results")
-RECALIBRATIONS: dict[str, Recalibration | str] = {
-    "C2M3": "none",
-    "+ BatchNorm": "batchnorm",
-    "+ REPAIR": "repair",
+RECALIBRATIONS: dict[str, Recalibration] = {
+    "+ BatchNorm": BatchNormStatistics(),
+    "+ REPAIR": Repair(),
     "+ last layer refit": Refit(final_only=True),
-    "+ refit": "refit",
-    "+ auto": "auto",
+    "+ refit": Refit(),
+    "+ auto": Auto(),
 }
 
 
@@ -71,12 +75,12 @@ def distilled(model: nn.Module, start: Mapping[str, Tensor], found: Trained, ste
     return dict(student.state_dict())
 
 
-def own_moments(case: Case, found: Trained) -> list[dict[str, object]]:
+def own_moments(case: Case, found: Trained) -> list[dict[str, Moments]]:
     """What every node sends: the moments of its channels on (500 of) the images it was trained on."""
     clients = range(len(found.nodes))
     rows = [found.data.share(index).inputs for index in clients]
     data = [torch.cat(rows)[:500] if case.whole else rows[index][:500] for index in clients]
-    return [dict(channel_moments(found.model, node, [own])) for node, own in zip(found.nodes, data, strict=True)]
+    return [channel_moments(found.model, node, [own]) for node, own in zip(found.nodes, data, strict=True)]
 
 
 def recalibration_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> Iterator[Row]:
@@ -90,25 +94,38 @@ def recalibration_rows(case: Case, seed: int, found: Trained, spec: PermutationS
     yield row("mean node", statistics.mean(scores))
     yield row("best node", max(scores))
     yield row("ensemble", float((votes.argmax(1) == found.test.labels).double().mean()))
-    options = {"spec": spec, "weights": found.weights, "calibration": found.calibration}
-    naive = merge(found.model, found.nodes, method="mean", recalibrate="none", **options)  # type: ignore[arg-type]
+    naive = merge(found.model, found.nodes, method="mean", recalibrate="none", spec=spec, weights=found.weights)
     yield row("naive mean", accuracy(found.model, naive.state_dict, found.test), naive.report.seconds)
-    start: dict[str, Tensor] = {}
+    matched, settings = merged_setting(found, spec, own_moments(case, found))
+    setting = settings(found.calibration)
+    yield row("C2M3", accuracy(found.model, setting.merged, found.test), matched.report.match_seconds)
     for column, recalibrate in RECALIBRATIONS.items():
-        moments = own_moments(case, found) if recalibrate == "auto" else None
-        merged = merge(found.model, found.nodes, recalibrate=recalibrate, moments=moments, **options)  # type: ignore[arg-type]
-        done = merged.report.recalibration
-        seconds = merged.report.match_seconds if done is None else done.seconds
-        start = start or merged.state_dict
-        yield row(column, accuracy(found.model, merged.state_dict, found.test), seconds)
-        if recalibrate in ("repair", "refit"):
+        done = recalibrate(replace(setting))  # a fresh setting has measured nothing yet
+        yield row(column, accuracy(found.model, done.state_dict, found.test), done.report.seconds)
+        if column in ("+ REPAIR", "+ refit"):
             begin = time.perf_counter()
-            student = distilled(found.model, merged.state_dict, found)
-            column = f"{column}, then distilled"
-            yield row(column, accuracy(found.model, student, found.test), time.perf_counter() - begin)
+            student = distilled(found.model, done.state_dict, found)
+            score = accuracy(found.model, student, found.test)
+            yield row(f"{column}, then distilled", score, time.perf_counter() - begin)
     begin = time.perf_counter()
-    student = distilled(found.model, start, found)
+    student = distilled(found.model, setting.merged, found)
     yield row("C2M3, distilled", accuracy(found.model, student, found.test), time.perf_counter() - begin)
+
+
+def merged_setting(
+    found: Trained, spec: PermutationSpec, moments: list[dict[str, Moments]]
+) -> tuple[Merge, Callable[[list[Tensor]], Setting]]:
+    """The nodes merged by C2M3, and what makes a setting of recalibration from that for any calibration data."""
+    done = merge(found.model, found.nodes, recalibrate="none", spec=spec, weights=found.weights)
+    assert done.match is not None
+    moves = [done.match.between(done.report.basis, index) for index in range(len(found.nodes))]
+    aligned = [permutation.apply(spec, move, node) for move, node in zip(moves, found.nodes, strict=True)]
+
+    def setting(calibration: list[Tensor]) -> Setting:
+        plain = prepare(found.model, done.state_dict, aligned, calibration, weights=found.weights)
+        return with_own_moments(plain, spec, moves, moments)
+
+    return done, setting
 
 
 def method_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> Iterator[Row]:
@@ -156,23 +173,17 @@ def trained_calibration(case: Case) -> list[Tensor]:
 
 def shift_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> Iterator[Row]:
     """REPAIR, refit and auto with shifted calibration data; for auto, seconds hold the shift instead."""
-    moments = own_moments(case, found)
+    _, settings = merged_setting(found, spec, own_moments(case, found))
     for name, inputs in shifted(found).items():
-        for recalibrate in ("none", "repair", "refit", "auto"):
-            merged = merge(
-                found.model,
-                found.nodes,
-                spec=spec,
-                weights=found.weights,
-                calibration=list(inputs.split(250)),
-                recalibrate=recalibrate,
-                moments=moments,  # type: ignore[arg-type]
-            )
-            done = merged.report.recalibration
-            decision = None if done is None else done.decision
-            column = f"{name}: {recalibrate}" + (f" ({decision.chosen}, shift)" if decision else "")
+        setting = settings(list(inputs.split(250)))
+        yield Row(case.title, seed, f"{name}: C2M3", accuracy(found.model, setting.merged, found.test), 0.0)
+        for column in ("+ REPAIR", "+ refit", "+ auto"):
+            done = RECALIBRATIONS[column](setting)
+            decision = done.report.decision
+            score = accuracy(found.model, done.state_dict, found.test)
             distance = decision.shift if decision and decision.shift is not None else 0.0
-            yield Row(case.title, seed, column, accuracy(found.model, merged.state_dict, found.test), distance)
+            chose = f" ({decision.chosen})" if decision else ""
+            yield Row(case.title, seed, f"{name}: {column}{chose}", score, distance)
 
 
 TABLES: dict[str, Callable[[Case, int, Trained, PermutationSpec], Iterator[Row]]] = {

@@ -1,0 +1,47 @@
+"""``c2m3-fl barrier``: how much worse the networks between two given ones are, before and after the match."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from c2m3_fl.cli.curves import draw_segments
+from c2m3_fl.cli.files import load_images, load_network, load_params
+from c2m3_fl.core import permutation
+from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.merging.barrier import barrier as segment
+from c2m3_fl.merging.setting import check_params
+from c2m3_fl.models.calibration import first_inputs
+from c2m3_fl.models.symmetry import permutation_spec
+
+
+def barrier(
+    first: Annotated[Path, typer.Argument(help="Weights of one network.")],
+    second: Annotated[Path, typer.Argument(help="Weights of the other.")],
+    model: Annotated[str, typer.Option(help="torchvision:NAME or package.module:factory.")],
+    data: Annotated[Path, typer.Option(help="Folder of images, one subfolder per class.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("barrier.png"),
+    points: Annotated[int, typer.Option(min=2, help="Points of the segment, ends included.")] = 11,
+    image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 224,
+    classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
+) -> None:
+    """Draw loss and accuracy along the segment between two networks, as they are and in one basis."""
+    network = load_network(model, classes)
+    nodes = [load_params(file) for file in (first, second)]
+    for file, node in zip((first, second), nodes, strict=True):
+        check_params(network, node, str(file))
+    images = load_images(data, image_size)
+    with Console(stderr=True).status("scoring …"):
+        spec = permutation_spec(network, first_inputs(images, None))
+        moved = permutation.apply(spec, match(spec, nodes).between(0, 1), nodes[1])
+        found = {
+            "as they are": segment(network, nodes[0], nodes[1], images, points=points),
+            "matched": segment(network, nodes[0], moved, images, points=points),
+        }
+    draw_segments(found, output)
+    for name, each in found.items():
+        typer.echo(f"{name}: barrier {each.loss_barrier:.3f} in loss, {each.accuracy_barrier:.1%} in accuracy")
+    typer.echo(f"written to {output}")

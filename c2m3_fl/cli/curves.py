@@ -1,0 +1,54 @@
+"""Barriers and landscapes as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from c2m3_fl.merging.barrier import Landscape, Segment
+
+_COLOURS = ("#7F7F7F", "#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's palette
+_LEVELS = 16
+
+
+def draw_segments(segments: Mapping[str, Segment], file: Path) -> None:
+    """Loss and accuracy along segments, one line each."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
+    for panel, quantity in zip(panels, ("loss", "accuracy"), strict=True):
+        for (name, segment), colour in zip(segments.items(), _COLOURS, strict=False):
+            values = [getattr(score, quantity) for score in segment.scores]
+            panel.plot(segment.positions, values, marker="o", markersize=3, color=colour, label=name)
+        panel.set_xlabel("from the first network to the second")
+        panel.set_ylabel(quantity)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def draw_landscapes(landscapes: Mapping[str, Landscape], file: Path) -> None:
+    """Loss across the plane through three networks, one panel each, on one scale of colours."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(landscapes), figsize=(4.6 * len(landscapes), 4), layout="constrained")
+    high = max(float(each.loss.quantile(0.9)) for each in landscapes.values())
+    low = min(float(each.loss.min()) for each in landscapes.values())
+    levels = [low + (high - low) * index / _LEVELS for index in range(_LEVELS + 1)]
+    for panel, (name, each) in zip([panels] if len(landscapes) == 1 else panels, landscapes.items(), strict=True):
+        drawn = panel.contourf(each.x, each.y, each.loss.numpy(), levels=levels, cmap="viridis", extend="both")
+        for number, (x, y) in enumerate(each.corners):
+            panel.plot(x, y, marker="o", color="white", markeredgecolor="black")
+            panel.annotate(str(number), (x, y), textcoords="offset points", xytext=(6, 6), color="white")
+        panel.set_title(name, loc="left", fontsize=10)
+        panel.set_aspect("equal")
+        figure.colorbar(drawn, ax=panel, label="loss")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,48 @@
+"""``c2m3-fl landscape``: the loss across the plane through three networks, before and after the universe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from c2m3_fl.cli.curves import draw_landscapes
+from c2m3_fl.cli.files import load_images, load_network, load_params
+from c2m3_fl.core import permutation
+from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.merging.barrier import landscape as plane
+from c2m3_fl.merging.setting import check_params
+from c2m3_fl.models.calibration import first_inputs
+from c2m3_fl.models.symmetry import permutation_spec
+
+
+def landscape(
+    files: Annotated[list[Path], typer.Argument(help="Weights of three networks.")],
+    model: Annotated[str, typer.Option(help="torchvision:NAME or package.module:factory.")],
+    data: Annotated[Path, typer.Option(help="Folder of images, one subfolder per class.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("landscape.png"),
+    resolution: Annotated[int, typer.Option(min=2, help="Points along each side.")] = 15,
+    image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 224,
+    classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
+) -> None:
+    """Draw the loss across the plane through three networks, as they are and in one basis."""
+    if len(files) != 3:
+        raise ConfigError(f"a plane goes through three networks, got {len(files)} files")
+    network = load_network(model, classes)
+    nodes = [load_params(file) for file in files]
+    for file, node in zip(files, nodes, strict=True):
+        check_params(network, node, str(file))
+    images = load_images(data, image_size)
+    with Console(stderr=True).status("scoring …"):
+        spec = permutation_spec(network, first_inputs(images, None))
+        found = match(spec, nodes)
+        moved = [permutation.apply(spec, found.between(0, index), node) for index, node in enumerate(nodes)]
+        drawn = {
+            "as they are": plane(network, nodes, images, resolution=resolution),
+            "in one basis": plane(network, moved, images, resolution=resolution),
+        }
+    draw_landscapes(drawn, output)
+    typer.echo(f"written to {output}")

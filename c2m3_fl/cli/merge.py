@@ -1,0 +1,102 @@
+"""``c2m3-fl merge``: files of weights in, one file out, with a report of what was done."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from c2m3_fl.cli.files import load_images, load_network, load_params
+from c2m3_fl.errors import C2M3Error, ConfigError
+from c2m3_fl.merging.barrier import evaluate
+from c2m3_fl.merging.merge import Merge
+from c2m3_fl.merging.merge import merge as merge_networks
+from c2m3_fl.merging.methods import METHODS
+from c2m3_fl.merging.recalibrate import SHORT_NAMES
+from c2m3_fl.merging.setting import check_params
+from c2m3_fl.models.calibration import load_batches
+
+_LAYERS = 8  # of the report: the tensors whose nodes agree least
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Weights of the networks: safetensors, or torch files.")],
+    model: Annotated[str, typer.Option(help="torchvision:NAME or package.module:factory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the merged weights go (safetensors).")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder of images; one subfolder per class gives labels.")
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "c2m3",
+    recalibrate: Annotated[str, typer.Option(help=f"One of {', '.join(SHORT_NAMES)}.")] = "auto",
+    weights: Annotated[list[float] | None, typer.Option(help="Averaging weight, once per file.")] = None,
+    image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 224,
+    classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Merge networks that were trained apart: permute their units into one universe, average, recalibrate."""
+    progress = Console(stderr=True)
+    network = load_network(model, classes)
+    nodes = [load_params(file) for file in files]
+    for file, node in zip(files, nodes, strict=True):
+        check_params(network, node, str(file))
+    images = None if calibration is None else load_images(calibration, image_size)
+    if images is None and method in ("activations", "activations-universe", "cca"):
+        raise ConfigError(f"method {method!r} compares activations: name a folder of images with --calibration")
+    with progress.status(f"merging {len(nodes)} networks by {method} …"):
+        merged = merge_networks(
+            network,
+            nodes,
+            example_inputs=torch.zeros(2, 3, image_size, image_size) if images is None else None,
+            weights=weights,
+            calibration=images,
+            method=method,
+            recalibrate=recalibrate,
+        )
+        report = {"method": method, **asdict(merged.report)}
+        if images is not None and len(images[0]) > 1:
+            batches = load_batches(images)
+            scored = {str(file): node for file, node in zip(files, nodes, strict=True)} | {"merged": merged.state_dict}
+            report["accuracy"] = {
+                name: evaluate(network.eval(), each, batches).accuracy for name, each in scored.items()
+            }
+    try:
+        save_file({name: value.contiguous().clone() for name, value in merged.state_dict.items()}, output)
+    except OSError as error:
+        raise C2M3Error(f"{output} cannot be written: {error}") from error
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        _print(merged, report, output)
+
+
+def _print(merged: Merge, report: dict[str, Any], output: Path) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    found = merged.report
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("method", report["method"])
+    facts.add_row("networks", f"{found.nodes}, in the basis of number {found.basis}")
+    if found.objectives is not None:
+        facts.add_row("agreement", f"{found.objectives[0]:.6g} before, {found.objectives[1]:.6g} after")
+    if found.share_moved is not None:
+        facts.add_row("units moved", ", ".join(f"{share:.0%}" for share in found.share_moved))
+    worst = sorted(found.layers.items(), key=lambda item: min(item[1]))[:_LAYERS]
+    for name, cosines in worst:
+        facts.add_row(f"cosine {name}", ", ".join(f"{cosine:.2f}" for cosine in cosines))
+    done = found.recalibration
+    facts.add_row("recalibration", "none: no calibration data" if done is None else done.method)
+    if done is not None and done.decision is not None:
+        facts.add_row("because", done.decision.reason)
+    for name, accuracy in report.get("accuracy", {}).items():
+        facts.add_row(f"accuracy {name}", f"{accuracy:.1%}")
+    for note in found.notes:
+        facts.add_row("note", note)
+    facts.add_row("seconds", f"{found.seconds:.1f}, of which matching {found.match_seconds:.1f}")
+    facts.add_row("written to", str(output))
+    console.print(facts)

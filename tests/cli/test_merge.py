@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from c2m3_fl.cli.app import app
+from c2m3_fl.cli.files import load_images, load_network, load_params
+from c2m3_fl.errors import C2M3Error, ConfigError, DataError, ParamsError
+
+MODEL = "tests.cli.test_merge:network"
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    names = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        names.append(str(tmp_path / f"{seed}.safetensors"))
+        save_file(network().state_dict(), names[-1])
+    return names
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> str:
+    generator = np.random.default_rng(0)
+    for label in ("bird", "cat"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(12):
+            pixels = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{number}.png")
+    return str(tmp_path / "images")
+
+
+def test_files_merge_into_one_that_loads(files: list[str], images: str, tmp_path: Path) -> None:
+    output = tmp_path / "merged.safetensors"
+    arguments = ["merge", *files, "--model", MODEL, "--calibration", images, "-o", str(output), "--image-size", "8"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    network().load_state_dict(load_file(output))
+    for wanted in ("c2m3", "agreement", "cosine", "because", "accuracy merged", "written to"):
+        assert wanted in result.stdout
+
+
+def test_the_report_is_also_json(files: list[str], tmp_path: Path) -> None:
+    arguments = [
+        "merge",
+        *files,
+        "--model",
+        MODEL,
+        "-o",
+        str(tmp_path / "m.safetensors"),
+        "--image-size",
+        "8",
+        "--json",
+    ]
+    report = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)
+    assert report["nodes"] == 3
+    assert report["method"] == "c2m3"
+    assert report["recalibration"] is None
+
+
+@pytest.mark.parametrize(("command", "count"), [("barrier", 2), ("landscape", 3)])
+def test_barriers_and_landscapes_are_drawn(
+    command: str, count: int, files: list[str], images: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "picture.png"
+    arguments = [command, *files[:count], "--model", MODEL, "--data", images, "-o", str(output), "--image-size", "8"]
+    extra = ["--resolution", "3"] if command == "landscape" else ["--points", "3"]
+    assert CliRunner().invoke(app, [*arguments, *extra], catch_exceptions=False).exit_code == 0
+    with Image.open(output) as picture:
+        assert picture.size[0] > 100
+
+
+def test_torch_files_are_read_and_pickles_refused(tmp_path: Path) -> None:
+    torch.save(network().state_dict(), tmp_path / "weights.pt")
+    assert set(load_params(tmp_path / "weights.pt")) == set(network().state_dict())
+    torch.save(network(), tmp_path / "module.pt")
+    with pytest.raises(DataError, match="may run code when it is opened"):
+        load_params(tmp_path / "module.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ParamsError, match="holds no state dict"):
+        load_params(tmp_path / "list.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="no safetensors file"):
+        load_params(tmp_path / "broken.safetensors")
+    with pytest.raises(DataError, match="is no file"):
+        load_params(tmp_path / "missing.safetensors")
+
+
+def test_mismatches_are_told_apart_by_key_and_shape(files: list[str], tmp_path: Path) -> None:
+    params = network().state_dict()
+    save_file({name: value for name, value in params.items() if name != "3.bias"}, tmp_path / "fewer.safetensors")
+    save_file({**params, "3.bias": torch.zeros(7)}, tmp_path / "reshaped.safetensors")
+    for name, message in [("fewer", r"missing \['3.bias'\]"), ("reshaped", r"shape \(7,\), expected \(2,\)")]:
+        arguments = ["merge", files[0], str(tmp_path / f"{name}.safetensors"), "--model", MODEL, "-o", "x.safetensors"]
+        with pytest.raises(C2M3Error, match=f"{name}.safetensors: .*{message}"):
+            CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18", "expected torchvision:NAME or package.module:factory"),
+        ("torchvision:resnet19", "no classifier 'resnet19'"),
+        ("tests.cli.test_merge:missing", "cannot be loaded"),
+        ("time:time", "returned a float, expected a torch.nn.Module"),
+    ],
+)
+def test_unknown_networks_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_network(name)
+
+
+def test_torchvision_networks_take_another_number_of_classes() -> None:
+    assert load_network("torchvision:squeezenet1_1", classes=3).state_dict()["classifier.1.weight"].shape[0] == 3
+
+
+def test_images_without_subfolders_have_no_labels(images: str, tmp_path: Path) -> None:
+    assert [len(batch) for batch in load_images(Path(images), 8)] == [2]
+    assert [len(batch) for batch in load_images(Path(images) / "cat", 8)] == [1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no image"):
+        load_images(tmp_path / "empty", 8)
+    with pytest.raises(DataError, match="is no folder"):
+        load_images(tmp_path / "nowhere", 8)
+    (tmp_path / "empty" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"bad.png cannot be read"):
+        load_images(tmp_path / "empty", 8)
