@@ -147,9 +147,10 @@ def canonical_order(
 
 
 def _checksum(value: Tensor) -> int:
-    """Sum of the values' bit patterns: exact, so it does not depend on their order."""
+    """Sum of the values' bit patterns, modulo a power of two: exact, so it does not depend on their order."""
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(value.element_size(), torch.int64)
-    return int(value.detach().contiguous().view(width).sum(dtype=torch.int64))
+    bits = value.detach().contiguous().view(width)
+    return int(bits.sum(dtype=torch.int64 if bits.element_size() < 4 else width))
 
 
 def _bytes(value: Tensor) -> memoryview:
