@@ -70,13 +70,24 @@ def _serial(runs: list[Settings], report: Report, verbose: bool) -> tuple[Round,
     from simulations.client_app import app
     from simulations.experiment import run_experiment
 
-    if not verbose:
-        logging.getLogger("flwr").setLevel(logging.ERROR)  # after the imports: Flower sets its level in one of them
     rounds: list[Round] = []
-    for settings in runs:
-        grid = SerialGrid(app, settings.clients, run_config=settings.to_run_config())
-        rounds += run_experiment(grid, settings, report)
+    with _flower_log(logging.NOTSET if verbose else logging.ERROR):  # after the imports: one of them sets the level
+        for settings in runs:
+            grid = SerialGrid(app, settings.clients, run_config=settings.to_run_config())
+            rounds += run_experiment(grid, settings, report)
     return tuple(rounds)
+
+
+@contextmanager
+def _flower_log(least: int) -> Iterator[None]:
+    """Flower's log from this level on, or from its own where that is higher."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(max(level, least))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _flower(runs: list[Settings], report: Report) -> tuple[Round, ...]:
