@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,8 +70,10 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def export(model: nn.Module, inputs: Inputs, *, training: bool = False) -> ExportedProgram:
-    """Functional ATen graph of one forward pass.
+def export(
+    model: nn.Module, inputs: Inputs, is_plain: Callable[[ExportedProgram], bool], *, training: bool = False
+) -> ExportedProgram:
+    """ATen graph of one forward pass; made functional, which takes as long again, unless it `is_plain` already.
 
     Raises
     ------
@@ -81,10 +83,10 @@ def export(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Expor
     args, kwargs = inputs
     with mode(model, training=training), plain_attention(), quiet(), torch.enable_grad():
         try:
-            program: ExportedProgram = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
+            program = torch.export.export(model, args, kwargs, strict=False)
+            return program if is_plain(program) else program.run_decompositions({})
         except Exception as error:
             raise TraceError(_explain(model, error)) from error
-    return program
 
 
 def _explain(model: nn.Module, error: Exception) -> str:

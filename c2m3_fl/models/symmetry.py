@@ -14,7 +14,7 @@ from c2m3_fl.models.exporting import ExampleInputs, Inputs, aliases, as_inputs, 
 from c2m3_fl.models.grouping import build_spec
 from c2m3_fl.models.proof import Prover, guilty
 from c2m3_fl.models.structure import Structure
-from c2m3_fl.models.tracing import trace
+from c2m3_fl.models.tracing import is_plain, trace
 
 _DRAWS = 2  # one permutation may by chance be a symmetry that a wrong group contains
 
@@ -108,10 +108,10 @@ def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tupl
     own = {name for name, value in state.items() if first_name.get(name, name) == name and value.ndim}
     modes: tuple[bool, ...] = (False,)
     unused = ""
-    used = trace(export(model, inputs), model, structure)
+    used = trace(export(model, inputs, is_plain), model, structure)
     if own - used:
         try:
-            used |= trace(export(model, inputs, training=True), model, structure)
+            used |= trace(export(model, inputs, is_plain, training=True), model, structure)
             modes, unused = (False, True), "not used by the forward pass"
         except TraceError:
             unused = "not used in evaluation mode, and training mode cannot be traced with these inputs"

@@ -13,12 +13,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 import c2m3_fl.models.rules_contraction
-import c2m3_fl.models.rules_elementwise
 import c2m3_fl.models.rules_layout
 import c2m3_fl.models.rules_recurrent  # noqa: F401  # the imports register the rules
 from c2m3_fl.models.exporting import aliases
 from c2m3_fl.models.labels import Labels, Shape, combine, in_order
 from c2m3_fl.models.rules import RULES, Call, Result, Rule, unknown
+from c2m3_fl.models.rules_elementwise import constant, elementwise
 from c2m3_fl.models.structure import Atoms, Structure
 
 _FOLDED = 2**22  # constants beyond this many entries are not evaluated, only taken as ordered
@@ -33,6 +33,46 @@ def trace(program: ExportedProgram, model: nn.Module, structure: Structure) -> s
         State-dict names, without further names of tied tensors, of the tensors that the pass uses.
     """
     return _Walk(program, model, structure).run()
+
+
+def is_plain(program: ExportedProgram) -> bool:
+    """Whether every operator has a rule, and those that write in place write what a later reader may see.
+
+    ``relu_`` keeps the units of every coordinate. ``x += y`` does, too, where `x` is computed from parameters or
+    inputs, not a constant: what meets is tied, so the labels of `x` and of its views stay true.
+    """
+    constants = {
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind not in (InputKind.USER_INPUT, InputKind.PARAMETER)
+    }
+    computed: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            return False
+        if node.op == "placeholder" and node.name not in constants:
+            computed.add(node)
+        if node.op != "call_function" or node.target is operator.getitem:
+            computed.update(node for source in node.all_input_nodes if source in computed)
+            continue
+        name = _rule_name(node)
+        if name not in RULES:
+            return False
+        if RULES[name] is not constant and any(source in computed for source in node.all_input_nodes):
+            computed.add(node)
+        if _in_place(node) and not (RULES[name] is elementwise and set(node.all_input_nodes) <= computed):
+            return False
+    return True
+
+
+def _in_place(node: fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _rule_name(node: fx.Node) -> str:
+    """Name of an operator's rule: without overload, that of the functional operator for one in place."""
+    name = ".".join(str(node.target).split(".")[:2])
+    return name.removesuffix("_") if _in_place(node) else name
 
 
 class _Walk:
@@ -141,12 +181,15 @@ class _Walk:
         return True
 
     def _apply(self, node: fx.Node) -> Result:
-        name = ".".join(str(node.target).split(".")[:2])
+        name = _rule_name(node)
         call = Call(self.structure, _shapes(node), self._known(node))
         args = fx.map_arg(node.args, self.labels.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.labels.__getitem__)
         apply: Rule = RULES.get(name, unknown)
-        return apply(call, *args, **kwargs)
+        result = apply(call, *args, **kwargs)
+        if _in_place(node):
+            self.labels[node.args[0]] = result  # type: ignore[index]  # the first argument is the tensor written to
+        return result
 
     def _known(self, node: fx.Node) -> dict[int, Atoms]:
         """Integer arguments whose content is known, by position; the first index of a list of indices."""
