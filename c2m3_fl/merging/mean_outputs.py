@@ -53,7 +53,8 @@ class MeanOutputs:
     seed : int
         Decides which positions are drawn.
     floor : float, optional
-        Least probability for outputs of the network that are logits; None where they are not.
+        Least probability, where outputs of the network are met by the log of the mean softmax; None where they
+        are met by their mean like all others.
     """
 
     def __init__(

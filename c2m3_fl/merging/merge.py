@@ -112,7 +112,7 @@ def merge(
     weights : sequence of float, optional
         Averaging weights, one per node (numbers of training examples, say); equal by default.
     calibration : iterable of batches, optional
-        Inputs like those the network will see; labels are ignored. Without them nothing is recalibrated.
+        Inputs like those the network will see; labels serve "auto" alone. Without them nothing is recalibrated.
     recalibrate : Recalibration or str
         What to do with the calibration data: ``Auto()``, ``Repair()``, ``Refit()``, ``BatchNormStatistics()``, or a
         short name: "auto", "repair", "refit", "batchnorm", "none".

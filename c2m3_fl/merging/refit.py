@@ -44,9 +44,10 @@ class Refit:
     strengths : tuple of float
         Ridge strengths, relative to the mean variance of an operator's inputs, from which held-out inputs choose;
         keeping the weights is always a candidate.
-    logits : bool
-        Whether the network's outputs are logits of classes. Their mean lets a class that one node never saw veto
-        all others, so the last layer is fitted to the centred log of the endpoints' mean softmax.
+    probabilities : bool
+        Fit the last layer to the centred log of the endpoints' mean softmax instead of their mean output. A mean of
+        logits lets a class that one node never saw veto all others; setting every class's spread afterwards undoes
+        that and did better: ten MNIST clients of Dirichlet .1, three partitions, .81 against .74.
     floor : float
         Least probability that enters that logarithm.
     final_only : bool
@@ -57,7 +58,7 @@ class Refit:
 
     positions: int = 40_000
     strengths: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    logits: bool = False
+    probabilities: bool = False
     floor: float = 1e-2
     final_only: bool = False
     seed: int = 0
@@ -66,7 +67,9 @@ class Refit:
         """Refit ``setting.merged``."""
         start = time.perf_counter()
         with torch.no_grad():
-            outputs = MeanOutputs(setting, self.fits, self.positions, self.seed, self.floor if self.logits else None)
+            outputs = MeanOutputs(
+                setting, self.fits, self.positions, self.seed, self.floor if self.probabilities else None
+            )
             params = dict(setting.merged)
             front = Front(setting.programs, setting.batches, params)
             reports = [

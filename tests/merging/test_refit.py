@@ -77,7 +77,7 @@ def test_the_last_layer_alone_can_be_fitted() -> None:
 
 def test_mean_probabilities_can_be_the_last_layers_target() -> None:
     model, setting, endpoints = _setting("mlp", 3)
-    refit = Refit(logits=True, floor=1e-2)(setting).state_dict
+    refit = Refit(probabilities=True, floor=1e-2)(setting).state_dict
     inputs = torch.cat(CALIBRATION)
     mean = torch.stack([outputs(model, endpoint, inputs).softmax(1) for endpoint in endpoints]).mean(0)
     votes = outputs(model, refit, inputs).argmax(1)
