@@ -20,10 +20,11 @@ from torch import nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.privacy import check_privacy
 from c2m3_fl.flower.records import read_npy, schema_of_params
 from c2m3_fl.flower.replies import Dropped, Reply, check_finite, check_weight, digest, report_dropped
-from c2m3_fl.flower.rounds import Aligned, Numbers, Options, Rounds
+from c2m3_fl.flower.rounds import Aligned, Numbers, Rounds
 from c2m3_fl.flower.wrapped import chain, ignores_weights
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.models.calibration import Calibration, ExampleInputs

@@ -6,10 +6,10 @@ The current and the legacy strategy are two dialects of this.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from time import perf_counter
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import torch
 from flwr.supercore import log
@@ -20,65 +20,18 @@ from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import C2M3Error, ConfigError, ParamsError
-from c2m3_fl.flower.alignment import Aligner, Alignment, Basis, Mode, with_cpu_fallback
+from c2m3_fl.flower.alignment import Aligner, Alignment, with_cpu_fallback
+from c2m3_fl.flower.options import Options, resolved
 from c2m3_fl.flower.replies import Dropped, Reply, check_finite
 from c2m3_fl.flower.statistics import ClientStatistics, check_measurable
-from c2m3_fl.merging.recalibrate import Recalibration, resolve
+from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
+from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 from c2m3_fl.merging.setting import prepare
 from c2m3_fl.models.calibration import Calibration, ExampleInputs, first_inputs
 from c2m3_fl.models.symmetry import permutation_spec
 
 Numbers = dict[str, float | int | list[float] | list[int]]
-Finish = Callable[[Params, Sequence[Params], Sequence[float]], Params]
-
-
-class Options(TypedDict, total=False):
-    """What both strategies may be told by keyword, beyond the model and the calibration data.
-
-    Attributes
-    ----------
-    alignment : {"joint", "separate"}
-        "joint" (default) matches all replies with each other; "separate" matches each one with nothing but the
-        model that was sent out, so that no client's permutation depends on another client.
-    basis : {"global", "largest", "client"} or int
-        "global" (default): every round ends in the basis of the model that was sent out. "client": the same, and
-        every client is sent the model in the neuron order that it last replied in, so that state which it keeps
-        still fits. "largest" or a node id: the basis of that reply; a wrapped strategy with state of its own
-        (momenta) wants one of the others.
-    min_replies : int
-        With fewer valid replies than this (default 1) the previous global model stays.
-    outliers : {"report", "drop"}
-        Whether replies that do not fit the others are named only (default), or left out as well.
-    memory : int
-        How many nodes' permutations to remember between rounds (default 1000).
-    max_steps : int
-        Upper limit of the solver's steps (default 100).
-    tolerance : float
-        Relative duality gap at which the solver stops (default 1e-4).
-    diagnostics : bool
-        Whether the metrics also hold the agreement of every tensor of every client.
-    """
-
-    alignment: Mode
-    basis: Basis
-    min_replies: int
-    outliers: Literal["report", "drop"]
-    memory: int
-    max_steps: int
-    tolerance: float
-    diagnostics: bool
-
-
-_DEFAULTS = Options(
-    alignment="joint",
-    basis="global",
-    min_replies=1,
-    outliers="report",
-    memory=1000,
-    max_steps=100,
-    tolerance=1e-4,
-    diagnostics=False,
-)
+Finish = Callable[[Params, Sequence[Params], Sequence[float]], Recalibrated]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,14 +83,7 @@ class Rounds:
         device: torch.device | str | None,
         options: Options,
     ) -> None:
-        unknown = sorted(set(options) - set(_DEFAULTS))
-        if unknown:
-            raise ConfigError(f"unknown options {unknown}; known are {sorted(_DEFAULTS)}")
-        self.options: Options = {**_DEFAULTS, **options}
-        if self.options["min_replies"] < 1:
-            raise ConfigError(f"min_replies is {self.options['min_replies']}, expected at least 1")
-        if self.options["outliers"] not in ("report", "drop"):
-            raise ConfigError(f"outliers is {self.options['outliers']!r}, expected 'report' or 'drop'")
+        self.options = resolved(options)
         self.model = model
         self.calibration = calibration
         self.recalibration = resolve(recalibrate)
@@ -218,21 +164,26 @@ class Rounds:
         if finish is None:
             return merged, {}
         started = perf_counter()
-        numbers: Numbers = {"c2m3-repaired": 0}
         try:
-            repaired = finish(merged, aligned.params, aligned.weights)
-            check_finite(repaired)
-            merged, numbers = repaired, {"c2m3-repaired": 1}
+            found = finish(merged, aligned.params, aligned.weights)
+            check_finite(found.state_dict)
         except (C2M3Error, torch.OutOfMemoryError) as error:
             log(WARNING, "\t> recalibration failed, the merged model stays as it is: %s", error)
-        return merged, {**numbers, "c2m3-repair-seconds": perf_counter() - started}
+            return merged, {"c2m3-repaired": 0, "c2m3-repair-seconds": perf_counter() - started}
+        numbers = _decided(found.report)
+        changed = any(not torch.equal(value, merged[name]) for name, value in found.state_dict.items())
+        return found.state_dict, {
+            **numbers,
+            "c2m3-repaired": int(changed),
+            "c2m3-repair-seconds": perf_counter() - started,
+        }
 
-    def _recalibrated(self, merged: Params, endpoints: Sequence[Params], weights: Sequence[float]) -> Params:
+    def _recalibrated(self, merged: Params, endpoints: Sequence[Params], weights: Sequence[float]) -> Recalibrated:
         calibration, recalibration = self.calibration, self.recalibration
         if calibration is None or recalibration is None or isinstance(calibration, ClientStatistics):
             raise ConfigError("there is nothing to recalibrate with on this server")
 
-        def compute(device: torch.device) -> Params:
+        def compute(device: torch.device) -> Recalibrated:
             setting = prepare(
                 self.model,
                 merged,
@@ -242,7 +193,8 @@ class Rounds:
                 example_inputs=self.example_inputs,
                 device=device,
             )
-            return {name: value.cpu() for name, value in recalibration(setting).state_dict.items()}
+            found = recalibrated(recalibration, setting)
+            return replace(found, state_dict={name: value.cpu() for name, value in found.state_dict.items()})
 
         return with_cpu_fallback(compute, self.device, "recalibration")[0]
 
@@ -269,6 +221,21 @@ def _numbers(nodes: Sequence[int], alignment: Alignment, odd: Sequence[int]) -> 
         "c2m3-node-outlier": [int(index in odd) for index in range(len(nodes))],
         "c2m3-outliers": len(odd),
     }
+
+
+def _decided(report: RecalibrationReport) -> Numbers:
+    """Log what was done and, where a guard chose, on what evidence; the evidence in numbers."""
+    decision = report.decision
+    if decision is None:
+        log(INFO, "\t> recalibration: %s", report.method)
+        return {}
+    log(INFO, "\t> recalibration: the guard keeps %r: %s", decision.chosen, decision.reason)
+    numbers: Numbers = {} if decision.shift is None else {"c2m3-guard-shift": decision.shift}
+    for each in decision.candidates:
+        numbers[f"c2m3-guard-kept/{each.name}"] = int(each.name == decision.chosen)
+        evidence = {"accuracy": each.accuracy, "agreement": each.agreement}
+        numbers |= {f"c2m3-guard-{kind}/{each.name}": value for kind, value in evidence.items() if value is not None}
+    return numbers
 
 
 def _report(nodes: Sequence[int], alignment: Alignment, odd: Sequence[int]) -> None:

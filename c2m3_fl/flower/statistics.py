@@ -26,6 +26,7 @@ from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower.records import from_params, schema_of_params, to_params
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.repair import BatchNormStatistics, Repair, feeds_batch_norm, rescale, restate
+from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 from c2m3_fl.merging.setting import check_params
 from c2m3_fl.merging.targets import Target, mean_targets, output_moments
 from c2m3_fl.models.calibration import Batch, Calibration, load_batches
@@ -122,7 +123,7 @@ def repair_by_clients(
     merged: Params,
     endpoints: Sequence[Params],
     weights: Sequence[float],
-) -> Params:
+) -> Recalibrated:
     """Repair a merged network with the moments that clients measure.
 
     Parameters
@@ -161,12 +162,15 @@ def repair_by_clients(
     targets: Mapping[str, Target] = {}
     if isinstance(recalibration, Repair):
         targets = _targets(survey, statistics.endpoints == "all", nodes, endpoints, weights)
+    reports = []
     for place, operator in enumerate(program.operators):
         if operator.mean:
-            restate(program, operator, params, survey.pooled(nodes, place, params, before=True))
+            reports.append(restate(program, operator, params, survey.pooled(nodes, place, params, before=True)))
         elif targets and (final or not operator.final) and not feeds_batch_norm(operator):
-            rescale(program, operator, params, survey.pooled(nodes, place, params), targets[operator.name])
-    return params
+            moments = survey.pooled(nodes, place, params)
+            reports.append(rescale(program, operator, params, moments, targets[operator.name]))
+    method = "repair by the clients' statistics" if targets else "batchnorm by the clients' statistics"
+    return Recalibrated(params, RecalibrationReport(method, tuple(reports), tuple(program.skipped.items())))
 
 
 class _Survey:

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.privacy import check_privacy
 from c2m3_fl.flower.records import from_params, schema_of, to_params
 from c2m3_fl.flower.replies import Reply, report_dropped, sort_messages
-from c2m3_fl.flower.rounds import Aligned, Finish, Numbers, Options, Rounds
+from c2m3_fl.flower.rounds import Aligned, Finish, Numbers, Rounds
 from c2m3_fl.flower.statistics import ClientStatistics, repair_by_clients
 from c2m3_fl.flower.wrapped import chain, ignores_weights
 from c2m3_fl.merging.recalibrate import Recalibration
+from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.models.calibration import Calibration, ExampleInputs
 
 
@@ -53,7 +55,7 @@ class C2M3(Strategy):
     device : torch.device or str, optional
         Where to match and repair; by default CUDA when there is one, else the CPU.
     **options : Options
-        See `c2m3_fl.flower.rounds.Options`.
+        See `c2m3_fl.flower.options.Options`.
 
     Raises
     ------
@@ -173,7 +175,7 @@ class C2M3(Strategy):
         if not isinstance(statistics, ClientStatistics) or recalibration is None or grid is None:
             return None
 
-        def finish(merged: Params, endpoints: Sequence[Params], weights: Sequence[float]) -> Params:
+        def finish(merged: Params, endpoints: Sequence[Params], weights: Sequence[float]) -> Recalibrated:
             model, inputs = self.rounds.model, self.rounds.inputs
             return repair_by_clients(statistics, recalibration, grid, nodes, model, inputs, merged, endpoints, weights)
 

@@ -68,7 +68,7 @@ def measured_by_clients(make, endpoints, merged, statistics, recalibration=None)
         merged,
         endpoints,
         [1.0, 2.0, 3.0],
-    )
+    ).state_dict
 
 
 def networks(make):
@@ -108,7 +108,7 @@ def test_by_default_each_endpoint_is_measured_where_it_came_from():
     merged = {name: value * 0.9 for name, value in endpoint.items()}
     found = repair_by_clients(
         ClientStatistics(), Repair(), grid, [1, 2, 3], mlp(), (EXAMPLE,), merged, [endpoint] * NODES, [1.0] * NODES
-    )
+    ).state_dict
     expected = repair(mlp(), merged, [endpoint], calibration()).state_dict
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)

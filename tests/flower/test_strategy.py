@@ -34,6 +34,7 @@ from tests.flower.federation import (
     accuracy,
     calibration,
     clients,
+    digits,
     digits_app,
     mlp,
     normed,
@@ -144,6 +145,23 @@ def test_without_repair_calibration_data_change_nothing(chosen):
     strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), calibration=calibration(), recalibrate=chosen)
     _, metrics = one_round(strategy, epochs=1)
     assert ("c2m3-repaired" in metrics) == (chosen == "repair")
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_what_the_guard_decides_and_why_is_in_the_metrics_and_the_log(labelled, caplog):
+    data, labels = digits()
+    batch = (data[:300], labels[:300]) if labelled else data[:300]
+    strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), calibration=[batch], recalibrate="auto")
+    repaired, metrics = one_round(strategy)
+    kept = {key.rsplit("/", 1)[1]: value for key, value in metrics.items() if key.startswith("c2m3-guard-kept/")}
+    assert sum(kept.values()) == 1
+    assert set(kept) >= ({"none", "repair", "refit"} if labelled else {"repair"})
+    assert any("the guard keeps" in text for text in caplog.messages)
+    assert repaired > 0.85
+    if labelled:
+        (chosen,) = (name for name, flag in kept.items() if flag)
+        accuracies = {name: metrics[f"c2m3-guard-accuracy/{name}"] for name in kept}
+        assert accuracies[chosen] == max(accuracies.values())
 
 
 def test_the_global_model_does_not_depend_on_the_order_of_the_replies():

@@ -1,0 +1,70 @@
+"""What both strategies may be told by keyword."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.flower.alignment import Basis, Mode
+
+
+class Options(TypedDict, total=False):
+    """What both strategies may be told by keyword, beyond the model and the calibration data.
+
+    Attributes
+    ----------
+    alignment : {"joint", "separate"}
+        "joint" (default) matches all replies with each other; "separate" matches each one with nothing but the
+        model that was sent out, so that no client's permutation depends on another client.
+    basis : {"global", "largest", "client"} or int
+        "global" (default): every round ends in the basis of the model that was sent out. "client": the same, and
+        every client is sent the model in the neuron order that it last replied in, so that state which it keeps
+        still fits. "largest" or a node id: the basis of that reply; a wrapped strategy with state of its own
+        (momenta) wants one of the others.
+    min_replies : int
+        With fewer valid replies than this (default 1) the previous global model stays.
+    outliers : {"report", "drop"}
+        Whether replies that do not fit the others are named only (default), or left out as well.
+    memory : int
+        How many nodes' permutations to remember between rounds (default 1000).
+    max_steps : int
+        Upper limit of the solver's steps (default 100).
+    tolerance : float
+        Relative duality gap at which the solver stops (default 1e-4).
+    diagnostics : bool
+        Whether the metrics also hold the agreement of every tensor of every client.
+    """
+
+    alignment: Mode
+    basis: Basis
+    min_replies: int
+    outliers: Literal["report", "drop"]
+    memory: int
+    max_steps: int
+    tolerance: float
+    diagnostics: bool
+
+
+_DEFAULTS = Options(
+    alignment="joint",
+    basis="global",
+    min_replies=1,
+    outliers="report",
+    memory=1000,
+    max_steps=100,
+    tolerance=1e-4,
+    diagnostics=False,
+)
+
+
+def resolved(options: Options) -> Options:
+    """All options, the defaults filled in; raise `ConfigError` for unknown ones and for values out of range."""
+    unknown = sorted(set(options) - set(_DEFAULTS))
+    if unknown:
+        raise ConfigError(f"unknown options {unknown}; known are {sorted(_DEFAULTS)}")
+    full: Options = {**_DEFAULTS, **options}
+    if full["min_replies"] < 1:
+        raise ConfigError(f"min_replies is {full['min_replies']}, expected at least 1")
+    if full["outliers"] not in ("report", "drop"):
+        raise ConfigError(f"outliers is {full['outliers']!r}, expected 'report' or 'drop'")
+    return full
