@@ -46,6 +46,9 @@ slow: $(READY)
 
 bench: $(READY)
 	$(BIN)/pytest tests/benchmarks --benchmark-only
+	$(BIN)/python -m tests.benchmarks.solver
+	$(BIN)/python -m tests.benchmarks.solver --growth
+	$(BIN)/python -m tests.benchmarks.rounds --identity --many 100 --seeds 5
 
 mnist: $(READY)
 	$(BIN)/c2m3-fl compare --preset mnist --partition iid --seeds 0,1,2 --output results/mnist-iid

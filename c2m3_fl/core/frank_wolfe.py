@@ -64,6 +64,7 @@ def match(
     max_steps: int = 100,
     tolerance: float = 1e-4,
     polish: bool = True,
+    balance: bool = False,
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> Match:
@@ -89,6 +90,9 @@ def match(
     polish : bool
         Whether to leave Frank-Wolfe when its steps fade and to climb on, block by block. Without it the steps go on
         until the gap closes, and the point is rounded to permutations once.
+    balance : bool
+        Whether every tensor counts the same, whatever its norm. The objectives are then those of the balanced
+        agreement. It guards against one loud layer; on ordinary networks the plain agreement merges better.
     generator : torch.Generator, optional
         Source of the "sinkhorn" and "random" starts; by default one with seed 0.
     callback : callable, optional
@@ -109,14 +113,14 @@ def match(
     check_search(max_steps, tolerance)
     order = canonical_order(spec, nodes, share, None if isinstance(start, str) else start)
     heavy = [i for i in order if share[i] > 0]
-    if start == "identity" and len(heavy) == len(nodes):
+    if start == "identity" and len(heavy) == len(nodes) and not balance:
         with torch.no_grad():
             here = agreement_if_stationary(spec, [nodes[i] for i in order], share[heavy])
         if here is not None:
             still = tuple(permutation.identity(spec) for _ in nodes)
             return Match(still, (here, here), 0.0, True, 0, order)
     with torch.no_grad(), assignment_pool() as pool:
-        problem = Problem.of(spec, [nodes[i] for i in heavy], share[heavy])
+        problem = Problem.of(spec, [nodes[i] for i in heavy], share[heavy], balance=balance)
         begin = start_point(problem, start if isinstance(start, str) else [start[i] for i in heavy], generator)
         limits = Limits(max_steps, tolerance, polish)
         found = search(problem, begin, pool, limits, callback)

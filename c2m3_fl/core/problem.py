@@ -49,9 +49,17 @@ class Problem:
     frozen: int = 0
 
     @classmethod
-    def of(cls, spec: PermutationSpec, nodes: Sequence[Params], weights: Tensor, frozen: int = 0) -> Problem:
-        """Compile; the nodes must have been checked."""
-        terms = compile_terms(spec, nodes)
+    def of(
+        cls,
+        spec: PermutationSpec,
+        nodes: Sequence[Params],
+        weights: Tensor,
+        frozen: int = 0,
+        *,
+        balance: bool = False,
+    ) -> Problem:
+        """Compile; the nodes must have been checked. See `match` for `balance`."""
+        terms = compile_terms(spec, nodes, _balancing(spec, nodes) if balance else None)
         constant = sum(Images(term).agreement(weights) for term in terms if not term.groups)
         moving = tuple(term for term in terms if term.groups)
         squares = sum((inners(term.value, term.value).cpu() for term in moving), torch.zeros(len(nodes)))
@@ -144,6 +152,14 @@ def canonical_order(
         return keys[index], digest.hexdigest()
 
     return tuple(sorted(range(len(nodes)), key=key))
+
+
+def _balancing(spec: PermutationSpec, nodes: Sequence[Params]) -> dict[str, float]:
+    """For every matched tensor one over its mean squared norm, so that each weighs the same; 1 where it is zero."""
+    squares = {
+        name: sum(float(node[name].double().square().sum()) for node in nodes) for name in matched_names(spec, nodes)
+    }
+    return {name: len(nodes) / square if square > 0 else 1.0 for name, square in squares.items()}
 
 
 def _checksum(value: Tensor) -> int:

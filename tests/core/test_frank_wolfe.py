@@ -252,3 +252,26 @@ def test_nodes_that_are_not_finite_or_do_not_fit_are_refused():
         match(spec, [good, bad])
     with pytest.raises(ParamsError, match="node 1: keys differ"):
         match(spec, [good, {}])
+
+
+def test_balanced_matching_does_not_hear_the_loudest_layer():
+    # The second layer's weights are a thousand times too large and pure noise; the others are planted.
+    spec = mlp(12, 24, 24, 6)
+    found = {True: 0, False: 0}
+    for seed in range(5):
+        nodes, perms = planted(spec, 3, 0.1, seed)
+        noise = draws(spec, 3, seed=100 + seed)
+        nodes = [{**node, "1.weight": 1e3 * other["1.weight"]} for node, other in zip(nodes, noise, strict=True)]
+        for balance in found:
+            result = match(spec, nodes, balance=balance)
+            wanted = permutation.between(perms[0], perms[1])
+            found[balance] += int((result.between(0, 1)["h0"] == wanted["h0"]).sum())
+    assert found[True] > found[False]
+
+
+def test_balance_does_not_hear_the_scale_of_a_tensor():
+    spec = mlp(6, 8, 8, 3)
+    nodes = draws(spec, 3)
+    scaled = [{**node, "1.weight": 1024.0 * node["1.weight"]} for node in nodes]  # a power of two: no rounding
+    here, there = match(spec, nodes, balance=True), match(spec, scaled, balance=True)
+    assert there.objectives == pytest.approx(here.objectives, rel=1e-9)
