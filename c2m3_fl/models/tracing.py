@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 import c2m3_fl.models.rules_contraction
+import c2m3_fl.models.rules_images
 import c2m3_fl.models.rules_layout
 import c2m3_fl.models.rules_recurrent  # noqa: F401  # the imports register the rules
 from c2m3_fl.models.exporting import aliases
