@@ -57,7 +57,12 @@ class Prover:
         return TOLERANCE[self.dtype]
 
     def error(self, spec: PermutationSpec, chosen: Collection[str] | None = None) -> float:
-        """Largest relative change of any output when a random permutation moves each of the `chosen` groups (all)."""
+        """Largest relative change of any output when a random permutation moves each of the `chosen` groups (all).
+
+        Infinite where nothing can be told, because all outputs are zero or not finite.
+        """
+        if not any(_tells(leaf) for leaf in self._expected):
+            return float("inf")
         perm = stirring(spec, self.generator)
         if chosen is not None:
             perm = restrict(spec, perm, chosen)
@@ -152,6 +157,11 @@ def _cast(inputs: Inputs, dtype: torch.dtype, generator: torch.Generator) -> Inp
 
     found: Inputs = pytree.tree_map(cast, inputs)
     return found
+
+
+def _tells(output: Tensor) -> bool:
+    """Whether an output can show a change."""
+    return not output.is_floating_point() or bool((output.isfinite() & (output != 0)).any())
 
 
 def difference(expected: list[Tensor], found: list[Tensor]) -> float:

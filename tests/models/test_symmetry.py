@@ -13,7 +13,7 @@ from c2m3_fl.errors import ParamsError, SpecError, TraceError
 from c2m3_fl.models.exporting import as_inputs
 from c2m3_fl.models.proof import Prover
 from c2m3_fl.models.symmetry import check_invariance, derive, permutation_spec, prove, require_invariance
-from tests.models.families import SMALL, build, noise, traced
+from tests.models.families import SMALL, Lambda, build, noise, traced
 
 _PROBLEMS = ("no rule", "fails the numerical proof")
 
@@ -154,6 +154,14 @@ def test_nothing_hides_behind_zeros_and_ones() -> None:
     nn.init.zeros_(network[5].weight)
     spec = permutation_spec(network, SMALL["mlp"][1])
     assert check_invariance(network, _left_behind(spec, "3", "3.bias", 0), SMALL["mlp"][1]) > 1e-3
+
+
+def test_outputs_that_cannot_show_a_change_prove_nothing() -> None:
+    spec = permutation_spec(
+        Lambda(lambda net, x: net.b(net.a(x)) * 0, a=nn.Linear(4, 6), b=nn.Linear(6, 2)), noise(2, 4)
+    )
+    assert not spec.groups
+    assert {pin.reason for pin in spec.pins if pin.tensor == "a.bias"} == {"fails the numerical proof"}
 
 
 # --------------------------------------------------------------------------------------------------------- overrides
