@@ -190,7 +190,17 @@ def simplex(
     seed: int = 0,
     example_inputs: ExampleInputs | None = None,
 ) -> Simplex:
-    """Score the corners and the centre of the simplex that many networks span, and points drawn uniformly from it."""
+    """Score the corners and the centre of the simplex that many networks span, and points drawn uniformly from it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> nodes = [nn.Linear(4, 3).state_dict() for _ in range(3)]
+    >>> found = simplex(nn.Linear(4, 3), nodes, [(torch.randn(8, 4), torch.randint(3, (8,)))], samples=10)
+    >>> len(found.weights), found.loss_barrier < 1e-6  # the loss of a linear model is convex
+    (14, True)
+    """
     if len(nodes) < 2:
         raise ConfigError(f"a simplex needs at least two networks, got {len(nodes)}")
     twin, batches = _ready(model, nodes, data, example_inputs)
@@ -227,6 +237,15 @@ def landscape(
         How far the grid reaches beyond the networks, relative to their extent.
     example_inputs : Tensor or tuple of Tensor, optional
         A tuple says how many inputs the network takes; otherwise one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> nodes = [nn.Linear(4, 3).state_dict() for _ in range(3)]
+    >>> data = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+    >>> landscape(nn.Linear(4, 3), nodes, data, resolution=5).loss.shape
+    torch.Size([5, 5])
     """
     if len(nodes) != 3:
         raise ConfigError(f"a plane goes through three networks, got {len(nodes)}")

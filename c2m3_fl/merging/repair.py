@@ -99,6 +99,17 @@ def repair(
     ------
     CalibrationError, TraceError, WeightsError, ParamsError
         When the data, the network, the weights or the state dicts do not fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> node = model.state_dict()
+    >>> shrunk = {name: value / 2 for name, value in node.items()}
+    >>> inputs = torch.randn(50, 4)
+    >>> repaired = repair(model, shrunk, [node], [inputs]).state_dict
+    >>> torch.allclose(torch.func.functional_call(model, repaired, inputs), model(inputs), atol=1e-5)
+    True
     """
     setting = prepare(
         model, merged, endpoints, calibration, weights=weights, example_inputs=example_inputs, device=device

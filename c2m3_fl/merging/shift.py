@@ -46,6 +46,13 @@ def channel_moments(
         Inputs that the node was trained on; labels are ignored.
     example_inputs : Tensor or tuple of Tensor, optional
         A tuple says how many inputs the network takes; otherwise one.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> moments = channel_moments(model, model.state_dict(), [torch.randn(50, 4)])
+    >>> [len(found.mean) for found in moments.values()]
+    [8, 3]
     """
     batches = load_batches(data, example_inputs=example_inputs)
     with torch.no_grad():
