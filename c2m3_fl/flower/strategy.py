@@ -207,10 +207,11 @@ class C2M3(Strategy):
         )
 
     def _refuse_private_caller(self) -> None:
-        """Refuse to be wrapped for differential privacy, which a wrapped strategy only sees from its caller."""
+        """Refuse to be wrapped for differential privacy: who wraps a strategy is only seen among its callers."""
         frame = currentframe()
-        caller = frame.f_back.f_back if frame and frame.f_back else None
-        self._check_privacy(None if caller is None else caller.f_locals.get("self"))
+        while frame is not None:
+            self._check_privacy(frame.f_locals.get("self"))
+            frame = frame.f_back
 
 
 def _messages(aligned: Aligned) -> list[Message]:

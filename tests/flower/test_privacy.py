@@ -55,6 +55,8 @@ def test_around_a_joint_match_privacy_is_refused_before_anything_is_sent(wrap):
 def test_refusal_looks_through_other_wrappers(tmp_path):
     with pytest.raises(ConfigError, match="DifferentialPrivacyServerSideFixedClipping"):
         c2m3(Resumable(WRAPPERS["server, fixed"](FedAvg()), tmp_path))
+    with pytest.raises(ConfigError, match="DifferentialPrivacyServerSideFixedClipping"):
+        sending(WRAPPERS["server, fixed"](Resumable(c2m3(), tmp_path)))
 
 
 @each_wrapper

@@ -38,7 +38,7 @@ def test_channels_are_the_coordinates_of_the_named_axes(axes: tuple[int, ...], p
 def test_a_large_offset_does_not_cancel_the_spread() -> None:
     values = _draw(1000, 4) + 4096.0  # exact in float32 to 2^-12 of a unit
     expected = values.double().std(0, correction=0)
-    # the squares are rounded to float32 before they are summed: 2^-24 at most; squaring 4096 first would lose everything
+    # the squares are rounded to float32 before they are summed: 2^-24 at most; squared first, 4096 would drown them
     torch.testing.assert_close(Moments.of(values, (-1,)).std, expected, rtol=2**-24, atol=0)
 
 
