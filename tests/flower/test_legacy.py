@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from c2m3_fl.flower.records import to_params
 from tests.flower.federation import EXAMPLE, calibration, clients, digits, mlp, normed, reply, send, train
 
 OK = Status(Code.OK, "")
+TURN = Lock()  # the server trains clients in threads, which share torch's global generator
 
 
 def parameters_of(params) -> Parameters:
@@ -65,11 +67,12 @@ class Local(ClientProxy):
 
     def fit(self, ins, timeout, group_id):
         self.sent.append(ins.parameters)
-        model = self.make(1000 + self.index)
-        if len(self.sent) > 1:
-            model.load_state_dict(params_of(ins.parameters, model.state_dict()))
         data, labels = (each[:1200][self.index :: self.count] for each in digits())
-        train(model, data, labels, epochs=10, seed=self.index)
+        with TURN:
+            model = self.make(1000 + self.index)
+            if len(self.sent) > 1:
+                model.load_state_dict(params_of(ins.parameters, model.state_dict()))
+            train(model, data, labels, epochs=10, seed=self.index)
         return FitRes(OK, parameters_of(model.state_dict()), len(data), {})
 
     def evaluate(self, ins, timeout, group_id):
