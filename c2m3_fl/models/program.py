@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, TraceError
 from c2m3_fl.models.calibration import Batch
+from c2m3_fl.models.exporting import quiet
 from c2m3_fl.models.operators import LAYOUTS, Kind, Layout, Operator
 
 
@@ -143,7 +144,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     """
     twin = copy.deepcopy(model).to(inputs[0].device).eval()
     try:
-        with torch.enable_grad():  # without gradients attention would export its opaque fast path
+        with quiet(), torch.enable_grad():  # without gradients attention would export its opaque fast path
             exported = torch.export.export(twin, inputs)
     except Exception as error:
         raise TraceError(
