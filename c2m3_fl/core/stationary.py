@@ -22,7 +22,9 @@ from c2m3_fl.core.terms import compile_terms, densify, matched_names, working_dt
 from c2m3_fl.core.universe import contract, inner, inners
 
 _AT_A_TIME = 1 << 18  # numbers that are worked on together
-_ROUNDING = 16  # units of rounding, relative to the squared norms, by which a Gram matrix may be off
+_ROUNDING = (
+    16  # units of rounding, relative to the squared norms, by which a Gram matrix may be off: never in our favour
+)
 
 
 def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weights: Tensor) -> float | None:
@@ -42,7 +44,9 @@ def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weig
         return 0.0
     dtype, device = working_dtype(nodes, names), nodes[0][names[0]].device
     shares = weights.to(device=device, dtype=dtype)
-    drifts = {name: torch.zeros(len(nodes), group.size, device=device) for name, group in spec.groups.items()}
+    drifts = {
+        name: torch.zeros(len(nodes), group.size, dtype=dtype, device=device) for name, group in spec.groups.items()
+    }
     mean, agreement, scratch = {}, 0.0, torch.empty(0)
     for name in names:
         values = [node[name].detach().to(device=device, dtype=dtype) for node in nodes]
@@ -70,7 +74,7 @@ def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weig
     for term in compile_terms(spec, [{**nodes[0], **mean}]):
         for axis, group in enumerate(term.groups):
             contract(term.value, term.value, term.dim(axis), gram[group])
-    proven = all(_bound_holds(gram[name][0], drifts[name].to(dtype).sqrt(), shares) for name in spec.groups)
+    proven = all(_bound_holds(gram[name][0], drifts[name].sqrt(), shares) for name in spec.groups)
     return agreement if proven else None
 
 
@@ -91,14 +95,15 @@ def _add_squares(spec: PermutationSpec, name: str, drift: Tensor, into: dict[str
 
 
 def _bound_holds(gram: Tensor, drifts: Tensor, shares: Tensor) -> bool:
+    if not bool(drifts.any()):
+        return True  # identical nodes, whatever their units
     squares = gram.diagonal()
     sums = squares[:, None] + squares[None, :]
-    distance = (sums - 2 * gram).clamp_(min=0).fill_diagonal_(0)
-    slack = _ROUNDING * torch.finfo(gram.dtype).eps * sums
+    distance = (sums - 2 * gram - _ROUNDING * torch.finfo(gram.dtype).eps * sums).clamp_(min=0)
     root = distance.sqrt()
     for drift, share in zip(drifts, shares, strict=True):
         first = 2 * root * ((1 - share) * drift[None, :] + share * drift[:, None])
         second = share * (drift[:, None] + drift[None, :]).square()
-        if not bool(((1 - share) * distance + slack >= (first + second).fill_diagonal_(0)).all()):
+        if not bool(((1 - share) * distance >= (first + second).fill_diagonal_(0)).all()):
             return False
     return True

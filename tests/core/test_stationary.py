@@ -60,7 +60,19 @@ def test_clients_that_drift_little_from_one_network_are_proven_at_once():
         assert agreement_if_stationary(spec, drifted(spec, 10, 0.1, 0, dtype), torch.full((10,), 0.1)) is not None
 
 
-def test_nodes_in_different_orders_are_not_proven():
-    spec = mlp(32, 64, 64, 10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("scale", "common"), [(1.0, 0.0), (1e-15, 0.0), (1.0, 300.0), (1.0, 1000.0)])
+def test_nodes_in_different_orders_are_not_proven_at_any_scale(dtype, scale, common):
+    """Neither numbers whose squares underflow float32 nor a large common part that rounds the rest away."""
+    spec = mlp(8, 16, 16, 4)
     nodes, _ = planted(spec, 3, 0.1, seed=0)
-    assert agreement_if_stationary(spec, nodes, torch.full((3,), 1 / 3)) is None
+    nodes = [{name: (value * scale + common).to(dtype) for name, value in node.items()} for node in nodes]
+    assert agreement_if_stationary(spec, nodes, torch.full((3,), 1 / 3, dtype=torch.float64)) is None
+
+
+def test_small_drifts_are_proven_too():
+    """The proof must not hold for identical nodes alone."""
+    spec = mlp(8, 16, 16, 4)
+    weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    proven = [agreement_if_stationary(spec, drifted(spec, 3, 0.03, seed), weights) is not None for seed in range(10)]
+    assert all(proven)
