@@ -29,11 +29,11 @@ def normalise_weights(weights: Sequence[float] | Tensor | None, count: int) -> T
     Raises
     ------
     WeightsError
-        When the weights are negative, not finite, all zero, or not `count` many.
+        When the weights are no numbers, negative, not finite, all zero, or not `count` many.
     """
     if weights is None:
         return torch.full((count,), 1.0 / count, dtype=torch.float64)
-    values = [float(weight) for weight in weights]
+    values = _numbers(weights)
     if len(values) != count:
         raise WeightsError(f"weights: got {len(values)}, expected one for each of the {count} nodes")
     for index, value in enumerate(values):
@@ -44,6 +44,20 @@ def normalise_weights(weights: Sequence[float] | Tensor | None, count: int) -> T
     scaled = [value / max(values) for value in values]  # the plain sum of large weights could overflow
     total = math.fsum(scaled)
     return torch.tensor([value / total for value in scaled], dtype=torch.float64)
+
+
+def _numbers(weights: Sequence[float] | Tensor) -> list[float]:
+    if isinstance(weights, Tensor) and weights.ndim != 1:
+        raise WeightsError(f"weights have shape {tuple(weights.shape)}, expected one number per node")
+    found: list[float] = []
+    try:
+        for weight in weights:
+            if isinstance(weight, str):
+                raise TypeError("text is no number")
+            found.append(float(weight))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"weights[{len(found)}] is no number, expected one per node: {error}") from error
+    return found
 
 
 def weighted_mean(nodes: Sequence[Params], weights: Sequence[float] | Tensor | None = None) -> dict[str, Tensor]:

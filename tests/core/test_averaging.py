@@ -71,6 +71,12 @@ def test_normalised_weights_sum_to_one(weights):
         ([math.nan, 1.0], r"weights\[0\] is nan"),
         ([math.inf, 1.0], r"weights\[0\] is inf"),
         ([0.0, 0.0], "all zero"),
+        (["a", 1], r"weights\[0\] is no number"),
+        ([1, "2"], r"weights\[1\] is no number"),
+        ([1, None], r"weights\[1\] is no number"),
+        (3.0, "is no number, expected one per node"),
+        (torch.ones(2, 1), r"weights have shape \(2, 1\), expected one number per node"),
+        (torch.tensor(1.0), r"weights have shape \(\)"),
     ],
 )
 def test_bad_weights_are_refused(weights, message):
