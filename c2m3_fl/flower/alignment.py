@@ -174,8 +174,6 @@ class Aligner:
         pulls = bounded_weights(self.spec, located, weights)
         found = match(self.spec, located, weights=pulls, max_steps=self.max_steps, tolerance=self.tolerance)
         numbers = ((found.objectives[0], found.objectives[-1]), found.gap, found.steps)
-        if len(nodes) > 1 and all(map(permutation.is_identity, found.permutations)):
-            return _Found(starts, *numbers)  # nothing moved, so the universe is still the basis that was sent
         universe = [_moved(self.spec, perm, reply) for perm, reply in zip(found.permutations, located, strict=True)]
         onto = self._into(sent, weighted_mean(universe, pulls))
         maps = [permutation.compose(onto, perm) for perm in found.permutations]

@@ -48,6 +48,28 @@ def test_a_round_ends_in_the_basis_that_was_asked_for(basis, expected):
     assert not any(home(strategy, result, other) for other in others)
 
 
+@pytest.mark.parametrize("alignment", ["joint", "separate"])
+def test_replies_that_agree_with_each_other_but_not_with_what_was_sent_end_in_its_basis(alignment):
+    """Every client loads one checkpoint, which is not in the order of the server's model."""
+    strategy = c2m3(alignment=alignment)
+    spec, (sent, *_) = strategy.rounds.spec, clients(1)
+    near = [
+        {name: value + 0.001 * torch.randn(value.shape, generator=generator) for name, value in sent.items()}
+        for generator in (torch.Generator().manual_seed(seed) for seed in range(3))
+    ]
+    for _ in range(2):  # the second time they start from where they were found
+        send(strategy, sent)
+        arrays, metrics = strategy.aggregate_train(
+            1, [reply(node, shuffled(spec, params, 7)) for node, params in enumerate(near)]
+        )
+        result = to_params(arrays)
+        assert home(strategy, result, sent)
+        assert metrics["c2m3-share-moved"] > 0.5
+        for name, value in result.items():
+            torch.testing.assert_close(value, sum(params[name] for params in near) / 3)
+        assert result["0.weight"].sub(sent["0.weight"]).abs().max() < 0.01
+
+
 def test_an_absent_node_is_named_when_its_basis_was_asked_for(caplog):
     strategy = c2m3(basis=77)
     merged(strategy, [reply(node, params) for node, params in enumerate(clients(3))], mlp().state_dict())
