@@ -21,6 +21,7 @@ from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import C2M3Error, ConfigError, ParamsError
 from c2m3_fl.flower.alignment import Aligner, Alignment, with_cpu_fallback
+from c2m3_fl.flower.inputs import check_calibration
 from c2m3_fl.flower.options import Options, resolved
 from c2m3_fl.flower.replies import Dropped, Reply, check_finite
 from c2m3_fl.flower.statistics import ClientStatistics, check_measurable
@@ -92,6 +93,8 @@ class Rounds:
         held = None if isinstance(calibration, ClientStatistics) else calibration
         if held is not calibration:
             check_measurable(self.recalibration)
+        if held is not None:
+            check_calibration(model, held, example_inputs)
         self.inputs = first_inputs(held, example_inputs)
         self.spec = permutation_spec(model, self.inputs)
         self.aligner = Aligner(

@@ -14,6 +14,8 @@ from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDi
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedAvgM, QFedAvg
+from torch import nn
+from torch.utils.data import DataLoader
 
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower import alignment
@@ -28,6 +30,7 @@ from tests.flower.federation import (
     digits,
     digits_app,
     mlp,
+    normed,
     reply,
     same,
     send,
@@ -284,6 +287,42 @@ def test_labels_in_the_calibration_data_make_no_difference():
 def test_unusable_calibration_data_are_refused_at_once(batch):
     with pytest.raises(CalibrationError):
         C2M3(model=mlp(), calibration=[batch])
+
+
+UNUSABLE = {
+    "empty list": ([], "empty"),
+    "shape": ([torch.zeros(4, 63)], r"batch 0 .*\(4, 63\)"),
+    "shape of a later batch": ([torch.zeros(4, 64), torch.zeros(4, 63)], r"batch 1 .*\(4, 63\)"),
+    "one tensor": (torch.zeros(4, 63), r"batch 0 .*\(4, 63\)"),
+    "double": ([torch.zeros(4, 64).double()], r"torch\.float64 of shape \(4, 64\).*torch\.float32"),
+    "integers": ([torch.zeros(4, 64).long()], r"torch\.int64 of shape \(4, 64\).*torch\.float32"),
+    "loader": (DataLoader(torch.zeros(8, 63), batch_size=4), r"batch 0 .*\(4, 63\)"),
+    "no iterable": (5, "failed at their first batch"),
+    "generator": ((batch for batch in [torch.zeros(4, 64)]), "a list or a DataLoader"),
+    "iterator": (iter([torch.zeros(4, 64)]), "a list or a DataLoader"),
+}
+
+
+@pytest.mark.parametrize("example", [EXAMPLE, None], ids=["example", "no example"])
+@pytest.mark.parametrize(("calibration", "message"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_calibration_data_that_the_network_cannot_take_are_refused_at_once(calibration, message, example):
+    with pytest.raises(CalibrationError, match=message):
+        C2M3(model=mlp(), calibration=calibration, example_inputs=example)
+
+
+def test_trying_out_calibration_data_leaves_the_model_alone():
+    model = normed()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    C2M3(model=model, calibration=DataLoader(digits()[0][:64], batch_size=32), example_inputs=EXAMPLE)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_tokens_out_of_range_are_found_in_every_batch_of_a_list():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 2))
+    batches = [torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), 10)]
+    with pytest.raises(CalibrationError, match="batch 1 "):
+        C2M3(model=model, calibration=batches, example_inputs=batches[0])
 
 
 def test_out_of_memory_on_the_accelerator_falls_back_to_the_cpu(monkeypatch, caplog):
