@@ -132,6 +132,7 @@ def flower_engine() -> Iterator[FlowerEngine]:
     engine = FlowerEngine(home, environment)
     log = home / "superlink.log"
     process: subprocess.Popen[bytes] | None = None
+    previous = signal.signal(signal.SIGTERM, _leave)
     try:
         address = ["--host", "127.0.0.1", "--port", str(port)]
         process = _start([_tool("flower-superlink"), "--insecure", "--simulation", *address], environment, log)
@@ -143,6 +144,12 @@ def flower_engine() -> Iterator[FlowerEngine]:
         if process is not None:
             process.wait()
         shutil.rmtree(home, ignore_errors=True)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _leave(number: int, _: object) -> None:
+    """Let a signal that would end this process at once pass through its ``finally`` clauses."""
+    sys.exit(128 + number)
 
 
 def _root() -> Path:

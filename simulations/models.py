@@ -45,7 +45,7 @@ def build_model(settings: Settings, shape: Shape, classes: int, seed: int) -> nn
     if settings.model != "mlp" and min(shape[1:]) < smallest:
         raise ConfigError(
             f"model {settings.model!r} needs images of at least {smallest}x{smallest} pixels, "
-            f"{settings.data!r} has {shape[1]}x{shape[2]}: set image-size"
+            f"{settings.data!r} has {shape[1]}x{shape[2]}: set image-size={smallest}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

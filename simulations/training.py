@@ -43,7 +43,7 @@ def train(model: nn.Module, images: Images, settings: Settings, seed: int) -> fl
     for _ in range(settings.local_epochs):
         total, steps = torch.zeros((), device=device), 0
         for rows in torch.split(torch.randperm(len(images), generator=generator).to(device), settings.batch_size):
-            if len(rows) == 1 and len(images) > 1:
+            if len(rows) == 1 < settings.batch_size and len(images) > 1:
                 continue
             optimiser.zero_grad()
             loss = nn.functional.cross_entropy(model(inputs[rows]), labels[rows])

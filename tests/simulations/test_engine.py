@@ -109,3 +109,22 @@ def test_flwr_run_works_by_itself_with_overrides(tmp_path):
         assert (scored.strategy, len(scored.clients)) == ("c2m3+repair", 3)
     finally:
         engine._end(engine._marked(home))
+
+
+@process
+def test_a_terminated_comparison_leaves_nothing_behind():
+    """Its finally clauses run, as they would after Ctrl-C, and the exit status names the signal."""
+    code = (
+        "import time\nfrom simulations.engine import flower_engine\n"
+        "with flower_engine() as engine:\n    print(engine.home, flush=True)\n    time.sleep(600)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    with child.stdout:
+        home = Path(child.stdout.readline().strip())
+        assert home.is_dir()
+        assert engine._marked(home)
+        child.terminate()
+        assert child.wait(timeout=60) == 128 + 15
+    assert engine._marked(home) == []
+    assert not home.exists()

@@ -25,6 +25,13 @@ def test_training_lowers_the_loss(optimiser):
     assert train(model, images, settings, seed=0) < before
 
 
+def test_batches_of_one_are_trained_on_where_they_are_asked_for():
+    model, images = _model(), federated_data(SETTINGS).held_out
+    before = score(log_probabilities(model, model.state_dict(), images.inputs), images.labels).loss
+    settings = Settings(hidden_widths="16", local_epochs=1, batch_size=1, learning_rate=0.001)
+    assert 0 < train(model, images, settings, seed=0) < before
+
+
 def test_training_is_reproducible():
     images = federated_data(SETTINGS).held_out
     models = [_model(), _model()]
