@@ -34,7 +34,7 @@ def merge(
         Path | None, typer.Option(help="Folder of images; one subfolder per class gives labels.")
     ] = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "c2m3",
-    recalibrate: Annotated[str, typer.Option(help=f"One of {', '.join(SHORT_NAMES)}.")] = "auto",
+    recalibrate: Annotated[str, typer.Option(help=f"One of {', '.join(SHORT_NAMES)}.")] = "repair",
     weights: Annotated[list[float] | None, typer.Option(help="Averaging weight, once per file.")] = None,
     image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 224,
     classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
