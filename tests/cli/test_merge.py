@@ -46,6 +46,7 @@ def images(tmp_path: Path) -> str:
 def test_files_merge_into_one_that_loads(files: list[str], images: str, tmp_path: Path) -> None:
     output = tmp_path / "merged.safetensors"
     arguments = ["merge", *files, "--model", MODEL, "--calibration", images, "-o", str(output), "--image-size", "8"]
+    arguments += ["--recalibrate", "auto"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     network().load_state_dict(load_file(output))
