@@ -25,7 +25,7 @@ from c2m3_fl.flower.privacy import check_privacy
 from c2m3_fl.flower.records import read_npy, schema_of_params
 from c2m3_fl.flower.replies import Dropped, Reply, check_finite, check_weight, digest, report_dropped
 from c2m3_fl.flower.rounds import Aligned, Numbers, Rounds
-from c2m3_fl.flower.wrapped import chain, ignores_weights
+from c2m3_fl.flower.wrapped import chain, check_instance, ignores_weights
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.models.calibration import Calibration, ExampleInputs
 
@@ -59,6 +59,7 @@ class C2M3(Strategy):
         **options: Unpack[Options],
     ) -> None:
         self.strategy = FedAvg() if strategy is None else strategy
+        check_instance(self.strategy, Strategy)
         self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
         self.schema = schema_of_params(model.state_dict())
         self.sent: Parameters | None = None
@@ -98,6 +99,8 @@ class C2M3(Strategy):
         aligned = self.rounds.align(replies, sent, equally=ignores_weights(self.strategy))
         report_dropped(aligned.dropped)
         counts = {**counts, **aligned.numbers, "c2m3-dropped": len(dropped) + len(aligned.dropped)}
+        if not self.rounds.enough(len(aligned.replies)):
+            return self._keep(f"{len(aligned.replies)} replies that fit each other are too few", counts)
         before = [(each, dict(vars(each))) for each in chain(self.strategy)]
         parameters, metrics = self.strategy.aggregate_fit(server_round, _results(aligned), failures)
         if parameters is None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
+import numpy as np
+
+from c2m3_fl.core.problem import check_search
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.alignment import Basis, Mode
 
@@ -22,7 +25,8 @@ class Options(TypedDict, total=False):
         still fits. "largest" or a node id: the basis of that reply; a wrapped strategy with state of its own
         (momenta) wants one of the others.
     min_replies : int
-        With fewer valid replies than this (default 1) the previous global model stays.
+        With fewer valid replies than this (default 1), not counting outliers that are dropped, the previous
+        global model stays.
     outliers : {"report", "drop"}
         Whether replies that do not fit the others are named only (default), or left out as well.
     memory : int
@@ -63,8 +67,21 @@ def resolved(options: Options) -> Options:
     if unknown:
         raise ConfigError(f"unknown options {unknown}; known are {sorted(_DEFAULTS)}")
     full: Options = {**_DEFAULTS, **options}
-    if full["min_replies"] < 1:
-        raise ConfigError(f"min_replies is {full['min_replies']}, expected at least 1")
+    _check_whole("min_replies", full["min_replies"], 1)
+    _check_whole("memory", full["memory"], 0)
+    _check_whole("max_steps", full["max_steps"], 0)
+    _check_number("tolerance", full["tolerance"])
+    check_search(full["max_steps"], full["tolerance"])
     if full["outliers"] not in ("report", "drop"):
         raise ConfigError(f"outliers is {full['outliers']!r}, expected 'report' or 'drop'")
     return full
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ConfigError(f"{name} is {value!r}, expected a whole number, at least {least}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise ConfigError(f"{name} is {value!r}, expected a number")

@@ -205,7 +205,12 @@ class Rounds:
 def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found).cpu()  # fails on "meta" as well, which has no values to compute with
+    except Exception as error:
+        raise ConfigError(f"device is {device!r}, which cannot be used here: {error}") from error
+    return found
 
 
 def _numbers(nodes: Sequence[int], alignment: Alignment, odd: Sequence[int]) -> Numbers:

@@ -24,7 +24,7 @@ from c2m3_fl.flower.records import from_params, schema_of, to_params
 from c2m3_fl.flower.replies import Reply, report_dropped, sort_messages
 from c2m3_fl.flower.rounds import Aligned, Finish, Numbers, Rounds
 from c2m3_fl.flower.statistics import ClientStatistics, repair_by_clients
-from c2m3_fl.flower.wrapped import chain, ignores_weights
+from c2m3_fl.flower.wrapped import chain, check_instance, ignores_weights
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.models.calibration import Calibration, ExampleInputs
@@ -83,6 +83,7 @@ class C2M3(Strategy):
         **options: Unpack[Options],
     ) -> None:
         self.strategy = FedAvg() if strategy is None else strategy
+        check_instance(self.strategy, Strategy)
         self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
         self.sent = from_params(model.state_dict())
         self._grid: Grid | None = None
@@ -115,6 +116,8 @@ class C2M3(Strategy):
         report_dropped(aligned.dropped)
         counts = {**counts, **aligned.numbers}
         counts["c2m3-dropped"] = len(found.dropped) + len(aligned.dropped)
+        if not self.rounds.enough(len(aligned.replies)):
+            return self._keep(f"{len(aligned.replies)} replies that fit each other are too few", counts)
         before = [(each, dict(vars(each))) for each in chain(self.strategy)]
         arrays, metrics = self.strategy.aggregate_train(server_round, _messages(aligned))
         if arrays is None:

@@ -8,6 +8,8 @@ from typing import TypeVar, cast
 from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, MultiKrum, Strategy
 
+from c2m3_fl.errors import ConfigError
+
 Wrapping = TypeVar("Wrapping")
 
 _ROBUST = (
@@ -28,6 +30,17 @@ def chain(strategy: Wrapping) -> Iterator[Wrapping]:
     while isinstance(inner, Strategy | legacy.Strategy):
         yield cast(Wrapping, inner)
         inner = getattr(inner, "strategy", None)
+
+
+def check_instance(strategy: object, kind: type[object]) -> None:
+    """Raise `ConfigError` unless the strategy is an instance of `kind`, the current or the legacy base."""
+    if isinstance(strategy, type):
+        raise ConfigError(
+            f"strategy is the class {strategy.__name__}, expected an instance of it, {strategy.__name__}()"
+        )
+    if not isinstance(strategy, kind):
+        found, expected = (f"{each.__module__}.{each.__qualname__}" for each in (type(strategy), kind))
+        raise ConfigError(f"strategy is a {found}, expected an instance of {expected}")
 
 
 def ignores_weights(strategy: object) -> bool:

@@ -235,6 +235,17 @@ def test_a_reply_that_fits_nobody_is_named_and_left_out_if_asked(factor, caplog)
     assert norm < 1.5 * torch.cat([value.flatten() for value in clients(1)[0].values()]).norm()
 
 
+def test_the_minimum_of_replies_holds_after_outliers_are_dropped():
+    *honest, odd = clients(6)
+    replies = [reply(node, params) for node, params in enumerate(honest)]
+    replies.append(reply(BAD_NODE, {name: 10 * value for name, value in odd.items()}))
+    for least, kept in ((5, 0), (6, 1)):
+        strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, outliers="drop", min_replies=least)
+        arrays, metrics = aggregate(replies, strategy)
+        assert (metrics["c2m3-kept-previous"], metrics["c2m3-dropped"]) == (kept, 1)
+        assert same(arrays, from_params(mlp().state_dict())) == bool(kept)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1], ids=["dead", "constant"])
 @pytest.mark.parametrize("everybody", [False, True], ids=["one of four", "everybody"])
 def test_dead_and_constant_networks_do_no_harm(value, everybody):

@@ -127,6 +127,23 @@ def test_every_legacy_strategy_learns_for_several_rounds(make):
     assert accuracy(parameters) > 0.5
 
 
+@pytest.mark.parametrize("strategy", [FedAvg, current.FedAvg()], ids=["class", "current"])
+def test_what_is_no_legacy_strategy_is_refused(strategy):
+    with pytest.raises(ConfigError, match=r"strategy is .* expected an instance of"):
+        C2M3(strategy, model=mlp(), example_inputs=EXAMPLE)
+
+
+def test_the_minimum_of_replies_holds_after_outliers_are_dropped():
+    *honest, odd = clients(6)
+    results = [fit_result(node, params) for node, params in enumerate(honest)]
+    results.append(fit_result(9, {name: 10 * value for name, value in odd.items()}))
+    for least, kept in ((5, 0), (6, 1)):
+        strategy = legacy(outliers="drop", min_replies=least)
+        parameters, metrics = strategy.aggregate_fit(1, results, [])
+        assert (metrics["c2m3-kept-previous"], metrics["c2m3-dropped"]) == (kept, 1)
+        assert (parameters == strategy.sent) == bool(kept)
+
+
 def fit_result(node, params, examples=10, metrics=None):
     return Local(node, 1), FitRes(OK, parameters_of(params), examples, metrics or {})
 

@@ -8,6 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.server.strategy import FedAvg as LegacyFedAvg
 from flwr.serverapp.strategy import (
     Bulyan,
     FedAdagrad,
@@ -286,6 +287,18 @@ BAD_OPTIONS = {
     "alignment": ({"alignment": "none"}, ConfigError, "alignment is 'none'"),
     "basis": ({"basis": "mine"}, ConfigError, "basis is 'mine'"),
     "min_replies": ({"min_replies": 0}, ConfigError, "min_replies is 0"),
+    "min_replies in part": ({"min_replies": 1.5}, ConfigError, "min_replies is 1.5, expected a whole number"),
+    "min_replies in words": ({"min_replies": "2"}, ConfigError, "min_replies is '2', expected a whole number"),
+    "max_steps": ({"max_steps": -1}, ConfigError, "max_steps is -1"),
+    "max_steps in part": ({"max_steps": 2.5}, ConfigError, "max_steps is 2.5"),
+    "tolerance": ({"tolerance": -1e-4}, ConfigError, "tolerance is -0.0001"),
+    "tolerance NaN": ({"tolerance": float("nan")}, ConfigError, "tolerance is nan"),
+    "tolerance in words": ({"tolerance": "low"}, ConfigError, "tolerance is 'low'"),
+    "device": ({"device": "abacus"}, ConfigError, "device is 'abacus'"),
+    "absent device": ({"device": "cuda:99"}, ConfigError, "device is 'cuda:99'"),
+    "device without values": ({"device": "meta"}, ConfigError, "device is 'meta'"),
+    "strategy class": ({"strategy": FedAvg}, ConfigError, r"strategy is the class FedAvg, .* FedAvg\(\)"),
+    "legacy strategy": ({"strategy": LegacyFedAvg()}, ConfigError, "expected an instance of flwr.serverapp.strategy"),
     "outliers": ({"outliers": "keep"}, ConfigError, "outliers is 'keep'"),
     "memory": ({"memory": -1}, ConfigError, "memory is -1"),
     "recalibrate": ({"recalibrate": "mend"}, ConfigError, "recalibrate is 'mend'"),
