@@ -15,6 +15,7 @@ from c2m3_fl.core.spec import Params, floating
 from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.merging.setting import check_params
 from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, load_batches
+from c2m3_fl.models.program import feeding
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,16 @@ def evaluate(model: nn.Module, params: Params, batches: Sequence[Batch]) -> Scor
     Raises
     ------
     CalibrationError
-        When a batch has no labels.
+        When a batch has no labels, or the network cannot take it.
     """
     loss, correct, count = 0.0, 0, 0
     with torch.no_grad():
         for batch in batches:
             if batch.labels is None:
                 raise CalibrationError("barriers need labelled data: batches of (inputs, class indices)")
-            logits = torch.func.functional_call(model, dict(params), batch.inputs)
-            loss += float(nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
+            with feeding(batch, params):
+                logits = torch.func.functional_call(model, dict(params), batch.inputs)
+                loss += float(nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
             correct += int((logits.argmax(1) == batch.labels).sum())
             count += len(batch.labels)
     return Score(loss / count, correct / count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.merging.methods import Alignment, CycleConsistent, Method, Nodes, resolve_method
 from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
 from c2m3_fl.merging.reports import RecalibrationReport
-from c2m3_fl.merging.setting import canonical_order, check_params, moved_to, prepare
+from c2m3_fl.merging.setting import canonical_order, check_params, check_types, moved_to, prepare
 from c2m3_fl.merging.shift import OwnMoments, with_own_moments
-from c2m3_fl.models.calibration import Calibration, ExampleInputs, first_inputs, load_batches
-from c2m3_fl.models.symmetry import permutation_spec
+from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, first_inputs, load_batches
+from c2m3_fl.models.program import require_runs
+from c2m3_fl.models.symmetry import permutation_spec, require_invariance
 
 
 @dataclass(frozen=True)
@@ -123,16 +125,20 @@ def merge(
     basis : int, optional
         The node whose order of units the result has; by default the heaviest, ties broken by content.
     spec : PermutationSpec, optional
-        The network's symmetries; by default derived by `permutation_spec`.
+        The network's symmetries; by default derived by `permutation_spec`. A given one is proven on the inputs, where
+        there are any.
     start : str or sequence of Permutation
-        Where the match of method "c2m3" starts: see `match`.
+        Where the match of method "c2m3" starts: see `match`. For that method's short name alone.
     device : torch.device or str, optional
         Where to compute; by default where the first node is.
 
     Raises
     ------
     ParamsError
-        When there is no node, or keys, shapes or types differ from the model's, or a value is not finite.
+        When there is no node, keys, shapes or types differ from the model's or among the nodes, or a value is not
+        finite.
+    SpecError
+        When the given spec allows a permutation that changes the network's outputs.
     WeightsError, CalibrationError, ConfigError
         When weights, calibration data or options are not usable.
     TraceError
@@ -154,7 +160,8 @@ def merge(
     begin = time.perf_counter()
     recalibration, aligner = resolve(recalibrate), resolve_method(_started(method, start))
     share = _check(model, state_dicts, weights, basis)
-    spec = spec or permutation_spec(model, first_inputs(calibration, example_inputs))
+    batches = () if calibration is None else load_batches(calibration, example_inputs=example_inputs)
+    spec = _proven(model, spec, batches, example_inputs)
     home = next(iter(state_dicts[0].values())).device
     place = home if device is None else torch.device(device)
     order = canonical_order(state_dicts, share)
@@ -165,7 +172,7 @@ def merge(
         tuple(order),
         order[0] if basis is None else basis,
         model,
-        () if calibration is None else load_batches(calibration, example_inputs=example_inputs, device=place),
+        tuple(batch.to(place) for batch in batches),
     )
     alignment = aligner(nodes)
     merged = weighted_mean([alignment.params[index] for index in order], share[order])
@@ -181,7 +188,23 @@ def merge(
 
 
 def _started(method: Method | str, start: Start) -> Method | str:
-    return CycleConsistent(start=start) if method == "c2m3" else method
+    if method == "c2m3":
+        return CycleConsistent(start=start)
+    if not (isinstance(start, str) and start == "identity"):
+        raise ConfigError(f"start is for method 'c2m3', not for {method!r}; leave it out, or set it on the method")
+    return method
+
+
+def _proven(
+    model: nn.Module, spec: PermutationSpec | None, batches: Sequence[Batch], example_inputs: ExampleInputs | None
+) -> PermutationSpec:
+    if batches:
+        require_runs(model, batches[0])
+    if spec is None:
+        return permutation_spec(model, first_inputs(batches or None, example_inputs))
+    if batches or example_inputs is not None:
+        require_invariance(model, spec, first_inputs(batches, example_inputs))
+    return spec
 
 
 def _check(
@@ -191,9 +214,14 @@ def _check(
         raise ParamsError("state_dicts: got none, expected at least one node to merge")
     for index, node in enumerate(nodes):
         check_params(model, node, f"node {index}")
-    if basis is not None and not 0 <= basis < len(nodes):
-        raise ConfigError(f"basis is {basis}, expected the index of one of the {len(nodes)} nodes")
+        check_types(nodes[0], node, f"node {index}")
+    if basis is not None and not _indexes(basis, len(nodes)):
+        raise ConfigError(f"basis is {basis!r}, expected the index of one of the {len(nodes)} nodes")
     return normalise_weights(weights, len(nodes))
+
+
+def _indexes(value: object, count: int) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and 0 <= int(value) < count
 
 
 def _report(

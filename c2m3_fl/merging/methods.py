@@ -19,7 +19,7 @@ from c2m3_fl.core.starts import Start
 from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.merging.activations import Features, canonical_map, match_all, match_to, unit_features
 from c2m3_fl.merging.linear_maps import check_mappable, mapped
-from c2m3_fl.merging.setting import same
+from c2m3_fl.merging.setting import check_types, same
 from c2m3_fl.models.calibration import Batch
 from c2m3_fl.models.program import trace_batches
 
@@ -64,6 +64,8 @@ class Nodes:
         """
         if not self.batches:
             raise CalibrationError("this method compares activations and needs calibration data; none were given")
+        for index, node in enumerate(self.params):
+            check_types(self.model.state_dict(), node, f"node {index}")
         with torch.no_grad():
             programs = trace_batches(self.model, self.batches)
             return [unit_features(self.spec, programs, self.batches, node) for node in self.params]

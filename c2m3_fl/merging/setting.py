@@ -97,6 +97,8 @@ def prepare(
     check_params(model, merged, "merged")
     for index, endpoint in enumerate(endpoints):
         check_params(model, endpoint, f"endpoint {index}")
+        check_types(model.state_dict(), endpoint, f"endpoint {index}")
+    check_types(model.state_dict(), merged, "merged")
     place = torch.device(device) if device is not None else next(iter(merged.values())).device
     batches = load_batches(calibration, example_inputs=example_inputs, device=place)
     order = canonical_order(endpoints, share)
@@ -114,6 +116,8 @@ def prepare(
 def check_params(model: nn.Module, params: Params, who: str) -> None:
     """Raise `ParamsError` unless `params` is a finite state dict of `model`."""
     expected = model.state_dict()
+    if not expected:
+        raise ParamsError(f"{who}: {type(model).__name__} has no parameters and no buffers, so there is nothing to do")
     missing = [name for name in expected if name not in params]
     extra = [name for name in params if name not in expected]
     if missing or extra:
@@ -127,6 +131,16 @@ def check_params(model: nn.Module, params: Params, who: str) -> None:
             raise ParamsError(f"{who}: {name!r} is of type {params[name].dtype}, expected {value.dtype}")
         if params[name].is_floating_point() and not bool(torch.isfinite(params[name]).all()):
             raise ParamsError(f"{who}: {name!r} holds NaN or infinite values")
+
+
+def check_types(expected: Params, params: Params, who: str) -> None:
+    """Raise `ParamsError` unless all floating tensors are of the types of `expected`: one network cannot run mixed."""
+    for name, value in expected.items():
+        if value.is_floating_point() and params[name].dtype != value.dtype:
+            raise ParamsError(
+                f"{who}: {name!r} is of type {params[name].dtype}, expected {value.dtype}; "
+                "bring the model and all state dicts to one type"
+            )
 
 
 def digest(params: Params) -> str:

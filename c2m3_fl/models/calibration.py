@@ -1,12 +1,13 @@
 """Calibration batches: the one place that decides what a batch is.
 
 Calibration data are any iterable of batches, or one tensor that is a single batch. A batch is a tensor, or a
-tuple or list that starts with the network's inputs; what follows them (labels) is kept apart.
+tuple or list that starts with the network's inputs; what follows them (labels) is kept apart. An iterator can be
+read once: whoever needs the data again loads the batches first, or refuses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,22 +32,30 @@ class Batch:
         Positional arguments of the network.
     labels : Tensor, optional
         Class indices, shape (batch,).
+    index : int
+        The batch's place in the calibration data, for messages.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor | None = None
+    index: int = 0
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of all inputs."""
         return tuple(tuple(value.shape) for value in self.inputs)
 
+    @property
+    def types(self) -> tuple[torch.dtype, ...]:
+        """Types of all inputs."""
+        return tuple(value.dtype for value in self.inputs)
+
     def to(self, device: torch.device | str | None) -> Batch:
         """Return the same batch on another device."""
         if device is None:
             return self
         labels = None if self.labels is None else self.labels.to(device)
-        return Batch(tuple(value.to(device) for value in self.inputs), labels)
+        return Batch(tuple(value.to(device) for value in self.inputs), labels, self.index)
 
 
 def load_batches(
@@ -76,7 +85,7 @@ def load_batches(
     batches = []
     try:
         for index, raw in enumerate(source):
-            batch = raw if isinstance(raw, Batch) else _read(raw, arity, f"calibration batch {index}")
+            batch = raw if isinstance(raw, Batch) else _read(raw, arity, index)
             batches.append(batch.to(device))
     except CalibrationError:
         raise
@@ -91,7 +100,18 @@ def load_batches(
 
 
 def first_inputs(calibration: Calibration | None, example_inputs: ExampleInputs | None) -> tuple[Tensor, ...]:
-    """Example inputs for tracing: `example_inputs`, or by default the first calibration batch."""
+    """Example inputs for tracing: `example_inputs`, or by default the first calibration batch.
+
+    Raises
+    ------
+    CalibrationError
+        When there are neither, or when the data are an iterator, which would have lost its first batch.
+    """
+    if isinstance(calibration, Iterator):
+        raise CalibrationError(
+            f"the calibration data are a {type(calibration).__name__}, which is exhausted after its first use; "
+            "pass a list or a DataLoader"
+        )
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
     if example_inputs is not None:
@@ -107,7 +127,8 @@ def _first(calibration: Calibration) -> list[Any]:
     return []
 
 
-def _read(raw: Any, arity: int, who: str) -> Batch:  # noqa: ANN401  # users' loaders yield anything
+def _read(raw: Any, arity: int, index: int) -> Batch:  # noqa: ANN401  # users' loaders yield anything
+    who = f"calibration batch {index}"
     if isinstance(raw, Tensor):
         elements: tuple[Any, ...] = (raw,)
     elif isinstance(raw, (tuple, list)):
@@ -121,7 +142,7 @@ def _read(raw: Any, arity: int, who: str) -> Batch:  # noqa: ANN401  # users' lo
     for position, value in enumerate(elements[:arity]):
         _check(value, f"{who}, input {position}")
     rest = elements[arity:]
-    return Batch(elements[:arity], rest[0] if rest and _is_labels(rest[0], elements[0]) else None)
+    return Batch(elements[:arity], rest[0] if rest and _is_labels(rest[0], elements[0]) else None, index)
 
 
 def _is_labels(value: Any, inputs: Tensor) -> bool:  # noqa: ANN401

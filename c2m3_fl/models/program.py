@@ -7,8 +7,9 @@ shows them all; a `Walk` runs it and may stop at any of them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,7 @@ class Walk:
         self._nodes = list(program.graph.nodes)
         self._values: dict[fx.Node, Any] = {}
         self._next = 0
+        self._batch = batch
         self._inputs = dict(zip(program.inputs, batch.inputs, strict=True))
 
     def advance(self, index: int) -> None:
@@ -107,7 +109,9 @@ class Walk:
         if node.op == "get_attr":
             return _attribute(self._program.graph, str(node.target))
         assert callable(node.target)
-        return node.target(*fx.map_arg(node.args, self.value), **fx.map_arg(node.kwargs, self.value))
+        args, kwargs = fx.map_arg(node.args, self.value), fx.map_arg(node.kwargs, self.value)
+        with feeding(self._batch, self._params):
+            return node.target(*args, **kwargs)
 
     def output(self, operator: Operator) -> Tensor:
         """Run up to and including an operator; its output."""
@@ -125,6 +129,29 @@ class Walk:
         """Run to the end and return the network's outputs, flattened."""
         self.advance(len(self._nodes) - 1)
         return self.value(self._nodes[-1])
+
+
+@contextlib.contextmanager
+def feeding(batch: Batch, params: Params) -> Iterator[None]:
+    """Turn what a network raises on a calibration batch into a `CalibrationError` that says which batch it was."""
+    try:
+        yield
+    except (CalibrationError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        types = sorted({str(value.dtype) for value in params.values() if value.is_floating_point()})
+        raise CalibrationError(
+            f"calibration batch {batch.index}, inputs of shapes {list(batch.shapes)} and types "
+            f"{[str(given) for given in batch.types]}: the network, of type {', '.join(types) or 'none'}, cannot take "
+            f"it ({error}); pass inputs of the shape and type that the network was trained on"
+        ) from error
+
+
+def require_runs(model: nn.Module, batch: Batch) -> None:
+    """Raise `CalibrationError` unless the network takes a calibration batch."""
+    twin = copy.deepcopy(model).to(batch.inputs[0].device).eval()
+    with torch.no_grad(), feeding(batch, twin.state_dict()):
+        twin(*(value.clone() for value in batch.inputs))
 
 
 def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
@@ -176,12 +203,21 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
 
 
 def trace_batches(model: nn.Module, batches: Sequence[Batch]) -> list[Program]:
-    """One program per batch; batches of the same shapes share theirs."""
-    found: dict[tuple[tuple[int, ...], ...], Program] = {}
+    """One program per batch; batches of the same shapes and types share theirs.
+
+    Raises
+    ------
+    CalibrationError
+        When the network cannot take a batch, or runs other operators on it than on the first.
+    TraceError
+        When `torch.export` refuses the network.
+    """
+    found: dict[tuple[Any, ...], Program] = {}
     for batch in batches:
-        if batch.shapes not in found:
-            found[batch.shapes] = trace(model, batch.inputs)
-    programs = [found[batch.shapes] for batch in batches]
+        if (batch.shapes, batch.types) not in found:
+            require_runs(model, batch)
+            found[batch.shapes, batch.types] = trace(model, batch.inputs)
+    programs = [found[batch.shapes, batch.types] for batch in batches]
     reference = [(operator.name, operator.weight) for operator in programs[0].operators]
     for batch, program in zip(batches, programs, strict=True):
         if [(operator.name, operator.weight) for operator in program.operators] != reference:

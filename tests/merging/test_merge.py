@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.spec import PermutationSpec
-from c2m3_fl.errors import C2M3Error, CalibrationError, ConfigError, ParamsError, WeightsError
+from c2m3_fl.errors import C2M3Error, CalibrationError, ConfigError, ParamsError, SpecError, WeightsError
 from c2m3_fl.merging.merge import merge
-from c2m3_fl.merging.methods import METHODS
+from c2m3_fl.merging.methods import METHODS, GitReBasin
 from c2m3_fl.merging.recalibrate import SHORT_NAMES
 from c2m3_fl.models.symmetry import permutation_spec
 from tests.merging.networks import CALIBRATION, NETWORKS, nodes, outputs
@@ -26,6 +27,9 @@ def spec_of(network: str) -> PermutationSpec:
     if network not in SPECS:
         SPECS[network] = permutation_spec(NETWORKS[network]().eval(), CALIBRATION[0])
     return SPECS[network]
+
+
+_UNFIT = "calibration batch {}, .* types .*torch.{}.*: the network, of type torch.float32, cannot take it"
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -130,6 +134,50 @@ def test_batch_norm_without_calibration_is_noted() -> None:
     assert not merge(*nodes("mlp", 2), spec=spec_of("mlp")).report.notes
 
 
+def test_an_iterator_gives_the_merge_all_its_batches() -> None:
+    model, params = nodes("mlp", 2)
+    data = [CALIBRATION[0][:8], CALIBRATION[0][8:]]
+    once, often = (merge(model, params, calibration=given) for given in (iter(data), data))
+    assert equal(once.state_dict, often.state_dict)
+
+
+@pytest.mark.parametrize("shown", ["example_inputs", "calibration"])
+def test_a_foreign_spec_is_refused(shown: str) -> None:
+    model, params = nodes("mlp", 2)
+    spec = spec_of("mlp")
+    first = spec.tensors["3.weight"]
+    wrong = {**spec.tensors, "3.weight": replace(first, axes=(first.axes[0], ()))}  # its columns stay behind
+    inputs: dict[str, Any] = {shown: CALIBRATION[0] if shown == "example_inputs" else CALIBRATION}
+    with pytest.raises(SpecError, match="change the outputs"):
+        merge(model, params, spec=PermutationSpec(spec.groups, wrong, spec.pins), **inputs)
+
+
+def test_nodes_of_one_other_type_merge_in_it_and_recalibrate_with_a_model_of_it() -> None:
+    model, params = nodes("mlp", 2)
+    wide = [{name: value.double() for name, value in node.items()} for node in params]
+    merged = merge(model, wide, spec=spec_of("mlp"))
+    assert {value.dtype for value in merged.state_dict.values()} == {torch.float64}
+    data = [CALIBRATION[0].double()]
+    done = merge(copy.deepcopy(model).double(), wide, spec=spec_of("mlp"), calibration=data)
+    assert {value.dtype for value in done.state_dict.values()} == {torch.float64}
+    for options in ({}, {"method": "activations", "recalibrate": "none"}):
+        with pytest.raises(ParamsError, match=r"0: '1.weight' is of type torch.float64, expected torch.float32"):
+            merge(model, wide, spec=spec_of("mlp"), calibration=CALIBRATION, **options)
+
+
+def test_nodes_of_mixed_types_are_refused_by_name() -> None:
+    model, (one, two) = nodes("mlp", 2)
+    for bad in (two | {"3.bias": two["3.bias"].half()}, {name: value.half() for name, value in two.items()}):
+        name = "3.bias" if bad["1.weight"].dtype == torch.float32 else "1.weight"
+        with pytest.raises(ParamsError, match=f"node 1: '{name}' is of type torch.float16, expected torch.float32"):
+            merge(model, [one, bad], spec=spec_of("mlp"))
+
+
+def test_a_model_without_parameters_is_refused() -> None:
+    with pytest.raises(ParamsError, match="node 0: ReLU has no parameters"):
+        merge(torch.nn.ReLU(), [{}, {}], example_inputs=CALIBRATION[0])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -138,11 +186,21 @@ def test_batch_norm_without_calibration_is_noted() -> None:
         ({"weights": [0.0, 0.0]}, WeightsError, "all zero"),
         ({"weights": [1.0, float("nan")]}, WeightsError, r"weights\[1\] is nan"),
         ({"basis": 2}, ConfigError, "basis is 2, expected the index of one of the 2 nodes"),
+        ({"basis": True}, ConfigError, "basis is True, expected the index"),
+        ({"basis": 0.0}, ConfigError, "basis is 0.0, expected the index"),
+        ({"weights": ["a", 1]}, WeightsError, r"weights\[0\] is no number"),
+        ({"method": "mean", "start": "random"}, ConfigError, "start is for method 'c2m3', not for 'mean'"),
+        ({"method": GitReBasin(), "start": [{}, {}]}, ConfigError, "start is for method 'c2m3', not for GitReBasin"),
         ({"recalibrate": "magic"}, ConfigError, "recalibrate is 'magic', expected one of 'auto', 'none'"),
         ({"method": "magic"}, ConfigError, "method is 'magic', expected one of 'mean'"),
         ({"start": "magic"}, ConfigError, "magic"),
         ({"calibration": []}, CalibrationError, "empty"),
         ({"calibration": [CALIBRATION[0].byte()]}, CalibrationError, "torch.uint8"),
+        ({"calibration": [CALIBRATION[0], CALIBRATION[0].double()]}, CalibrationError, _UNFIT.format(1, "float64")),
+        ({"calibration": [CALIBRATION[0].double()]}, CalibrationError, _UNFIT.format(0, "float64")),
+        ({"calibration": [CALIBRATION[0].long()]}, CalibrationError, _UNFIT.format(0, "int64")),
+        ({"calibration": [CALIBRATION[0].long()], "spec": None}, CalibrationError, _UNFIT.format(0, "int64")),
+        ({"calibration": [CALIBRATION[0][:, :1]], "spec": None}, CalibrationError, r"shapes \[\(32, 1, 8, 8\)\]"),
         ({"spec": None}, CalibrationError, "neither example_inputs nor calibration"),
     ],
 )

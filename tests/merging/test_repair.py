@@ -13,7 +13,7 @@ from c2m3_fl.merging.repair import repair
 from c2m3_fl.merging.targets import mean_targets, output_moments
 from c2m3_fl.models.calibration import load_batches
 from c2m3_fl.models.operators import Kind
-from c2m3_fl.models.program import trace_batches
+from c2m3_fl.models.program import feeding, trace_batches
 from c2m3_fl.models.statistics import Moments
 from tests.merging.networks import CALIBRATION, NETWORKS, nodes, outputs
 
@@ -189,11 +189,35 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         repair(model, merged, endpoints, CALIBRATION, weights=[1, -1])
     with pytest.raises(CalibrationError, match="empty"):
         repair(model, merged, endpoints, [])
-    with pytest.raises(TraceError, match="refused Sequential for inputs of shapes"):
+    with pytest.raises(CalibrationError, match=r"batch 0, inputs of shapes \[\(2, 7\)\]"):
         repair(model, merged, endpoints, [torch.randn(2, 7)])
+    with pytest.raises(
+        CalibrationError, match=r"batch 1, .* types \['torch.float64'\]: the network, of type torch.float32"
+    ):
+        repair(model, merged, endpoints, [CALIBRATION[0], CALIBRATION[0].double()])
+    with pytest.raises(ParamsError, match=r"endpoint 0: '1.weight' is of type torch.float64, expected torch.float32"):
+        repair(model, merged, [{name: value.double() for name, value in merged.items()}], CALIBRATION)
     branching = _Branching()
     with pytest.raises(TraceError, match="refused _Branching"):
         repair(branching, branching.state_dict(), [branching.state_dict()], CALIBRATION)
+
+
+class _Tokens(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Embedding(7, 4), nn.Linear(4, 3))
+
+
+def test_a_value_that_the_network_cannot_take_is_blamed_on_its_batch() -> None:
+    model = _Tokens()
+    data = [torch.tensor([[0, 1, 6]]), torch.tensor([[0, 1, 7]])]  # of one shape and type: only the value differs
+    with pytest.raises(CalibrationError, match=r"calibration batch 1, .*index out of range"):
+        repair(model, model.state_dict(), [model.state_dict()], data)
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_batch() -> None:
+    (batch,) = load_batches(CALIBRATION[:1])
+    with pytest.raises(torch.OutOfMemoryError), feeding(batch, {}):
+        raise torch.OutOfMemoryError("no room")
 
 
 def test_every_kind_of_operator_is_found() -> None:

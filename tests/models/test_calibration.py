@@ -56,6 +56,18 @@ def test_example_inputs_default_to_the_first_batch() -> None:
         first_inputs(None, None)
 
 
+def test_an_iterator_would_lose_the_batch_that_is_shown() -> None:
+    data = iter([INPUTS[:2], INPUTS[2:]])
+    for example_inputs in (None, INPUTS):
+        with pytest.raises(CalibrationError, match=r"list_iterator, which is exhausted .* pass a list or a DataLoader"):
+            first_inputs(data, example_inputs)
+    assert len(load_batches(data)) == 2
+
+
+def test_every_batch_knows_its_place() -> None:
+    assert [batch.to("cpu").index for batch in load_batches(list(INPUTS.split(4)))] == [0, 1, 2]
+
+
 def _raising() -> Iterator[torch.Tensor]:
     yield INPUTS
     raise OSError("disk on fire")
