@@ -280,8 +280,17 @@ def test_a_calibration_loader_that_raises_costs_the_repair_not_the_round(caplog)
     assert any("recalibration failed" in text and "disk gone" in text for text in caplog.messages)
 
 
-def test_an_exhausted_generator_costs_the_repair_not_the_round(caplog):
-    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, calibration=iter([]))
+class RunningDry(Breaking):
+    """A loader that yields batches while the strategy is built, and then none."""
+
+    def __iter__(self):
+        return iter([] if self.broken else [digits()[0][:50]])
+
+
+def test_a_loader_that_runs_dry_costs_the_repair_not_the_round(caplog):
+    loader = RunningDry()
+    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, calibration=loader)
+    loader.broken = True
     _, metrics = aggregate(good(), strategy)
     assert metrics["c2m3-repaired"] == 0
     assert any("empty" in text for text in caplog.messages)
