@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.core.spec import Group, PermutationSpec, TensorSpec
+from c2m3_fl.core.spec import Group, PermutationSpec
 from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.merging.activations import canonical_map
 from c2m3_fl.merging.linear_maps import mapped
@@ -108,7 +108,9 @@ def test_maps_and_their_inverses_cancel_in_a_linear_network() -> None:
 
 
 def test_cca_says_where_linear_maps_are_no_symmetry() -> None:
-    nested = PermutationSpec({"head": Group(2), "inner": Group(4, parent="head")}, {"x": TensorSpec((4,), ((),))})
+    spec = spec_of("mlp")
+    heads = {"head": Group(2), "inner": Group(4, parent="head")}  # sit on no tensor, so the spec still holds
+    nested = PermutationSpec({**spec.groups, **heads}, spec.tensors)
     model, params = nodes("mlp", 2)
     with pytest.raises(ConfigError, match="inside the blocks of 'head' only"):
         merge(model, params, spec=nested, method=CCA(), **OPTIONS)
