@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from logging import WARNING
 from typing import Unpack
 
 import numpy as np
@@ -15,17 +14,17 @@ from flwr.common import parameters_to_ndarrays as to_ndarrays
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, Strategy
-from flwr.supercore import log
 from torch import nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.privacy import check_privacy
-from c2m3_fl.flower.records import read_npy, schema_of_params
-from c2m3_fl.flower.replies import Dropped, Reply, check_finite, check_weight, digest, report_dropped
-from c2m3_fl.flower.rounds import Aligned, Numbers, Rounds
-from c2m3_fl.flower.wrapped import chain, check_instance, ignores_weights
+from c2m3_fl.flower.records import Schema, read_npy, reply_schema, schema_of_params
+from c2m3_fl.flower.replies import Dropped, Reply, Sorted, check_finite, check_weight, content_of
+from c2m3_fl.flower.reports import Numbers, failure
+from c2m3_fl.flower.rounds import Aligned, Rounds
+from c2m3_fl.flower.wrapped import chain, check_instance
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.models.calibration import Calibration, ExampleInputs
 
@@ -62,6 +61,7 @@ class C2M3(Strategy):
         check_instance(self.strategy, Strategy)
         self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
         self.schema = schema_of_params(model.state_dict())
+        self.expected: Schema = self.schema
         self.sent: Parameters | None = None
         separate = self.rounds.options["alignment"] == "separate"
         check_privacy(self.strategy, separate=separate, calibrated=self.rounds.calibrated)
@@ -74,7 +74,9 @@ class C2M3(Strategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Remember the model that is sent out, and let the wrapped strategy choose who gets it."""
-        self._params(parameters, "the parameters to send out")
+        named = self._named(parameters, "the parameters to send out")
+        self.rounds.spec.check(named, "the parameters to send out")
+        self.expected = reply_schema(self.schema, schema_of_params(named))
         self.sent = parameters
         for each in chain(self.strategy):  # what they returned may have been repaired since
             if isinstance(each, FedAvgM) and each.initial_parameters is not None:
@@ -90,29 +92,15 @@ class C2M3(Strategy):
         """Align the replies, aggregate them with the wrapped strategy, and recalibrate the result."""
         if self.sent is None:
             return self.strategy.aggregate_fit(server_round, results, failures)
-        replies, dropped = self._sorted(results)
-        report_dropped(dropped)
-        counts: Numbers = {"c2m3-replies": len(replies), "c2m3-dropped": len(dropped)}
-        if not self.rounds.enough(len(replies)):
-            return self._keep(f"{len(replies)} valid replies are too few", counts)
+
+        def aggregate(aligned: Aligned) -> tuple[Params | None, dict[str, Scalar]]:
+            parameters, metrics = self.strategy.aggregate_fit(server_round, _results(aligned), failures)
+            return None if parameters is None else self._named(parameters), metrics
+
         sent = self._params(self.sent, "the parameters sent out")
-        aligned = self.rounds.align(replies, sent, equally=ignores_weights(self.strategy))
-        report_dropped(aligned.dropped)
-        counts = {**counts, **aligned.numbers, "c2m3-dropped": len(dropped) + len(aligned.dropped)}
-        if not self.rounds.enough(len(aligned.replies)):
-            return self._keep(f"{len(aligned.replies)} replies that fit each other are too few", counts)
-        before = [(each, dict(vars(each))) for each in chain(self.strategy)]
-        parameters, metrics = self.strategy.aggregate_fit(server_round, _results(aligned), failures)
-        if parameters is None:
-            return self._keep("the wrapped strategy returned no parameters", counts, metrics)
-        try:
-            merged: Params = self.rounds.restore(self._named(parameters), aligned)
-        except ParamsError as error:
-            for each, state in before:
-                vars(each).update(state)
-            return self._keep(str(error), counts, metrics)
-        merged, numbers = self.rounds.recalibrate(merged, aligned)
-        return _parameters(merged), {**metrics, **_scalars({**counts, **numbers, "c2m3-kept-previous": 0})}
+        outcome = self.rounds.play(self._sorted(results), sent, self.strategy, aggregate)
+        parameters = self.sent if outcome.params is None else _parameters(outcome.params)
+        return parameters, {**(outcome.metrics or {}), **_scalars(outcome.numbers)}
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -127,14 +115,18 @@ class C2M3(Strategy):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
-        """Let the wrapped strategy aggregate the evaluation."""
-        return self.strategy.aggregate_evaluate(server_round, results, failures)
+        """Let the wrapped strategy aggregate the evaluation; a round is not worth a run here either."""
+        try:
+            return self.strategy.aggregate_evaluate(server_round, results, failures)
+        except Exception as error:
+            failure(f"the evaluation of {type(self.strategy).__name__}", error)
+            return None, {}
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
         """Let the wrapped strategy evaluate."""
         return self.strategy.evaluate(server_round, parameters)
 
-    def _sorted(self, results: Sequence[Result]) -> tuple[list[Reply[Result]], list[Dropped]]:
+    def _sorted(self, results: Sequence[Result]) -> Sorted[Result]:
         """The usable replies in a stable order, and the others with the reasons."""
         kept: dict[int, Reply[Result]] = {}
         dropped = []
@@ -148,41 +140,37 @@ class C2M3(Strategy):
             except ParamsError as error:
                 dropped.append(Dropped(node, str(error)))
                 continue
-            reply = Reply(node, params, weight, digest(params, f"{weight} {sorted(fit.metrics.items())!r}"), result)
-            first, *second = sorted(filter(None, (kept.get(node), reply)), key=lambda each: each.digest)
+            reply = Reply(node, params, weight, content_of(params, {**fit.metrics, "": weight}), result)
+            first, *second = sorted(filter(None, (kept.get(node), reply)), key=lambda each: each.content)
             kept[node] = first
             dropped += [Dropped(each.node, "a second reply to the same instruction") for each in second]
-        return sorted(kept.values(), key=lambda each: (each.digest, each.node)), dropped
+        return Sorted(tuple(sorted(kept.values(), key=lambda each: (each.content, each.node))), tuple(dropped))
 
     def _params(self, parameters: Parameters, who: str) -> dict[str, torch.Tensor]:
-        """The tensors by name, each of exactly the model's shape and element type."""
+        """The tensors by name, each of exactly the model's shape; of its element types, or of those sent out."""
         if len(parameters.tensors) != len(self.schema):
             raise ParamsError(f"{who}: {len(parameters.tensors)} tensors, expected {len(self.schema)}")
         return {
             name: read_npy(f"{who}: {name!r}", data, entry)
-            for (name, entry), data in zip(self.schema.items(), parameters.tensors, strict=True)
+            for (name, entry), data in zip(self.expected.items(), parameters.tensors, strict=True)
         }
 
-    def _named(self, parameters: Parameters) -> dict[str, torch.Tensor]:
-        """A wrapped strategy's result by name, of whatever shape and element type it came."""
+    def _named(self, parameters: Parameters, who: str = "the result") -> dict[str, torch.Tensor]:
+        """A server's own parameters by name, of whatever shapes and element types they are."""
         if len(parameters.tensors) != len(self.schema):
-            raise ParamsError(f"the result has {len(parameters.tensors)} tensors, expected {len(self.schema)}")
+            raise ParamsError(f"{who}: {len(parameters.tensors)} tensors, expected {len(self.schema)}")
         arrays = to_ndarrays(parameters)
-        return {name: torch.from_numpy(np.asarray(array)) for name, array in zip(self.schema, arrays, strict=True)}
+        named = {name: torch.from_numpy(np.asarray(array)) for name, array in zip(self.schema, arrays, strict=True)}
+        schema_of_params(named, who)
+        return named
 
     def _personal(self, proxy: ClientProxy, parameters: Parameters) -> Parameters:
         """The model in the client's own basis where that was asked for."""
         if self.rounds.options["basis"] != "client":
             return parameters
-        params = self._params(parameters, "the parameters to send out")
+        params = self._named(parameters, "the parameters to send out")
         own = self.rounds.aligner.own_basis(node_of(proxy), params)
         return parameters if own is params else _parameters(own)
-
-    def _keep(
-        self, reason: str, counts: Numbers, metrics: dict[str, Scalar] | None = None
-    ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        log(WARNING, "aggregate_fit: %s: the previous global model stays", reason)
-        return self.sent, {**(metrics or {}), **_scalars({**counts, "c2m3-kept-previous": 1})}
 
 
 def node_of(proxy: ClientProxy) -> int:
@@ -193,12 +181,18 @@ def node_of(proxy: ClientProxy) -> int:
 
 
 def _results(aligned: Aligned) -> list[Result]:
-    """The replies with aligned parameters; integers go as float64, which every strategy's arithmetic takes."""
+    """The replies with aligned parameters; integers go as float64, which every strategy's arithmetic takes.
+
+    What did not change is the client's own.
+    """
     results = []
     for reply, params in zip(aligned.replies, aligned.params, strict=True):
         proxy, fit = reply.source
         floats = {name: value if value.is_floating_point() else value.double() for name, value in params.items()}
-        results.append((proxy, replace(fit, parameters=_parameters(floats))))
+        kept = [value is reply.params[name] for name, value in floats.items()]
+        encoded = zip(kept, fit.parameters.tensors, _parameters(floats).tensors, strict=True)
+        tensors = [own if unchanged else new for unchanged, own, new in encoded]
+        results.append((proxy, replace(fit, parameters=replace(fit.parameters, tensors=tensors))))
     return results
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, TypedDict
 
 import numpy as np
+import torch
 
 from c2m3_fl.core.problem import check_search
 from c2m3_fl.errors import ConfigError
@@ -75,6 +76,18 @@ def resolved(options: Options) -> Options:
     if full["outliers"] not in ("report", "drop"):
         raise ConfigError(f"outliers is {full['outliers']!r}, expected 'report' or 'drop'")
     return full
+
+
+def resolved_device(device: torch.device | str | None) -> torch.device:
+    """Where to compute, by default CUDA when there is one; raise `ConfigError` for what cannot be computed on."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found).cpu()  # fails on "meta" as well, which has no values to compute with
+    except Exception as error:
+        raise ConfigError(f"device is {device!r}, which cannot be used here: {error}") from error
+    return found
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

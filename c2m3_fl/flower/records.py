@@ -7,8 +7,9 @@ cannot hold bfloat16: such a model must be sent as float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Literal
 
@@ -35,15 +36,13 @@ class Entry:
         NumPy's name of the element type.
     shape : tuple of int
         The shape.
+    also : str, optional
+        A second element type that is taken, and converted to the first.
     """
 
     dtype: str
     shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the elements in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+    also: str | None = None
 
 
 Schema = Mapping[str, Entry]
@@ -82,6 +81,18 @@ def _supported(schema: dict[str, Entry], who: str) -> dict[str, Entry]:
                 "convert the model with .float()"
             )
     return schema
+
+
+def reply_schema(model: Schema, sent: Schema) -> dict[str, Entry]:
+    """What replies must look like, in the order of what was sent.
+
+    They are of the model's element types, or of those that were sent: some strategies return float64, and a client
+    that computes with NumPy sends back what it was sent.
+    """
+    return {
+        name: replace(model[name], also=entry.dtype if entry.dtype != model[name].dtype else None)
+        for name, entry in sent.items()
+    }
 
 
 def to_params(record: ArrayRecord, schema: Schema | None = None, who: str = "arrays") -> dict[str, Tensor]:
@@ -127,13 +138,13 @@ def _decode(who: str, array: Array, entry: Entry) -> Tensor:
         raise ParamsError(f"{who} is serialised as {array.stype!r}, expected {_NUMPY_STYPE!r}")
     if tuple(array.shape) != entry.shape:
         raise ParamsError(f"{who} has shape {tuple(array.shape)}, expected {entry.shape}")
-    if array.dtype != entry.dtype:
+    if array.dtype not in (entry.dtype, entry.also):
         raise ParamsError(f"{who} has dtype {array.dtype}, expected {entry.dtype}")
     return read_npy(who, array.data, entry)
 
 
 def read_npy(who: str, data: bytes, entry: Entry) -> Tensor:
-    """Tensor of the elements of a ``.npy`` file, which must be of exactly the expected kind and length.
+    """Tensor of the elements of a ``.npy`` file, which must be of an expected kind and of exactly its length.
 
     Raises
     ------
@@ -146,10 +157,11 @@ def read_npy(who: str, data: bytes, entry: Entry) -> Tensor:
         shape, fortran, dtype = header(stream)
     except (ValueError, KeyError, TypeError) as error:
         raise ParamsError(f"{who} holds no readable .npy bytes: {error}") from error
-    if tuple(shape) != entry.shape or dtype != np.dtype(entry.dtype):
+    if tuple(shape) != entry.shape or dtype not in [np.dtype(name) for name in (entry.dtype, entry.also) if name]:
         raise ParamsError(f"{who} holds {dtype} of shape {tuple(shape)}, expected {entry.dtype} of shape {entry.shape}")
-    body = memoryview(data)[stream.tell() :]
-    if len(body) != entry.nbytes:
-        raise ParamsError(f"{who} holds {len(body)} bytes of elements, expected {entry.nbytes}")
+    body, expected = memoryview(data)[stream.tell() :], math.prod(entry.shape) * dtype.itemsize
+    if len(body) != expected:
+        raise ParamsError(f"{who} holds {len(body)} bytes of elements, expected {expected}")
     order: Literal["F", "C"] = "F" if fortran else "C"
-    return torch.from_numpy(np.ndarray(entry.shape, dtype, buffer=body, order=order).copy(order="C"))
+    elements = np.ndarray(entry.shape, dtype, buffer=body, order=order)
+    return torch.from_numpy(elements.copy(order="C")).to(getattr(torch, entry.dtype))

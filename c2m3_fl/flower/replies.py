@@ -7,24 +7,25 @@ order and a sum of floats depends on it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Generic, TypeVar
 
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.records import Schema, to_params
+from c2m3_fl.merging.setting import digest
 
 Source = TypeVar("Source")
+Record = TypeVar("Record", ArrayRecord, MetricRecord)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +40,8 @@ class Reply(Generic[Source]):
         Its tensors, in the order of the model that was sent out.
     weight : float
         Its averaging weight, positive.
-    digest : bytes
-        Stands for the content: replies are ordered by it.
+    content : str
+        Stands for the tensors and the metrics: replies are ordered by it.
     source : Message or legacy result
         The reply as Flower delivered it.
     """
@@ -48,7 +49,7 @@ class Reply(Generic[Source]):
     node: int
     params: dict[str, Tensor]
     weight: float
-    digest: bytes
+    content: str
     source: Source
 
 
@@ -92,18 +93,26 @@ def sort_messages(
             kept.append(_read(message, schema, weighted_by, required))
         except ParamsError as error:
             dropped.append(Dropped(node, str(error)))
-    kept.sort(key=lambda reply: (reply.digest, reply.node))
-    return _consistent(*_distinct(kept, dropped))
+    return _settled(kept, dropped)
 
 
-def digest(params: Params, extra: str = "") -> bytes:
-    """Digest of a state dict, and of whatever else tells replies apart."""
-    state = hashlib.blake2b(extra.encode(), digest_size=16)
-    for name, value in params.items():
-        state.update(name.encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        state.update(flat.view(torch.uint8).numpy().data)
-    return state.digest()
+def sort_evaluations(messages: Iterable[Message], *, weighted_by: str) -> Sorted[Message]:
+    """Check every message of an evaluation round, which carries metrics and no arrays."""
+    kept: list[Reply[Message]] = []
+    dropped: list[Dropped] = []
+    for message in messages:
+        node = message.metadata.src_node_id
+        try:
+            metrics = _only(_content(message).metric_records, "MetricRecords")
+            kept.append(Reply(node, {}, _weight(metrics, weighted_by), content_of({}, metrics), message))
+        except ParamsError as error:
+            dropped.append(Dropped(node, str(error)))
+    return _settled(kept, dropped)
+
+
+def content_of(params: Params, metrics: Mapping[str, object]) -> str:
+    """Tells replies apart by what they hold, whoever sent them."""
+    return f"{digest(params)} {sorted(metrics.items())!r}"
 
 
 def check_finite(params: Params) -> None:
@@ -130,11 +139,8 @@ def report_dropped(dropped: Iterable[Dropped]) -> None:
 
 
 def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence[str]) -> Reply[Message]:
-    if message.has_error():
-        raise ParamsError(f"the client failed: {_last_line(message.error.reason)}")
-    if not message.has_content():
-        raise ParamsError("the reply is empty")
-    arrays, metrics = _only_records(message)
+    content = _content(message)
+    arrays, metrics = _only(content.array_records, "ArrayRecords"), _only(content.metric_records, "MetricRecords")
     weight = _weight(metrics, weighted_by)
     for key in required:
         value = metrics.get(key)
@@ -142,17 +148,21 @@ def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence
             raise ParamsError(f"metric {key!r} is {value!r}, expected a finite number: the wrapped strategy needs it")
     params = to_params(arrays, schema)
     check_finite(params)
-    told = repr(sorted(metrics.items()))
-    return Reply(message.metadata.src_node_id, params, weight, digest(params, told), message)
+    return Reply(message.metadata.src_node_id, params, weight, content_of(params, metrics), message)
 
 
-def _only_records(message: Message) -> tuple[ArrayRecord, MetricRecord]:
-    arrays, metrics = message.content.array_records, message.content.metric_records
-    if len(arrays) != 1:
-        raise ParamsError(f"the reply has {len(arrays)} ArrayRecords, expected exactly one")
-    if len(metrics) != 1:
-        raise ParamsError(f"the reply has {len(metrics)} MetricRecords, expected exactly one")
-    return next(iter(arrays.values())), next(iter(metrics.values()))
+def _content(message: Message) -> RecordDict:
+    if message.has_error():
+        raise ParamsError(f"the client failed: {_last_line(message.error.reason)}")
+    if not message.has_content():
+        raise ParamsError("the reply is empty")
+    return message.content
+
+
+def _only(records: Mapping[str, Record], kind: str) -> Record:
+    if len(records) != 1:
+        raise ParamsError(f"the reply has {len(records)} {kind}, expected exactly one")
+    return next(iter(records.values()))
 
 
 def _weight(metrics: MetricRecord, key: str) -> float:
@@ -165,6 +175,12 @@ def _last_line(reason: str | None) -> str:
     """The exception itself, without the traceback above it."""
     lines = [line.strip() for line in (reason or "no reason given").splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"
+
+
+def _settled(kept: list[Reply[Message]], dropped: list[Dropped]) -> Sorted[Message]:
+    """The replies in stable order, one to each message, all of one make."""
+    kept.sort(key=lambda reply: (reply.content, reply.node))
+    return _consistent(*_distinct(kept, dropped))
 
 
 def _distinct(kept: list[Reply[Message]], dropped: list[Dropped]) -> tuple[list[Reply[Message]], list[Dropped]]:
@@ -181,7 +197,7 @@ def _distinct(kept: list[Reply[Message]], dropped: list[Dropped]) -> tuple[list[
     return distinct, dropped
 
 
-Signature = tuple[str, str, tuple[tuple[str, int], ...]]
+Signature = tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, int], ...]]
 
 
 def _signature(reply: Reply[Message]) -> Signature:
@@ -189,7 +205,7 @@ def _signature(reply: Reply[Message]) -> Signature:
     content = reply.source.content
     metrics = next(iter(content.metric_records.values()))
     kinds = sorted((key, len(value) if isinstance(value, list) else -1) for key, value in metrics.items())
-    return next(iter(content.array_records)), next(iter(content.metric_records)), tuple(kinds)
+    return tuple(content.array_records), tuple(content.metric_records), tuple(kinds)
 
 
 def _consistent(kept: list[Reply[Message]], dropped: list[Dropped]) -> Sorted[Message]:

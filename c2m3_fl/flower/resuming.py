@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from logging import INFO
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
 from c2m3_fl.flower.checkpoint import Checkpoint, Folder
+from c2m3_fl.flower.reports import report_idle
 from c2m3_fl.flower.state import capture, restore, snapshot
+from c2m3_fl.flower.strategy import Evaluate
 
-Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 _KINDS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
 
 
@@ -47,7 +48,7 @@ class Resumable(Strategy):
         self.strategy = strategy
         self.folder = Folder(folder, keep)
         self._made = snapshot(strategy)
-        self._done = 0
+        self._done = self._rounds = 0
         self._result = Result()
 
     def start(
@@ -69,7 +70,7 @@ class Resumable(Strategy):
         ConfigError
             When the checkpoints are of other strategies.
         """
-        self._done, self._result = 0, Result(arrays=initial_arrays)
+        self._done, self._rounds, self._result = 0, num_rounds, Result(arrays=initial_arrays)
         found = self.folder.load()
         if found is not None:
             self._resume(found)
@@ -85,12 +86,15 @@ class Resumable(Strategy):
             evaluate_config,
             self._at_the_end_of_a_round(evaluate_fn),
         )
+        report_idle(self._result, num_rounds)
         return self._result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the wrapped strategy configure the round, counted from the very first start."""
+        if self._done:  # Flower counts anew
+            log(INFO, "\t> resumed: this is round %d of %d", self._done + server_round, self._rounds)
         return self.strategy.configure_train(self._done + server_round, arrays, config, grid)
 
     def aggregate_train(

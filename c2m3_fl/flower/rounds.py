@@ -7,32 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from logging import INFO, WARNING
 from time import perf_counter
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from flwr.supercore import log
 from torch import Tensor, nn
 
-from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params
-from c2m3_fl.errors import C2M3Error, ConfigError, ParamsError
-from c2m3_fl.flower.alignment import Aligner, Alignment, with_cpu_fallback
+from c2m3_fl.errors import ConfigError, ParamsError
+from c2m3_fl.flower.alignment import Aligner, with_cpu_fallback
 from c2m3_fl.flower.inputs import check_calibration
-from c2m3_fl.flower.options import Options, resolved
-from c2m3_fl.flower.replies import Dropped, Reply, check_finite
+from c2m3_fl.flower.options import Options, resolved, resolved_device
+from c2m3_fl.flower.replies import Dropped, Reply, Sorted, check_finite, report_dropped
+from c2m3_fl.flower.reports import (
+    KEPT,
+    Numbers,
+    aligned_numbers,
+    failure,
+    report_alignment,
+    report_kept,
+    report_recalibration,
+)
 from c2m3_fl.flower.statistics import ClientStatistics, check_measurable
+from c2m3_fl.flower.wrapped import ignores_weights, rewinding
 from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
-from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
+from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.merging.setting import prepare
 from c2m3_fl.models.calibration import Calibration, ExampleInputs, first_inputs
 from c2m3_fl.models.symmetry import permutation_spec
 
-Numbers = dict[str, float | int | list[float] | list[int]]
-Finish = Callable[[Params, Sequence[Params], Sequence[float]], Recalibrated]
+Metrics = TypeVar("Metrics")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +55,28 @@ class Aligned:
     def weights(self) -> list[float]:
         """Averaging weights."""
         return [reply.weight for reply in self.replies]
+
+
+Finish = Callable[[Params, Aligned], Recalibrated]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome(Generic[Metrics]):
+    """How a round ended.
+
+    Attributes
+    ----------
+    params : mapping of str to Tensor, optional
+        The new global model; None where the previous one stays.
+    metrics : optional
+        Those of the wrapped strategy.
+    numbers : Numbers
+        Ours.
+    """
+
+    params: Params | None
+    metrics: Metrics | None
+    numbers: Numbers
 
 
 class Rounds:
@@ -88,8 +116,9 @@ class Rounds:
         self.model = model
         self.calibration = calibration
         self.recalibration = resolve(recalibrate)
-        self.device = _device(device)
+        self.device = resolved_device(device)
         self.example_inputs = example_inputs
+        self.idle = 0  # rounds in a row in which nothing was aggregated
         held = None if isinstance(calibration, ClientStatistics) else calibration
         if held is not calibration:
             check_measurable(self.recalibration)
@@ -112,9 +141,67 @@ class Rounds:
         """Whether merged models are recalibrated."""
         return self.calibration is not None and self.recalibration is not None
 
-    def enough(self, count: int) -> bool:
-        """Whether `count` valid replies reach the stated minimum."""
-        return count >= self.options["min_replies"]
+    def play(
+        self,
+        found: Sorted[Any],
+        sent: Params,
+        strategy: object,
+        aggregate: Callable[[Aligned], tuple[Params | None, Metrics | None]],
+        finish: Finish | None = None,
+    ) -> Outcome[Metrics]:
+        """One round, from checked replies to the new global model; whatever fails, the round ends in order.
+
+        Parameters
+        ----------
+        found : Sorted
+            The usable replies and the others.
+        sent : mapping of str to Tensor
+            The model that was sent out, in its own element types.
+        strategy : Strategy
+            The wrapped strategy, taken back to where it was when its result is no use.
+        aggregate : callable
+            From the aligned replies to the wrapped strategy's arrays and metrics.
+        finish : callable, optional
+            How to recalibrate when the server holds no data.
+        """
+        report_dropped(found.dropped)
+        counts: Numbers = {"c2m3-replies": len(found.replies), "c2m3-dropped": len(found.dropped)}
+        if not self._enough(found.replies):
+            return self._keep(f"{len(found.replies)} valid replies are too few", counts)
+        try:
+            aligned = self.align(found.replies, sent, equally=ignores_weights(strategy))
+        except Exception as error:  # a round is not worth a run
+            return self._keep(failure("the alignment", error), counts)
+        report_dropped(aligned.dropped)
+        counts = {**counts, **aligned.numbers, "c2m3-dropped": len(found.dropped) + len(aligned.dropped)}
+        if not self._enough(aligned.replies):
+            return self._keep(f"{len(aligned.replies)} replies that fit each other are too few", counts)
+        rewind = rewinding(strategy)
+        metrics: Metrics | None = None
+        try:
+            arrays, metrics = aggregate(aligned)
+            merged = None if arrays is None else self.restore(arrays, aligned)
+        except ParamsError as error:
+            rewind()
+            return self._keep(str(error), counts, metrics)
+        except Exception as error:  # say, a trimmed mean that trims more than there is
+            rewind()
+            return self._keep(failure(f"the wrapped strategy {type(strategy).__name__}", error), counts, metrics)
+        if merged is None:
+            return self._keep("the wrapped strategy returned no arrays", counts, metrics)
+        self.idle = 0
+        result, numbers = self.recalibrate(merged, aligned, finish)
+        return Outcome(result, metrics, {**counts, **numbers, KEPT: 0})
+
+    def _enough(self, replies: Sequence[object]) -> bool:
+        """Whether the valid replies reach the stated minimum."""
+        return len(replies) >= self.options["min_replies"]
+
+    def _keep(self, reason: str, counts: Numbers, metrics: Metrics | None = None) -> Outcome[Metrics]:
+        """A round in which nothing was aggregated leaves the global model as it was."""
+        self.idle += 1
+        report_kept(reason, self.idle)
+        return Outcome(None, metrics, {**counts, KEPT: 1})
 
     def align(self, replies: Sequence[Reply[Any]], sent: Params, *, equally: bool = False) -> Aligned:
         """Bring replies into one basis, `equally` whatever their weights, and name those that do not fit the others."""
@@ -122,10 +209,10 @@ class Rounds:
         weights = [1.0 if equally else reply.weight for reply in replies]
         alignment = self.aligner.align(nodes, [reply.params for reply in replies], weights, sent)
         odd = alignment.fit.outliers()
-        numbers = _numbers(nodes, alignment, odd)
+        numbers = aligned_numbers(nodes, alignment, odd)
         if self.options["diagnostics"]:
             numbers |= {f"c2m3-agreement/{name}": layer.tolist() for name, layer in alignment.fit.layers.items()}
-        _report(nodes, alignment, odd)
+        report_alignment(nodes, alignment, odd)
         left_out = set(odd) if self.options["outliers"] == "drop" else set()
         kept = [index for index in range(len(replies)) if index not in left_out]
         return Aligned(
@@ -137,7 +224,7 @@ class Rounds:
         )
 
     def restore(self, aggregated: Params, aligned: Aligned) -> dict[str, Tensor]:
-        """What the wrapped strategy returned, with the key order and element types of the replies.
+        """What the wrapped strategy returned, bit for bit where it is floating, in the key order of the replies.
 
         Integer and boolean tensors take the largest reply's value: no strategy's arithmetic is for them.
 
@@ -157,8 +244,9 @@ class Rounds:
             if aggregated[name].shape != value.shape:
                 shapes = f"{tuple(aggregated[name].shape)}, expected {tuple(value.shape)}"
                 raise ParamsError(f"the wrapped strategy's result: {name!r} has shape {shapes}")
-            result[name] = largest[name] if name in largest else aggregated[name].to(value.dtype)
-        check_finite(result)
+            own = aggregated[name] if aggregated[name].is_floating_point() else aggregated[name].to(value.dtype)
+            result[name] = largest.get(name, own)
+        check_finite(_typed_like(first, result))  # a client would compute with no more than that
         return result
 
     def recalibrate(self, merged: Params, aligned: Aligned, finish: Finish | None = None) -> tuple[Params, Numbers]:
@@ -167,21 +255,22 @@ class Rounds:
         if finish is None:
             return merged, {}
         started = perf_counter()
+        typed = _typed_like(aligned.replies[0].params, merged)
         try:
-            found = finish(merged, aligned.params, aligned.weights)
+            found = finish(typed, aligned)
             check_finite(found.state_dict)
-        except (C2M3Error, torch.OutOfMemoryError) as error:
-            log(WARNING, "\t> recalibration failed, the merged model stays as it is: %s", error)
+        except Exception as error:  # what was aggregated is worth more than its repair
+            failure("recalibration", error)
             return merged, {"c2m3-repaired": 0, "c2m3-repair-seconds": perf_counter() - started}
-        numbers = _decided(found.report)
-        changed = any(not torch.equal(value, merged[name]) for name, value in found.state_dict.items())
+        numbers = report_recalibration(found.report)
+        changed = any(not torch.equal(value, typed[name]) for name, value in found.state_dict.items())
         return found.state_dict, {
             **numbers,
             "c2m3-repaired": int(changed),
             "c2m3-repair-seconds": perf_counter() - started,
         }
 
-    def _recalibrated(self, merged: Params, endpoints: Sequence[Params], weights: Sequence[float]) -> Recalibrated:
+    def _recalibrated(self, merged: Params, aligned: Aligned) -> Recalibrated:
         calibration, recalibration = self.calibration, self.recalibration
         if calibration is None or recalibration is None or isinstance(calibration, ClientStatistics):
             raise ConfigError("there is nothing to recalibrate with on this server")
@@ -190,9 +279,9 @@ class Rounds:
             setting = prepare(
                 self.model,
                 merged,
-                endpoints,
+                aligned.params,
                 calibration,
-                weights=weights,
+                weights=aligned.weights,
                 example_inputs=self.example_inputs,
                 device=device,
             )
@@ -202,71 +291,6 @@ class Rounds:
         return with_cpu_fallback(compute, self.device, "recalibration")[0]
 
 
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found).cpu()  # fails on "meta" as well, which has no values to compute with
-    except Exception as error:
-        raise ConfigError(f"device is {device!r}, which cannot be used here: {error}") from error
-    return found
-
-
-def _numbers(nodes: Sequence[int], alignment: Alignment, odd: Sequence[int]) -> Numbers:
-    moved = [permutation.share_moved(move) for move in alignment.moves]
-    return {
-        "c2m3-objective-before": alignment.objectives[0],
-        "c2m3-objective-after": alignment.objectives[1],
-        "c2m3-gap": alignment.gap,
-        "c2m3-steps": alignment.steps,
-        "c2m3-share-moved": sum(moved) / len(moved),
-        "c2m3-match-seconds": alignment.seconds,
-        "c2m3-on-cpu": int(alignment.on_cpu),
-        "c2m3-nodes": list(nodes),
-        "c2m3-node-moved": moved,
-        "c2m3-node-agreement": alignment.fit.cosines.tolist(),
-        "c2m3-node-outlier": [int(index in odd) for index in range(len(nodes))],
-        "c2m3-outliers": len(odd),
-    }
-
-
-def _decided(report: RecalibrationReport) -> Numbers:
-    """Log what was done and, where a guard chose, on what evidence; the evidence in numbers."""
-    decision = report.decision
-    if decision is None:
-        log(INFO, "\t> recalibration: %s", report.method)
-        return {}
-    log(INFO, "\t> recalibration: the guard keeps %r: %s", decision.chosen, decision.reason)
-    numbers: Numbers = {} if decision.shift is None else {"c2m3-guard-shift": decision.shift}
-    for each in decision.candidates:
-        numbers[f"c2m3-guard-kept/{each.name}"] = int(each.name == decision.chosen)
-        evidence = {"accuracy": each.accuracy, "agreement": each.agreement}
-        numbers |= {f"c2m3-guard-{kind}/{each.name}": value for kind, value in evidence.items() if value is not None}
-    return numbers
-
-
-def _report(nodes: Sequence[int], alignment: Alignment, odd: Sequence[int]) -> None:
-    before, after = alignment.objectives
-    moved = [permutation.share_moved(move) for move in alignment.moves]
-    log(
-        INFO,
-        "\t> C2M3: %d replies aligned in %.2fs: agreement %.6g -> %.6g, %.1f%% of units moved, gap %.1e after %d steps",
-        len(nodes),
-        alignment.seconds,
-        before,
-        after,
-        100 * sum(moved) / len(moved),
-        alignment.gap,
-        alignment.steps,
-    )
-    for index in odd:
-        log(
-            WARNING,
-            "\t> node %d does not fit the others: cosine %.3f, median %.3f; norm %.3g, median %.3g",
-            nodes[index],
-            alignment.fit.cosines[index],
-            alignment.fit.cosines.median(),
-            alignment.fit.norms[index],
-            alignment.fit.norms.median(),
-        )
+def _typed_like(example: Params, params: Params) -> dict[str, Tensor]:
+    """The same tensors, each of the element type that it has in the example."""
+    return {name: value.to(example[name].dtype) for name, value in params.items()}

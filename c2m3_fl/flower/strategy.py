@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from inspect import currentframe
-from logging import INFO, WARNING
+from logging import INFO
 from typing import Unpack
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, FedAvgM, QFedAvg, Strategy
+from flwr.serverapp.strategy import FedAvg, FedAvgM, QFedAvg, Result, Strategy
 from flwr.supercore import log
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.privacy import check_privacy
-from c2m3_fl.flower.records import from_params, schema_of, to_params
-from c2m3_fl.flower.replies import Reply, report_dropped, sort_messages
-from c2m3_fl.flower.rounds import Aligned, Finish, Numbers, Rounds
+from c2m3_fl.flower.records import from_params, reply_schema, schema_of, to_params
+from c2m3_fl.flower.replies import Reply, report_dropped, sort_evaluations, sort_messages
+from c2m3_fl.flower.reports import Numbers, failure, report_idle
+from c2m3_fl.flower.rounds import Aligned, Finish, Rounds
 from c2m3_fl.flower.statistics import ClientStatistics, repair_by_clients
-from c2m3_fl.flower.wrapped import chain, check_instance, ignores_weights
+from c2m3_fl.flower.wrapped import chain, check_instance
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.models.calibration import Calibration, ExampleInputs
+
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class C2M3(Strategy):
@@ -86,8 +88,24 @@ class C2M3(Strategy):
         check_instance(self.strategy, Strategy)
         self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
         self.sent = from_params(model.state_dict())
+        self._schema = schema_of(self.sent, "model")
         self._grid: Grid | None = None
         self._check_privacy(self.strategy)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Evaluate | None = None,
+    ) -> Result:
+        """Run the federation; see `Strategy.start`. Says in the end in how many rounds nothing was aggregated."""
+        result = super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+        report_idle(result, num_rounds)
+        return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -95,7 +113,7 @@ class C2M3(Strategy):
         """Remember the model that is sent out, and let the wrapped strategy choose who gets it."""
         self._refuse_private_caller()
         self.rounds.spec.check(to_params(arrays), "the arrays to send out")
-        self.sent, self._grid = arrays, grid
+        self.sent, self._grid = arrays.copy(), grid
         for each in chain(self.strategy):
             if isinstance(each, FedAvgM) and each.current_arrays is not None:
                 each.current_arrays = arrays  # what it returned may have been repaired since
@@ -105,31 +123,17 @@ class C2M3(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Align the replies, aggregate them with the wrapped strategy, and recalibrate the result."""
-        schema = schema_of(self.sent)
-        found = sort_messages(replies, schema, weighted_by=self._weighted_by, required=self._required)
-        report_dropped(found.dropped)
-        counts: Numbers = {"c2m3-replies": len(found.replies), "c2m3-dropped": len(found.dropped)}
-        if not self.rounds.enough(len(found.replies)):
-            return self._keep(f"{len(found.replies)} valid replies are too few", counts)
-        sent = to_params(self.sent, schema)
-        aligned = self.rounds.align(found.replies, sent, equally=ignores_weights(self.strategy))
-        report_dropped(aligned.dropped)
-        counts = {**counts, **aligned.numbers}
-        counts["c2m3-dropped"] = len(found.dropped) + len(aligned.dropped)
-        if not self.rounds.enough(len(aligned.replies)):
-            return self._keep(f"{len(aligned.replies)} replies that fit each other are too few", counts)
-        before = [(each, dict(vars(each))) for each in chain(self.strategy)]
-        arrays, metrics = self.strategy.aggregate_train(server_round, _messages(aligned))
-        if arrays is None:
-            return self._keep("the wrapped strategy returned no arrays", counts, metrics)
-        try:
-            merged: Params = self.rounds.restore(to_params(arrays), aligned)
-        except ParamsError as error:
-            for each, state in before:
-                vars(each).update(state)  # a momentum that holds NaN would never recover
-            return self._keep(str(error), counts, metrics)
-        merged, numbers = self.rounds.recalibrate(merged, aligned, self._asking([r.node for r in aligned.replies]))
-        return from_params(merged), _joined(metrics, {**counts, **numbers, "c2m3-kept-previous": 0})
+        expected = reply_schema(self._schema, schema_of(self.sent))
+        found = sort_messages(replies, expected, weighted_by=self._weighted_by, required=self._required)
+
+        def aggregate(aligned: Aligned) -> tuple[Params | None, MetricRecord | None]:
+            arrays, metrics = self.strategy.aggregate_train(server_round, _messages(aligned))
+            return None if arrays is None else to_params(arrays), metrics
+
+        sent, asking = to_params(self.sent, expected), self._asking()
+        outcome = self.rounds.play(found, sent, self.strategy, aggregate, asking)
+        arrays = self.sent.copy() if outcome.params is None else from_params(outcome.params)
+        return arrays, _joined(outcome.metrics, outcome.numbers)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -138,8 +142,16 @@ class C2M3(Strategy):
         return self._personal(self.strategy.configure_evaluate(server_round, arrays, config, grid))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Let the wrapped strategy aggregate the evaluation."""
-        return self.strategy.aggregate_evaluate(server_round, replies)
+        """Let the wrapped strategy aggregate the evaluation; a round is not worth a run here either."""
+        if self._averages:
+            found = sort_evaluations(replies, weighted_by=self._weighted_by)
+            report_dropped(found.dropped)
+            replies = [each.source for each in found.replies]
+        try:
+            return self.strategy.aggregate_evaluate(server_round, replies)
+        except Exception as error:
+            failure(f"the evaluation of {type(self.strategy).__name__}", error)
+            return None
 
     def summary(self) -> None:
         """Log the configuration of the strategy and of the one that it wraps."""
@@ -162,24 +174,30 @@ class C2M3(Strategy):
         self.rounds.aligner.memory.load_state_dict(state)
 
     @property
+    def _averages(self) -> list[FedAvg]:
+        """The strategies inside that average by a weight, outermost first."""
+        return [each for each in chain(self.strategy) if isinstance(each, FedAvg)]
+
+    @property
     def _weighted_by(self) -> str:
         """Key of the averaging weight, as the innermost wrapped strategy has it."""
-        keys = [each.weighted_by_key for each in chain(self.strategy) if isinstance(each, FedAvg)]
-        return keys[-1] if keys else "num-examples"
+        return self._averages[-1].weighted_by_key if self._averages else "num-examples"
 
     @property
     def _required(self) -> list[str]:
         """Metrics without which the wrapped strategy cannot aggregate."""
         return [each.train_loss_key for each in chain(self.strategy) if isinstance(each, QFedAvg)]
 
-    def _asking(self, nodes: Sequence[int]) -> Finish | None:
-        """How to recalibrate with what these nodes measure; None where the server has data of its own, or none."""
+    def _asking(self) -> Finish | None:
+        """How to recalibrate with what clients measure; None where the server has data of its own, or none."""
         statistics, recalibration, grid = self.rounds.calibration, self.rounds.recalibration, self._grid
         if not isinstance(statistics, ClientStatistics) or recalibration is None or grid is None:
             return None
 
-        def finish(merged: Params, endpoints: Sequence[Params], weights: Sequence[float]) -> Recalibrated:
+        def finish(merged: Params, aligned: Aligned) -> Recalibrated:
             model, inputs = self.rounds.model, self.rounds.inputs
+            nodes = [reply.node for reply in aligned.replies]
+            endpoints, weights = aligned.params, aligned.weights
             return repair_by_clients(statistics, recalibration, grid, nodes, model, inputs, merged, endpoints, weights)
 
         return finish
@@ -196,13 +214,6 @@ class C2M3(Strategy):
             own = aligner.own_basis(message.metadata.dst_node_id, params)
             personal.append(message if own is params else _carrying(message, {key: from_params(own)}))
         return personal
-
-    def _keep(
-        self, reason: str, counts: Numbers, metrics: MetricRecord | None = None
-    ) -> tuple[ArrayRecord, MetricRecord]:
-        """The previous global model: a round in which nothing was aggregated leaves it as it was."""
-        log(WARNING, "aggregate_train: %s: the previous global model stays", reason)
-        return self.sent.copy(), _joined(metrics, {**counts, "c2m3-kept-previous": 1})
 
     def _check_privacy(self, strategy: object) -> None:
         check_privacy(

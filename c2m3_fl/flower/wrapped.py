@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
 from flwr.server import strategy as legacy
@@ -30,6 +30,21 @@ def chain(strategy: Wrapping) -> Iterator[Wrapping]:
     while isinstance(inner, Strategy | legacy.Strategy):
         yield cast(Wrapping, inner)
         inner = getattr(inner, "strategy", None)
+
+
+def rewinding(strategy: object) -> Callable[[], None]:
+    """What takes a strategy, and those that it wraps, back to where they are now.
+
+    After a round that came to nothing: a momentum that holds NaN would never recover.
+    """
+    before = [(each, dict(vars(each))) for each in chain(strategy)]
+
+    def rewind() -> None:
+        for each, state in before:
+            vars(each).clear()
+            vars(each).update(state)
+
+    return rewind
 
 
 def check_instance(strategy: object, kind: type[object]) -> None:

@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import (
 
 from c2m3_fl.core import permutation
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
-from c2m3_fl.flower.records import from_params, schema_of, to_params
+from c2m3_fl.flower.records import from_params, reply_schema, schema_of, to_params
 from c2m3_fl.flower.replies import sort_messages
 from c2m3_fl.flower.serial import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
@@ -64,41 +64,41 @@ NODES = 7  # the fewest that Bulyan takes with one malicious node
 
 
 def floats(record: ArrayRecord) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in record.to_torch_state_dict().items() if value.is_floating_point()}
+    return {name: value for name, value in to_params(record).items() if value.is_floating_point()}
 
 
 def rounds_side_by_side(make, app, model, count):
-    """Feed C2M3 and the bare strategy the same models and the same replies, in C2M3's order."""
+    """C2M3, and a bare server of its own that gets the same replies in the same order."""
     ours, stock = C2M3(make(), model=model, example_inputs=EXAMPLE), make()
-    arrays = from_params(model.state_dict())
+    arrays = bare = from_params(model.state_dict())
     grid = SerialGrid(app, NODES)
     for current in range(1, count + 1):
         messages = list(ours.configure_train(current, arrays, ConfigRecord(), grid))
-        stock.configure_train(current, arrays.copy(), ConfigRecord(), grid)
+        stock.configure_train(current, bare, ConfigRecord(), grid)
         replies = list(grid.send_and_receive(messages))
-        ordered = sort_messages(deepcopy(replies), schema_of(arrays), weighted_by="num-examples").replies
-        expected, _ = stock.aggregate_train(current, [each.source for each in ordered])
+        expected = reply_schema(ours._schema, schema_of(arrays))
+        ordered = sort_messages(deepcopy(replies), expected, weighted_by="num-examples").replies
+        bare, _ = stock.aggregate_train(current, [each.source for each in ordered])
         arrays, metrics = ours.aggregate_train(current, replies)
-        yield arrays, expected, metrics
-        if isinstance(stock, FedAvgM):
-            stock.current_arrays = arrays.copy()  # what a bare server would hold, rounded to the model's dtype
+        yield arrays, bare, metrics
 
 
 @each_strategy
 def test_with_nothing_to_move_every_strategy_gives_its_own_result_bit_for_bit(make):
-    for arrays, expected, metrics in rounds_side_by_side(make, digits_app(rate=0.02), mlp(), 2):
-        assert metrics["c2m3-share-moved"] == 0
-        stock = floats(expected)
-        for name, value in floats(arrays).items():
-            assert torch.equal(value, stock[name].to(value.dtype)), name
+    """Round after round: so its momenta, too, are those of a bare server."""
+    for arrays, expected, metrics in rounds_side_by_side(make, digits_app(rate=0.02), mlp(), 3):
+        assert (metrics["c2m3-share-moved"], metrics["c2m3-kept-previous"]) == (0, 0)
+        assert same(arrays, expected)
 
 
-def test_no_harm_holds_with_batch_norm_and_its_counters():
+@pytest.mark.parametrize("make", [STOCK["FedAvg"], STOCK["FedAvgM"], STOCK["FedAdam"]])
+def test_no_harm_holds_with_batch_norm_and_its_counters(make):
     app = digits_app(normed, rate=0.02)
-    for arrays, expected, metrics in rounds_side_by_side(STOCK["FedAvg"], app, normed(), 2):
+    for arrays, expected, metrics in rounds_side_by_side(make, app, normed(), 3):
         assert metrics["c2m3-share-moved"] == 0
-        stock = expected.to_torch_state_dict()
+        stock = to_params(expected)
         for name, value in floats(arrays).items():
+            assert value.dtype == stock[name].dtype
             assert torch.equal(value, stock[name]), name
 
 
@@ -115,7 +115,10 @@ def test_every_strategy_learns_for_several_rounds(make, independent):
 def test_batch_norm_counters_do_not_stop_q_fed_avg():
     strategy = C2M3(STOCK["QFedAvg"](), model=normed(), example_inputs=EXAMPLE)
     result = strategy.start(SerialGrid(digits_app(normed), 3), from_params(normed().state_dict()), num_rounds=2)
-    assert schema_of(result.arrays) == schema_of(from_params(normed().state_dict()))
+    sent = normed().state_dict()
+    assert list(result.arrays) == list(sent)
+    assert result.arrays["1.num_batches_tracked"].dtype == "int64"
+    assert [metrics["c2m3-replies"] for metrics in result.train_metrics_clientapp.values()] == [3, 3]
 
 
 def one_round(strategy, *, independent=True, nodes=5, epochs=15):
@@ -214,10 +217,32 @@ def test_counters_take_the_largest_reply_and_keep_their_dtype_and_place():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_element_types_are_kept(dtype):
     model = mlp().to(dtype)
-    strategy = C2M3(FedAdam(), model=model, example_inputs=EXAMPLE.to(dtype))
+    strategy = C2M3(model=model, example_inputs=EXAMPLE.to(dtype))
     send(strategy, model.state_dict())
     arrays, _ = strategy.aggregate_train(1, [reply(node, mlp(node).to(dtype).state_dict()) for node in range(2)])
     assert {array.dtype for array in arrays.values()} == {str(dtype).removeprefix("torch.")}
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_a_strategy_returns_in_float64_is_repaired_in_the_models_own_type(calibrated):
+    strategy = C2M3(FedAdam(), model=mlp(), example_inputs=EXAMPLE, calibration=calibration() if calibrated else None)
+    send(strategy, mlp().state_dict())
+    arrays, _ = strategy.aggregate_train(1, [reply(node, params) for node, params in enumerate(clients(3))])
+    assert {array.dtype for array in arrays.values()} == {"float32" if calibrated else "float64"}
+
+
+@pytest.mark.parametrize("basis", ["global", "client"])
+def test_clients_may_reply_in_the_type_that_they_were_sent_or_in_the_models_own(basis):
+    strategy = C2M3(FedAdam(eta=0.01), model=mlp(), example_inputs=EXAMPLE, basis=basis)
+    sent = {name: value.double() for name, value in mlp().state_dict().items()}
+    messages = send(strategy, sent)
+    assert {array.dtype for each in messages for array in each.content["arrays"].values()} == {"float64"}
+    replies = [reply(1, clients(2)[0]), reply(2, {name: value.double() for name, value in clients(2)[1].items()})]
+    narrow = reply(3, {name: value.half() for name, value in clients(2)[1].items()})
+    arrays, metrics = strategy.aggregate_train(1, [*replies, narrow])
+    assert (metrics["c2m3-replies"], metrics["c2m3-dropped"], metrics["c2m3-share-moved"] > 0.5) == (2, 1, True)
+    again = {array.dtype for each in send(strategy, to_params(arrays)) for array in each.content["arrays"].values()}
+    assert again == {"float64"}
 
 
 def test_key_order_is_that_of_the_model_whatever_order_a_client_sends():

@@ -1,0 +1,100 @@
+"""What a round says of itself: its lines in the log and its numbers in the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from logging import DEBUG, ERROR, INFO, WARNING
+
+from flwr.serverapp.strategy import Result
+from flwr.supercore import log
+
+from c2m3_fl.flower.alignment import Alignment
+from c2m3_fl.merging.reports import RecalibrationReport
+
+Numbers = dict[str, float | int | list[float] | list[int]]
+KEPT = "c2m3-kept-previous"  # the metric that says whether a round left the global model as it was
+
+
+def aligned_numbers(nodes: Sequence[int], alignment: Alignment, odd: Sequence[int]) -> Numbers:
+    """The match in numbers, per round and per node."""
+    moved = alignment.share_moved
+    return {
+        "c2m3-objective-before": alignment.objectives[0],
+        "c2m3-objective-after": alignment.objectives[1],
+        "c2m3-gap": alignment.gap,
+        "c2m3-steps": alignment.steps,
+        "c2m3-share-moved": sum(moved) / len(moved),
+        "c2m3-match-seconds": alignment.seconds,
+        "c2m3-on-cpu": int(alignment.on_cpu),
+        "c2m3-nodes": list(nodes),
+        "c2m3-node-moved": moved,
+        "c2m3-node-agreement": alignment.fit.cosines.tolist(),
+        "c2m3-node-outlier": [int(index in odd) for index in range(len(nodes))],
+        "c2m3-outliers": len(odd),
+    }
+
+
+def report_alignment(nodes: Sequence[int], alignment: Alignment, odd: Sequence[int]) -> None:
+    """Log the match, and every node that does not fit the others."""
+    before, after = alignment.objectives
+    moved = alignment.share_moved
+    log(
+        INFO,
+        "\t> C2M3: %d replies aligned in %.2fs: agreement %.6g -> %.6g, %.1f%% of units moved, gap %.1e after %d steps",
+        len(nodes),
+        alignment.seconds,
+        before,
+        after,
+        100 * sum(moved) / len(moved),
+        alignment.gap,
+        alignment.steps,
+    )
+    for index in odd:
+        log(
+            WARNING,
+            "\t> node %d does not fit the others: cosine %.3f, median %.3f; norm %.3g, median %.3g",
+            nodes[index],
+            alignment.fit.cosines[index],
+            alignment.fit.cosines.median(),
+            alignment.fit.norms[index],
+            alignment.fit.norms.median(),
+        )
+
+
+def report_recalibration(report: RecalibrationReport) -> Numbers:
+    """Log what was done and, where a guard chose, on what evidence; the evidence in numbers."""
+    decision = report.decision
+    if decision is None:
+        log(INFO, "\t> recalibration: %s", report.method)
+        return {}
+    log(INFO, "\t> recalibration: the guard keeps %r: %s", decision.chosen, decision.reason)
+    numbers: Numbers = {} if decision.shift is None else {"c2m3-guard-shift": decision.shift}
+    for each in decision.candidates:
+        numbers[f"c2m3-guard-kept/{each.name}"] = int(each.name == decision.chosen)
+        evidence = {"accuracy": each.accuracy, "agreement": each.agreement}
+        numbers |= {f"c2m3-guard-{kind}/{each.name}": value for kind, value in evidence.items() if value is not None}
+    return numbers
+
+
+def failure(who: str, error: Exception) -> str:
+    """Log that something failed, with its traceback for those who debug; the same in one line."""
+    reason = f"{who} failed: {type(error).__name__}: {error}"
+    log(ERROR, "\t> %s", reason)
+    log(DEBUG, "\t> the traceback:", exc_info=error)
+    return reason
+
+
+def report_kept(reason: str, idle: int) -> None:
+    """Log that a round left the global model as it was: louder when it is not the first one in a row."""
+    log(WARNING, "\t> %s: the previous global model stays", reason)
+    if idle > 1:
+        log(ERROR, "\t> nothing was aggregated in the last %d rounds", idle)
+
+
+def report_idle(result: Result, rounds: int) -> None:
+    """Log, at the end of a run, in how many of its rounds nothing was aggregated."""
+    idle = sum(bool(metrics.get(KEPT)) for metrics in result.train_metrics_clientapp.values())
+    if idle == rounds:
+        log(ERROR, "NOTHING WAS AGGREGATED in any of the %d rounds: the result is the initial model", rounds)
+    elif idle:
+        log(WARNING, "in %d of %d rounds nothing was aggregated: the previous global model stayed", idle, rounds)
