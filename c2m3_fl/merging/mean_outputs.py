@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from c2m3_fl.merging.scores import balance
 from c2m3_fl.merging.setting import Setting
-from c2m3_fl.merging.targets import Target
-from c2m3_fl.models.operators import Operator
+from c2m3_fl.models.operators import Kind, Operator
 from c2m3_fl.models.patches import input_of, output_rows, sample_positions
 from c2m3_fl.models.program import Walk
 
+_NUMBERS = 1 << 25  # probabilities that are kept at most: sixty thousand classes leave few positions
 FOLDS = 5  # every fifth input is held out for the choice of the strength
 
 
@@ -28,7 +29,7 @@ class Drawn:
     held_out : Tensor of bool, shape (positions,)
         Whether they belong to an input that is held out.
     rows : Tensor, shape (positions, channels)
-        The endpoints' mean output there.
+        The endpoints' mean output there, or mean probabilities.
     shape : tuple of int
         Shape of the whole output.
     """
@@ -53,8 +54,8 @@ class MeanOutputs:
     seed : int
         Decides which positions are drawn.
     floor : float, optional
-        Least probability, where outputs of the network are met by the log of the mean softmax; None where they
-        are met by their mean like all others.
+        Where the network's outputs are scores of classes: their rows are then the mean of the endpoints'
+        probabilities, divided by `balance` with this floor. None where they are met by their mean like all others.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class MeanOutputs:
         seed: int,
         floor: float | None,
     ) -> None:
+        self._setting = setting
         self._share = setting.weights.tolist()
         self._floor = floor
+        self._sums: dict[str, Tensor] = {}
         self._drawn: dict[tuple[int, int], Drawn] = {}
         seen = 0
         for index, (program, batch) in enumerate(zip(setting.programs, setting.batches, strict=True)):
@@ -80,30 +83,43 @@ class MeanOutputs:
                 if wanted(operator):
                     own_seed = seed + 1009 * place + 1_000_003 * index
                     self._drawn[place, index] = self._draw(operator, outputs, held_out, count, own_seed)
+        if floor is not None:
+            self._balance(floor)
 
     def at(self, place: int, batch: int) -> Drawn:
         """What was drawn for operator number `place` in a batch."""
         return self._drawn[place, batch]
 
-    def target(self, place: int, operator: Operator, moments: Target) -> Target:
-        """Moments that the operator shall have: those of the endpoints, or of the rows where these are logarithms."""
-        if self._floor is None or not operator.gives_output:
-            return moments
-        rows = torch.cat([drawn.rows for (found, _), drawn in self._drawn.items() if found == place]).double()
-        return Target(rows.mean(0), rows.std(0, correction=0))
+    def rows(self, place: int) -> int:
+        """Number of positions drawn for operator number `place`, over all batches."""
+        return sum(len(drawn.positions) for (found, _), drawn in self._drawn.items() if found == place)
+
+    def scored(self, operator: Operator) -> bool:
+        """Whether an operator's outputs are scores of classes, and its rows probabilities."""
+        return self._floor is not None and operator.gives_output and operator.kind in (Kind.LINEAR, Kind.PRODUCT)
 
     def _draw(self, operator: Operator, outputs: Sequence[Tensor], held_out: Tensor, count: int, seed: int) -> Drawn:
-        positions = sample_positions(operator, outputs[0], count, seed)
+        if self.scored(operator):
+            count = min(count, _NUMBERS // (outputs[0].shape[operator.layout.channel] * len(self._setting.batches)))
+        positions = sample_positions(operator, outputs[0], max(1, count), seed)
         rows = [output_rows(operator, output, positions) for output in outputs]
-        if self._floor is not None and operator.gives_output:
-            logarithm = self._mean([each.softmax(-1) for each in rows]).clamp_min(self._floor).log()
-            mean = logarithm - logarithm.mean(-1, keepdim=True)
-        else:
-            mean = self._mean(rows)
+        if self.scored(operator):
+            rows = [each.double().softmax(-1) for each in rows]
+            means = torch.stack([each.sum(0) for each in rows])
+            before = self._sums.get(operator.name)
+            self._sums[operator.name] = means if before is None else before + means
         shape = tuple(outputs[0].shape)
         axis = operator.layout.channel % len(shape)
         owner = input_of(positions, shape[:axis] + shape[axis + 1 :], len(held_out))
-        return Drawn(positions, held_out[owner.clamp_max(len(held_out) - 1)], mean, shape)
+        return Drawn(positions, held_out[owner.clamp_max(len(held_out) - 1)], self._mean(rows), shape)
+
+    def _balance(self, floor: float) -> None:
+        """Balance the mean probabilities of every operator that gives scores."""
+        for (place, batch), drawn in self._drawn.items():
+            sums = self._sums.get(self._setting.programs[0].operators[place].name)
+            if sums is not None:
+                even = drawn.rows / balance(sums / self.rows(place), self._setting.weights, floor)
+                self._drawn[place, batch] = replace(drawn, rows=even / even.sum(-1, keepdim=True))
 
     def _mean(self, rows: Sequence[Tensor]) -> Tensor:
         """Weighted mean as differences from the first: exact where all are equal."""

@@ -96,7 +96,7 @@ def merge(
     method: Method | str = "c2m3",
     basis: int | None = None,
     spec: PermutationSpec | None = None,
-    start: Start = "identity",
+    start: Start = "auto",
     device: torch.device | str | None = None,
 ) -> Merge:
     """Merge networks that were trained apart: permute their units into one universe, average, recalibrate.
@@ -190,7 +190,7 @@ def merge(
 def _started(method: Method | str, start: Start) -> Method | str:
     if method == "c2m3":
         return CycleConsistent(start=start)
-    if not (isinstance(start, str) and start == "identity"):
+    if not (isinstance(start, str) and start == "auto"):
         raise ConfigError(f"start is for method 'c2m3', not for {method!r}; leave it out, or set it on the method")
     return method
 

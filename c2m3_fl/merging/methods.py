@@ -125,7 +125,7 @@ class CycleConsistent:
         Relative duality gap at which to stop.
     """
 
-    start: Start = "identity"
+    start: Start = "auto"
     max_steps: int = 100
     tolerance: float = 1e-4
 

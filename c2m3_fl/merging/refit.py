@@ -10,7 +10,9 @@ Averaging endpoints shrinks the spread of targets, so every channel's moments ar
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +22,8 @@ from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.mean_outputs import FOLDS, MeanOutputs
 from c2m3_fl.merging.repair import feeds_batch_norm, measured, recalibration_report, rescale, restate
 from c2m3_fl.merging.reports import FitReport, OperatorReport, Recalibrated
-from c2m3_fl.merging.ridge import Sums, choose
+from c2m3_fl.merging.ridge import Evidence, Fit, Rows, Sums, choose
+from c2m3_fl.merging.scores import Classified, Layer, choose_scores
 from c2m3_fl.merging.setting import Setting
 from c2m3_fl.merging.targets import Front
 from c2m3_fl.models.operators import Kind, Operator
@@ -28,6 +31,7 @@ from c2m3_fl.models.patches import from_matrix, input_rows, weight_matrix
 
 _FITTED = (Kind.LINEAR, Kind.CONVOLUTION, Kind.PRODUCT)
 _CHUNK = 4096  # rows whose patches are in memory at once
+_TOO_FEW = f"refit holds every {FOLDS}th calibration input out, so it needs at least {FOLDS}"
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,13 @@ class Refit:
     strengths : tuple of float
         Ridge strengths, relative to the mean variance of an operator's inputs, from which held-out inputs choose;
         keeping the weights is always a candidate.
-    probabilities : bool
-        Fit the last layer to the centred log of the endpoints' mean softmax instead of their mean output. A mean of
-        logits lets a class that one node never saw veto all others; setting every class's spread afterwards undoes
-        that and did better: ten MNIST clients of Dirichlet .1, three partitions, .81 against .74.
+    scores : bool, optional
+        Whether the network's outputs are scores of classes: a last layer that gives them is then fitted to the
+        endpoints' mean probabilities, by softmax regression (see `c2m3_fl.merging.scores`), because a mean of scores
+        lets a class that one node never saw veto all others. By default they are where the calibration data carry
+        class labels, which are not read.
     floor : float
-        Least probability that enters that logarithm.
+        Least share of a class in the endpoints' mean probabilities that is believed, relative to equal shares.
     final_only : bool
         Fit the operators that give the network's output alone and repair all others.
     seed : int
@@ -58,8 +63,8 @@ class Refit:
 
     positions: int = 40_000
     strengths: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    probabilities: bool = False
-    floor: float = 1e-2
+    scores: bool | None = None
+    floor: float = 0.1
     final_only: bool = False
     seed: int = 0
 
@@ -68,7 +73,7 @@ class Refit:
         start = time.perf_counter()
         with torch.no_grad():
             outputs = MeanOutputs(
-                setting, self.fits, self.positions, self.seed, self.floor if self.probabilities else None
+                setting, self.fits, self.positions, self.seed, self.floor if self._scored(setting) else None
             )
             params = dict(setting.merged)
             front = Front(setting.programs, setting.batches, params)
@@ -83,6 +88,10 @@ class Refit:
         """Whether this operator is fitted, not only repaired."""
         return operator.kind in _FITTED and (operator.final or not self.final_only)
 
+    def _scored(self, setting: Setting) -> bool:
+        labelled = all(batch.labels is not None for batch in setting.batches)
+        return labelled if self.scores is None else self.scores
+
     def _correct(
         self, setting: Setting, outputs: MeanOutputs, front: Front, place: int, params: dict[str, Tensor]
     ) -> list[OperatorReport]:
@@ -91,11 +100,11 @@ class Refit:
         reports = []
         if operator.mean:
             reports.append(restate(program, operator, params, measured(front, place, params, before=True)))
-        target = setting.targets[operator.name]
         if self.fits(operator):
-            reports.append(_fit(setting, self, outputs, front, place, params))
-            target = outputs.target(place, operator, target)
-        if not feeds_batch_norm(operator) and operator.weight:
+            fit = _fit_scores if outputs.scored(operator) else _fit
+            reports.append(fit(setting, self, outputs, front, place, params))
+        if not feeds_batch_norm(operator) and operator.weight and not outputs.scored(operator):
+            target = setting.targets[operator.name]
             reports.append(rescale(program, operator, params, measured(front, place, params), target))
         return reports
 
@@ -106,21 +115,74 @@ def _fit(
     """Fit one operator and put its new weight in place; its channels' moments are left to be set."""
     program = setting.programs[0]
     operator = program.operators[place]
-    train, held_out = _sums(outputs, front, place, params)
-    if not operator.bias and not feeds_batch_norm(operator):
-        train, held_out = train.through_origin(), held_out.through_origin()
-    spread = outputs.target(place, operator, setting.targets[operator.name]).std.reshape(train.r.shape)
-    fit = choose(train, held_out, options.strengths, spread)
     weight = params[operator.weight]
-    matrix = weight_matrix(operator, weight.double()) + fit.change
-    program.assign(params, operator.weight, from_matrix(operator, matrix, weight.shape))
+    matrix = weight_matrix(operator, weight.double())
+    spread = setting.targets[operator.name].std.reshape(len(matrix), -1)
+    solve = partial(_solve, outputs, front, place, params, operator, options.strengths, spread)
+    fit = solve(Rows) if outputs.rows(place) < matrix.shape[1] else solve(Sums)
+    program.assign(params, operator.weight, from_matrix(operator, matrix + fit.change, weight.shape))
     quality = FitReport(fit.strength, fit.error_before, fit.error)
     return OperatorReport(operator.name, operator.module, "refit", 0.0, 1.0, fit=quality)
 
 
-def _sums(outputs: MeanOutputs, front: Front, place: int, params: Params) -> tuple[Sums, Sums]:
-    """Sums over inputs to fit and inputs held out; residuals are what the current weights leave."""
-    sums: list[Sums | None] = [None, None]
+def _solve(
+    outputs: MeanOutputs,
+    front: Front,
+    place: int,
+    params: Params,
+    operator: Operator,
+    strengths: Sequence[float],
+    spread: Tensor,
+    kind: type[Evidence],
+) -> Fit:
+    """The best change of one operator's weight."""
+    train, held_out = _gathered(kind, outputs, front, place, params)
+    if not operator.bias and not feeds_batch_norm(operator):
+        train, held_out = train.through_origin(), held_out.through_origin()
+    return choose(train, held_out, strengths, spread)
+
+
+def _fit_scores(
+    setting: Setting, options: Refit, outputs: MeanOutputs, front: Front, place: int, params: dict[str, Tensor]
+) -> OperatorReport:
+    """Fit the layer that gives scores of classes to the endpoints' mean probabilities."""
+    program = setting.programs[0]
+    operator = program.operators[place]
+    weight = params[operator.weight]
+    matrix = weight_matrix(operator, weight.double())
+    bias = params[operator.bias].double() if operator.bias else matrix.new_zeros(matrix.shape[2])
+    train, held_out = _shown(outputs, front, place, params)
+    fit = choose_scores(train, held_out, Layer(matrix[0], bias), options.strengths, bias=bool(operator.bias))
+    program.assign(params, operator.weight, from_matrix(operator, fit.layer.weight[None], weight.shape))
+    if operator.bias:
+        program.assign(params, operator.bias, fit.layer.bias)
+    quality = FitReport(fit.strength, fit.error_before, fit.error)
+    return OperatorReport(operator.name, operator.module, "refit as class scores", 0.0, 1.0, fit=quality)
+
+
+def _shown(outputs: MeanOutputs, front: Front, place: int, params: Params) -> tuple[Classified, Classified]:
+    """Inputs of the last layer and the probabilities to fit, of inputs to fit and of inputs held out."""
+    found: list[Classified | None] = [None, None]
+    for index, (operator, walk) in enumerate(front.before(place)):
+        drawn = outputs.at(place, index)
+        source = walk.value(operator.input)
+        rows = input_rows(operator, source, params[operator.weight], drawn.shape, drawn.positions)[0].double()
+        for held in (0, 1):
+            chosen = drawn.held_out == bool(held)
+            part = Classified(rows[chosen], drawn.rows[chosen])
+            before = found[held]
+            found[held] = part if before is None else before.combine(part)
+    train, held_out = found
+    if train is None or held_out is None or not len(train.x) or not len(held_out.x):
+        raise CalibrationError(_TOO_FEW)
+    return train, held_out
+
+
+def _gathered(
+    kind: type[Evidence], outputs: MeanOutputs, front: Front, place: int, params: Params
+) -> tuple[Evidence, Evidence]:
+    """Evidence of inputs to fit and of inputs held out; residuals are what the current weights leave."""
+    found: list[Evidence | None] = [None, None]
     for index, (operator, walk) in enumerate(front.before(place)):
         weight = params[operator.weight]
         matrix = weight_matrix(operator, weight)
@@ -134,10 +196,10 @@ def _sums(outputs: MeanOutputs, front: Front, place: int, params: Params) -> tup
                 rows = input_rows(operator, source, weight, drawn.shape, drawn.positions[chosen])
                 goal = drawn.rows[chosen] if bias is None else drawn.rows[chosen] - bias
                 residuals = goal.reshape(len(chosen), operator.groups, -1).movedim(1, 0) - rows @ matrix
-                part = Sums.of(rows, residuals)
-                before = sums[held]
-                sums[held] = part if before is None else before.combine(part)
-    train, held_out = sums
+                part = kind.of(rows, residuals)
+                before = found[held]
+                found[held] = part if before is None else before.combine(part)
+    train, held_out = found
     if train is None or held_out is None:
-        raise CalibrationError(f"refit holds every {FOLDS}th calibration input out, so it needs at least {FOLDS}")
+        raise CalibrationError(_TOO_FEW)
     return train, held_out

@@ -39,15 +39,22 @@ class Repair:
     ----------
     final : bool
         Whether the operators that give the network's output are repaired too.
+    closed_form : bool
+        Do not run the merged network at all: take the mean of the endpoints' outputs for what it would do, so that a
+        channel's variance is wᵀ C w with C the covariances between the endpoints' versions of it. Exact for
+        linear operators that read the network's input, an approximation behind them; LayerNorm, GroupNorm and their
+        kin, which undo a loss of spread by themselves, are left alone.
     """
 
     final: bool = True
+    closed_form: bool = False
 
     def __call__(self, setting: Setting) -> Recalibrated:
         """Repair ``setting.merged``."""
         start = time.perf_counter()
         with torch.no_grad():
-            params, operators = _walk(setting, scales=True, final=self.final)
+            walk = _forecast if self.closed_form else _walk
+            params, operators = walk(setting, scales=True, final=self.final)
         return Recalibrated(params, recalibration_report("repair", setting, operators, start))
 
 
@@ -131,6 +138,20 @@ def _walk(setting: Setting, *, scales: bool, final: bool) -> tuple[dict[str, Ten
         elif scales and (final or not operator.final) and not feeds_batch_norm(operator):
             moments = measured(front, place, params)
             reports.append(rescale(program, operator, params, moments, setting.targets[operator.name]))
+    return params, tuple(reports)
+
+
+def _forecast(setting: Setting, *, scales: bool, final: bool) -> tuple[dict[str, Tensor], tuple[OperatorReport, ...]]:
+    """Correct all operators by what their endpoints' mean says of them."""
+    program = setting.programs[0]
+    params = dict(setting.merged)
+    reports = []
+    for operator in program.operators:
+        forecast = setting.forecasts[operator.name]
+        if operator.mean:
+            reports.append(restate(program, operator, params, forecast.before))
+        elif scales and operator.linear and (final or not operator.final) and not feeds_batch_norm(operator):
+            reports.append(rescale(program, operator, params, forecast.after, setting.targets[operator.name]))
     return params, tuple(reports)
 
 

@@ -1,9 +1,10 @@
-"""Ridge regression towards given weights, from sums alone: the data are seen once and never kept."""
+"""Ridge regression towards given weights, from sums over the data, or from the data where these are fewer numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ class Sums:
         return replace(self, x=torch.zeros_like(self.x), r=torch.zeros_like(self.r))
 
     @property
+    def nothing(self) -> Tensor:
+        """No change, shape (groups, inputs, outputs)."""
+        return torch.zeros_like(self.xr)
+
+    @property
     def gram(self) -> Tensor:
         """Mean of x xᵀ about the mean of x, shape (groups, inputs, inputs)."""
         mean = self.x / self.count
@@ -73,6 +79,18 @@ class Sums:
         """Mean of x rᵀ about the means, shape (groups, inputs, outputs)."""
         return self.xr / self.count - (self.x / self.count)[:, :, None] * (self.r / self.count)[:, None, :]
 
+    def solve(self, strength: float) -> Tensor:
+        """The change that minimises ``mean |r - changeᵀ x - offset|² + strength · scale · |change|²``.
+
+        `scale` is the mean variance of the inputs, so that a strength means the same for every operator.
+        """
+        gram = self.gram
+        return _lifted_solve(gram, strength * gram.diagonal(dim1=-2, dim2=-1).mean(-1), self.cross)
+
+    def offset(self, change: Tensor) -> Tensor:
+        """The unpenalised intercept that goes with a change, shape (groups, outputs)."""
+        return self.r / self.count - ((self.x / self.count)[:, None, :] @ change)[:, 0, :]
+
     def error(self, change: Tensor, offset: Tensor) -> Tensor:
         """Mean of (r - changeᵀ x - offset)², shape (groups, outputs)."""
         mean_x, mean_r = self.x / self.count, self.r / self.count
@@ -80,6 +98,69 @@ class Sums:
         spread = self.rr / self.count - mean_r.square()
         spread = spread + (change * (self.gram @ change)).sum(1) - 2 * (change * self.cross).sum(1)
         return spread.clamp_min(0) + (mean_r - mean_fit - offset).square()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows themselves, which are fewer numbers than their sums where there are fewer rows than inputs.
+
+    Attributes
+    ----------
+    x : Tensor of float64, shape (groups, count, inputs)
+        Rows.
+    r : Tensor of float64, shape (groups, count, outputs)
+        Residuals.
+    centred : bool
+        Whether the fit has an intercept.
+    """
+
+    x: Tensor
+    r: Tensor
+    centred: bool = True
+
+    @classmethod
+    def of(cls, rows: Tensor, residuals: Tensor) -> Rows:
+        """Rows (groups, count, inputs) and residuals (groups, count, outputs)."""
+        return cls(rows.double(), residuals.double())
+
+    def combine(self, other: Rows) -> Rows:
+        """Both sets of rows."""
+        return Rows(torch.cat([self.x, other.x], 1), torch.cat([self.r, other.r], 1), self.centred)
+
+    def through_origin(self) -> Rows:
+        """The rows for a fit without intercept: nothing is centred."""
+        return replace(self, centred=False)
+
+    @property
+    def nothing(self) -> Tensor:
+        """No change, shape (groups, inputs, outputs)."""
+        return self.x.new_zeros(len(self.x), self.x.shape[2], self.r.shape[2])
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means of x and r, (groups, 1, inputs) and (groups, 1, outputs); zeros for a fit without intercept."""
+        kept = float(self.centred)
+        return kept * self.x.mean(1, keepdim=True), kept * self.r.mean(1, keepdim=True)
+
+    def solve(self, strength: float) -> Tensor:
+        """As `Sums.solve`, by the identity (XᵀX + λ)⁻¹ Xᵀ = Xᵀ (XXᵀ + λ)⁻¹."""
+        mean_x, mean_r = self.means
+        x, r = self.x - mean_x, self.r - mean_r
+        scale = x.square().mean((-1, -2))
+        found = _lifted_solve(x @ x.mT / x.shape[1], strength * scale, r / x.shape[1])
+        return x.mT @ found
+
+    def offset(self, change: Tensor) -> Tensor:
+        """As `Sums.offset`."""
+        mean_x, mean_r = self.means
+        return (mean_r - mean_x @ change)[:, 0, :]
+
+    def error(self, change: Tensor, offset: Tensor) -> Tensor:
+        """As `Sums.error`."""
+        return (self.r - self.x @ change - offset[:, None, :]).square().mean(1)
+
+
+Evidence = TypeVar("Evidence", Sums, Rows)
 
 
 @dataclass(frozen=True)
@@ -102,31 +183,12 @@ class Fit:
     error: float
 
 
-def offset_of(sums: Sums, change: Tensor) -> Tensor:
-    """The unpenalised intercept that goes with a change, shape (groups, outputs)."""
-    return sums.r / sums.count - ((sums.x / sums.count)[:, None, :] @ change)[:, 0, :]
-
-
-def solve(sums: Sums, strength: float) -> Tensor:
-    """The change that minimises ``mean |r - changeᵀ x - offset|² + strength · scale · |change|²``.
-
-    `scale` is the mean variance of the inputs, so that a strength means the same for every operator.
-    """
-    gram = sums.gram
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = (strength * scale).clamp_min(torch.finfo(torch.float64).tiny)
-    lifted = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(lifted)
-    solution = torch.cholesky_solve(sums.cross, factor)
-    return torch.where((failed == 0)[:, None, None] & solution.isfinite(), solution, 0.0)
-
-
-def choose(train: Sums, held_out: Sums, strengths: Sequence[float], spread: Tensor) -> Fit:
+def choose(train: Evidence, held_out: Evidence, strengths: Sequence[float], spread: Tensor) -> Fit:
     """Fit with the strength that predicts held-out rows best, or keep the weights where none does better.
 
     Parameters
     ----------
-    train, held_out : Sums
+    train, held_out : Sums or Rows
         Rows of different inputs.
     strengths : sequence of float
         Candidates, relative to the mean variance of the inputs.
@@ -136,12 +198,21 @@ def choose(train: Sums, held_out: Sums, strengths: Sequence[float], spread: Tens
     weight = torch.where(spread > 0, 1 / spread.square().clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
     def held_out_error(change: Tensor) -> float:
-        return float((held_out.error(change, offset_of(train, change)) * weight).mean())
+        return float((held_out.error(change, train.offset(change)) * weight).mean())
 
-    nothing = torch.zeros_like(train.xr)
+    nothing = train.nothing
     kept = held_out_error(nothing)
-    errors = {strength: held_out_error(solve(train, strength)) for strength in strengths}
+    errors = {strength: held_out_error(train.solve(strength)) for strength in strengths}
     best = min(errors, key=errors.__getitem__)
     if kept < _EXACT or not errors[best] < kept * (1 - _GAIN):
         return Fit(nothing, float("inf"), kept, kept)
-    return Fit(solve(train.combine(held_out), best), best, kept, errors[best])
+    return Fit(train.combine(held_out).solve(best), best, kept, errors[best])
+
+
+def _lifted_solve(matrix: Tensor, ridge: Tensor, right: Tensor) -> Tensor:
+    """Solve ``(matrix + ridge) found = right`` for symmetric matrices; zeros where rounding left no solution."""
+    ridge = ridge.clamp_min(torch.finfo(torch.float64).tiny)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix + ridge[:, None, None] * eye)
+    found = torch.cholesky_solve(right, factor)
+    return torch.where((failed == 0)[:, None, None] & found.isfinite(), found, 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.merging.targets import Target, mean_targets, output_moments
+from c2m3_fl.merging.targets import Forecast, Target, forecasts, mean_targets, output_moments
 from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, load_batches
 from c2m3_fl.models.program import Program, trace_batches
 from c2m3_fl.models.statistics import Moments
@@ -41,6 +41,8 @@ class Setting:
         The place at which each endpoint was given.
     own : tuple of mappings of str to Moments
         Each endpoint's channel moments on its own training data, aligned; empty where they are not known.
+    plain : mapping of str to Tensor, optional
+        What would have come out without any alignment: one more candidate for a guard.
     """
 
     programs: tuple[Program, ...]
@@ -51,6 +53,7 @@ class Setting:
     model: nn.Module
     order: tuple[int, ...]
     own: tuple[Mapping[str, Moments], ...] = ()
+    plain: Params | None = None
 
     @cached_property
     def moments(self) -> list[dict[str, Moments]]:
@@ -62,6 +65,12 @@ class Setting:
     def targets(self) -> dict[str, Target]:
         """Moments that every operator's output should have."""
         return mean_targets(self.moments, self.weights)
+
+    @cached_property
+    def forecasts(self) -> dict[str, Forecast]:
+        """Moments that closed-form REPAIR expects of the averaged network."""
+        with torch.no_grad():
+            return forecasts(self.programs, self.batches, self.endpoints, self.weights)
 
     @property
     def device(self) -> torch.device:
@@ -83,6 +92,7 @@ def prepare(
     weights: Sequence[float] | Tensor | None = None,
     example_inputs: ExampleInputs | None = None,
     device: torch.device | str | None = None,
+    plain: Params | None = None,
 ) -> Setting:
     """Check everything, trace the network, and bring it all to one device.
 
@@ -94,11 +104,12 @@ def prepare(
     if not endpoints:
         raise ParamsError("endpoints: got none, expected the state dicts that were averaged")
     share = normalise_weights(weights, len(endpoints))
-    check_params(model, merged, "merged")
     for index, endpoint in enumerate(endpoints):
         check_params(model, endpoint, f"endpoint {index}")
         check_types(model.state_dict(), endpoint, f"endpoint {index}")
-    check_types(model.state_dict(), merged, "merged")
+    for who, params in {"merged": merged, **({} if plain is None else {"plain": plain})}.items():
+        check_params(model, params, who)
+        check_types(model.state_dict(), params, who)
     place = torch.device(device) if device is not None else next(iter(merged.values())).device
     batches = load_batches(calibration, example_inputs=example_inputs, device=place)
     order = canonical_order(endpoints, share)
@@ -110,6 +121,7 @@ def prepare(
         weights=share[order],
         model=model,
         order=tuple(order),
+        plain=None if plain is None else moved_to(plain, place),
     )
 
 

@@ -42,6 +42,48 @@ def output_moments(programs: Sequence[Program], batches: Sequence[Batch], params
     return found
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """Moments of the weighted mean of the endpoints' values at one operator.
+
+    Attributes
+    ----------
+    before, after : Moments
+        Of the operator's input, and of its output.
+    """
+
+    before: Moments
+    after: Moments
+
+
+def forecasts(
+    programs: Sequence[Program], batches: Sequence[Batch], endpoints: Sequence[Params], weights: Tensor
+) -> dict[str, Forecast]:
+    """What every channel of the averaged network would do if it computed the mean of its endpoints, in one pass.
+
+    A channel's variance is then wᵀ C w, with C the covariances between the endpoints' versions of it.
+    """
+    share = weights.tolist()
+    found: dict[str, Forecast] = {}
+    for program, batch in zip(programs, batches, strict=True):
+        walks = [Walk(program, endpoint, batch) for endpoint in endpoints]
+        for operator in program.operators:
+            for walk in walks:
+                walk.advance(operator.index)
+            axes = operator.channel_axes(endpoints[0])
+            before, after = (
+                Moments.of(_mean([walk.value(node) for walk in walks], share), axes)
+                for node in (operator.input, operator.node)
+            )
+            kept = found.get(operator.name)
+            found[operator.name] = (
+                Forecast(before, after)
+                if kept is None
+                else Forecast(kept.before.combine(before), kept.after.combine(after))
+            )
+    return found
+
+
 def mean_targets(endpoints: Sequence[Mapping[str, Moments]], weights: Tensor) -> dict[str, Target]:
     """Weighted mean of the endpoints' means and standard deviations (not variances), per operator."""
     share = weights.tolist()

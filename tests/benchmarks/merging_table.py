@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import PermutationSpec
-from c2m3_fl.merging.guard import Auto
 from c2m3_fl.merging.merge import Merge, merge
 from c2m3_fl.merging.methods import METHODS
 from c2m3_fl.merging.recalibrate import Recalibration
@@ -38,9 +37,9 @@ RESULTS = Path("results")
 RECALIBRATIONS: dict[str, Recalibration] = {
     "+ BatchNorm": BatchNormStatistics(),
     "+ REPAIR": Repair(),
-    "+ last layer refit": Refit(final_only=True),
-    "+ refit": Refit(),
-    "+ auto": Auto(),
+    "+ REPAIR, closed form": Repair(closed_form=True),
+    "+ last layer refit": Refit(final_only=True, scores=True),
+    "+ refit": Refit(scores=True),
 }
 
 
@@ -102,7 +101,7 @@ def recalibration_rows(case: Case, seed: int, found: Trained, spec: PermutationS
     for column, recalibrate in RECALIBRATIONS.items():
         done = recalibrate(replace(setting))  # a fresh setting has measured nothing yet
         yield row(column, accuracy(found.model, done.state_dict, found.test), done.report.seconds)
-        if column in ("+ REPAIR", "+ refit"):
+        if column == "+ refit":
             begin = time.perf_counter()
             student = distilled(found.model, done.state_dict, found)
             score = accuracy(found.model, student, found.test)

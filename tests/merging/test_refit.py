@@ -75,14 +75,27 @@ def test_the_last_layer_alone_can_be_fitted() -> None:
     assert fitted == ["5"]
 
 
-def test_mean_probabilities_can_be_the_last_layers_target() -> None:
+def test_class_scores_are_fitted_to_the_mean_probabilities() -> None:
     model, setting, endpoints = _setting("mlp", 3)
-    refit = Refit(probabilities=True, floor=1e-2)(setting).state_dict
     inputs = torch.cat(CALIBRATION)
     mean = torch.stack([outputs(model, endpoint, inputs).softmax(1) for endpoint in endpoints]).mean(0)
-    votes = outputs(model, refit, inputs).argmax(1)
-    before = outputs(model, dict(setting.merged), inputs).argmax(1)
-    assert (votes == mean.argmax(1)).sum() > (before == mean.argmax(1)).sum()
+
+    def divergence(scores: bool) -> float:
+        logits = outputs(model, Refit(scores=scores)(setting).state_dict, inputs)
+        return float(nn.functional.kl_div(logits.log_softmax(1), mean, reduction="batchmean"))
+
+    assert divergence(True) < divergence(False)
+
+
+def test_labels_say_that_outputs_are_class_scores_and_are_not_read() -> None:
+    model, endpoints = nodes("mlp", 3)
+    merged = weighted_mean(endpoints)
+    labelled = [
+        Refit()(prepare(model, merged, endpoints, [(x, torch.full((len(x),), label)) for x in CALIBRATION])).state_dict
+        for label in (0, 3)
+    ]
+    told = Refit(scores=True)(prepare(model, merged, endpoints, CALIBRATION)).state_dict
+    assert all(torch.equal(one[name], told[name]) for one in labelled for name in told)
 
 
 def test_the_report_says_how_well_every_operator_was_fitted() -> None:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from c2m3_fl.merging.ridge import Sums, choose, offset_of, solve
+from c2m3_fl.merging.ridge import Rows, Sums, choose
 
 
 def _data(count: int, seed: int, noise: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,16 +28,16 @@ def test_without_ridge_the_solution_is_least_squares_with_an_intercept() -> None
     design = torch.cat([rows, torch.ones(2, 50, 1, dtype=torch.float64)], -1)
     wanted = torch.linalg.lstsq(design, residuals).solution
     sums = Sums.of(rows, residuals)
-    change = solve(sums, 0.0)
+    change = sums.solve(0.0)
     torch.testing.assert_close(change, wanted[:, :-1])
-    torch.testing.assert_close(offset_of(sums, change), wanted[:, -1])
+    torch.testing.assert_close(sums.offset(change), wanted[:, -1])
 
 
 def test_the_ridge_solution_is_stationary() -> None:
     sums = Sums.of(*_data(50, 0)[:2])
     strength = 0.3
     scale = sums.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    change = solve(sums, strength)
+    change = sums.solve(strength)
     torch.testing.assert_close(sums.gram @ change + strength * scale * change, sums.cross)
 
 
@@ -50,9 +51,9 @@ def test_the_error_of_a_change_is_that_of_its_predictions() -> None:
 def test_through_the_origin_there_is_no_intercept() -> None:
     rows, residuals, _ = _data(50, 0)
     sums = Sums.of(rows, residuals).through_origin()
-    change = solve(sums, 0.0)
+    change = sums.solve(0.0)
     torch.testing.assert_close(change, torch.linalg.lstsq(rows, residuals).solution)
-    assert offset_of(sums, change).eq(0).all()
+    assert sums.offset(change).eq(0).all()
 
 
 def test_held_out_rows_choose_a_weak_ridge_for_a_signal_and_keep_the_weights_for_noise() -> None:
@@ -71,4 +72,18 @@ def test_held_out_rows_choose_a_weak_ridge_for_a_signal_and_keep_the_weights_for
 
 def test_a_singular_problem_has_a_finite_solution() -> None:
     rows = torch.ones(1, 8, 4, dtype=torch.float64)
-    assert solve(Sums.of(rows, rows[..., :2]), 1e-6).isfinite().all()
+    assert Sums.of(rows, rows[..., :2]).solve(1e-6).isfinite().all()
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_rows_and_their_sums_give_the_same_fit(intercept: bool) -> None:
+    (train, held_out), spread = (_data(count, count)[:2] for count in (3, 9)), torch.ones(2, 3, dtype=torch.float64)
+    fits = []
+    for kind in (Sums, Rows):
+        evidence = [kind.of(*part) for part in (train, held_out)]
+        one, two = evidence if intercept else [each.through_origin() for each in evidence]
+        fits.append(choose(one, two, (1e-2, 1.0), spread))  # three rows of four inputs: fewer than inputs
+        torch.testing.assert_close(one.offset(fits[-1].change), one.offset(fits[0].change))
+    assert fits[0].strength == fits[1].strength
+    torch.testing.assert_close(fits[1].change, fits[0].change)
+    assert fits[1].error == pytest.approx(fits[0].error)
