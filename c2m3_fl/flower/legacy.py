@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from logging import ERROR
 from typing import Unpack
 
 import numpy as np
@@ -14,6 +15,7 @@ from flwr.common import parameters_to_ndarrays as to_ndarrays
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, Strategy
+from flwr.supercore import log
 from torch import nn
 
 from c2m3_fl.core.spec import Params
@@ -76,6 +78,7 @@ class C2M3(Strategy):
         """Remember the model that is sent out, and let the wrapped strategy choose who gets it."""
         named = self._named(parameters, "the parameters to send out")
         self.rounds.spec.check(named, "the parameters to send out")
+        check_finite(named, "the parameters to send out")
         self.expected = reply_schema(self.schema, schema_of_params(named))
         self.sent = parameters
         for each in chain(self.strategy):  # what they returned may have been repaired since
@@ -119,7 +122,7 @@ class C2M3(Strategy):
         try:
             return self.strategy.aggregate_evaluate(server_round, results, failures)
         except Exception as error:
-            failure(f"the evaluation of {type(self.strategy).__name__}", error)
+            log(ERROR, "\t> %s", failure(f"the evaluation of {type(self.strategy).__name__}", error))
             return None, {}
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:

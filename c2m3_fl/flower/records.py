@@ -162,6 +162,9 @@ def read_npy(who: str, data: bytes, entry: Entry) -> Tensor:
     body, expected = memoryview(data)[stream.tell() :], math.prod(entry.shape) * dtype.itemsize
     if len(body) != expected:
         raise ParamsError(f"{who} holds {len(body)} bytes of elements, expected {expected}")
+    own: torch.dtype = getattr(torch, entry.dtype)
+    if not expected:
+        return torch.empty(entry.shape, dtype=own)  # NumPy's strides of empty arrays are none that torch can view
     order: Literal["F", "C"] = "F" if fortran else "C"
     elements = np.ndarray(entry.shape, dtype, buffer=body, order=order)
-    return torch.from_numpy(elements.copy(order="C")).to(getattr(torch, entry.dtype))
+    return torch.from_numpy(elements.copy(order="C")).to(own)

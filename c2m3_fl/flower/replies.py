@@ -8,6 +8,7 @@ order and a sum of floats depends on it.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,19 +116,20 @@ def content_of(params: Params, metrics: Mapping[str, object]) -> str:
     return f"{digest(params)} {sorted(metrics.items())!r}"
 
 
-def check_finite(params: Params) -> None:
+def check_finite(params: Params, who: str = "") -> None:
     """Raise `ParamsError` naming the first floating tensor that holds NaN or an infinity."""
     for name, value in params.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())
-            raise ParamsError(f"{name!r} has {count} values that are NaN or infinite, expected finite numbers")
+            prefix = f"{who}: " if who else ""
+            raise ParamsError(f"{prefix}{name!r} has {count} values that are NaN or infinite, expected finite numbers")
 
 
 def check_weight(value: object, key: str) -> float:
     """The averaging weight as a float; `ParamsError` unless it is a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ParamsError(f"weight {key!r} is {value!r}, expected one positive number")
-    if not math.isfinite(value) or value <= 0:
+    if not 0 < value <= sys.float_info.max:  # which NaN is not either
         raise ParamsError(f"weight {key!r} is {value}, expected a positive finite number")
     return float(value)
 

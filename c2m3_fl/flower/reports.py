@@ -77,16 +77,14 @@ def report_recalibration(report: RecalibrationReport) -> Numbers:
 
 
 def failure(who: str, error: Exception) -> str:
-    """Log that something failed, with its traceback for those who debug; the same in one line."""
-    reason = f"{who} failed: {type(error).__name__}: {error}"
-    log(ERROR, "\t> %s", reason)
-    log(DEBUG, "\t> the traceback:", exc_info=error)
-    return reason
+    """What failed and how, in one line; the traceback goes to the log for those who debug."""
+    log(DEBUG, "\t> the traceback of %s:", who, exc_info=error)
+    return f"{who} failed: {type(error).__name__}: {error}"
 
 
-def report_kept(reason: str, idle: int) -> None:
+def report_kept(reason: str, idle: int, level: int = WARNING) -> None:
     """Log that a round left the global model as it was: louder when it is not the first one in a row."""
-    log(WARNING, "\t> %s: the previous global model stays", reason)
+    log(level, "\t> %s: the previous global model stays", reason)
     if idle > 1:
         log(ERROR, "\t> nothing was aggregated in the last %d rounds", idle)
 

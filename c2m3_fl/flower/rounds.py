@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from logging import ERROR, WARNING
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from flwr.supercore import log
+from torch import nn
 
-from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError, ParamsError
@@ -31,7 +32,7 @@ from c2m3_fl.flower.reports import (
     report_recalibration,
 )
 from c2m3_fl.flower.statistics import ClientStatistics, check_measurable
-from c2m3_fl.flower.wrapped import ignores_weights, rewinding
+from c2m3_fl.flower.wrapped import ignores_weights, restored, rewinding, typed_like
 from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
 from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.merging.setting import prepare
@@ -171,7 +172,7 @@ class Rounds:
         try:
             aligned = self.align(found.replies, sent, equally=ignores_weights(strategy))
         except Exception as error:  # a round is not worth a run
-            return self._keep(failure("the alignment", error), counts)
+            return self._keep(failure("the alignment", error), counts, level=ERROR)
         report_dropped(aligned.dropped)
         counts = {**counts, **aligned.numbers, "c2m3-dropped": len(found.dropped) + len(aligned.dropped)}
         if not self._enough(aligned.replies):
@@ -180,13 +181,14 @@ class Rounds:
         metrics: Metrics | None = None
         try:
             arrays, metrics = aggregate(aligned)
-            merged = None if arrays is None else self.restore(arrays, aligned)
+            merged = None if arrays is None else restored(arrays, [reply.params for reply in aligned.replies])
         except ParamsError as error:
             rewind()
             return self._keep(str(error), counts, metrics)
         except Exception as error:  # say, a trimmed mean that trims more than there is
             rewind()
-            return self._keep(failure(f"the wrapped strategy {type(strategy).__name__}", error), counts, metrics)
+            reason = failure(f"the wrapped strategy {type(strategy).__name__}", error)
+            return self._keep(reason, counts, metrics, level=ERROR)
         if merged is None:
             return self._keep("the wrapped strategy returned no arrays", counts, metrics)
         self.idle = 0
@@ -197,10 +199,12 @@ class Rounds:
         """Whether the valid replies reach the stated minimum."""
         return len(replies) >= self.options["min_replies"]
 
-    def _keep(self, reason: str, counts: Numbers, metrics: Metrics | None = None) -> Outcome[Metrics]:
+    def _keep(
+        self, reason: str, counts: Numbers, metrics: Metrics | None = None, *, level: int = WARNING
+    ) -> Outcome[Metrics]:
         """A round in which nothing was aggregated leaves the global model as it was."""
         self.idle += 1
-        report_kept(reason, self.idle)
+        report_kept(reason, self.idle, level)
         return Outcome(None, metrics, {**counts, KEPT: 1})
 
     def align(self, replies: Sequence[Reply[Any]], sent: Params, *, equally: bool = False) -> Aligned:
@@ -223,44 +227,18 @@ class Rounds:
             numbers,
         )
 
-    def restore(self, aggregated: Params, aligned: Aligned) -> dict[str, Tensor]:
-        """What the wrapped strategy returned, bit for bit where it is floating, in the key order of the replies.
-
-        Integer and boolean tensors take the largest reply's value: no strategy's arithmetic is for them.
-
-        Raises
-        ------
-        ParamsError
-            When tensors are missing, of another shape or not finite.
-        """
-        first = aligned.replies[0].params
-        if aggregated.keys() != first.keys():
-            differing = sorted(aggregated.keys() ^ first.keys())
-            raise ParamsError(f"the wrapped strategy's result differs from the replies in keys {differing[:5]}")
-        counters = [name for name, value in first.items() if not value.is_floating_point()]
-        largest = weighted_mean([{name: reply.params[name] for name in counters} for reply in aligned.replies])
-        result = {}
-        for name, value in first.items():
-            if aggregated[name].shape != value.shape:
-                shapes = f"{tuple(aggregated[name].shape)}, expected {tuple(value.shape)}"
-                raise ParamsError(f"the wrapped strategy's result: {name!r} has shape {shapes}")
-            own = aggregated[name] if aggregated[name].is_floating_point() else aggregated[name].to(value.dtype)
-            result[name] = largest.get(name, own)
-        check_finite(_typed_like(first, result))  # a client would compute with no more than that
-        return result
-
     def recalibrate(self, merged: Params, aligned: Aligned, finish: Finish | None = None) -> tuple[Params, Numbers]:
         """Recalibrate the merged model; the merged model itself, with a word in the log, where that fails."""
         finish = finish or (self._recalibrated if self.calibrated else None)
         if finish is None:
             return merged, {}
         started = perf_counter()
-        typed = _typed_like(aligned.replies[0].params, merged)
+        typed = typed_like(aligned.replies[0].params, merged)
         try:
             found = finish(typed, aligned)
             check_finite(found.state_dict)
         except Exception as error:  # what was aggregated is worth more than its repair
-            failure("recalibration", error)
+            log(ERROR, "\t> %s: the merged model stays as it is", failure("recalibration", error))
             return merged, {"c2m3-repaired": 0, "c2m3-repair-seconds": perf_counter() - started}
         numbers = report_recalibration(found.report)
         changed = any(not torch.equal(value, typed[name]) for name, value in found.state_dict.items())
@@ -289,8 +267,3 @@ class Rounds:
             return replace(found, state_dict={name: value.cpu() for name, value in found.state_dict.items()})
 
         return with_cpu_fallback(compute, self.device, "recalibration")[0]
-
-
-def _typed_like(example: Params, params: Params) -> dict[str, Tensor]:
-    """The same tensors, each of the element type that it has in the example."""
-    return {name: value.to(example[name].dtype) for name, value in params.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from inspect import currentframe
-from logging import INFO
+from logging import ERROR, INFO
 from typing import Unpack
 
 import numpy as np
@@ -20,7 +20,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.privacy import check_privacy
 from c2m3_fl.flower.records import from_params, reply_schema, schema_of, to_params
-from c2m3_fl.flower.replies import Reply, report_dropped, sort_evaluations, sort_messages
+from c2m3_fl.flower.replies import Reply, check_finite, report_dropped, sort_evaluations, sort_messages
 from c2m3_fl.flower.reports import Numbers, failure, report_idle
 from c2m3_fl.flower.rounds import Aligned, Finish, Rounds
 from c2m3_fl.flower.statistics import ClientStatistics, repair_by_clients
@@ -112,7 +112,9 @@ class C2M3(Strategy):
     ) -> Iterable[Message]:
         """Remember the model that is sent out, and let the wrapped strategy choose who gets it."""
         self._refuse_private_caller()
-        self.rounds.spec.check(to_params(arrays), "the arrays to send out")
+        params = to_params(arrays)
+        self.rounds.spec.check(params, "the arrays to send out")
+        check_finite(params, "the arrays to send out")
         self.sent, self._grid = arrays.copy(), grid
         for each in chain(self.strategy):
             if isinstance(each, FedAvgM) and each.current_arrays is not None:
@@ -150,7 +152,7 @@ class C2M3(Strategy):
         try:
             return self.strategy.aggregate_evaluate(server_round, replies)
         except Exception as error:
-            failure(f"the evaluation of {type(self.strategy).__name__}", error)
+            log(ERROR, "\t> %s", failure(f"the evaluation of {type(self.strategy).__name__}", error))
             return None
 
     def summary(self) -> None:

@@ -17,6 +17,7 @@ from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.flower.records import from_params
 from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.strategy import C2M3
 
 torch.set_num_threads(1)
 
@@ -158,3 +159,23 @@ def same(left: ArrayRecord, right: ArrayRecord) -> bool:
     return list(left) == list(right) and all(
         (left[name].dtype, left[name].data) == (right[name].dtype, right[name].data) for name in left
     )
+
+
+@cache
+def patient() -> C2M3:
+    """One strategy for many rounds: it remembers nothing, and is traced once."""
+    return C2M3(model=mlp(), example_inputs=EXAMPLE, memory=0)
+
+
+def good(count: int = 3) -> list[Message]:
+    """Replies with nothing wrong."""
+    return [reply(node, params) for node, params in enumerate(clients(count))]
+
+
+def aggregate(
+    messages: list[Message], strategy: Strategy | None = None, sent: Params | None = None
+) -> tuple[ArrayRecord, MetricRecord]:
+    """One round of a strategy that has sent out a model."""
+    strategy = strategy or patient()
+    send(strategy, sent or mlp().state_dict())
+    return strategy.aggregate_train(1, messages)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from itertools import chain, repeat
 
 import numpy as np
@@ -13,43 +12,28 @@ import torch
 from flwr.app import Array, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.serverapp.strategy import Bulyan, FedAvg, FedAvgM, QFedAvg
-from torch import nn
-from torch.utils.data import DataLoader
+from flwr.serverapp.strategy import FedAvg
 
-from c2m3_fl.errors import CalibrationError
-from c2m3_fl.flower import alignment
-from c2m3_fl.flower.alignment import with_cpu_fallback
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.serial import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (
     EXAMPLE,
+    aggregate,
     answer,
     clients,
     digits,
     digits_app,
+    good,
     mlp,
-    normed,
     reply,
     same,
-    send,
     with_array,
 )
 
 WEIGHT = "2.weight"  # 32 x 32
 BIAS = "2.bias"
 BAD_NODE = 9
-
-
-@cache
-def patient() -> C2M3:
-    """One strategy for all faults: it remembers nothing, and is traced once."""
-    return C2M3(model=mlp(), example_inputs=EXAMPLE, memory=0)
-
-
-def good(count: int = 3) -> list[Message]:
-    return [reply(node, params) for node, params in enumerate(clients(count))]
 
 
 def model_params() -> dict[str, torch.Tensor]:
@@ -109,6 +93,7 @@ FAULTS: dict[str, tuple[Callable[[], Message], str]] = {
     "ten times too many elements": (lambda: replaced(BIAS, of((320,))), "has shape (320,), expected (32,)"),
     "other float type": (lambda: replaced(BIAS, of((32,), "float64")), "has dtype float64, expected float32"),
     "integers for floats": (lambda: replaced(BIAS, of((32,), "int64")), "has dtype int64, expected float32"),
+    "the other byte order": (lambda: replaced(BIAS, Array(np.zeros(32, dtype=">f4"))), "has dtype >f4"),
     "complex numbers": (lambda: replaced(BIAS, of((32,), "complex64")), "has dtype complex64"),
     "text": (lambda: replaced(BIAS, Array(np.array(["w"] * 32))), "has dtype <U1"),
     "an element type that nobody knows": (
@@ -141,6 +126,7 @@ FAULTS: dict[str, tuple[Callable[[], Message], str]] = {
     "weight negative": (lambda: weighted(-5), "weight 'num-examples' is -5"),
     "weight NaN": (lambda: weighted(math.nan), "weight 'num-examples' is nan"),
     "weight infinite": (lambda: weighted(math.inf), "weight 'num-examples' is inf"),
+    "weight beyond all floats": (lambda: weighted(10**400), "expected a positive finite number"),
     "weight a list": (lambda: weighted([1.0, 2.0]), "weight 'num-examples' is [1.0, 2.0], expected one"),
     "metrics unlike the others'": (
         lambda: reply(BAD_NODE, model_params(), metrics={"surprise": 1.0}),
@@ -159,12 +145,6 @@ FAULTS: dict[str, tuple[Callable[[], Message], str]] = {
         "the client failed: no reason given",
     ),
 }
-
-
-def aggregate(messages, strategy=None, sent=None):
-    strategy = strategy or patient()
-    send(strategy, sent or mlp().state_dict())
-    return strategy.aggregate_train(1, messages)
 
 
 @pytest.mark.parametrize(("make", "reason"), FAULTS.values(), ids=FAULTS.keys())
@@ -212,6 +192,25 @@ def test_a_single_reply_is_aggregated():
     assert metrics["c2m3-kept-previous"] == 0
 
 
+def test_replies_too_large_to_compute_with_leave_the_previous_model(caplog):
+    """Every number is finite, no product is."""
+    huge = [{name: 1e37 * value for name, value in params.items()} for params in clients(3)]
+    arrays, metrics = aggregate([reply(node, params) for node, params in enumerate(huge)])
+    assert same(arrays, from_params(mlp().state_dict()))
+    assert metrics["c2m3-kept-previous"] == 1
+    assert any("the alignment failed" in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize("factor", [1e20, 1e37])
+def test_one_reply_too_large_to_compute_with_is_left_out_and_moves_nobody(factor):
+    expected, _ = aggregate(good())
+    huge = reply(BAD_NODE, {name: factor * value for name, value in model_params().items()})
+    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, outliers="drop")
+    arrays, metrics = aggregate([*good(), huge], strategy)
+    assert same(arrays, expected)
+    assert metrics["c2m3-dropped"] == 1
+
+
 def test_a_second_reply_to_the_same_message_is_dropped(caplog):
     expected, _ = aggregate(good())
     arrays, metrics = aggregate([*good(), good()[1]])
@@ -255,170 +254,6 @@ def test_dead_and_constant_networks_do_no_harm(value, everybody):
     arrays, metrics = aggregate(flat if everybody else [*good(), *flat], strategy)
     assert metrics["c2m3-kept-previous"] == 0
     assert all(torch.isfinite(tensor).all() for tensor in to_params(arrays).values())
-
-
-class Breaking:
-    """A loader that works while the strategy is built, and then no more."""
-
-    def __init__(self) -> None:
-        self.broken = False
-
-    def __iter__(self):
-        if self.broken:
-            raise OSError("disk gone")
-        return iter([digits()[0][:50]])
-
-
-def test_a_calibration_loader_that_raises_costs_the_repair_not_the_round(caplog):
-    loader = Breaking()
-    strategy = C2M3(model=mlp(), calibration=loader)
-    loader.broken = True
-    arrays, metrics = aggregate(good(), strategy)
-    expected, _ = aggregate(good())
-    assert same(arrays, expected)
-    assert metrics["c2m3-repaired"] == 0
-    assert any("recalibration failed" in text and "disk gone" in text for text in caplog.messages)
-
-
-class RunningDry(Breaking):
-    """A loader that yields batches while the strategy is built, and then none."""
-
-    def __iter__(self):
-        return iter([] if self.broken else [digits()[0][:50]])
-
-
-def test_a_loader_that_runs_dry_costs_the_repair_not_the_round(caplog):
-    loader = RunningDry()
-    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, calibration=loader)
-    loader.broken = True
-    _, metrics = aggregate(good(), strategy)
-    assert metrics["c2m3-repaired"] == 0
-    assert any("empty" in text for text in caplog.messages)
-
-
-def test_labels_in_the_calibration_data_make_no_difference():
-    data, labels = digits()
-    bare = aggregate(good(), C2M3(model=mlp(), calibration=[data[:50]]))[0]
-    labelled = aggregate(good(), C2M3(model=mlp(), calibration=[(data[:50], labels[:50])]))[0]
-    assert same(bare, labelled)
-
-
-@pytest.mark.parametrize("batch", [torch.zeros(0, 64), "text", torch.full((3, 64), math.nan)])
-def test_unusable_calibration_data_are_refused_at_once(batch):
-    with pytest.raises(CalibrationError):
-        C2M3(model=mlp(), calibration=[batch])
-
-
-UNUSABLE = {
-    "empty list": ([], "empty"),
-    "shape": ([torch.zeros(4, 63)], r"batch 0 .*\(4, 63\)"),
-    "shape of a later batch": ([torch.zeros(4, 64), torch.zeros(4, 63)], r"batch 1 .*\(4, 63\)"),
-    "one tensor": (torch.zeros(4, 63), r"batch 0 .*\(4, 63\)"),
-    "double": ([torch.zeros(4, 64).double()], r"torch\.float64 of shape \(4, 64\).*torch\.float32"),
-    "integers": ([torch.zeros(4, 64).long()], r"torch\.int64 of shape \(4, 64\).*torch\.float32"),
-    "loader": (DataLoader(torch.zeros(8, 63), batch_size=4), r"batch 0 .*\(4, 63\)"),
-    "no iterable": (5, "failed at their first batch"),
-    "generator": ((batch for batch in [torch.zeros(4, 64)]), "a list or a DataLoader"),
-    "iterator": (iter([torch.zeros(4, 64)]), "a list or a DataLoader"),
-}
-
-
-@pytest.mark.parametrize("example", [EXAMPLE, None], ids=["example", "no example"])
-@pytest.mark.parametrize(("calibration", "message"), UNUSABLE.values(), ids=UNUSABLE.keys())
-def test_calibration_data_that_the_network_cannot_take_are_refused_at_once(calibration, message, example):
-    with pytest.raises(CalibrationError, match=message):
-        C2M3(model=mlp(), calibration=calibration, example_inputs=example)
-
-
-def test_trying_out_calibration_data_leaves_the_model_alone():
-    model = normed()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    C2M3(model=model, calibration=DataLoader(digits()[0][:64], batch_size=32), example_inputs=EXAMPLE)
-    assert model.training
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_tokens_out_of_range_are_found_in_every_batch_of_a_list():
-    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 2))
-    batches = [torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), 10)]
-    with pytest.raises(CalibrationError, match="batch 1 "):
-        C2M3(model=model, calibration=batches, example_inputs=batches[0])
-
-
-def test_out_of_memory_on_the_accelerator_falls_back_to_the_cpu(monkeypatch, caplog):
-    expected, _ = aggregate(good())
-    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
-    strategy.rounds.aligner.device = torch.device("cuda")
-    moves = alignment.to_device
-
-    def scarce(params, device):
-        if device.type == "cuda":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return moves(params, device)
-
-    monkeypatch.setattr(alignment, "to_device", scarce)
-    arrays, metrics = aggregate(good(), strategy)
-    assert same(arrays, expected)
-    assert metrics["c2m3-on-cpu"] == 1
-    assert any("matching: cuda is out of memory, going on on the CPU" in text for text in caplog.messages)
-
-
-def test_out_of_memory_on_the_cpu_is_not_hidden():
-    def compute(device):
-        raise torch.OutOfMemoryError("no more")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        with_cpu_fallback(compute, torch.device("cpu"), "matching")
-
-
-class ReturnsNothing(FedAvg):
-    def aggregate_train(self, server_round, replies):
-        return None, None
-
-
-def test_a_wrapped_strategy_that_returns_nothing_leaves_the_previous_model():
-    arrays, metrics = aggregate(good(), C2M3(ReturnsNothing(), model=mlp(), example_inputs=EXAMPLE))
-    assert same(arrays, from_params(mlp().state_dict()))
-    assert metrics["c2m3-kept-previous"] == 1
-
-
-def test_too_few_replies_for_bulyan_leave_the_previous_model():
-    arrays, metrics = aggregate(good(), C2M3(Bulyan(num_malicious_nodes=1), model=mlp(), example_inputs=EXAMPLE))
-    assert same(arrays, from_params(mlp().state_dict()))
-    assert metrics["c2m3-kept-previous"] == 1
-
-
-class Overflowing(FedAvgM):
-    """Momentum that blows up in round one only."""
-
-    def aggregate_train(self, server_round, replies):
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        if server_round == 1:
-            self.momentum_vector = [np.full_like(each, np.nan) for each in self.momentum_vector]
-            arrays = from_params({name: value * math.nan for name, value in to_params(arrays).items()})
-        return arrays, metrics
-
-
-def test_a_result_that_is_not_finite_is_refused_together_with_the_state_that_made_it():
-    strategy = C2M3(Overflowing(server_momentum=0.5), model=mlp(), example_inputs=EXAMPLE)
-    first, metrics = aggregate(good(), strategy)
-    assert same(first, from_params(mlp().state_dict()))
-    assert metrics["c2m3-kept-previous"] == 1
-    send(strategy, to_params(first), round_number=2)
-    second, metrics = strategy.aggregate_train(2, good())
-    assert metrics["c2m3-kept-previous"] == 0
-    assert all(torch.isfinite(value).all() for value in to_params(second).values())
-
-
-def test_the_loss_that_q_fed_avg_needs_is_checked_like_the_weight():
-    strategy = C2M3(QFedAvg(client_learning_rate=0.1), model=mlp(), example_inputs=EXAMPLE)
-    losses = [0.5, 0.4, math.nan]
-    messages = [
-        reply(node, params, metrics={"train_loss": loss})
-        for node, (params, loss) in enumerate(zip(clients(3), losses, strict=True))
-    ]
-    _, metrics = aggregate(messages, strategy)
-    assert (metrics["c2m3-replies"], metrics["c2m3-dropped"]) == (2, 1)
 
 
 def run_with(transit, rounds=2):

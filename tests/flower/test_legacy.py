@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import math
-from threading import Lock
 
-import numpy as np
 import pytest
 import torch
 from flwr.common import (
-    Code,
-    DisconnectRes,
-    EvaluateRes,
     FitRes,
-    GetParametersRes,
-    GetPropertiesRes,
     Parameters,
-    Status,
-    ndarrays_to_parameters,
-    parameters_to_ndarrays,
 )
 from flwr.server.client_manager import SimpleClientManager
-from flwr.server.client_proxy import ClientProxy
-from flwr.server.server import Server
 from flwr.server.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
     FedAdam,
     FedAvg,
     FedAvgM,
     FedMedian,
+    FedTrimmedAvg,
+    FedYogi,
     Krum,
 )
 
@@ -37,68 +27,7 @@ from c2m3_fl.flower import strategy as current
 from c2m3_fl.flower.legacy import C2M3, node_of
 from c2m3_fl.flower.records import to_params
 from tests.flower.federation import EXAMPLE, calibration, clients, digits, mlp, normed, reply, send, train
-
-OK = Status(Code.OK, "")
-TURN = Lock()  # the server trains clients in threads, which share torch's global generator
-
-
-def parameters_of(params) -> Parameters:
-    return ndarrays_to_parameters([np.asarray(value.numpy()) for value in params.values()])
-
-
-def params_of(parameters: Parameters, like) -> dict[str, torch.Tensor]:
-    arrays = parameters_to_ndarrays(parameters)
-    return {name: torch.from_numpy(np.asarray(array)) for name, array in zip(like, arrays, strict=True)}
-
-
-class Local(ClientProxy):
-    """A client in this process, which starts from an initialisation of its own."""
-
-    def __init__(self, index: int, count: int, make=mlp) -> None:
-        super().__init__(str(index))
-        self.index, self.count, self.make = index, count, make
-        self.sent: list[Parameters] = []
-
-    def get_properties(self, ins, timeout, group_id):
-        return GetPropertiesRes(OK, {})
-
-    def get_parameters(self, ins, timeout, group_id):
-        return GetParametersRes(OK, parameters_of(self.make().state_dict()))
-
-    def fit(self, ins, timeout, group_id):
-        self.sent.append(ins.parameters)
-        data, labels = (each[:1200][self.index :: self.count] for each in digits())
-        with TURN:
-            model = self.make(1000 + self.index)
-            if len(self.sent) > 1:
-                model.load_state_dict(params_of(ins.parameters, model.state_dict()))
-            train(model, data, labels, epochs=10, seed=self.index)
-        return FitRes(OK, parameters_of(model.state_dict()), len(data), {})
-
-    def evaluate(self, ins, timeout, group_id):
-        return EvaluateRes(OK, 0.0, 1, {})
-
-    def reconnect(self, ins, timeout, group_id):
-        return DisconnectRes("")
-
-
-def accuracy(parameters: Parameters, make=mlp) -> float:
-    model = make()
-    model.load_state_dict(params_of(parameters, model.state_dict()))
-    model.eval()
-    data, labels = digits()
-    with torch.no_grad():
-        return float((model(data[1200:]).argmax(1) == labels[1200:]).float().mean())
-
-
-def serve(strategy, rounds=1, count=5, make=mlp):
-    manager = SimpleClientManager()
-    proxies = [Local(index, count, make) for index in range(count)]
-    for proxy in proxies:
-        manager.register(proxy)
-    server = Server(client_manager=manager, strategy=strategy)
-    history, _ = server.fit(num_rounds=rounds, timeout=None)
-    return server.parameters, history, proxies
+from tests.flower.legacy_federation import OK, Local, accuracy, fit_result, legacy, parameters_of, params_of, serve
 
 
 def test_in_a_real_legacy_server_the_average_is_a_model_instead_of_noise():
@@ -127,6 +56,73 @@ def test_every_legacy_strategy_learns_for_several_rounds(make):
     assert accuracy(parameters) > 0.5
 
 
+START = parameters_of(mlp().state_dict())
+STOCK = {
+    "FedAvg": lambda: FedAvg(),
+    "FedAvgM": lambda: FedAvgM(initial_parameters=START, server_momentum=0.5),
+    "FedAdam": lambda: FedAdam(initial_parameters=START, eta=0.01),
+    "FedYogi": lambda: FedYogi(initial_parameters=START, eta=0.01),
+    "FedMedian": lambda: FedMedian(),
+    "FedTrimmedAvg": lambda: FedTrimmedAvg(beta=0.3),
+    "Krum": lambda: Krum(num_malicious_clients=1),
+}
+
+
+@pytest.mark.parametrize("make", STOCK.values(), ids=STOCK.keys())
+def test_with_nothing_to_move_every_legacy_strategy_gives_its_own_result_bit_for_bit(make):
+    """Round after round: so its momenta, too, are those of a bare server."""
+    ours, stock = C2M3(make(), model=mlp(), example_inputs=EXAMPLE), make()
+    manager, parameters, bare = SimpleClientManager(), START, START
+    for index in range(2):
+        manager.register(Local(index, 2))
+    for current_round in range(1, 4):
+        ours.configure_fit(current_round, parameters, manager)
+        stock.configure_fit(current_round, bare, manager)
+        results = []
+        for node in range(4):
+            model = mlp()
+            model.load_state_dict(params_of(parameters, model.state_dict()))
+            data, labels = (each[node:1200:4] for each in digits())
+            train(model, data, labels, epochs=1, seed=node, rate=0.02)
+            results.append(fit_result(node, model.state_dict()))
+        ordered = [each.source for each in ours._sorted(results).replies]
+        bare, _ = stock.aggregate_fit(current_round, ordered, [])
+        parameters, metrics = ours.aggregate_fit(current_round, results, [])
+        assert (metrics["c2m3-share-moved"], metrics["c2m3-kept-previous"]) == (0, 0)
+        assert parameters.tensors == bare.tensors
+
+
+def test_a_wrapped_strategy_that_raises_costs_the_round_not_the_run(caplog):
+    trimming = FedTrimmedAvg(initial_parameters=START)
+    trimming.beta = 0.6  # which the constructor refuses today
+    parameters, history, _ = serve(C2M3(trimming, model=mlp(), example_inputs=EXAMPLE), rounds=2)
+    assert parameters.tensors == START.tensors
+    assert [value for _, value in history.metrics_distributed_fit["c2m3-kept-previous"]] == [1, 1]
+    assert any("the wrapped strategy FedTrimmedAvg failed: ValueError: " in text for text in caplog.messages)
+    assert any("nothing was aggregated in the last 2 rounds" in text for text in caplog.messages)
+
+
+def test_a_wrapped_strategy_that_fails_to_evaluate_costs_the_evaluation(caplog):
+    def failing(metrics):
+        raise KeyError("accuracy")
+
+    strategy = FedAvg(initial_parameters=START, evaluate_metrics_aggregation_fn=failing)
+    _, history, _ = serve(C2M3(strategy, model=mlp(), example_inputs=EXAMPLE), rounds=2)
+    assert not history.losses_distributed
+    assert any("the evaluation of FedAvg failed: KeyError" in text for text in caplog.messages)
+
+
+def test_clients_may_reply_in_the_type_that_they_were_sent_or_in_the_models_own():
+    strategy = legacy(FedAdam(initial_parameters=START))
+    manager = SimpleClientManager()
+    for index in range(2):
+        manager.register(Local(index, 2))
+    strategy.configure_fit(1, parameters_of(mlp().double().state_dict()), manager)
+    wide = {name: value.double() for name, value in clients(2)[1].items()}
+    _, metrics = strategy.aggregate_fit(1, [fit_result(0, clients(2)[0]), fit_result(1, wide)], [])
+    assert (metrics["c2m3-replies"], metrics["c2m3-dropped"], metrics["c2m3-kept-previous"]) == (2, 0, 0)
+
+
 @pytest.mark.parametrize("strategy", [FedAvg, current.FedAvg()], ids=["class", "current"])
 def test_what_is_no_legacy_strategy_is_refused(strategy):
     with pytest.raises(ConfigError, match=r"strategy is .* expected an instance of"):
@@ -142,19 +138,6 @@ def test_the_minimum_of_replies_holds_after_outliers_are_dropped():
         parameters, metrics = strategy.aggregate_fit(1, results, [])
         assert (metrics["c2m3-kept-previous"], metrics["c2m3-dropped"]) == (kept, 1)
         assert (parameters == strategy.sent) == bool(kept)
-
-
-def fit_result(node, params, examples=10, metrics=None):
-    return Local(node, 1), FitRes(OK, parameters_of(params), examples, metrics or {})
-
-
-def legacy(strategy=None, make=mlp, **options):
-    ours = C2M3(strategy, model=make(), example_inputs=EXAMPLE, **options)
-    manager = SimpleClientManager()
-    for index in range(2):
-        manager.register(Local(index, 2))
-    ours.configure_fit(1, parameters_of(make().state_dict()), manager)
-    return ours
 
 
 def test_both_dialects_give_the_same_model():
