@@ -25,6 +25,9 @@ def barrier(
     data: Annotated[Path, typer.Option(help="Folder of images, one subfolder per class.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("barrier.png"),
     points: Annotated[int, typer.Option(min=2, help="Points of the segment, ends included.")] = 11,
+    keep_statistics: Annotated[
+        bool, typer.Option("--keep-statistics", help="Do not estimate BatchNorm's statistics anew between networks.")
+    ] = False,
     image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 224,
     classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
 ) -> None:
@@ -34,12 +37,13 @@ def barrier(
     for file, node in zip((first, second), nodes, strict=True):
         check_params(network, node, str(file))
     images = load_images(data, image_size)
+    renormalise = False if keep_statistics else None
     with Console(stderr=True).status("scoring …"):
         spec = permutation_spec(network, first_inputs(images, None))
         moved = permutation.apply(spec, match(spec, nodes).between(0, 1), nodes[1])
         found = {
-            "as they are": segment(network, nodes[0], nodes[1], images, points=points),
-            "matched": segment(network, nodes[0], moved, images, points=points),
+            "as they are": segment(network, nodes[0], nodes[1], images, points=points, renormalise=renormalise),
+            "matched": segment(network, nodes[0], moved, images, points=points, renormalise=renormalise),
         }
     draw_segments(found, output)
     for name, each in found.items():

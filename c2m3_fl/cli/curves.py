@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from c2m3_fl.merging.barrier import Landscape, Segment
+from c2m3_fl.merging.barrier import Segment
+from c2m3_fl.merging.landscape import Landscape
 
 _COLOURS = ("#7F7F7F", "#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's palette
 _LEVELS = 16

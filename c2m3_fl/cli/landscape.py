@@ -13,7 +13,7 @@ from c2m3_fl.cli.files import load_images, load_network, load_params
 from c2m3_fl.core import permutation
 from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.merging.barrier import landscape as plane
+from c2m3_fl.merging.landscape import landscape as plane
 from c2m3_fl.merging.setting import check_params
 from c2m3_fl.models.calibration import first_inputs
 from c2m3_fl.models.symmetry import permutation_spec
@@ -25,6 +25,9 @@ def landscape(
     data: Annotated[Path, typer.Option(help="Folder of images, one subfolder per class.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("landscape.png"),
     resolution: Annotated[int, typer.Option(min=2, help="Points along each side.")] = 15,
+    keep_statistics: Annotated[
+        bool, typer.Option("--keep-statistics", help="Do not estimate BatchNorm's statistics anew between networks.")
+    ] = False,
     image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 224,
     classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
 ) -> None:
@@ -36,13 +39,14 @@ def landscape(
     for file, node in zip(files, nodes, strict=True):
         check_params(network, node, str(file))
     images = load_images(data, image_size)
+    renormalise = False if keep_statistics else None
     with Console(stderr=True).status("scoring …"):
         spec = permutation_spec(network, first_inputs(images, None))
         found = match(spec, nodes)
         moved = [permutation.apply(spec, found.between(0, index), node) for index, node in enumerate(nodes)]
         drawn = {
-            "as they are": plane(network, nodes, images, resolution=resolution),
-            "in one basis": plane(network, moved, images, resolution=resolution),
+            "as they are": plane(network, nodes, images, resolution=resolution, renormalise=renormalise),
+            "in one basis": plane(network, moved, images, resolution=resolution, renormalise=renormalise),
         }
     draw_landscapes(drawn, output)
     typer.echo(f"written to {output}")

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from c2m3_fl.cli.files import load_images, load_network, load_params
 from c2m3_fl.errors import C2M3Error, ConfigError
-from c2m3_fl.merging.barrier import evaluate
 from c2m3_fl.merging.merge import Merge
 from c2m3_fl.merging.merge import merge as merge_networks
 from c2m3_fl.merging.methods import METHODS
 from c2m3_fl.merging.recalibrate import SHORT_NAMES
+from c2m3_fl.merging.scoring import evaluate
 from c2m3_fl.merging.setting import check_params
 from c2m3_fl.models.calibration import load_batches
 

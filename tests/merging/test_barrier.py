@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.spec import floating
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
-from c2m3_fl.merging.barrier import barrier, landscape, pairwise_barriers, simplex
+from c2m3_fl.merging.barrier import barrier, pairwise_barriers, simplex
+from c2m3_fl.merging.landscape import landscape
+from c2m3_fl.merging.repair import BatchNormStatistics
+from c2m3_fl.merging.scoring import evaluate
+from c2m3_fl.merging.setting import prepare
+from c2m3_fl.models.calibration import load_batches
 from tests.merging.networks import CALIBRATION, nodes, outputs
 
 LABELS = [torch.randint(5, (len(batch),), generator=torch.Generator().manual_seed(5)) for batch in CALIBRATION]
@@ -92,3 +98,22 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         barrier(model, one, two, CALIBRATION)
     with pytest.raises(ParamsError, match="node 1: keys differ"):
         barrier(model, one, {}, DATA)
+
+
+def test_between_networks_batch_norm_is_estimated_again_and_the_networks_stay_as_they_are() -> None:
+    model, (one, two) = nodes("batch norm", 2)
+    again, kept = (barrier(model, one, two, DATA, points=3, renormalise=each) for each in (None, False))
+    assert (again.scores[0], again.scores[2]) == (kept.scores[0], kept.scores[2])
+    half = BatchNormStatistics()(prepare(model, weighted_mean([one, two]), [one, two], CALIBRATION)).state_dict
+    wanted = evaluate(model, half, load_batches(DATA))
+    assert again.scores[1].loss == pytest.approx(wanted.loss, rel=1e-5)
+    assert again.scores[1] != kept.scores[1]
+    centre = simplex(model, [one, two], DATA).scores[2]
+    assert centre.loss == pytest.approx(wanted.loss, rel=1e-5)
+
+
+def test_without_batch_norm_there_is_nothing_to_estimate_again() -> None:
+    model, (one, two) = nodes("mlp", 2)
+    assert barrier(model, one, two, DATA) == barrier(model, one, two, DATA, renormalise=False)
+    with pytest.raises(ConfigError, match="no running statistics"):
+        barrier(model, one, two, DATA, renormalise=True)
