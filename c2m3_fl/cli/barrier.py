@@ -21,7 +21,7 @@ from c2m3_fl.models.symmetry import permutation_spec
 def barrier(
     first: Annotated[Path, typer.Argument(help="Weights of one network.")],
     second: Annotated[Path, typer.Argument(help="Weights of the other.")],
-    model: Annotated[str, typer.Option(help="torchvision:NAME or package.module:factory.")],
+    model: Annotated[str, typer.Option(help="A torchvision classifier, or package.module:factory.")],
     data: Annotated[Path, typer.Option(help="Folder of images, one subfolder per class.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("barrier.png"),
     points: Annotated[int, typer.Option(min=2, help="Points of the segment, ends included.")] = 11,
@@ -32,7 +32,7 @@ def barrier(
     classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
 ) -> None:
     """Draw loss and accuracy along the segment between two networks, as they are and in one basis."""
-    network = load_network(model, classes)
+    network, _ = load_network(model, classes)
     nodes = [load_params(file) for file in (first, second)]
     for file, node in zip((first, second), nodes, strict=True):
         check_params(network, node, str(file))

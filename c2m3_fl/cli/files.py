@@ -14,42 +14,69 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from c2m3_fl.errors import ConfigError, DataError, ParamsError
+from c2m3_fl.models.calibration import ExampleInputs
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
 _BATCH = 50  # images per batch
 
 
-def load_network(name: str, classes: int = 0) -> nn.Module:
-    """The architecture that ``torchvision:NAME`` or ``package.module:factory`` names.
+def load_network(name: str, classes: int = 0) -> tuple[nn.Module, ExampleInputs | None]:
+    """The architecture of that name, and the example inputs that its factory returns with it.
+
+    Parameters
+    ----------
+    name : str
+        A torchvision classifier, ``NAME`` or ``torchvision:NAME``, or ``package.module:factory``. A factory returns a
+        module, or a module and example inputs.
+    classes : int
+        Width of a torchvision network's output; 0 keeps its own.
 
     Raises
     ------
     ConfigError
         When there is no such network.
     """
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ConfigError(f"model is {name!r}, expected torchvision:NAME or package.module:factory")
-    if module == "torchvision":
-        import torchvision
-
-        if attribute not in torchvision.models.list_models(module=torchvision.models):
-            raise ConfigError(f"torchvision has no classifier {attribute!r}")
-        options: dict[str, Any] = {"num_classes": classes} if classes else {}
-        network: nn.Module = torchvision.models.get_model(attribute, weights=None, **options)
-        return network
+    module, _, attribute = name.rpartition(":")
+    if module in ("", "torchvision"):
+        return build_classifier(attribute, classes), None
     sys.path.insert(0, str(Path.cwd()))
     try:
         made = getattr(import_module(module), attribute)()
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"model {name!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"cannot load {name!r}: {error}; expected package.module:factory") from error
     finally:
         sys.path.pop(0)
-    made = made[0] if isinstance(made, tuple) else made
-    if not isinstance(made, nn.Module):
-        raise ConfigError(f"model {name!r} returned a {type(made).__name__}, expected a torch.nn.Module")
-    return made
+    network, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"{name!r} returned {type(network).__name__}; expected a module, or (module, example inputs)")
+    return network, example
+
+
+def classifiers() -> list[str]:
+    """Names of all torchvision classifiers."""
+    import torchvision
+
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
+def build_classifier(name: str, classes: int = 0) -> nn.Module:
+    """A torchvision classifier with random weights; `classes` other than 0 set the width of its output.
+
+    Raises
+    ------
+    ConfigError
+        When there is none of that name.
+    """
+    import torchvision
+
+    if name not in classifiers():
+        raise ConfigError(f"{name!r} is no torchvision classifier; they are {', '.join(classifiers())}")
+    options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options |= {"num_classes": classes} if classes else {}
+    network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    return network
 
 
 def load_params(file: Path) -> dict[str, Tensor]:

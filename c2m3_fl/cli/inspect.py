@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from torch import nn
 
+from c2m3_fl.cli.files import build_classifier, classifiers, load_network
 from c2m3_fl.core.describe import coverage
 from c2m3_fl.core.serial import save_spec
 from c2m3_fl.core.spec import PermutationSpec
@@ -56,23 +55,13 @@ def inspect(
 
 def _load(name: str, shapes: list[str]) -> tuple[nn.Module, ExampleInputs]:
     """The network, and the example inputs that the shapes, the factory or the zoo's custom give it."""
-    if ":" not in name:
-        network = build_classifier(name)
-        return network, _inputs(shapes) if shapes else example_image(name)
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        made = getattr(import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"cannot load {name!r}: {error}; expected package.module:factory") from error
-    finally:
-        sys.path.pop(0)
-    network, example = made if isinstance(made, tuple) else (made, None)
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"{name!r} returned {type(network).__name__}; expected a module, or (module, example inputs)")
+    network, example = load_network(name)
+    module, _, attribute = name.rpartition(":")
+    if module in ("", "torchvision"):
+        example = example_image(attribute)
     if not shapes and example is None:
         raise ConfigError(f"{name!r} returned no example inputs; give their shapes, --input 2,3,32,32")
-    return network, _inputs(shapes) if shapes else example
+    return network, _inputs(shapes) if shapes or example is None else example
 
 
 def _inputs(shapes: list[str]) -> tuple[torch.Tensor, ...]:
@@ -104,25 +93,6 @@ class Entry:
     coverage: float
     seconds: float
     error: float
-
-
-def classifiers() -> list[str]:
-    """Names of all torchvision classifiers."""
-    import torchvision
-
-    names: list[str] = torchvision.models.list_models(module=torchvision.models)
-    return names
-
-
-def build_classifier(name: str) -> nn.Module:
-    """A torchvision classifier with random weights."""
-    import torchvision
-
-    if name not in classifiers():
-        raise ConfigError(f"{name!r} is no torchvision classifier; they are {', '.join(classifiers())}")
-    options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-    return network
 
 
 def example_image(name: str) -> torch.Tensor:

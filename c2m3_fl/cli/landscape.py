@@ -21,7 +21,7 @@ from c2m3_fl.models.symmetry import permutation_spec
 
 def landscape(
     files: Annotated[list[Path], typer.Argument(help="Weights of three networks.")],
-    model: Annotated[str, typer.Option(help="torchvision:NAME or package.module:factory.")],
+    model: Annotated[str, typer.Option(help="A torchvision classifier, or package.module:factory.")],
     data: Annotated[Path, typer.Option(help="Folder of images, one subfolder per class.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("landscape.png"),
     resolution: Annotated[int, typer.Option(min=2, help="Points along each side.")] = 15,
@@ -34,7 +34,7 @@ def landscape(
     """Draw the loss across the plane through three networks, as they are and in one basis."""
     if len(files) != 3:
         raise ConfigError(f"a plane goes through three networks, got {len(files)} files")
-    network = load_network(model, classes)
+    network, _ = load_network(model, classes)
     nodes = [load_params(file) for file in files]
     for file, node in zip(files, nodes, strict=True):
         check_params(network, node, str(file))

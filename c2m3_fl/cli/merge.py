@@ -21,14 +21,14 @@ from c2m3_fl.merging.methods import METHODS
 from c2m3_fl.merging.recalibrate import SHORT_NAMES
 from c2m3_fl.merging.scoring import evaluate
 from c2m3_fl.merging.setting import check_params
-from c2m3_fl.models.calibration import load_batches
+from c2m3_fl.models.calibration import ExampleInputs, load_batches
 
 _LAYERS = 8  # of the report: the tensors whose nodes agree least
 
 
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Weights of the networks: safetensors, or torch files.")],
-    model: Annotated[str, typer.Option(help="torchvision:NAME or package.module:factory.")],
+    model: Annotated[str, typer.Option(help="A torchvision classifier, or package.module:factory.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the merged weights go (safetensors).")],
     calibration: Annotated[
         Path | None, typer.Option(help="Folder of images; one subfolder per class gives labels.")
@@ -42,7 +42,7 @@ def merge(
 ) -> None:
     """Merge networks that were trained apart: permute their units into one universe, average, recalibrate."""
     progress = Console(stderr=True)
-    network = load_network(model, classes)
+    network, example = load_network(model, classes)
     nodes = [load_params(file) for file in files]
     for file, node in zip(files, nodes, strict=True):
         check_params(network, node, str(file))
@@ -53,7 +53,7 @@ def merge(
         merged = merge_networks(
             network,
             nodes,
-            example_inputs=torch.zeros(2, 3, image_size, image_size) if images is None else None,
+            example_inputs=_example(example, image_size) if images is None else None,
             weights=weights,
             calibration=images,
             method=method,
@@ -74,6 +74,11 @@ def merge(
         typer.echo(json.dumps(report, indent=1))
     else:
         _print(merged, report, output)
+
+
+def _example(given: ExampleInputs | None, size: int) -> ExampleInputs:
+    """Inputs to trace with where there are no images: the factory's own, or an image of the stated size."""
+    return torch.zeros(2, 3, size, size) if given is None else given
 
 
 def _print(merged: Merge, report: dict[str, Any], output: Path) -> None:

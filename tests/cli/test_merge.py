@@ -113,10 +113,10 @@ def test_mismatches_are_told_apart_by_key_and_shape(files: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet18", "expected torchvision:NAME or package.module:factory"),
-        ("torchvision:resnet19", "no classifier 'resnet19'"),
-        ("tests.cli.test_merge:missing", "cannot be loaded"),
-        ("time:time", "returned a float, expected a torch.nn.Module"),
+        ("resnet19", "'resnet19' is no torchvision classifier; they are alexnet"),
+        ("torchvision:resnet19", "'resnet19' is no torchvision classifier"),
+        ("tests.cli.test_merge:missing", "cannot load 'tests.cli.test_merge:missing'"),
+        ("time:time", "returned float; expected a module"),
     ],
 )
 def test_unknown_networks_are_refused(name: str, message: str) -> None:
@@ -124,8 +124,9 @@ def test_unknown_networks_are_refused(name: str, message: str) -> None:
         load_network(name)
 
 
-def test_torchvision_networks_take_another_number_of_classes() -> None:
-    assert load_network("torchvision:squeezenet1_1", classes=3).state_dict()["classifier.1.weight"].shape[0] == 3
+@pytest.mark.parametrize("name", ["squeezenet1_1", "torchvision:squeezenet1_1"])
+def test_torchvision_networks_take_another_number_of_classes(name: str) -> None:
+    assert load_network(name, classes=3)[0].state_dict()["classifier.1.weight"].shape[0] == 3
 
 
 def test_images_without_subfolders_have_no_labels(images: str, tmp_path: Path) -> None:
