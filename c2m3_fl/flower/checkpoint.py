@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,17 @@ class Folder:
             raise ConfigError(f"keep is {keep}, expected the number of checkpoints to keep, at least 1")
         self.path = Path(path)
         self.keep = keep
+
+    def prepare(self) -> None:
+        """Make the folder; raise `DataError` where nothing can be written, before anything is trained."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.path):
+                pass
+            for left in self.path.glob(".round-*.part"):  # of a server that was killed while it wrote
+                left.unlink()
+        except OSError as error:
+            raise DataError(f"checkpoints cannot be written to {self.path}: {error}") from error
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint so that a crash at any point leaves this one or the one before it."""
@@ -147,11 +159,15 @@ def _read(stem: Path) -> Checkpoint:
 def _write(path: Path, data: bytes) -> None:
     """Write, flush to the disk, rename: at no time is there half a file of that name."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)  # on a full disk every byte counts
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

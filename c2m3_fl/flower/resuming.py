@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from logging import INFO
+from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,12 @@ class Resumable(Strategy):
         Raises
         ------
         DataError
-            When there are checkpoints and every one of them is damaged.
+            When there are checkpoints and every one of them is damaged, or when the folder cannot be written to.
         ConfigError
             When the checkpoints are of other strategies.
         """
         self._done, self._rounds, self._result = 0, num_rounds, Result(arrays=initial_arrays)
+        self.folder.prepare()
         found = self.folder.load()
         if found is not None:
             self._resume(found)
@@ -133,12 +134,14 @@ class Resumable(Strategy):
             current = self._done + server_round
             if server_round == 0 and self._done:
                 return None  # evaluated before the crash
-            metrics = evaluate_fn(current, arrays) if evaluate_fn else None
-            if metrics is not None:
-                self._result.evaluate_metrics_serverapp[current] = metrics
             self._result.arrays = arrays
-            if server_round:
-                self._save(current)
+            try:
+                metrics = evaluate_fn(current, arrays) if evaluate_fn else None
+                if metrics is not None:
+                    self._result.evaluate_metrics_serverapp[current] = metrics
+            finally:  # an evaluation that raises does not cost the round that was trained
+                if server_round:
+                    self._save(current)
             return metrics
 
         return evaluate_and_save
@@ -147,7 +150,10 @@ class Resumable(Strategy):
         state, notes = capture(self.strategy, self._made)
         metrics = {kind: _plain(getattr(self._result, kind)) for kind in _KINDS}
         arrays = {name: array.numpy() for name, array in self._result.arrays.items()}
-        self.folder.save(Checkpoint(current, arrays, state, notes, metrics))
+        try:
+            self.folder.save(Checkpoint(current, arrays, state, notes, metrics))
+        except OSError as error:  # a full disk is no reason to stop training; the checkpoint before it still counts
+            log(ERROR, "checkpoint of round %d could not be written: %s", current, error)
 
     def _resume(self, found: Checkpoint) -> None:
         restore(self.strategy, found.state, found.notes)

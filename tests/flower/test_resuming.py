@@ -15,63 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 
-from c2m3_fl.errors import ConfigError, DataError
-from c2m3_fl.flower.checkpoint import Checkpoint, Folder
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.flower.checkpoint import Folder
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.resuming import Resumable
 from c2m3_fl.flower.serial import SerialGrid
-from c2m3_fl.flower.strategy import C2M3
-from tests.flower.federation import EXAMPLE, accuracy, calibration, digits_app, mlp, normed, same
-
-ROUNDS = 4
-
-
-class Killed(BaseException):
-    """Stands for the end of the server process."""
-
-
-def c2m3(inner, make=mlp, **options):
-    return C2M3(inner, model=make(), example_inputs=EXAMPLE, **options)
-
-
-STRATEGIES = {
-    "bare FedAvg": (lambda: FedAvg(fraction_evaluate=0.5), mlp),
-    "bare FedAdam": (lambda: FedAdam(fraction_evaluate=0.0), mlp),
-    "C2M3 around FedAvgM": (lambda: c2m3(FedAvgM(fraction_evaluate=0.0, server_momentum=0.5)), mlp),
-    "C2M3 around FedAdam, sampling": (lambda: c2m3(FedAdam(fraction_train=0.6, fraction_evaluate=0.5)), mlp),
-    "C2M3, own bases, with repair": (
-        lambda: C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), calibration=calibration(), basis="client"),
-        mlp,
-    ),
-    "C2M3 with BatchNorm": (lambda: c2m3(FedAvgM(fraction_evaluate=0.0, server_momentum=0.5), normed), normed),
-}
-
-
-def run(strategy, make, killed_in=None, rounds=ROUNDS):
-    """Train five clients of independent initialisation; `killed_in` a round, after its training."""
-    trained = iter(range(1, 100))
-
-    def transit(replies):
-        if replies and replies[0].metadata.message_type == "train" and next(trained) == killed_in:
-            raise Killed
-        return replies
-
-    def evaluate(current, arrays):
-        return MetricRecord({"accuracy": accuracy(make, arrays), "round": current})
-
-    grid = SerialGrid(digits_app(make, independent=True, epochs=1), 5, transit=transit)
-    return strategy.start(grid, from_params(make().state_dict()), num_rounds=rounds, evaluate_fn=evaluate)
-
-
-def comparable(metrics):
-    """Metrics of a run without the seconds that it took."""
-    return {
-        current: {key: value for key, value in record.items() if "seconds" not in key}
-        for current, record in metrics.items()
-    }
+from tests.flower.federation import digits_app, mlp, same
+from tests.flower.interrupted import STRATEGIES, Killed, c2m3, comparable, run
 
 
 @pytest.mark.parametrize(("make", "net"), STRATEGIES.values(), ids=STRATEGIES.keys())
@@ -115,64 +68,10 @@ def test_a_finished_run_can_be_prolonged(tmp_path):
     assert same(longer.arrays, whole.arrays)
 
 
-def test_only_the_latest_checkpoints_are_kept(tmp_path):
-    make, net = STRATEGIES["bare FedAvg"]
-    run(Resumable(make(), tmp_path), net)
-    names = [f"round-00000{n}.{end}" for n in (3, 4) for end in ("json", "safetensors")]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-
-
-DAMAGE = {
-    "truncated tensors": ("safetensors", lambda data: data[: len(data) // 2]),
-    "one bit of the tensors": ("safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
-    "empty tensors": ("safetensors", lambda data: b""),
-    "truncated JSON": ("json", lambda data: data[: len(data) // 2]),
-    "one digit of the JSON": ("json", lambda data: data.replace(b'round\\": 3', b'round\\": 2')),
-    "empty JSON": ("json", lambda data: b""),
-    "binary JSON": ("json", lambda data: b"\xff\xfe" + data),
-}
-
-
-@pytest.mark.parametrize(("end", "harm"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_of_a_damaged_checkpoint_the_one_before_is_used(end, harm, tmp_path, caplog):
-    make, net = STRATEGIES["C2M3 around FedAvgM"]
-    whole = run(Resumable(make(), tmp_path / "whole"), net)
-    run(Resumable(make(), tmp_path / "a"), net, rounds=3)
-    latest = tmp_path / "a" / f"round-000003.{end}"
-    harmed = harm(latest.read_bytes())
-    assert harmed != latest.read_bytes()
-    latest.write_bytes(harmed)
-    resumed = run(Resumable(make(), tmp_path / "a"), net)
-    assert same(resumed.arrays, whole.arrays)
-    assert any("is damaged, trying the one before it" in text for text in caplog.messages)
-    assert any("resuming after round 2" in text for text in caplog.messages)
-
-
-def test_tensors_without_their_json_do_not_count(tmp_path):
-    make, net = STRATEGIES["bare FedAvg"]
-    run(Resumable(make(), tmp_path), net, rounds=2)
-    (tmp_path / "round-000002.json").unlink()
-    assert Folder(tmp_path).load().round == 1
-
-
-def test_when_every_checkpoint_is_damaged_nothing_is_overwritten(tmp_path):
-    make, net = STRATEGIES["bare FedAvg"]
-    run(Resumable(make(), tmp_path), net, rounds=2)
-    for path in tmp_path.glob("*.json"):
-        path.write_text("{}")
-    with pytest.raises(DataError, match=r"every checkpoint in .* is damaged; move the folder away"):
-        run(Resumable(make(), tmp_path), net)
-
-
 def test_checkpoints_of_other_strategies_are_refused(tmp_path):
     run(Resumable(FedAvg(), tmp_path), mlp, rounds=1)
     with pytest.raises(ConfigError, match=r"of strategies \['FedAvg'\], these are \['FedMedian'\]"):
         run(Resumable(FedMedian(), tmp_path), mlp)
-
-
-def test_a_folder_must_keep_something(tmp_path):
-    with pytest.raises(ConfigError, match="keep is 0"):
-        Folder(tmp_path, keep=0)
 
 
 class Peculiar(FedAvg):
@@ -209,40 +108,38 @@ def test_state_of_every_kind_comes_back_in_order_and_what_cannot_be_saved_is_sai
         np.testing.assert_array_equal(back.named[name], value, strict=True)
 
 
-@pytest.mark.parametrize("call", [(os, "fsync"), (Path, "replace")], ids=["fsync", "rename"])
-@pytest.mark.parametrize("survived", range(4))
-def test_no_crash_while_saving_leaves_half_a_checkpoint(call, survived, tmp_path, monkeypatch):
-    def checkpoint(number):
-        return Checkpoint(number, {"w": np.full(3, number)}, {}, {}, {})
+def test_an_evaluation_that_raises_does_not_cost_the_round_that_was_trained(tmp_path):
+    make, net = STRATEGIES["C2M3 around FedAvgM"]
 
-    folder, (owner, name), left = Folder(tmp_path), call, iter(range(survived))
-    real = getattr(owner, name)
+    def started(folder, evaluate_fn=None):
+        grid = SerialGrid(digits_app(net, independent=True, epochs=1), 5)
+        return Resumable(make(), folder).start(grid, from_params(net().state_dict()), 3, evaluate_fn=evaluate_fn)
 
-    def dying(*args):
-        if next(left, None) is None:
-            raise Killed
-        return real(*args)
+    def evaluate(current, arrays):
+        if current == 2:
+            raise OSError("the test set is gone")
 
-    folder.save(checkpoint(1))
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dying)
-        try:
-            folder.save(checkpoint(2))
-            complete = True
-        except Killed:
-            complete = False
-    found = folder.load()
-    assert found.round == 2 if complete else found.round in (1, 2)
-    assert np.array_equal(found.arrays["w"], np.full(3, found.round))
-    folder.save(checkpoint(3))
-    assert folder.load().round == 3
+    with pytest.raises(OSError, match="the test set is gone"):
+        started(tmp_path / "a", evaluate)
+    assert Folder(tmp_path / "a").load().round == 2
+    assert same(started(tmp_path / "a").arrays, started(tmp_path / "b").arrays)
+
+
+def test_a_resumed_run_counts_its_rounds_from_the_very_first_start(tmp_path, caplog):
+    make, net = STRATEGIES["bare FedAvg"]
+    run(Resumable(make(), tmp_path), net, rounds=2)
+    assert not any("resumed: " in text for text in caplog.messages)
+    run(Resumable(make(), tmp_path), net, rounds=4)
+    found = [text for text in caplog.messages if "resumed: this is round" in text]
+    assert [text.rsplit("this is ", 1)[1] for text in found] == ["round 3 of 4", "round 4 of 4"]
 
 
 VICTIM = textwrap.dedent(
     """
     import sys
     from flwr.serverapp.strategy import FedAvgM
-    from tests.flower.test_resuming import c2m3, mlp, run
+    from tests.flower.federation import mlp
+    from tests.flower.interrupted import c2m3, run
     from c2m3_fl.flower.resuming import Resumable
     run(Resumable(c2m3(FedAvgM(fraction_evaluate=0.0, server_momentum=0.5)), sys.argv[1]), mlp, rounds=200)
     """
