@@ -8,14 +8,13 @@ what the later ones see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Literal
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import Tensor, nn
@@ -23,18 +22,17 @@ from torch import Tensor, nn
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
-from c2m3_fl.flower.records import from_params, schema_of_params, to_params
+from c2m3_fl.flower.answering import ACTION
+from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.repair import BatchNormStatistics, Repair, feeds_batch_norm, rescale, restate
 from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
-from c2m3_fl.merging.setting import check_params
 from c2m3_fl.merging.targets import Target, mean_targets, output_moments
-from c2m3_fl.models.calibration import Batch, Calibration, load_batches
+from c2m3_fl.models.calibration import Batch
 from c2m3_fl.models.operators import Operator
-from c2m3_fl.models.program import Program, Walk, trace
+from c2m3_fl.models.program import Program, trace
 from c2m3_fl.models.statistics import Moments
 
-ACTION = "c2m3_statistics"
 Ask = tuple[int, str, Params]  # whom, about what, and the network to measure
 
 
@@ -43,14 +41,22 @@ class ClientStatistics:
     """Calibrate with what the clients measure; pass it as `calibration`.
 
     Every client needs one line, `answer_statistics`. A round costs one query for the targets and one for every
-    operator that is corrected.
+    operator that is corrected. The merged network is always measured on all data: its moments, and so BatchNorm's
+    statistics, are those of the pooled data.
+
+    The targets are another matter. Repair on pooled data runs every endpoint on every client's data, and somebody
+    must hold a network and an input to run the one on the other: without the inputs on the server that takes clients
+    who see each other's networks. Which of the two it shall be is for the federation to decide.
 
     Attributes
     ----------
     endpoints : {"own", "all"}
-        "own" (default): a client measures the merged network and its own aligned reply; nobody sees another
-        client's network. "all": every client measures every aligned reply, which gives exactly what repair on the
-        pooled data gives, costs as many networks per client as there are clients, and shows them to all.
+        "own" (default): a client measures the merged network and its own aligned reply, two networks whatever the
+        number of clients; nobody sees another client's network. The result is that of a server which holds all data
+        and runs every endpoint on its own client's share of them. Where all shares are alike, that is repair on the
+        pooled data; the less they are, the more it differs.
+        "all": every client measures every aligned reply: exactly repair on the pooled data. It costs as many
+        networks per client as there are clients, and shows them to all.
     timeout : float
         Seconds to wait for the answers to a query; who does not answer in time is left out of it.
     """
@@ -61,50 +67,6 @@ class ClientStatistics:
     def __post_init__(self) -> None:
         if self.endpoints not in ("own", "all"):
             raise ConfigError(f"endpoints is {self.endpoints!r}, expected 'own' or 'all'")
-
-
-def answer_statistics(
-    app: ClientApp,
-    *,
-    model: Callable[[Context], nn.Module],
-    calibration: Callable[[Context], Calibration],
-) -> None:
-    """Let a client app answer the server's queries for channel moments.
-
-    Parameters
-    ----------
-    app : ClientApp
-        Gets one more query handler.
-    model : callable
-        From the context to the architecture, as the server has it.
-    calibration : callable
-        From the context to batches of the client's own data; labels are ignored.
-
-    Examples
-    --------
-    >>> app = ClientApp()
-    >>> answer_statistics(app, model=lambda context: Net(), calibration=lambda context: load_data(context))
-    """
-    programs: dict[tuple[tuple[int, ...], ...], Program] = {}  # by shape of a batch: tracing takes longer than running
-
-    @app.query(ACTION)
-    def measure(message: Message, context: Context) -> Message:
-        network = model(context)
-        (arrays,), (config,) = message.content.array_records.values(), message.content.config_records.values()
-        params = to_params(arrays, schema_of_params(network.state_dict()), "query")
-        check_params(network, params, "query")
-        batches = load_batches(calibration(context))
-        place, before = int(str(config["place"])), bool(config["before"])
-        found: dict[str, Moments] = {}
-        with torch.no_grad():
-            for batch in batches:
-                program = programs.get(batch.shapes) or trace(network, batch.inputs)
-                programs[batch.shapes] = program
-                walk = Walk(program, params, batch)
-                for operator in program.operators if place < 0 else [program.operators[place]]:
-                    moments = _measured(walk, operator, params, before)
-                    found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
-        return Message(RecordDict({"moments": _to_record(found)}), reply_to=message)
 
 
 def check_measurable(recalibration: Recalibration | None) -> None:
@@ -204,11 +166,14 @@ class _Survey:
             )
             for node, about, params in asks
         ]
-        found = {}
+        asked = {(message.metadata.dst_node_id, message.metadata.group_id) for message in messages}
+        found: dict[tuple[int, str], dict[str, Moments]] = {}
         for reply in self._grid.send_and_receive(messages, timeout=self._timeout):
-            node = reply.metadata.src_node_id
+            node, about = reply.metadata.src_node_id, reply.metadata.group_id
             try:
-                found[node, reply.metadata.group_id] = self._read(reply, place)
+                if (node, about) not in asked or (node, about) in found:
+                    raise ParamsError(f"nobody asked it for an answer about {about!r}, or for a second one")
+                found[node, about] = self._read(reply, place)
             except ParamsError as error:
                 log(WARNING, "\t> no moments from node %d: %s", node, error)
         if not found:
@@ -253,22 +218,6 @@ def _combined(answers: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
     for answer in answers[1:]:
         total = {name: moments.combine(answer[name]) for name, moments in total.items()}
     return total
-
-
-def _measured(walk: Walk, operator: Operator, params: Params, before: bool) -> Moments:
-    if not before:
-        return Moments.of(walk.output(operator), operator.channel_axes(params))
-    walk.advance(operator.index)
-    return Moments.of(walk.value(operator.input), operator.channel_axes(params))
-
-
-def _to_record(found: Mapping[str, Moments]) -> ArrayRecord:
-    arrays = {}
-    for name, moments in found.items():
-        arrays[f"{name}/count"] = torch.tensor(moments.count)
-        arrays[f"{name}/mean"] = moments.mean
-        arrays[f"{name}/deviation"] = moments.deviation
-    return from_params(arrays)
 
 
 def _read_moments(arrays: Params, operator: Operator, channels: int) -> Moments:

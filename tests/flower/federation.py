@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.flower.answering import answer_statistics
 from c2m3_fl.flower.records import from_params
 from c2m3_fl.flower.serial import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
@@ -179,3 +180,23 @@ def aggregate(
     strategy = strategy or patient()
     send(strategy, sent or mlp().state_dict())
     return strategy.aggregate_train(1, messages)
+
+
+def share(context: Context) -> list[tuple[Tensor, Tensor]]:
+    """A client's own calibration data: unequal shares, in batches of unequal size, labels and all."""
+    partition = int(context.node_config["partition-id"])
+    data, labels = (each[partition * 100 : partition * 100 + 60 + 20 * partition] for each in digits())
+    return list(zip(data.split(32), labels.split(32), strict=True))
+
+
+def pooled(count: int = 3) -> list[Tensor]:
+    """The data of several clients, in one place."""
+    data = digits()[0]
+    return [data[partition * 100 : partition * 100 + 60 + 20 * partition] for partition in range(count)]
+
+
+def answering(make: Callable[[], nn.Module] = mlp, app: ClientApp | None = None) -> ClientApp:
+    """A client app that answers queries for channel moments."""
+    app = app or ClientApp()
+    answer_statistics(app, model=lambda context: make(), calibration=share)
+    return app

@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from c2m3_fl.errors import CalibrationError, ConfigError
+from c2m3_fl.flower.answering import ACTION, answer_statistics
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.serial import SerialGrid
-from c2m3_fl.flower.statistics import ACTION, ClientStatistics, answer_statistics, repair_by_clients
+from c2m3_fl.flower.statistics import ClientStatistics, repair_by_clients
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import BatchNormStatistics, Repair, repair
 from c2m3_fl.merging.setting import prepare
-from tests.flower.federation import EXAMPLE, accuracy, calibration, digits, digits_app, mlp, normed, same
+from c2m3_fl.merging.shift import channel_moments
+from tests.flower.federation import (
+    EXAMPLE,
+    accuracy,
+    answering,
+    calibration,
+    digits_app,
+    mlp,
+    normed,
+    pooled,
+    same,
+    share,
+)
 
 NODES = 3
-
-
-def share(context):
-    """Unequal shares, in batches of unequal size, labels and all."""
-    partition = int(context.node_config["partition-id"])
-    data, labels = (each[partition * 100 : partition * 100 + 60 + 20 * partition] for each in digits())
-    return list(zip(data.split(32), labels.split(32), strict=True))
-
-
-def pooled():
-    data = digits()[0]
-    return [data[partition * 100 : partition * 100 + 60 + 20 * partition] for partition in range(NODES)]
-
-
-def answering(make=mlp, app=None):
-    app = app or ClientApp()
-    answer_statistics(app, model=lambda context: make(), calibration=share)
-    return app
 
 
 def convolutional(seed=0):
@@ -99,19 +95,50 @@ def test_batch_norm_statistics_are_those_of_the_pooled_data(make):
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_by_default_each_endpoint_is_measured_where_it_came_from():
-    """Three copies of one endpoint: then own data and pooled data differ only in the spread between clients."""
-    endpoint = mlp(5).state_dict()
-    same_data = ClientApp()
-    answer_statistics(same_data, model=lambda context: mlp(), calibration=lambda context: calibration())
-    grid = SerialGrid(same_data, NODES)
-    merged = {name: value * 0.9 for name, value in endpoint.items()}
-    found = repair_by_clients(
-        ClientStatistics(), Repair(), grid, [1, 2, 3], mlp(), (EXAMPLE,), merged, [endpoint] * NODES, [1.0] * NODES
-    ).state_dict
-    expected = repair(mlp(), merged, [endpoint], calibration()).state_dict
+def with_the_data_on_the_server(make, endpoints, merged, recalibration=None):
+    """What a server does that holds all data: each endpoint on its client's share, the merged network on all."""
+    setting = prepare(make(), merged, endpoints, pooled(), weights=[1.0, 2.0, 3.0], example_inputs=EXAMPLE)
+    own = [channel_moments(make(), params, [data]) for params, data in zip(endpoints, pooled(), strict=True)]
+    vars(setting)["moments"] = [own[index] for index in setting.order]
+    return (recalibration or Repair())(setting).state_dict
+
+
+@pytest.mark.parametrize("make", [mlp, normed, convolutional])
+@pytest.mark.parametrize("recalibration", [Repair(), Repair(final=False)])
+def test_by_default_it_is_what_a_server_with_all_data_does_with_each_endpoint_on_its_own_share(make, recalibration):
+    endpoints, merged = networks(make)
+    found = measured_by_clients(make, endpoints, merged, ClientStatistics(), recalibration)
+    expected = with_the_data_on_the_server(make, endpoints, merged, recalibration)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(found[name], merged[name]) for name in merged)
+
+
+@pytest.mark.parametrize("make", [mlp, normed, convolutional])
+def test_where_all_shares_are_alike_the_default_is_the_repair_that_the_pooled_data_give(make):
+    app = ClientApp()
+    answer_statistics(app, model=lambda context: make(), calibration=lambda context: calibration())
+    endpoints, merged = networks(make)
+    grid, ids, weights = SerialGrid(app, NODES), list(range(1, NODES + 1)), [1.0, 2.0, 3.0]
+    found = repair_by_clients(
+        ClientStatistics(), Repair(), grid, ids, make(), (EXAMPLE,), merged, endpoints, weights
+    ).state_dict
+    everything = calibration() * NODES
+    expected = repair(make(), merged, endpoints, everything, weights=weights, example_inputs=EXAMPLE).state_dict
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_strategy_with_client_statistics_ends_like_one_that_holds_all_data():
+    """From the first message to the result, by Flower's own loop."""
+    data = [share(SimpleNamespace(node_config={"partition-id": partition})) for partition in range(NODES)]
+    pooled_loader = [batch for part in data for batch in part]
+    app = answering(app=digits_app(independent=True, epochs=3))
+    found = run(SerialGrid(app, NODES), calibration=ClientStatistics(endpoints="all"), rounds=1)
+    expected = run(SerialGrid(app, NODES), calibration=pooled_loader, rounds=1)
+    assert found.train_metrics_clientapp[1]["c2m3-repaired"] == 1
+    for name, value in to_params(expected.arrays).items():
+        torch.testing.assert_close(to_params(found.arrays)[name], value, rtol=1e-5, atol=1e-5)
 
 
 def listening(seen, make=mlp):
@@ -139,20 +166,9 @@ def test_nobody_is_sent_another_clients_network_unless_asked_for():
         assert len({each.metadata.group_id for each in seen if each.metadata.dst_node_id == 1}) == subjects
 
 
-def test_clients_return_moments_and_nothing_else():
-    grid = SerialGrid(answering(), 1)
-    content = {"arrays": from_params(mlp().state_dict()), "config": ConfigRecord({"place": -1, "before": 0})}
-    message = Message(RecordDict(content), 1, f"query.{ACTION}")
-    (answer,) = grid.send_and_receive([message])
-    assert list(answer.content) == ["moments"]
-    arrays = to_params(answer.content["moments"])
-    assert {name.rsplit("/", 1)[1] for name in arrays} == {"count", "mean", "deviation"}
-    assert {tuple(value.shape) for value in arrays.values()} == {(), (32,), (10,)}
-
-
-def run(grid, **options):
+def run(grid, rounds=2, **options):
     strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, **options)
-    return strategy.start(grid, from_params(mlp().state_dict()), num_rounds=2)
+    return strategy.start(grid, from_params(mlp().state_dict()), num_rounds=rounds)
 
 
 def test_a_federation_without_calibration_data_on_the_server_is_repaired():
@@ -160,6 +176,21 @@ def test_a_federation_without_calibration_data_on_the_server_is_repaired():
     result = run(SerialGrid(app, 4), calibration=ClientStatistics())
     assert [metrics["c2m3-repaired"] for metrics in result.train_metrics_clientapp.values()] == [1, 1]
     assert accuracy(mlp, result.arrays) > 0.8
+
+
+def of_another_subject(replies):
+    """Node 2 answers about the endpoint of another client, which nobody asked it for."""
+    for each in replies:
+        if each.metadata.message_type == f"query.{ACTION}" and each.metadata.src_node_id == 2:
+            each.metadata.__dict__["_group_id"] = "0" if each.metadata.group_id != "merged" else "merged"
+    return replies
+
+
+def test_an_answer_that_nobody_asked_for_is_not_believed(caplog):
+    app = answering(app=digits_app(independent=True, epochs=3))
+    result = run(SerialGrid(app, 4, transit=of_another_subject), calibration=ClientStatistics())
+    assert result.train_metrics_clientapp[1]["c2m3-repaired"] == 1
+    assert any("no moments from node 2: nobody asked it" in text for text in caplog.messages)
 
 
 def test_clients_without_the_handler_cost_the_repair_not_the_round(caplog):
@@ -210,12 +241,6 @@ def test_answers_that_go_missing_are_left_out():
     app = answering(app=digits_app(independent=True, epochs=3))
     result = run(SerialGrid(app, 4, transit=transit), calibration=ClientStatistics())
     assert result.train_metrics_clientapp[2]["c2m3-repaired"] == 1
-
-
-def test_a_client_measures_only_networks_that_fit_its_own():
-    grid, sent = SerialGrid(answering(normed), NODES), mlp().state_dict()
-    with pytest.raises(CalibrationError):
-        repair_by_clients(ClientStatistics(), Repair(), grid, [1], mlp(), (EXAMPLE,), sent, [sent], [1.0])
 
 
 def test_what_moments_cannot_give_is_refused_at_once():
