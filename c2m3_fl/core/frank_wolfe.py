@@ -24,7 +24,7 @@ from c2m3_fl.core.problem import Problem, canonical_order, check_nodes, check_se
 from c2m3_fl.core.result import Callback, Match, Step
 from c2m3_fl.core.running import RunningUniverse
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.core.starts import Start, check_start, start_point
+from c2m3_fl.core.starts import Start, begin, check_start
 from c2m3_fl.core.stationary import agreement_if_stationary
 from c2m3_fl.core.universe import Images, share_moved
 
@@ -60,7 +60,7 @@ def match(
     nodes: Sequence[Params],
     *,
     weights: Sequence[float] | Tensor | None = None,
-    start: Start = "identity",
+    start: Start = "auto",
     max_steps: int = 100,
     tolerance: float = 1e-4,
     polish: bool = True,
@@ -81,8 +81,10 @@ def match(
         State dicts that fit the spec; not mutated. Integer tensors and buffers take no part.
     weights : sequence of float, optional
         Averaging weights; equal by default.
-    start : {"identity", "barycentre", "sinkhorn", "random"} or sequence of Permutation
-        Where the search starts; permutations are one per node, into a known universe.
+    start : {"auto", "identity", "profiles", "barycentre", "sinkhorn", "random"} or sequence of Permutation
+        Where the search starts; permutations are one per node, into a known universe. "profiles" compares every
+        node's units with those of one of the nodes, whatever they are connected to; "auto" is "profiles" where the
+        nodes agree more there than as they stand, and "identity" otherwise.
     max_steps : int
         Upper limit of Frank-Wolfe steps.
     tolerance : float
@@ -113,7 +115,7 @@ def match(
     check_search(max_steps, tolerance)
     order = canonical_order(spec, nodes, share, None if isinstance(start, str) else start)
     heavy = [i for i in order if share[i] > 0]
-    if start == "identity" and len(heavy) == len(nodes) and not balance:
+    if start in ("auto", "identity") and len(heavy) == len(nodes) and not balance:
         with torch.no_grad():
             here = agreement_if_stationary(spec, [nodes[i] for i in order], share[heavy])
         if here is not None:
@@ -121,9 +123,9 @@ def match(
             return Match(still, (here, here), 0.0, True, 0, order)
     with torch.no_grad(), assignment_pool() as pool:
         problem = Problem.of(spec, [nodes[i] for i in heavy], share[heavy], balance=balance)
-        begin = start_point(problem, start if isinstance(start, str) else [start[i] for i in heavy], generator)
+        point, passed = begin(problem, start if isinstance(start, str) else [start[i] for i in heavy], generator)
         limits = Limits(max_steps, tolerance, polish)
-        found = search(problem, begin, pool, limits, callback)
+        found = search(problem, point, pool, limits, callback)
         perms = dict(zip(heavy, found.permutations, strict=True))
         if len(heavy) < len(nodes):
             known = RunningUniverse(spec)
@@ -132,10 +134,11 @@ def match(
             mean = known.mean(nodes[heavy[0]])
             for i in (i for i in order if share[i] == 0):
                 alone = Problem.of(spec, [mean, nodes[i]], torch.full((2,), 0.5, dtype=torch.float64), frozen=1)
-                begin = start_point(alone, start if isinstance(start, str) else [start[i]], generator)
-                perms[i] = search(alone, begin, pool, limits).permutations[1]
+                point, _ = begin(alone, start if isinstance(start, str) else [start[i]], generator)
+                perms[i] = search(alone, point, pool, limits).permutations[1]
     in_order = tuple(perms[i] for i in range(len(nodes)))
-    return Match(in_order, found.objectives, found.gap, found.gap <= tolerance, found.steps, order)
+    objectives = (*passed, *found.objectives)
+    return Match(in_order, objectives, found.gap, found.gap <= tolerance, found.steps, order)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from c2m3_fl.core.problem import Problem, canonical_order, check_nodes, check_se
 from c2m3_fl.core.result import Callback, Match
 from c2m3_fl.core.running import RunningUniverse
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.core.starts import Start, check_start, start_point
+from c2m3_fl.core.starts import Start, begin, check_start
 from c2m3_fl.errors import ConfigError, ParamsError, WeightsError
 
 
@@ -32,7 +32,7 @@ def join(
     *,
     universe_weight: float | None = None,
     weights: Sequence[float] | Tensor | None = None,
-    start: Start = "identity",
+    start: Start = "auto",
     max_steps: int = 100,
     tolerance: float = 1e-4,
     polish: bool = True,
@@ -79,11 +79,12 @@ def join(
     with torch.no_grad(), assignment_pool() as pool:
         ordered = [nodes[i] for i in order]
         problem = Problem.of(spec, [universe, *ordered], share[[0, *(i + 1 for i in order)]], frozen=1)
-        begin = start_point(problem, start if isinstance(start, str) else [start[i] for i in order], generator)
-        found: Found = search(problem, begin, pool, Limits(max_steps, tolerance, polish), callback)
+        point, passed = begin(problem, start if isinstance(start, str) else [start[i] for i in order], generator)
+        found: Found = search(problem, point, pool, Limits(max_steps, tolerance, polish), callback)
     perms = dict(zip(order, found.permutations[1:], strict=True))
     in_order = tuple(perms[i] for i in range(len(nodes)))
-    return Match(in_order, found.objectives, found.gap, found.gap <= tolerance, found.steps, order)
+    objectives = (*passed, *found.objectives)
+    return Match(in_order, objectives, found.gap, found.gap <= tolerance, found.steps, order)
 
 
 @dataclass(frozen=True)
@@ -176,16 +177,16 @@ def _match_batch(
     limits: Limits,
 ) -> Match:
     """Match a batch by itself, or into a known universe."""
-    begin: Start = "identity" if all(permutation.is_identity(perm) for perm in start) else start
+    first: Start = "auto" if all(permutation.is_identity(perm) for perm in start) else start
     if known is None:
-        return match(spec, nodes, weights=weights, start=begin, max_steps=limits.max_steps, tolerance=limits.tolerance)
+        return match(spec, nodes, weights=weights, start=first, max_steps=limits.max_steps, tolerance=limits.tolerance)
     return join(
         spec,
         known.mean(nodes[0]),
         nodes,
         universe_weight=known.weight,
         weights=weights,
-        start=begin,
+        start=first,
         max_steps=limits.max_steps,
         tolerance=limits.tolerance,
     )

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core import permutation
+from c2m3_fl.core.assignment import assignment_pool
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.problem import Problem
+from c2m3_fl.core.profiles import profile_vertex
 from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.core.universe import Images, Vertex, gather, inner, weighted_sum
 from c2m3_fl.errors import ConfigError
 
-StartName = Literal["identity", "barycentre", "sinkhorn", "random"]
+StartName = Literal["auto", "identity", "profiles", "barycentre", "sinkhorn", "random"]
 Start = StartName | Sequence[Permutation]
 
-_NAMES = ("identity", "barycentre", "sinkhorn", "random")
+_NAMES = ("auto", "identity", "profiles", "barycentre", "sinkhorn", "random")
 _SINKHORN_SWEEPS = 50  # row and column normalisations; the noise is mild, so ten already reach float32 rounding
 
 
@@ -33,17 +36,46 @@ def check_start(spec: PermutationSpec, start: Start, count: int) -> None:
         permutation.validate(spec, perm, f"start[{index}]")
 
 
+def begin(
+    problem: Problem, start: Start, generator: torch.Generator | None
+) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+    """The point to start from, and the agreement of the nodes as they stand where "auto" left it for a better one."""
+    if start != "auto":
+        return start_point(problem, start, generator), ()
+    with assignment_pool() as pool:
+        vertex = profile_vertex(problem, pool)
+    if _sum_square(problem, vertex) <= _sum_square(problem, {}):
+        return start_point(problem, "identity", generator), ()
+    return _at_vertex(problem, vertex), (problem.objective([Images(term) for term in problem.terms]),)
+
+
+def _sum_square(problem: Problem, vertex: Vertex) -> float:
+    """Squared norm of the nodes' weighted sum at a vertex ({}: as they stand), all of the agreement that may change."""
+    total = 0.0
+    for term in problem.terms:
+        value = term.value
+        for axis, group in enumerate(term.groups):
+            if group in vertex:
+                value = gather(value, term.dim(axis), vertex[group])
+        mean = weighted_sum(value, problem.weights)
+        total += inner(mean, mean)
+    return total
+
+
 def start_point(problem: Problem, start: Start, generator: torch.Generator | None) -> dict[str, Tensor]:
-    """The doubly stochastic matrices to start from, shape (nodes, size, size); frozen nodes at the identity."""
+    """The doubly stochastic matrices of a start but "auto", shape (nodes, size, size); frozen nodes at the identity."""
     spec, count = problem.spec, problem.count - problem.frozen
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     here = [permutation.identity(spec)] * problem.frozen
     if not isinstance(start, str):
-        return _at_vertex(problem, [*here, *start])
+        return _at_perms(problem, [*here, *start])
     if start == "identity":
-        return _at_vertex(problem, [permutation.identity(spec)] * problem.count)
+        return _at_perms(problem, [permutation.identity(spec)] * problem.count)
+    if start == "profiles":
+        with assignment_pool() as pool:
+            return _at_vertex(problem, profile_vertex(problem, pool))
     if start == "random":
-        return _at_vertex(problem, [*here, *(permutation.random(spec, generator) for _ in range(count))])
+        return _at_perms(problem, [*here, *(permutation.random(spec, generator) for _ in range(count))])
     if start == "barycentre":
         # With every node at the exact barycentre all rows of the gradient are equal and nothing moves; the agreement
         # does not change when the universe is permuted, so one node's gauge may be fixed.
@@ -53,12 +85,16 @@ def start_point(problem: Problem, start: Start, generator: torch.Generator | Non
     return _fixed(_soft(problem, noise), problem.frozen)
 
 
-def _at_vertex(problem: Problem, perms: Sequence[Permutation]) -> dict[str, Tensor]:
-    """Permutations in matrix form."""
-    return {
-        name: torch.stack([torch.eye(group.size)[perm[name].cpu()] for perm in perms]).to(problem.like)
-        for name, group in problem.spec.groups.items()
-    }
+def _at_perms(problem: Problem, perms: Sequence[Permutation]) -> dict[str, Tensor]:
+    """One permutation per node in matrix form."""
+    return _at_vertex(
+        problem, {name: torch.stack([perm[name].cpu() for perm in perms]) for name in problem.spec.groups}
+    )
+
+
+def _at_vertex(problem: Problem, vertex: Vertex) -> dict[str, Tensor]:
+    """Index forms, shape (nodes, size), in matrix form."""
+    return {name: torch.eye(index.shape[1])[index.cpu()].to(problem.like) for name, index in vertex.items()}
 
 
 def _fixed(point: dict[str, Tensor], count: int) -> dict[str, Tensor]:

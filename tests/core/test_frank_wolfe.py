@@ -14,7 +14,7 @@ from c2m3_fl.errors import ConfigError, ParamsError, SpecError, WeightsError
 from tests.core.networks import ALL, attention, convolutional, draws, mlp, on, pairwise_agreement, planted, recurrent
 
 each_spec = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
-STARTS = ("identity", "barycentre", "sinkhorn", "random")
+STARTS = ("identity", "profiles", "barycentre", "sinkhorn", "random")
 
 
 def same(left, right):
@@ -79,7 +79,7 @@ def test_permuting_nodes_and_start_together_changes_nothing_but_rounding(spec):
     generator = torch.Generator().manual_seed(8)
     moves = [permutation.random(spec, generator) for _ in nodes]
     moved = [permutation.apply(spec, move, node) for move, node in zip(moves, nodes, strict=True)]
-    here = match(spec, nodes)
+    here = match(spec, nodes, start="identity")
     there = match(spec, moved, start=[permutation.invert(move) for move in moves])
     assert there.objectives == pytest.approx(here.objectives, rel=1e-10)
 
@@ -220,7 +220,7 @@ def test_a_limit_of_steps_is_kept_and_told():
     nodes, _ = planted(spec, 4, 0.5, seed=0)
     short = match(spec, nodes, max_steps=1, tolerance=0.0)
     assert short.steps == 1
-    rough = match(spec, nodes, max_steps=1, polish=False)
+    rough = match(spec, nodes, start="identity", max_steps=1, polish=False)
     assert not rough.converged
     assert rough.gap > 0
 

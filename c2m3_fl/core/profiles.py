@@ -1,0 +1,66 @@
+"""Profiles: what a unit looks like whatever the order of the units that it is connected to.
+
+A unit's profile is everything that touches it, with its connections to other units sorted by value and all else (kernel
+positions, inputs, biases) in order. It does not depend on any permutation, so units of different nodes can be compared
+before anything is matched: "degree profiles" (Ding, Ma, Wu, Xu: "Efficient random graph matching via degree profiles",
+2021). The inner product of two profiles is the most that the units can agree in any order of their neighbours, the
+bound of Gilmore and Lawler for quadratic assignment, and one linear assignment per node and family of groups with these
+inner products as gains maximises their sum. For a network and a permuted copy of it the sum is the largest at the
+permutation that was made, and only there unless two units have one profile: copies are found outright.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.assignment import oracle
+from c2m3_fl.core.problem import Problem
+from c2m3_fl.core.terms import Term
+
+_LENGTH = 1 << 12  # numbers of a term in one unit's profile: more tell units apart no better and take long to sort
+
+
+def profile_vertex(problem: Problem, pool: Executor) -> dict[str, Tensor]:
+    """Every node matched to the first one by the profiles of their units.
+
+    Returns
+    -------
+    dict of str to Tensor, shape (nodes, size)
+        Index forms; the first node stays where it is.
+    """
+    gains = {
+        name: problem.like.new_zeros(problem.count - 1, group.size, group.size)
+        for name, group in problem.spec.groups.items()
+    }
+    for term in problem.terms:
+        for axis, group in enumerate(term.groups):
+            known = profiles(term, axis, 0)
+            centre = known.mean(0)  # what all units share decides nothing, and would cost digits
+            for node, gain in enumerate(gains[group], start=1):
+                gain.addmm_(known - centre, (profiles(term, axis, node) - centre).T)
+    first = {name: torch.arange(gain.shape[1], device=gain.device)[None] for name, gain in gains.items()}
+    return {name: torch.cat([first[name], index]) for name, index in oracle(problem.spec, gains, pool).items()}
+
+
+def profiles(term: Term, axis: int, node: int) -> Tensor:
+    """Profiles of the units on one grouped axis of a term, shape (size, length), scaled to the term's own weight."""
+    units = term.value[node].movedim(term.dim(axis) - 1, 0)
+    slots = units if axis == 0 else units.movedim(2, 1)  # (size, R, other grouped axes ...)
+    slots = slots.reshape(*slots.shape[:2], -1)
+    count, neighbours = slots.shape[1:]
+    kept = min(count, max(1, _LENGTH // neighbours))
+    if neighbours > 1 and kept < count:
+        chosen = torch.linspace(0, count - 1, kept, dtype=torch.float64, device=slots.device).round().long()
+        slots = slots[:, chosen] * (count / kept) ** 0.5
+    return (slots if neighbours == 1 else _sorted(slots)).flatten(1)
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Values in ascending order along the last dimension; numpy sorts many times faster than torch on a CPU."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy(), axis=-1))
+    return values.sort(dim=-1).values
