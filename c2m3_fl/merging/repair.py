@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from c2m3_fl.core.spec import Params
+from c2m3_fl.core.spec import Params, floating
 from c2m3_fl.merging.reports import OperatorReport, Recalibrated, RecalibrationReport
 from c2m3_fl.merging.setting import Setting, prepare
 from c2m3_fl.merging.targets import Front, Target
@@ -149,9 +149,9 @@ def _forecast(setting: Setting, *, scales: bool, final: bool) -> tuple[dict[str,
     for operator in program.operators:
         forecast = setting.forecasts[operator.name]
         if operator.mean:
-            reports.append(restate(program, operator, params, forecast.before))
+            reports.append(restate(program, operator, params, forecast))
         elif scales and operator.linear and (final or not operator.final) and not feeds_batch_norm(operator):
-            reports.append(rescale(program, operator, params, forecast.after, setting.targets[operator.name]))
+            reports.append(rescale(program, operator, params, forecast, setting.targets[operator.name]))
     return params, tuple(reports)
 
 
@@ -212,5 +212,23 @@ def recalibration_report(
     method: str, setting: Setting, operators: tuple[OperatorReport, ...], start: float
 ) -> RecalibrationReport:
     """Report of a recalibration that began at `start`."""
-    skipped = tuple(setting.programs[0].skipped.items())
+    skipped = tuple(left_alone(setting).items())
     return RecalibrationReport(method, operators, skipped, setting.inputs, time.perf_counter() - start)
+
+
+def left_alone(setting: Setting) -> dict[str, str]:
+    """Floating tensors of the state dict that no recalibration touches, each with the reason."""
+    program = setting.programs[0]
+    touched = {
+        name for each in program.operators for name in (each.weight, each.bias, each.mean, each.variance) if name
+    }
+    touched |= {alias for name in touched for alias in program.aliases.get(name, ())}
+    reasons = dict(program.skipped)
+    reasons |= {alias: reason for name, reason in program.skipped.items() for alias in program.aliases.get(name, ())}
+    used = set(program.names.values())
+    rest = {
+        name: "its norm's weight and bias take the correction" if name in used else "not used in evaluation mode"
+        for name in floating(setting.merged)
+        if name not in touched
+    }
+    return {**rest, **{name: reason for name, reason in reasons.items() if name in rest}}

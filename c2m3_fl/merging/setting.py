@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.merging.targets import Forecast, Target, forecasts, mean_targets, output_moments
+from c2m3_fl.merging.targets import Target, forecasts, mean_targets, output_moments
 from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, load_batches
 from c2m3_fl.models.program import Program, trace_batches
 from c2m3_fl.models.statistics import Moments
@@ -67,7 +67,7 @@ class Setting:
         return mean_targets(self.moments, self.weights)
 
     @cached_property
-    def forecasts(self) -> dict[str, Forecast]:
+    def forecasts(self) -> dict[str, Moments]:
         """Moments that closed-form REPAIR expects of the averaged network."""
         with torch.no_grad():
             return forecasts(self.programs, self.batches, self.endpoints, self.weights)

@@ -42,45 +42,25 @@ def output_moments(programs: Sequence[Program], batches: Sequence[Batch], params
     return found
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """Moments of the weighted mean of the endpoints' values at one operator.
-
-    Attributes
-    ----------
-    before, after : Moments
-        Of the operator's input, and of its output.
-    """
-
-    before: Moments
-    after: Moments
-
-
 def forecasts(
     programs: Sequence[Program], batches: Sequence[Batch], endpoints: Sequence[Params], weights: Tensor
-) -> dict[str, Forecast]:
+) -> dict[str, Moments]:
     """What every channel of the averaged network would do if it computed the mean of its endpoints, in one pass.
 
-    A channel's variance is then wᵀ C w, with C the covariances between the endpoints' versions of it.
+    A channel's variance is then wᵀ C w, with C the covariances between the endpoints' versions of it. For a norm with
+    running statistics the moments are those of its input, for all other operators those of the output.
     """
     share = weights.tolist()
-    found: dict[str, Forecast] = {}
+    found: dict[str, Moments] = {}
     for program, batch in zip(programs, batches, strict=True):
         walks = [Walk(program, endpoint, batch) for endpoint in endpoints]
         for operator in program.operators:
+            node = operator.input if operator.mean else operator.node
             for walk in walks:
                 walk.advance(operator.index)
-            axes = operator.channel_axes(endpoints[0])
-            before, after = (
-                Moments.of(_mean([walk.value(node) for walk in walks], share), axes)
-                for node in (operator.input, operator.node)
-            )
-            kept = found.get(operator.name)
-            found[operator.name] = (
-                Forecast(before, after)
-                if kept is None
-                else Forecast(kept.before.combine(before), kept.after.combine(after))
-            )
+            mean = _mean([walk.value(node) for walk in walks], share)
+            moments = Moments.of(mean, operator.channel_axes(endpoints[0]))
+            found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
     return found
 
 

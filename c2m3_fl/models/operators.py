@@ -81,6 +81,13 @@ LAYOUTS: dict[object, Layout] = {
     **_convolutions(),
 }
 
+_RECURRENT = (_aten.lstm.input, _aten.gru.input, _aten.rnn_tanh.input, _aten.rnn_relu.input)
+
+
+def obstacle(target: object) -> str:
+    """What keeps an operator's output from being corrected in its parameters."""
+    return "has gates that feed back into themselves" if target in _RECURRENT else "has no channels"
+
 
 @dataclass(frozen=True)
 class Window:

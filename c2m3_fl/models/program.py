@@ -20,7 +20,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, TraceError
 from c2m3_fl.models.calibration import Batch
 from c2m3_fl.models.exporting import quiet
-from c2m3_fl.models.operators import LAYOUTS, Kind, Layout, Operator
+from c2m3_fl.models.operators import LAYOUTS, Kind, Layout, Operator, obstacle
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,16 +190,8 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     }
     graph = exported.graph
     operators, skipped = _operators(graph, names)
-    return Program(
-        graph,
-        names,
-        constants,
-        tuple(signature.user_inputs),
-        operators,
-        skipped,
-        _aliases(twin),
-        _last_uses(graph),
-    )
+    inputs_of = tuple(signature.user_inputs)
+    return Program(graph, names, constants, inputs_of, operators, skipped, _aliases(twin), _last_uses(graph))
 
 
 def trace_batches(model: nn.Module, batches: Sequence[Batch]) -> list[Program]:
@@ -237,7 +229,8 @@ def _operators(graph: fx.Graph, names: Mapping[str, str]) -> tuple[tuple[Operato
         operator = None if layout is None else _operator(node, index, layout, names, node in final)
         used = [names[arg.name] for arg in node.all_input_nodes if arg.name in names]
         if operator is None:
-            skipped |= {name: f"used by {node.target} in {_module(node)!r}, which has no channels" for name in used}
+            reason = f"used by {node.target} in {_module(node)!r}, which {obstacle(node.target)}"
+            skipped |= dict.fromkeys(used, reason)
         elif any(len(arg.users) > 1 for arg in node.all_input_nodes if arg.name in names):
             skipped |= dict.fromkeys(used, "shared by several operators")
         else:

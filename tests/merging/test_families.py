@@ -1,0 +1,106 @@
+"""REPAIR and refit on every family of networks that symmetry tracing knows."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from c2m3_fl.core.averaging import weighted_mean
+from c2m3_fl.core.spec import floating
+from c2m3_fl.merging.merge import merge
+from c2m3_fl.merging.refit import Refit
+from c2m3_fl.merging.repair import Repair
+from c2m3_fl.merging.setting import Setting, prepare
+from c2m3_fl.merging.targets import output_moments
+from tests.models.families import SMALL, build
+
+RECALIBRATIONS = {"repair": Repair(), "closed form": Repair(closed_form=True), "refit": Refit()}
+RECURRENT = ("lstm", "gru", "rnn")
+Batch = tuple[Tensor, ...]
+
+
+def _drawn(inputs: Batch, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(each.shape, generator=generator, dtype=torch.float64)
+        if each.is_floating_point()
+        else torch.randint(int(each.max()) + 1, each.shape, generator=generator)
+        for each in inputs
+    )
+
+
+@cache
+def _setting(family: str) -> tuple[nn.Module, tuple[dict[str, Tensor], ...], list[Batch], Setting]:
+    """Three random members of a family in float64, their mean, and six batches."""
+    example = SMALL[family][1]
+    inputs = example if isinstance(example, tuple) else (example,)
+    model = build(family).double()
+    nodes = tuple(
+        {name: value.detach() for name, value in build(family, seed).double().state_dict().items()} for seed in range(3)
+    )
+    batches = [_drawn(inputs, seed) for seed in range(6)]
+    setting = prepare(model, weighted_mean(nodes), nodes, batches, example_inputs=inputs)
+    return model, nodes, batches, setting
+
+
+@pytest.mark.parametrize("kind", RECALIBRATIONS)
+@pytest.mark.parametrize("family", SMALL)
+def test_every_parameter_is_corrected_or_reported_with_a_reason(family: str, kind: str) -> None:
+    _, _, _, setting = _setting(family)
+    done = RECALIBRATIONS[kind](setting)
+    reasons = dict(done.report.skipped)
+    assert all(reasons.values())
+    for name in floating(setting.merged):
+        found, before = done.state_dict[name], setting.merged[name]
+        assert (found.shape, found.dtype) == (before.shape, before.dtype)
+        assert bool(torch.isfinite(found).all())
+        assert torch.equal(found, before) or name not in reasons
+    operators = setting.programs[0].operators
+    corrected = {name for each in operators for name in (each.weight, each.bias, each.mean, each.variance)}
+    corrected |= {alias for name in corrected for alias in setting.programs[0].aliases.get(name, ())}
+    assert set(floating(setting.merged)) - corrected == set(reasons)
+
+
+@pytest.mark.parametrize("kind", ["repair", "refit"])
+@pytest.mark.parametrize("family", SMALL)
+def test_corrected_moments_equal_their_targets(family: str, kind: str) -> None:
+    _, _, _, setting = _setting(family)
+    done = RECALIBRATIONS[kind](setting)
+    with torch.no_grad():
+        found = output_moments(setting.programs, setting.batches, done.state_dict)
+    actions = {each.operator: each for each in done.report.operators}
+    assert actions
+    for name, report in actions.items():
+        target, moments = setting.targets[name], found[name]
+        if not report.action.startswith(("mean", "spread")) or report.dead:
+            continue
+        assert torch.allclose(moments.std, target.std, rtol=1e-6, atol=1e-9)
+        if report.action == "mean and spread":
+            assert torch.allclose(moments.mean, target.mean, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_refit_leaves_no_operator_with_a_larger_held_out_error(family: str) -> None:
+    fits = [each.fit for each in Refit()(_setting(family)[3]).report.operators if each.fit is not None]
+    assert fits
+    assert all(math.isfinite(fit.error) and fit.error <= fit.error_before for fit in fits)
+
+
+@pytest.mark.parametrize("recalibrate", ["repair", "refit", "auto"])
+@pytest.mark.parametrize("family", SMALL)
+def test_merging_a_network_with_itself_changes_nothing(family: str, recalibrate: str) -> None:
+    model, (node, *_), batches, _ = _setting(family)
+    done = merge(model, [node] * 3, calibration=batches, example_inputs=batches[0], recalibrate=recalibrate)
+    assert all(torch.equal(done.state_dict[name], value) for name, value in node.items())
+
+
+@pytest.mark.parametrize("family", [name for name in SMALL if any(kind in name for kind in RECURRENT)])
+def test_recurrent_weights_are_reported_and_left_alone(family: str) -> None:
+    _, _, _, setting = _setting(family)
+    reasons = [reason for name, reason in setting.programs[0].skipped.items() if "weight_hh" in name]
+    assert reasons
+    assert all("feed back into themselves" in reason for reason in reasons)
