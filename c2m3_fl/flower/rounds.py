@@ -15,7 +15,7 @@ import torch
 from flwr.supercore import log
 from torch import nn
 
-from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.permutation import Permutation, identity
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.flower.alignment import Aligner, with_cpu_fallback
@@ -36,7 +36,9 @@ from c2m3_fl.flower.wrapped import ignores_weights, restored, rewinding, typed_l
 from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
 from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.merging.setting import prepare
+from c2m3_fl.merging.shift import OwnMoments, with_own_moments
 from c2m3_fl.models.calibration import Calibration, ExampleInputs, first_inputs
+from c2m3_fl.models.statistics import Moments
 from c2m3_fl.models.symmetry import permutation_spec
 
 Metrics = TypeVar("Metrics")
@@ -51,6 +53,11 @@ class Aligned:
     moves: tuple[Permutation, ...]
     dropped: tuple[Dropped, ...]
     numbers: Numbers
+
+    @property
+    def nodes(self) -> list[int]:
+        """Who replied."""
+        return [reply.node for reply in self.replies]
 
     @property
     def weights(self) -> list[float]:
@@ -142,6 +149,11 @@ class Rounds:
         """Whether merged models are recalibrated."""
         return self.calibration is not None and self.recalibration is not None
 
+    @property
+    def holds_data(self) -> bool:
+        """Whether merged models are recalibrated with data that the server holds."""
+        return self.calibrated and not isinstance(self.calibration, ClientStatistics)
+
     def play(
         self,
         found: Sorted[Any],
@@ -229,7 +241,7 @@ class Rounds:
 
     def recalibrate(self, merged: Params, aligned: Aligned, finish: Finish | None = None) -> tuple[Params, Numbers]:
         """Recalibrate the merged model; the merged model itself, with a word in the log, where that fails."""
-        finish = finish or (self._recalibrated if self.calibrated else None)
+        finish = finish or (self.recalibrated if self.holds_data else None)
         if finish is None:
             return merged, {}
         started = perf_counter()
@@ -248,7 +260,8 @@ class Rounds:
             "c2m3-repair-seconds": perf_counter() - started,
         }
 
-    def _recalibrated(self, merged: Params, aligned: Aligned) -> Recalibrated:
+    def recalibrated(self, merged: Params, aligned: Aligned, own: Sequence[OwnMoments] = ()) -> Recalibrated:
+        """Recalibrate with the server's data, and with each node's moments on its own data where they are known."""
         calibration, recalibration = self.calibration, self.recalibration
         if calibration is None or recalibration is None or isinstance(calibration, ClientStatistics):
             raise ConfigError("there is nothing to recalibrate with on this server")
@@ -263,7 +276,14 @@ class Rounds:
                 example_inputs=self.example_inputs,
                 device=device,
             )
+            if own:
+                here = [{name: _moved(each, device) for name, each in moments.items()} for moments in own]
+                setting = with_own_moments(setting, self.spec, [identity(self.spec)] * len(here), here)
             found = recalibrated(recalibration, setting)
             return replace(found, state_dict={name: value.cpu() for name, value in found.state_dict.items()})
 
         return with_cpu_fallback(compute, self.device, "recalibration")[0]
+
+
+def _moved(moments: Moments, device: torch.device) -> Moments:
+    return replace(moments, mean=moments.mean.to(device), deviation=moments.deviation.to(device))

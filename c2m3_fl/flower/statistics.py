@@ -135,6 +135,30 @@ def repair_by_clients(
     return Recalibrated(params, RecalibrationReport(method, tuple(reports), tuple(program.skipped.items())))
 
 
+def own_moments(
+    statistics: ClientStatistics,
+    grid: Grid,
+    nodes: Sequence[int],
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    endpoints: Sequence[Params],
+) -> list[dict[str, Moments]]:
+    """Channel moments of every aligned reply on its own client's data, by which the guard sees a shift.
+
+    Raises
+    ------
+    CalibrationError
+        When a client gives no usable answer: what is known of the others would say nothing of its data.
+    """
+    survey = _Survey(grid, statistics.timeout, trace(model, inputs), inputs, endpoints[0])
+    asks = [(node, str(index), endpoint) for index, (node, endpoint) in enumerate(zip(nodes, endpoints, strict=True))]
+    answers = survey.ask(asks)
+    silent = [node for node, about, _ in asks if (node, about) not in answers]
+    if silent:
+        raise CalibrationError(f"no usable channel moments from nodes {silent}")
+    return [answers[node, about] for node, about, _ in asks]
+
+
 class _Survey:
     """Asks clients for moments, and believes no answer that is not of the expected form."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
+from functools import partial
 from inspect import currentframe
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from typing import Unpack
 
 import numpy as np
@@ -17,13 +18,14 @@ from flwr.supercore import log
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.privacy import check_privacy
 from c2m3_fl.flower.records import from_params, reply_schema, schema_of, to_params
 from c2m3_fl.flower.replies import Reply, check_finite, report_dropped, sort_evaluations, sort_messages
 from c2m3_fl.flower.reports import Numbers, failure, report_idle
 from c2m3_fl.flower.rounds import Aligned, Finish, Rounds
-from c2m3_fl.flower.statistics import ClientStatistics, repair_by_clients
+from c2m3_fl.flower.statistics import ClientStatistics, own_moments, repair_by_clients
 from c2m3_fl.flower.wrapped import chain, check_instance
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.reports import Recalibrated
@@ -54,6 +56,9 @@ class C2M3(Strategy):
         clients measure on theirs.
     recalibrate : str or Recalibration
         What to do with them: "none", "repair", or any other name or object that `c2m3_fl.merging.recalibrate` knows.
+    moments : ClientStatistics, optional
+        For `recalibrate="auto"` with calibration data on the server: also ask every client for the channel moments
+        of its own reply on its own data, which show whether the server's data are like theirs.
     device : torch.device or str, optional
         Where to match and repair; by default CUDA when there is one, else the CPU.
     **options : Options
@@ -81,12 +86,18 @@ class C2M3(Strategy):
         example_inputs: ExampleInputs | None = None,
         calibration: Calibration | ClientStatistics | None = None,
         recalibrate: Recalibration | str = "repair",
+        moments: ClientStatistics | None = None,
         device: torch.device | str | None = None,
         **options: Unpack[Options],
     ) -> None:
         self.strategy = FedAvg() if strategy is None else strategy
         check_instance(self.strategy, Strategy)
         self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
+        if moments is not None and not self.rounds.holds_data:
+            raise ConfigError(
+                "moments tell whether the server's calibration data are like the clients': pass calibration"
+            )
+        self.moments = moments
         self.sent = from_params(model.state_dict())
         self._schema = schema_of(self.sent, "model")
         self._grid: Grid | None = None
@@ -191,18 +202,30 @@ class C2M3(Strategy):
         return [each.train_loss_key for each in chain(self.strategy) if isinstance(each, QFedAvg)]
 
     def _asking(self) -> Finish | None:
-        """How to recalibrate with what clients measure; None where the server has data of its own, or none."""
-        statistics, recalibration, grid = self.rounds.calibration, self.rounds.recalibration, self._grid
-        if not isinstance(statistics, ClientStatistics) or recalibration is None or grid is None:
+        """How to recalibrate with what clients measure; None where nobody is to be asked."""
+        rounds, statistics, recalibration, grid = self.rounds, self.moments, self.rounds.recalibration, self._grid
+        if grid is None or recalibration is None:
+            return None
+        if isinstance(rounds.calibration, ClientStatistics):
+            return partial(self._repaired_by_clients, rounds.calibration, recalibration, grid)
+        if statistics is None:
             return None
 
         def finish(merged: Params, aligned: Aligned) -> Recalibrated:
-            model, inputs = self.rounds.model, self.rounds.inputs
-            nodes = [reply.node for reply in aligned.replies]
-            endpoints, weights = aligned.params, aligned.weights
-            return repair_by_clients(statistics, recalibration, grid, nodes, model, inputs, merged, endpoints, weights)
+            try:
+                found = own_moments(statistics, grid, aligned.nodes, rounds.model, rounds.inputs, aligned.params)
+            except CalibrationError as error:
+                log(WARNING, "\t> the clients' own moments are not known, so nothing shows a shift: %s", error)
+                found = []
+            return rounds.recalibrated(merged, aligned, found)
 
         return finish
+
+    def _repaired_by_clients(
+        self, statistics: ClientStatistics, how: Recalibration, grid: Grid, merged: Params, aligned: Aligned
+    ) -> Recalibrated:
+        model, inputs, weights = self.rounds.model, self.rounds.inputs, aligned.weights
+        return repair_by_clients(statistics, how, grid, aligned.nodes, model, inputs, merged, aligned.params, weights)
 
     def _personal(self, messages: Iterable[Message]) -> Iterable[Message]:
         """The same messages, every client's model in its own basis where that was asked for."""
