@@ -13,7 +13,7 @@ class SpecError(C2M3Error, ValueError):
 
 
 class TraceError(C2M3Error, RuntimeError):
-    """A network could not be exported, so its symmetries cannot be derived."""
+    """A network could not be called with the example inputs, or not be exported: its symmetries cannot be derived."""
 
 
 class ParamsError(C2M3Error, ValueError):

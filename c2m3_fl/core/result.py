@@ -9,6 +9,7 @@ from torch import Tensor
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,14 @@ class Match:
     order: tuple[int, ...]
 
     def between(self, to: int, source: int) -> dict[str, Tensor]:
-        """The map from node `source` to node `to`; around any cycle these maps compose to the identity."""
+        """The map from node `source` to node `to`; around any cycle these maps compose to the identity.
+
+        Raises
+        ------
+        ConfigError
+            When there is no node of that number.
+        """
+        count = len(self.permutations)
+        if not (0 <= to < count and 0 <= source < count):
+            raise ConfigError(f"between({to}, {source}): the {count} nodes have the numbers 0 to {count - 1}")
         return permutation.between(self.permutations[to], self.permutations[source])

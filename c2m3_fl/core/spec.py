@@ -199,7 +199,9 @@ class PermutationSpec:
         )
 
     def check(self, params: Params, who: str = "state dict") -> None:
-        """Raise `ParamsError` unless `params` has exactly this spec's tensors, with their shapes."""
+        """Raise `ParamsError` unless `params` is a state dict of exactly this spec's tensors, with their shapes."""
+        if not isinstance(params, Mapping):
+            raise ParamsError(f"{who}: is a {type(params).__name__}, expected a state dict; pass model.state_dict()")
         missing = [name for name in self.tensors if name not in params]
         extra = [name for name in params if name not in self.tensors]
         if missing or extra:
@@ -208,6 +210,8 @@ class PermutationSpec:
                 "pass the state dict of the network that the spec was derived from"
             )
         for name, tensor in self.tensors.items():
+            if not isinstance(params[name], Tensor):
+                raise ParamsError(f"{who}: {name!r} is a {type(params[name]).__name__}, expected a torch.Tensor")
             if tuple(params[name].shape) != tensor.shape:
                 raise ParamsError(f"{who}: {name!r} has shape {tuple(params[name].shape)}, expected {tensor.shape}")
 

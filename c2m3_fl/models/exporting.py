@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
 import logging
 import re
 import warnings
@@ -59,11 +61,11 @@ def plain_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No log lines of the exporter: what matters is raised."""
+    """Neither log lines of the exporter nor the graphs that it prints when it fails: what matters is raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -78,7 +80,7 @@ def export(
     Raises
     ------
     TraceError
-        When `torch.export` refuses the network, naming the line that it refuses.
+        When the network cannot be run on the inputs, or `torch.export` refuses it; the message names the line.
     """
     args, kwargs = inputs
     with mode(model, training=training), plain_attention(), quiet(), torch.enable_grad():
@@ -86,7 +88,35 @@ def export(
             program = torch.export.export(model, args, kwargs, strict=False)
             return program if is_plain(program) else program.run_decompositions({})
         except Exception as error:
+            require_runs(model, inputs)
             raise TraceError(_explain(model, error)) from error
+
+
+def require_runs(model: nn.Module, inputs: Inputs) -> None:
+    """Raise `TraceError` unless the network, in its present mode, can be called with the example inputs."""
+    args, kwargs = copy.deepcopy(inputs)
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model)(*args, **kwargs)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be called with the example inputs, {_described(inputs)}{_line(error)}: "
+            f"{_first_sentence(error)}. Pass the arguments of one call as the network takes them, of its shapes and "
+            "types: a tensor, a tuple of positional arguments, or a dict of keyword arguments"
+        ) from error
+
+
+def _described(inputs: Inputs) -> str:
+    """Types and shapes of the arguments of a call."""
+
+    def describe(value: object) -> str:
+        if isinstance(value, Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+        return type(value).__name__
+
+    args, kwargs = inputs
+    described = [*map(describe, args), *(f"{name} = {describe(value)}" for name, value in kwargs.items())]
+    return "(" + ", ".join(described) + ")"
 
 
 def _explain(model: nn.Module, error: Exception) -> str:

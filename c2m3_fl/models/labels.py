@@ -178,7 +178,7 @@ def einsum(
     order.sort(key=lambda index: output.index(index) if index in output else len(output))
     spread = []
     for term, x in zip(terms, operands, strict=True):
-        present = sorted(range(x.ndim), key=lambda dim, term=term: order.index(term[dim]))  # type: ignore[misc]
+        present = sorted(range(x.ndim), key=[order.index(index) for index in term].__getitem__)
         moved, there = permute(x, present), {order.index(index) for index in term}
         spread.append(insert(moved, [dim for dim in range(len(order)) if dim not in there]))
     product = combine(structure, *spread)

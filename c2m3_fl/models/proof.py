@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from c2m3_fl.core.permutation import Permutation, apply, identity, random
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.models.exporting import Inputs, aliases, mode, plain_attention
+from c2m3_fl.models.exporting import Inputs, aliases, mode, plain_attention, require_runs
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; what rounding alone stays below
 
@@ -31,6 +31,11 @@ class Prover:
         Seed of parameters and permutations.
     training : bool
         Whether to run in training mode, without dropout.
+
+    Raises
+    ------
+    TraceError
+        When the network cannot be called with the inputs.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, *, seed: int = 0, training: bool = False) -> None:
@@ -38,7 +43,9 @@ class Prover:
         self._first_name = aliases(model)
         try:
             self._prepare(model, inputs, torch.float64, seed)
-        except (RuntimeError, TypeError):  # a constant or a cast inside the network insists on single precision
+        except Exception:  # a constant or a cast inside the network insists on single precision
+            with mode(model, training=training):
+                require_runs(model, inputs)
             self._prepare(model, inputs, torch.float32, seed)
 
     def _prepare(self, model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> None:

@@ -43,7 +43,7 @@ def permutation_spec(
     Raises
     ------
     TraceError
-        When `torch.export` refuses the network.
+        When the network cannot be called with the example inputs, or `torch.export` refuses it.
     SpecError
         When `pin` names a tensor or an axis that the network does not have.
     """
@@ -71,6 +71,8 @@ def check_invariance(
     ------
     ParamsError
         When the spec does not describe this network's tensors.
+    TraceError
+        When the network cannot be called with the example inputs.
     """
     spec.check(_tensors(model), "model")
     prover = Prover(model, as_inputs(example_inputs), seed=seed)
@@ -102,6 +104,8 @@ def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tupl
 
     Training mode is traced as well when evaluation leaves parameters unused: auxiliary heads are trained too.
     """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"model is a {type(model).__name__}, expected a module; pass the network itself, Net()")
     structure = Structure()
     state = _tensors(model)
     first_name = aliases(model)

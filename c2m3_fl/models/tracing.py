@@ -151,10 +151,10 @@ class _Walk:
 
     def _call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
-            source, index = node.args
-            self.labels[node] = self.labels[source][index]  # type: ignore[index]
+            (source,), index = node.all_input_nodes, node.args[1]
+            self.labels[node] = self.labels[source][index]
             if source in self.values:
-                self.values[node] = self.values[source][index]  # type: ignore[index]
+                self.values[node] = self.values[source][index]
         elif not _shapes(node):
             self.labels[node] = node.meta.get("val")
         elif not self._fold(node):
@@ -189,7 +189,7 @@ class _Walk:
         apply: Rule = RULES.get(name, unknown)
         result = apply(call, *args, **kwargs)
         if _in_place(node):
-            self.labels[node.args[0]] = result  # type: ignore[index]  # the first argument is the tensor written to
+            self.labels[node.all_input_nodes[0]] = result  # the first argument is the tensor that is written to
         return result
 
     def _known(self, node: fx.Node) -> dict[int, Atoms]:
@@ -202,7 +202,9 @@ class _Walk:
         return known
 
     def _output(self, node: fx.Node) -> None:
-        for spec, value in zip(self.program.graph_signature.output_specs, node.args[0], strict=True):  # type: ignore[arg-type]
+        outputs = node.args[0]
+        assert isinstance(outputs, list | tuple)  # one entry per output, by the format of exported programs
+        for spec, value in zip(self.program.graph_signature.output_specs, outputs, strict=True):
             found = self.labels.get(value) if isinstance(value, fx.Node) else None
             if not isinstance(found, Labels):
                 continue

@@ -254,6 +254,26 @@ def test_nodes_that_are_not_finite_or_do_not_fit_are_refused():
         match(spec, [good, {}])
 
 
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([torch.nn.Linear(2, 3)], r"node 0: is a Linear, expected a state dict; pass model.state_dict\(\)"),
+        ({"0.weight": torch.zeros(3, 2)}, "node 0: is a str, expected a state dict"),
+        ([{name: value.numpy() for name, value in draws(mlp(2, 3, 2), 1)[0].items()}], "'0.weight' is a ndarray"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(nodes, message):
+    with pytest.raises(ParamsError, match=message):
+        match(mlp(2, 3, 2), nodes)
+
+
+@pytest.mark.parametrize(("to", "source"), [(0, 7), (2, 0), (-1, 0)])
+def test_a_map_between_nodes_that_do_not_exist_is_refused(to, source):
+    found = match(mlp(2, 3, 2), draws(mlp(2, 3, 2), 2))
+    with pytest.raises(ConfigError, match=rf"between\({to}, {source}\): the 2 nodes have the numbers 0 to 1"):
+        found.between(to, source)
+
+
 def test_balanced_matching_does_not_hear_the_loudest_layer():
     # The second layer's weights are a thousand times too large and pure noise; the others are planted.
     spec = mlp(12, 24, 24, 6)
