@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from logging import ERROR
+from time import perf_counter
 from typing import Unpack
 
 import numpy as np
@@ -103,7 +104,8 @@ class C2M3(Strategy):
         sent = self._params(self.sent, "the parameters sent out")
         outcome = self.rounds.play(self._sorted(results), sent, self.strategy, aggregate)
         parameters = self.sent if outcome.params is None else _parameters(outcome.params)
-        return parameters, {**(outcome.metrics or {}), **_scalars(outcome.numbers)}
+        numbers = _scalars(outcome.numbers, spelled_out=self.rounds.options["diagnostics"])
+        return parameters, {**(outcome.metrics or {}), **numbers}
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -131,6 +133,7 @@ class C2M3(Strategy):
 
     def _sorted(self, results: Sequence[Result]) -> Sorted[Result]:
         """The usable replies in a stable order, and the others with the reasons."""
+        started = perf_counter()
         kept: dict[int, Reply[Result]] = {}
         dropped = []
         for result in results:
@@ -147,7 +150,8 @@ class C2M3(Strategy):
             first, *second = sorted(filter(None, (kept.get(node), reply)), key=lambda each: each.content)
             kept[node] = first
             dropped += [Dropped(each.node, "a second reply to the same instruction") for each in second]
-        return Sorted(tuple(sorted(kept.values(), key=lambda each: (each.content, each.node))), tuple(dropped))
+        replies = sorted(kept.values(), key=lambda each: (each.content, each.node))
+        return Sorted(tuple(replies), tuple(dropped), perf_counter() - started)
 
     def _params(self, parameters: Parameters, who: str) -> dict[str, torch.Tensor]:
         """The tensors by name, each of exactly the model's shape; of its element types, or of those sent out."""
@@ -203,6 +207,13 @@ def _parameters(params: Params) -> Parameters:
     return ndarrays_to_parameters([np.asarray(value.detach().cpu().numpy()) for value in params.values()])
 
 
-def _scalars(numbers: Numbers) -> dict[str, Scalar]:
-    """Legacy metrics hold no lists."""
-    return {name: value for name, value in numbers.items() if not isinstance(value, list)}
+def _scalars(numbers: Numbers, *, spelled_out: bool) -> dict[str, Scalar]:
+    """Legacy metrics hold no lists: what is known of every node gets a key of its own where that was asked for."""
+    scalars: dict[str, Scalar] = {}
+    nodes = numbers.get("c2m3-nodes", [])
+    for name, value in numbers.items():
+        if not isinstance(value, list):
+            scalars[name] = value
+        elif spelled_out and isinstance(nodes, list) and name != "c2m3-nodes":
+            scalars |= {f"{name}/{node}": each for node, each in zip(nodes, value, strict=True)}
+    return scalars

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
+from time import perf_counter
 from typing import Generic, TypeVar
 
 import torch
@@ -64,10 +65,11 @@ class Dropped:
 
 @dataclass(frozen=True, eq=False)
 class Sorted(Generic[Source]):
-    """The replies of a round: the usable ones in stable order, and the others."""
+    """The replies of a round: the usable ones in stable order, and the others; and how long it took to tell."""
 
     replies: tuple[Reply[Source], ...]
     dropped: tuple[Dropped, ...]
+    seconds: float
 
 
 def sort_messages(
@@ -86,29 +88,12 @@ def sort_messages(
     required : sequence of str
         Further metrics that must be there and finite (the loss of q-FedAvg).
     """
-    kept: list[Reply[Message]] = []
-    dropped: list[Dropped] = []
-    for message in messages:
-        node = message.metadata.src_node_id
-        try:
-            kept.append(_read(message, schema, weighted_by, required))
-        except ParamsError as error:
-            dropped.append(Dropped(node, str(error)))
-    return _settled(kept, dropped)
+    return _sorted(messages, lambda message: _read(message, schema, weighted_by, required))
 
 
 def sort_evaluations(messages: Iterable[Message], *, weighted_by: str) -> Sorted[Message]:
     """Check every message of an evaluation round, which carries metrics and no arrays."""
-    kept: list[Reply[Message]] = []
-    dropped: list[Dropped] = []
-    for message in messages:
-        node = message.metadata.src_node_id
-        try:
-            metrics = _only(_content(message).metric_records, "MetricRecords")
-            kept.append(Reply(node, {}, _weight(metrics, weighted_by), content_of({}, metrics), message))
-        except ParamsError as error:
-            dropped.append(Dropped(node, str(error)))
-    return _settled(kept, dropped)
+    return _sorted(messages, lambda message: _read_evaluation(message, weighted_by))
 
 
 def content_of(params: Params, metrics: Mapping[str, object]) -> str:
@@ -138,6 +123,27 @@ def report_dropped(dropped: Iterable[Dropped]) -> None:
     """Log every dropped reply with its reason."""
     for each in dropped:
         log(WARNING, "\t> dropped the reply of node %d: %s", each.node, each.reason)
+
+
+def _sorted(messages: Iterable[Message], read: Callable[[Message], Reply[Message]]) -> Sorted[Message]:
+    """The replies in stable order, one to each message, all of one make."""
+    started = perf_counter()
+    kept: list[Reply[Message]] = []
+    dropped: list[Dropped] = []
+    for message in messages:
+        try:
+            kept.append(read(message))
+        except ParamsError as error:
+            dropped.append(Dropped(message.metadata.src_node_id, str(error)))
+    kept.sort(key=lambda reply: (reply.content, reply.node))
+    kept, dropped = _consistent(*_distinct(kept, dropped))
+    return Sorted(tuple(kept), tuple(dropped), perf_counter() - started)
+
+
+def _read_evaluation(message: Message, weighted_by: str) -> Reply[Message]:
+    metrics = _only(_content(message).metric_records, "MetricRecords")
+    weight = _weight(metrics, weighted_by)
+    return Reply(message.metadata.src_node_id, {}, weight, content_of({}, metrics), message)
 
 
 def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence[str]) -> Reply[Message]:
@@ -179,12 +185,6 @@ def _last_line(reason: str | None) -> str:
     return lines[-1] if lines else "no reason given"
 
 
-def _settled(kept: list[Reply[Message]], dropped: list[Dropped]) -> Sorted[Message]:
-    """The replies in stable order, one to each message, all of one make."""
-    kept.sort(key=lambda reply: (reply.content, reply.node))
-    return _consistent(*_distinct(kept, dropped))
-
-
 def _distinct(kept: list[Reply[Message]], dropped: list[Dropped]) -> tuple[list[Reply[Message]], list[Dropped]]:
     """Keep one reply to each message: the first in the stable order."""
     seen: set[tuple[int, str]] = set()
@@ -210,7 +210,7 @@ def _signature(reply: Reply[Message]) -> Signature:
     return tuple(content.array_records), tuple(content.metric_records), tuple(kinds)
 
 
-def _consistent(kept: list[Reply[Message]], dropped: list[Dropped]) -> Sorted[Message]:
+def _consistent(kept: list[Reply[Message]], dropped: list[Dropped]) -> tuple[list[Reply[Message]], list[Dropped]]:
     """Drop the replies whose records are named or made unlike those of most others."""
     votes = Counter(_signature(reply) for reply in kept)
     usual = min(votes, key=lambda signature: (-votes[signature], signature), default=None)
@@ -220,4 +220,4 @@ def _consistent(kept: list[Reply[Message]], dropped: list[Dropped]) -> Sorted[Me
             replies.append(reply)
         else:
             dropped.append(Dropped(reply.node, "its records are named or made unlike those of most replies"))
-    return Sorted(tuple(replies), tuple(dropped))
+    return replies, dropped

@@ -179,6 +179,7 @@ class Rounds:
         """
         report_dropped(found.dropped)
         counts: Numbers = {"c2m3-replies": len(found.replies), "c2m3-dropped": len(found.dropped)}
+        counts["c2m3-check-seconds"] = found.seconds
         if not self._enough(found.replies):
             return self._keep(f"{len(found.replies)} valid replies are too few", counts)
         try:
@@ -189,7 +190,7 @@ class Rounds:
         counts = {**counts, **aligned.numbers, "c2m3-dropped": len(found.dropped) + len(aligned.dropped)}
         if not self._enough(aligned.replies):
             return self._keep(f"{len(aligned.replies)} replies that fit each other are too few", counts)
-        rewind = rewinding(strategy)
+        rewind, started = rewinding(strategy), perf_counter()
         metrics: Metrics | None = None
         try:
             arrays, metrics = aggregate(aligned)
@@ -204,6 +205,7 @@ class Rounds:
         if merged is None:
             return self._keep("the wrapped strategy returned no arrays", counts, metrics)
         self.idle = 0
+        counts["c2m3-aggregate-seconds"] = perf_counter() - started
         result, numbers = self.recalibrate(merged, aligned, finish)
         return Outcome(result, metrics, {**counts, **numbers, KEPT: 0})
 

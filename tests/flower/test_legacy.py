@@ -203,6 +203,14 @@ def test_failures_that_the_wrapped_strategy_does_not_accept_leave_the_previous_m
     assert metrics["c2m3-kept-previous"] == 1
 
 
+def test_diagnostics_name_every_tensor_of_every_client():
+    results = [fit_result(node, params) for node, params in enumerate(clients(3))]
+    _, metrics = legacy(diagnostics=True).aggregate_fit(1, results, [])
+    names = [f"c2m3-agreement/{name}" for name in mlp().state_dict()] + ["c2m3-node-moved", "c2m3-node-agreement"]
+    assert all(isinstance(metrics[f"{name}/{node}"], float) for name in names for node in range(3))
+    assert not any("/" in name for name in legacy().aggregate_fit(1, results, [])[1])
+
+
 def test_every_client_is_sent_the_model_in_its_own_basis():
     ours = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, basis="client")
     _, _, proxies = serve(ours, rounds=2)

@@ -296,6 +296,7 @@ def test_diagnostics_name_every_tensor_of_every_client():
     _, metrics = strategy.aggregate_train(1, [reply(node, params) for node, params in enumerate(clients(3))])
     assert {len(metrics[f"c2m3-agreement/{name}"]) for name in mlp().state_dict()} == {3}
     assert sorted(metrics["c2m3-nodes"]) == [0, 1, 2]
+    assert all(metrics[f"c2m3-{phase}-seconds"] > 0 for phase in ("check", "match", "aggregate"))
     for key in ("c2m3-node-moved", "c2m3-node-agreement", "c2m3-node-outlier"):
         assert len(metrics[key]) == 3
 
