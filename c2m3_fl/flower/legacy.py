@@ -99,7 +99,7 @@ class C2M3(Strategy):
 
         def aggregate(aligned: Aligned) -> tuple[Params | None, dict[str, Scalar]]:
             parameters, metrics = self.strategy.aggregate_fit(server_round, _results(aligned), failures)
-            return None if parameters is None else self._named(parameters), metrics
+            return None if parameters is None else self._named(parameters), dict(metrics or {})
 
         sent = self._params(self.sent, "the parameters sent out")
         outcome = self.rounds.play(self._sorted(results), sent, self.strategy, aggregate)

@@ -141,7 +141,7 @@ class C2M3(Strategy):
 
         def aggregate(aligned: Aligned) -> tuple[Params | None, MetricRecord | None]:
             arrays, metrics = self.strategy.aggregate_train(server_round, _messages(aligned))
-            return None if arrays is None else to_params(arrays), metrics
+            return None if arrays is None else to_params(arrays), MetricRecord(dict(metrics or {}))
 
         sent, asking = to_params(self.sent, expected), self._asking()
         outcome = self.rounds.play(found, sent, self.strategy, aggregate, asking)

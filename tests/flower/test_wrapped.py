@@ -125,6 +125,7 @@ USELESS = {
     ),
     "the user's function raises": (lambda: FedAvg(train_metrics_aggr_fn=failing), "FedAvg failed: KeyError"),
     "returns no pair": (lambda: Returning(5), "the wrapped strategy Returning failed: TypeError"),
+    "returns no metrics": (lambda: Returning((from_params(mlp(1).state_dict()), 5)), "Returning failed: TypeError"),
     "returns one array more": (lambda: Returning(extra=Array(np.zeros(3))), "differs from the replies in keys"),
     "returns another shape": (lambda: Returning(**{"2_bias": Array(np.zeros((1,)))}), "has shape (1,), expected (32,)"),
     "returns text": (lambda: Returning(**{"2_bias": Array(np.array(["w"] * 32))}), "has dtype <U1"),
