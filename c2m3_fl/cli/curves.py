@@ -1,9 +1,10 @@
-"""Barriers and landscapes as pictures."""
+"""Barriers, landscapes and the agreement of layers as pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 
 from c2m3_fl.merging.barrier import Segment
 from c2m3_fl.merging.landscape import Landscape
@@ -43,13 +44,40 @@ def draw_landscapes(landscapes: Mapping[str, Landscape], file: Path) -> None:
     high = max(float(each.loss.quantile(0.9)) for each in landscapes.values())
     low = min(float(each.loss.min()) for each in landscapes.values())
     levels = [low + (high - low) * index / _LEVELS for index in range(_LEVELS + 1)]
-    for panel, (name, each) in zip([panels] if len(landscapes) == 1 else panels, landscapes.items(), strict=True):
+    panels = [panels] if len(landscapes) == 1 else list(panels)
+    for panel, (name, each) in zip(panels, landscapes.items(), strict=True):
         drawn = panel.contourf(each.x, each.y, each.loss.numpy(), levels=levels, cmap="viridis", extend="both")
         for number, (x, y) in enumerate(each.corners):
             panel.plot(x, y, marker="o", color="white", markeredgecolor="black")
             panel.annotate(str(number), (x, y), textcoords="offset points", xytext=(6, 6), color="white")
         panel.set_title(name, loc="left", fontsize=10)
         panel.set_aspect("equal")
-        figure.colorbar(drawn, ax=panel, label="loss")
+        panel.set_xlabel("distance in parameter space")
+    figure.colorbar(drawn, ax=panels, label="loss", format="%.1f")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def draw_agreement(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], file: Path) -> None:
+    """How well the nodes agree in every tensor, as they are and in one basis: mean cosine with the others."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(after)
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.28 * len(names)), layout="constrained")
+    ends = [[mean(rows[name]) for name in names] for rows in (before, after)]
+    places = range(len(names))
+    axes.hlines(places, ends[0], ends[1], color=_COLOURS[0], linewidth=1, alpha=0.5)
+    for label, values, colour in zip(("as they are", "in one basis"), ends, _COLOURS, strict=False):
+        axes.plot(values, places, "o", color=colour, label=label)
+    axes.set_yticks(places, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(min(0.0, *ends[0], *ends[1]) - 0.02, 1)
+    axes.set_xlabel("mean cosine of a network with the others")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.8)
+    axes.legend(frameon=False, loc="lower right")
     figure.savefig(file, dpi=150)
     plt.close(figure)

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from c2m3_fl.cli.curves import draw_agreement
 from c2m3_fl.cli.files import load_images, load_network, load_params
+from c2m3_fl.core.basis import fit
 from c2m3_fl.errors import C2M3Error, ConfigError
 from c2m3_fl.merging.merge import Merge
 from c2m3_fl.merging.merge import merge as merge_networks
@@ -21,7 +23,8 @@ from c2m3_fl.merging.methods import METHODS
 from c2m3_fl.merging.recalibrate import SHORT_NAMES
 from c2m3_fl.merging.scoring import evaluate
 from c2m3_fl.merging.setting import check_params
-from c2m3_fl.models.calibration import ExampleInputs, load_batches
+from c2m3_fl.models.calibration import ExampleInputs, first_inputs, load_batches
+from c2m3_fl.models.symmetry import permutation_spec
 
 _LAYERS = 8  # of the report: the tensors whose nodes agree least
 
@@ -38,6 +41,9 @@ def merge(
     weights: Annotated[list[float] | None, typer.Option(help="Averaging weight, once per file.")] = None,
     image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 224,
     classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw how well the networks agree in every tensor, before and after.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge networks that were trained apart: permute their units into one universe, average, recalibrate."""
@@ -50,10 +56,12 @@ def merge(
     if images is None and method in ("activations", "activations-universe", "cca"):
         raise ConfigError(f"method {method!r} compares activations: name a folder of images with --calibration")
     with progress.status(f"merging {len(nodes)} networks by {method} …"):
+        inputs = first_inputs(images, _example(example, image_size) if images is None else None)
+        spec = permutation_spec(network, inputs)
         merged = merge_networks(
             network,
             nodes,
-            example_inputs=_example(example, image_size) if images is None else None,
+            spec=spec,
             weights=weights,
             calibration=images,
             method=method,
@@ -70,6 +78,9 @@ def merge(
         save_file({name: value.contiguous().clone() for name, value in merged.state_dict.items()}, output)
     except OSError as error:
         raise C2M3Error(f"{output} cannot be written: {error}") from error
+    if picture is not None:
+        before = fit(spec, nodes, merged.report.weights).layers
+        draw_agreement({name: row.tolist() for name, row in before.items()}, merged.report.layers, picture)
     if as_json:
         typer.echo(json.dumps(report, indent=1))
     else:

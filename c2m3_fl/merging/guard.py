@@ -10,7 +10,7 @@ counts against it. So it is reported, and decides only where nothing better is k
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,53 +18,70 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.merging.refit import Refit
-from c2m3_fl.merging.repair import Repair
+from c2m3_fl.merging.repair import BatchNormStatistics, Repair, recalibration_report
 from c2m3_fl.merging.reports import Candidate, Decision, Recalibrated
 from c2m3_fl.merging.setting import Setting
 from c2m3_fl.merging.shift import shift
 from c2m3_fl.models.program import Walk
+
+LIMIT = 0.8
 
 
 @dataclass(frozen=True)
 class Auto:
     """Do the strongest thing that can be shown to be safe, and report why.
 
-    With labelled calibration data the plain average, REPAIR and refit compete on them. Without, refit is done where
-    the calibration data are shown to be like the nodes' own (see `c2m3_fl.merging.shift`), REPAIR otherwise.
+    With labelled calibration data everything competes on them: the plain result without any alignment (where the
+    setting has it), the aligned mean, re-estimated BatchNorm statistics, REPAIR and refit. Without labels there is a
+    ladder. REPAIR is done unless the network that it leaves agrees less with the ensemble of the endpoints than a safer
+    one. Refit is done on top where the calibration data are shown to be like the nodes' own (see
+    `c2m3_fl.merging.shift`).
 
     Attributes
     ----------
     limit : float
-        Largest shift, in standard deviations of a channel, at which refit is trusted. Set by hand from one seed of
-        MNIST and CIFAR-10 clients, and checked on no other: about .04 for the nodes' own distribution, .35 and more
-        where every node saw few classes. Up to about .7 (foreign images) refit gained on REPAIR, at about .9 (added
-        noise) nothing; noise alone, beyond 1, cost 1.6 points on CIFAR-10 and gained 8 on MNIST.
-    repair, refit : Repair, Refit
-        The candidates.
+        Largest shift, in standard deviations of a channel, at which refit is trusted; see `LIMIT`.
+    repair, refit : Recalibration
+        The candidates; `Repair()` and `Refit()` by default.
     """
 
-    limit: float = 0.8
-    repair: Repair = field(default_factory=Repair)
-    refit: Refit = field(default_factory=Refit)
+    limit: float = LIMIT
+    repair: Callable[[Setting], Recalibrated] = field(default_factory=Repair)
+    refit: Callable[[Setting], Recalibrated] = field(default_factory=Refit)
 
     def __call__(self, setting: Setting) -> Recalibrated:
         """Recalibrate ``setting.merged``."""
         start = time.perf_counter()
         distance = shift(setting)
         labelled = all(batch.labels is not None for batch in setting.batches)
-        done = {"repair": self.repair(setting)}
+        done = _as_they_are(setting)
+        if any(operator.mean for operator in setting.programs[0].operators):
+            done["batchnorm"] = BatchNormStatistics()(setting)
+        done["repair"] = self.repair(setting)
         trusted = distance is not None and distance <= self.limit
         if labelled or trusted:
             done["refit"] = self.refit(setting)
         candidates = {name: each.state_dict for name, each in done.items()}
-        decision = judge(setting, {"none": setting.merged, **candidates} if labelled else candidates)
-        if not labelled:
-            decision = replace(decision, chosen=list(done)[-1], reason=self._reason(distance))
-        decision = replace(decision, shift=distance)
-        plain = Recalibrated(dict(setting.merged), replace(done["repair"].report, operators=()))
-        kept = done.get(decision.chosen, plain)
-        report = replace(kept.report, method=decision.chosen, decision=decision, seconds=time.perf_counter() - start)
+        decision = judge(setting, candidates) if labelled else self._climb(setting, candidates, distance)
+        kept = done[decision.chosen]
+        report = replace(
+            kept.report,
+            method=decision.chosen,
+            decision=replace(decision, shift=distance),
+            seconds=time.perf_counter() - start,
+        )
         return Recalibrated(kept.state_dict, report)
+
+    def _climb(self, setting: Setting, candidates: Mapping[str, Params], distance: float | None) -> Decision:
+        """Decide without labels: see the ladder above."""
+        decision = judge(setting, candidates)
+        if "refit" in candidates:
+            return replace(decision, chosen="refit", reason=self._reason(distance))
+        better = _safer(decision.candidates)
+        if better is None:
+            return replace(decision, chosen="repair", reason=self._reason(distance))
+        reason = f"REPAIR was held back: it agrees less with the ensemble of the endpoints than {better!r} does"
+        return replace(decision, chosen=better, reason=f"{reason}; {self._reason(distance)}")
 
     def _reason(self, distance: float | None) -> str:
         if distance is None:
@@ -72,8 +89,31 @@ class Auto:
                 "nothing shows whether the calibration data are like the nodes' own, so refit was held back; "
                 "give labels, or each node's channel_moments"
             )
-        verdict = "like the nodes' own, within" if distance <= self.limit else "unlike the nodes' own, beyond"
-        return f"the calibration data are {verdict} {self.limit:g} spreads of a channel: {distance:.2f}"
+        if distance <= self.limit:
+            return f"the calibration data are like the nodes' own, within {self.limit:g} spreads: {distance:.2f}"
+        return (
+            f"the calibration data are unlike the nodes' own, beyond {self.limit:g} spreads of a channel: "
+            f"{distance:.2f}; so refit was held back"
+        )
+
+
+def _as_they_are(setting: Setting) -> dict[str, Recalibrated]:
+    """The candidates that no calibration touches, the safest first."""
+    found = {} if setting.plain is None else {"plain": setting.plain}
+    return {
+        name: Recalibrated(dict(params), recalibration_report(name, setting, (), time.perf_counter()))
+        for name, params in {**found, "none": setting.merged}.items()
+    }
+
+
+def _safer(candidates: Sequence[Candidate]) -> str | None:
+    """The safer candidate that agrees most with the ensemble, if it agrees more than what REPAIR gives."""
+    agreement = {each.name: each.agreement for each in candidates if each.agreement is not None}
+    repaired = agreement.pop("repair", None)
+    if repaired is None or not agreement:
+        return None
+    best = max(agreement, key=agreement.__getitem__)
+    return best if agreement[best] > repaired else None
 
 
 def judge(setting: Setting, candidates: Mapping[str, Params]) -> Decision:

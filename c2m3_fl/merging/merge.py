@@ -178,7 +178,8 @@ def merge(
     merged = weighted_mean([alignment.params[index] for index in order], share[order])
     report = None
     if recalibration is not None and nodes.batches:
-        setting = prepare(model, merged, alignment.params, nodes.batches, weights=share)
+        plain = weighted_mean([nodes.params[index] for index in order], share[order])
+        setting = prepare(model, merged, alignment.params, nodes.batches, weights=share, plain=plain)
         if moments is not None and alignment.moves is not None:
             setting = with_own_moments(setting, spec, alignment.moves, moments)
         done = recalibrated(recalibration, setting)

@@ -1,9 +1,9 @@
 """Merges of trained networks: every recalibration after C2M3, every method, shifted calibration data.
 
-    python -m tests.benchmarks.merging_table [CASE ...] [--seeds 0 1 2] [--table recalibration|methods|shift]
+    python -m tests.benchmarks.merging_table [CASE ...] [--seeds 0 1 2] [--table recalibration|methods|shift|published]
 
 prints a markdown table, accuracy in percent (mean ± standard deviation over seeds) and seconds, and writes
-``results/merging-TABLE.json``.
+``results/merging-TABLE.json``. Nothing is chosen by what is measured here: see ``merging_choices``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,16 +23,18 @@ from torch import Tensor, nn
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.merging.guard import Auto
 from c2m3_fl.merging.merge import Merge, merge
 from c2m3_fl.merging.methods import METHODS
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import BatchNormStatistics, Repair
+from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.merging.setting import Setting, prepare
 from c2m3_fl.merging.shift import channel_moments, with_own_moments
 from c2m3_fl.models.statistics import Moments
 from c2m3_fl.models.symmetry import permutation_spec
-from tests.benchmarks.merging_cases import CASES, Case, Trained, accuracy, probabilities, trained
+from tests.benchmarks.merging_cases import CASES, PUBLISHED, Case, Trained, accuracy, probabilities, trained
 
 RESULTS = Path("results")
 RECALIBRATIONS: dict[str, Recalibration] = {
@@ -52,14 +55,22 @@ class Row:
     column: str
     accuracy: float
     seconds: float
+    note: str = ""
+
+
+def ensemble(found: Trained, weights: list[float], inputs: Tensor) -> Tensor:
+    """The nodes' mean probabilities."""
+    parts = [
+        weight / sum(weights) * probabilities(found.model, node, inputs)
+        for weight, node in zip(weights, found.nodes, strict=True)
+    ]
+    return torch.stack(parts).sum(0)
 
 
 def distilled(model: nn.Module, start: Mapping[str, Tensor], found: Trained, steps: int = 300) -> dict[str, Tensor]:
     """So many Adam steps from `start` towards the endpoints' mean probabilities on the calibration inputs."""
     inputs = torch.cat(found.calibration)
-    share = torch.tensor(found.weights) / sum(found.weights)
-    targets = sum(w * probabilities(model, node, inputs) for w, node in zip(share, found.nodes, strict=True))
-    assert isinstance(targets, Tensor)
+    targets = ensemble(found, found.weights, inputs)
     student = copy.deepcopy(model)
     student.load_state_dict(start)
     student.train()
@@ -89,10 +100,13 @@ def recalibration_rows(case: Case, seed: int, found: Trained, spec: PermutationS
         return Row(case.title, seed, column, value, seconds)
 
     scores = [accuracy(found.model, node, found.test) for node in found.nodes]
-    votes = torch.stack([probabilities(found.model, node, found.test.inputs) for node in found.nodes]).mean(0)
     yield row("mean node", statistics.mean(scores))
     yield row("best node", max(scores))
-    yield row("ensemble", float((votes.argmax(1) == found.test.labels).double().mean()))
+    for column, share in (("ensemble", [1.0] * len(scores)), ("ensemble, weighted", found.weights)):
+        begin = time.perf_counter()
+        votes = ensemble(found, share, found.test.inputs).argmax(1)
+        right = float((votes == found.test.labels).double().mean())
+        yield row(column, right, time.perf_counter() - begin)
     naive = merge(found.model, found.nodes, method="mean", recalibrate="none", spec=spec, weights=found.weights)
     yield row("naive mean", accuracy(found.model, naive.state_dict, found.test), naive.report.seconds)
     matched, settings = merged_setting(found, spec, own_moments(case, found))
@@ -171,24 +185,45 @@ def trained_calibration(case: Case) -> list[Tensor]:
 
 
 def shift_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> Iterator[Row]:
-    """REPAIR, refit and auto with shifted calibration data; for auto, seconds hold the shift instead."""
+    """REPAIR, refit and auto with shifted calibration data."""
     _, settings = merged_setting(found, spec, own_moments(case, found))
     for name, inputs in shifted(found).items():
         setting = settings(list(inputs.split(250)))
         yield Row(case.title, seed, f"{name}: C2M3", accuracy(found.model, setting.merged, found.test), 0.0)
-        for column in ("+ REPAIR", "+ refit", "+ auto"):
-            done = RECALIBRATIONS[column](setting)
+        kept: dict[str, Recalibrated] = {}
+
+        def keeping(column: str, setting: Setting, kept: dict[str, Recalibrated] = kept) -> Recalibrated:
+            if column not in kept:
+                kept[column] = RECALIBRATIONS[column](setting)
+            return kept[column]
+
+        auto = Auto(repair=partial(keeping, "+ REPAIR"), refit=partial(keeping, "+ refit"))
+        for column, recalibrate in (("+ REPAIR", auto.repair), ("+ refit", auto.refit), ("+ auto", auto)):
+            done = recalibrate(setting)
             decision = done.report.decision
+            note = "" if decision is None else f"{decision.chosen}, shift {decision.shift:.2f}: {decision.reason}"
             score = accuracy(found.model, done.state_dict, found.test)
-            distance = decision.shift if decision and decision.shift is not None else 0.0
-            chose = f" ({decision.chosen})" if decision else ""
-            yield Row(case.title, seed, f"{name}: {column}{chose}", score, distance)
+            yield Row(case.title, seed, f"{name}: {column}", score, done.report.seconds, note)
+
+
+def published_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> Iterator[Row]:
+    """Every method with REPAIR, for all nodes and for the first few; notes say the share of the nodes' accuracy."""
+    for count in range(2, len(found.nodes) + 1):
+        nodes, share = found.nodes[:count], found.weights[:count]
+        mean = statistics.mean(accuracy(found.model, node, found.test) for node in nodes)
+        yield Row(case.title, seed, f"{count} nodes: mean node", mean, 0.0)
+        for method in METHODS if count == len(found.nodes) else ("mergemany", "c2m3", "activations-universe", "cca"):
+            merged = merge(found.model, nodes, spec=spec, weights=share, calibration=found.calibration, method=method)
+            score = accuracy(found.model, merged.state_dict, found.test)
+            note = f"{score / mean:.3f} of the nodes' mean"
+            yield Row(case.title, seed, f"{count} nodes: {method} + REPAIR", score, merged.report.seconds, note)
 
 
 TABLES: dict[str, Callable[[Case, int, Trained, PermutationSpec], Iterator[Row]]] = {
     "recalibration": recalibration_rows,
     "methods": method_rows,
     "shift": shift_rows,
+    "published": published_rows,
 }
 
 
@@ -212,9 +247,11 @@ def main() -> None:
     parser.add_argument("--table", choices=TABLES, default="recalibration")
     arguments = parser.parse_args()
     rows: list[Row] = []
-    for name in arguments.cases or CASES:
+    cases = CASES | PUBLISHED
+    standard = CASES if arguments.table != "published" else [name for name in PUBLISHED if not name.endswith("-full")]
+    for name in arguments.cases or standard:
         for seed in arguments.seeds:
-            case = CASES[name].seeded(seed)
+            case = cases[name].seeded(seed)
             found = trained(case)
             spec = permutation_spec(found.model, found.calibration[0][:4])
             rows += TABLES[arguments.table](case, seed, found, spec)

@@ -46,9 +46,10 @@ def images(tmp_path: Path) -> str:
 def test_files_merge_into_one_that_loads(files: list[str], images: str, tmp_path: Path) -> None:
     output = tmp_path / "merged.safetensors"
     arguments = ["merge", *files, "--model", MODEL, "--calibration", images, "-o", str(output), "--image-size", "8"]
-    arguments += ["--recalibrate", "auto"]
+    arguments += ["--recalibrate", "auto", "--picture", str(tmp_path / "agreement.png")]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
+    assert (tmp_path / "agreement.png").read_bytes().startswith(b"\x89PNG")
     network().load_state_dict(load_file(output))
     for wanted in ("c2m3", "agreement", "cosine", "because", "accuracy merged", "written to"):
         assert wanted in result.stdout
