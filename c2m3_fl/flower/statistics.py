@@ -33,6 +33,7 @@ from c2m3_fl.models.operators import Operator
 from c2m3_fl.models.program import Program, trace
 from c2m3_fl.models.statistics import Moments
 
+_MANY = 2**53  # values per channel: beyond it floats do not count any more
 Ask = tuple[int, str, Params]  # whom, about what, and the network to measure
 
 
@@ -252,6 +253,8 @@ def _read_moments(arrays: Params, operator: Operator, channels: int) -> Moments:
         raise ParamsError(f"{who} are missing") from error
     if count.shape != () or {mean.shape, deviation.shape} != {(channels,)}:
         raise ParamsError(f"{who} are of shape {tuple(mean.shape)}, expected {(channels,)}")
-    if count < 1 or not bool(torch.isfinite(torch.stack([mean, deviation])).all()) or bool((deviation < 0).any()):
+    if count.is_floating_point() or not 1 <= int(count) <= _MANY:
+        raise ParamsError(f"{who} are of {count} values, expected a whole number from 1 to {_MANY}")
+    if not bool(torch.isfinite(torch.stack([mean, deviation / count]).float()).all()) or bool((deviation < 0).any()):
         raise ParamsError(f"{who} are not finite, or negative where they must not be")
     return Moments(int(count), mean.double(), deviation.double())

@@ -219,6 +219,9 @@ HARM = {
     "NaN": lambda name, value: value * math.nan if name.endswith("mean") else value,
     "negative spread": lambda name, value: value - 1e9 if name.endswith("deviation") else value,
     "no inputs": lambda name, value: value * 0 if name.endswith("count") else value,
+    "more inputs than can be": lambda name, value: value * 0 + 2**60 if name.endswith("count") else value,
+    "a count in floats": lambda name, value: value * 1e300 if name.endswith("count") else value,
+    "a mean beyond float32": lambda name, value: value * 1e200 if name.endswith("mean") else value,
     "other shape": lambda name, value: value[:1] if value.ndim else value,
 }
 
