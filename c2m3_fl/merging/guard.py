@@ -24,7 +24,9 @@ from c2m3_fl.merging.setting import Setting
 from c2m3_fl.merging.shift import shift
 from c2m3_fl.models.program import Walk
 
-LIMIT = 0.8
+# Shifts measured on MNIST and CIFAR-10 clients: at most .25 with data of the clients' own distribution, however skewed
+# their labels, and at least .95 wherever refit then lost to REPAIR. This is about the geometric mean of the two.
+LIMIT = 0.5
 
 
 @dataclass(frozen=True)

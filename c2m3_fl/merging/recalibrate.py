@@ -47,7 +47,7 @@ def resolve(recalibrate: Recalibration | str | None) -> Recalibration | None:
     Examples
     --------
     >>> resolve("repair")
-    Repair(final=True)
+    Repair(final=True, closed_form=False)
     """
     if not isinstance(recalibrate, str):
         return recalibrate

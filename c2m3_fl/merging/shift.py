@@ -10,7 +10,6 @@ still say something about each of them, so measure on many.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -29,6 +28,8 @@ from c2m3_fl.models.program import trace_batches
 from c2m3_fl.models.statistics import Moments
 
 OwnMoments = Mapping[str, Moments]
+
+_SINGLE = 1e-9  # weight of all other nodes below which there is but one
 
 
 def channel_moments(
@@ -102,10 +103,11 @@ def with_own_moments(
 def shift(setting: Setting) -> float | None:
     """Distance of the calibration data from the nodes' own, in standard deviations of a channel.
 
-    For every channel the weighted mean over nodes of ``(mean - own mean) / own spread`` and of the logarithm of the
-    ratio of spreads; their root mean square over an operator's channels; the median over operators. Averaging over
-    nodes with the sign kept lets label skew cancel: the nodes' own data together are like the calibration data,
-    one by one they are not.
+    A node's channel is off by ``(mean - own mean) / own spread`` and stretched by the logarithm of the ratio of
+    spreads. Where calibration data come from elsewhere, all nodes see that alike; where a node saw few classes, it
+    alone does. So what counts is the mean product of two different nodes' offsets, and of their stretches: what they
+    share. Its root mean over an operator's channels, largest over operators but those that give the output, whose
+    channels are classes.
 
     Returns
     -------
@@ -116,15 +118,23 @@ def shift(setting: Setting) -> float | None:
     if not own or not own[0]:
         return None
     weights = setting.weights.to(setting.device)[:, None]
+    final = {operator.name for operator in setting.programs[0].operators if operator.final}
+    hidden = [name for name in own[0] if name not in final] or list(own[0])
     distances = []
-    for name in own[0]:
-        offset, stretch = zip(
-            *(_compared(found[name], kept[name]) for found, kept in zip(setting.moments, own, strict=True)),
-            strict=True,
-        )
-        parts = [(weights * torch.stack(part)).sum(0).square() for part in (offset, stretch)]
-        distances.append(math.sqrt(float((parts[0] + parts[1]).mean())))
-    return statistics.median(distances)
+    for name in hidden:
+        pairs = [_compared(found[name], kept[name]) for found, kept in zip(setting.moments, own, strict=True)]
+        shared = sum(_shared(torch.stack(part), weights) for part in zip(*pairs, strict=True))
+        distances.append(math.sqrt(max(0.0, shared)))
+    return max(distances)
+
+
+def _shared(values: Tensor, weights: Tensor) -> float:
+    """Weighted mean product of two different nodes' values, mean over channels; of one node its square."""
+    alone = float(weights.square().sum())
+    if alone > 1 - _SINGLE:
+        return float((weights * values).sum(0).square().mean())
+    products = (weights * values).sum(0).square() - (weights * values).square().sum(0)
+    return float(products.mean()) / (1 - alone)
 
 
 def _compared(found: Moments, own: Moments) -> tuple[Tensor, Tensor]:

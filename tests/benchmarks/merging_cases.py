@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from c2m3_fl.errors import ConfigError
 from simulations.data import FederatedData, Images, derived_seed, federated_data
 from simulations.models import build_model
 from simulations.settings import Settings
@@ -177,6 +179,20 @@ def _images(case: Case, data: FederatedData, index: int) -> Images:
         return data.share(index)
     shares = [data.share(other) for other in range(len(data.parts))]
     return Images(torch.cat([share.inputs for share in shares]), torch.cat([share.labels for share in shares]))
+
+
+def validated(found: Trained, count: int = 4000) -> Trained:
+    """The same, to be measured on training images that neither a node nor the calibration has seen.
+
+    What is chosen with these in view may be measured on the test images afterwards.
+    """
+    used = np.concatenate([*found.data.parts, found.data.calibration_rows])
+    rows = np.setdiff1d(np.arange(len(found.data.train.labels)), used)
+    if len(rows) < count:
+        raise ConfigError(f"{len(rows)} training images are left, expected at least {count}")
+    rows = np.random.default_rng(0).permutation(rows)[:count]
+    data = replace(found.data, test=found.data.train, test_rows=rows)
+    return replace(found, test=data.held_out)
 
 
 def probabilities(model: nn.Module, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.guard import Auto, judge
 from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.repair import Repair
+from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 from c2m3_fl.merging.setting import prepare
-from c2m3_fl.merging.shift import channel_moments, shift
+from c2m3_fl.merging.shift import channel_moments, shift, with_own_moments
 from tests.merging.networks import CALIBRATION, images, nodes, outputs
 from tests.merging.test_merge import SEED, spec_of
 
@@ -108,3 +109,55 @@ def test_without_labels_agreement_with_the_ensemble_decides() -> None:
     assert decision.chosen == "endpoint"
     assert decision.candidates[1].agreement == 1.0
     assert decision.candidates[1].accuracy is None
+
+
+def test_a_shift_that_only_one_node_sees_does_not_count() -> None:
+    model, (node,) = nodes("mlp", 1)
+    params = [
+        {name: value + 0.05 * torch.randn(value.shape, generator=SEED(seed)) for name, value in node.items()}
+        for seed in range(6)
+    ]
+    merged, mine = weighted_mean(params), torch.cat(CALIBRATION)
+    spec = spec_of("mlp")
+    moves = [permutation.identity(spec)] * 6
+
+    def measured(own: list[Tensor]) -> float:
+        moments = [channel_moments(model, each, [data]) for each, data in zip(params, own, strict=True)]
+        found = shift(with_own_moments(prepare(model, merged, params, CALIBRATION), spec, moves, moments))
+        assert found is not None
+        return found
+
+    skewed = [mine + 0.7 * torch.randn(mine.shape[1:], generator=SEED(20 + seed)) for seed in range(6)]
+    together = [mine + 0.7 * torch.randn(mine.shape[1:], generator=SEED(20))] * 6
+    assert measured([mine] * 6) == pytest.approx(0, abs=1e-3)
+    assert measured(skewed) < 0.5 * measured(together)
+
+
+def test_repair_is_held_back_where_a_safer_network_agrees_more_with_the_ensemble() -> None:
+    model, params = nodes("mlp", 2)
+    merged = weighted_mean(params)
+    broken = Recalibrated(
+        {name: torch.zeros_like(value) for name, value in merged.items()}, RecalibrationReport("broken")
+    )
+    setting = prepare(model, params[0], [params[0]] * 2, CALIBRATION, plain=merged)
+    done = Auto(repair=lambda _: broken)(setting)
+    assert done.report.method == "none"
+    assert done.report.decision is not None
+    assert "REPAIR was held back" in done.report.decision.reason
+    assert [each.name for each in done.report.decision.candidates] == ["plain", "none", "repair"]
+
+
+def test_with_labels_the_plain_result_is_a_candidate() -> None:
+    model, (one, other) = nodes("mlp", 2)
+    data = [(batch, outputs(model, one, batch).argmax(1)) for batch in CALIBRATION]
+    setting = prepare(model, other, [other, other], data, plain=one)
+    done = Auto()(setting)
+    assert done.report.method == "plain"
+    assert all(torch.equal(done.state_dict[name], one[name]) for name in one)
+
+
+def test_batch_norm_statistics_alone_are_a_candidate() -> None:
+    model, params = nodes("batch norm", 2)
+    decision = Auto()(prepare(model, weighted_mean(params), params, CALIBRATION)).report.decision
+    assert decision is not None
+    assert "batchnorm" in [each.name for each in decision.candidates]
