@@ -1,12 +1,16 @@
-"""C2M3: cycle-consistent matching of many networks by Frank-Wolfe over all layers and all nodes at once.
+"""C2M3: cycle-consistent matching of many networks by Frank-Wolfe over all layers and all nodes.
 
 Crisostomi, Fumero, Baieri, Bernard, Rodolà: "C2M3: Cycle-Consistent Multi-Model Merging" (NeurIPS 2024), Algorithm 1,
 with sums over nodes instead of pairs of nodes, the exact step instead of a numerical search, and the relative duality
-gap as the stopping rule. Its tail, where joint steps zig-zag, is left to the block-coordinate polish.
+gap as the stopping rule. In the paper all nodes step together and zig-zag. Here they take turns (block-coordinate
+Frank-Wolfe, Lacoste-Julien et al., ICML 2013), each against a universe that those before it have moved already: a pass
+over all of them costs what one joint step costs and gains several times as much. The tail is left to the polish, which
+goes on group by group.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -17,7 +21,8 @@ from torch import Tensor
 from c2m3_fl.core import permutation
 from c2m3_fl.core.assignment import assignment_pool, oracle
 from c2m3_fl.core.averaging import normalise_weights
-from c2m3_fl.core.line_search import added, best_step, power_basis
+from c2m3_fl.core.images import share_moved
+from c2m3_fl.core.line_search import best_step
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.polish import climb
 from c2m3_fl.core.problem import Problem, canonical_order, check_nodes, check_search
@@ -26,11 +31,11 @@ from c2m3_fl.core.running import RunningUniverse
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start, begin, check_start
 from c2m3_fl.core.stationary import agreement_if_stationary
-from c2m3_fl.core.universe import Images, share_moved
+from c2m3_fl.core.universe import Universe
 
 __all__ = ["Found", "Limits", "Match", "Step", "Walk", "frank_wolfe", "match", "search"]
 
-_FADING = 0.01  # share of the whole rise below which the polish gains more than another two joint steps
+_FADING = 0.005  # share of the whole rise below which the polish gains more than another pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +44,12 @@ class Walk:
 
     Attributes
     ----------
-    images : list of Images
-        The images of every term at the last point.
-    point : dict of str to Tensor, shape (nodes, size, size)
-        The doubly stochastic matrices themselves.
     objectives : tuple of float
-        The agreement at the start and after every step.
+        The agreement at the start and after every pass.
     gap : float
-        Relative duality gap at the last point.
+        Relative duality gap, block by block, as the last pass met it.
     """
 
-    images: list[Images]
-    point: dict[str, Tensor]
     objectives: tuple[float, ...]
     gap: float
 
@@ -64,6 +63,7 @@ def match(
     max_steps: int = 100,
     tolerance: float = 1e-4,
     polish: bool = True,
+    together: int | None = 1,
     balance: bool = False,
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
@@ -86,12 +86,14 @@ def match(
         node's units with those of one of the nodes, whatever they are connected to; "auto" is "profiles" where the
         nodes agree more there than as they stand, and "identity" otherwise.
     max_steps : int
-        Upper limit of Frank-Wolfe steps.
+        Upper limit of Frank-Wolfe steps; one is a pass over all nodes.
     tolerance : float
         Stop when the duality gap is at most this share of ``sum_{i<j} w_i w_j |W_i| |W_j|``.
     polish : bool
         Whether to leave Frank-Wolfe when its steps fade and to climb on, block by block. Without it the steps go on
         until the gap closes, and the point is rounded to permutations once.
+    together : int, optional
+        How many nodes step at once; None for all of them, as in the paper.
     balance : bool
         Whether every tensor counts the same, whatever its norm. The objectives are then those of the balanced
         agreement. It guards against one loud layer; on ordinary networks the plain agreement merges better.
@@ -107,12 +109,12 @@ def match(
     WeightsError
         For weights that are negative, not finite, all zero or of the wrong number.
     ConfigError
-        For an unknown start, a negative `max_steps` or a negative `tolerance`.
+        For an unknown start, a negative `max_steps` or `tolerance`, or a `together` below one.
     """
     check_nodes(spec, nodes)
     share = normalise_weights(weights, len(nodes))
     check_start(spec, start, len(nodes))
-    check_search(max_steps, tolerance)
+    check_search(max_steps, tolerance, together)
     order = canonical_order(spec, nodes, share, None if isinstance(start, str) else start)
     heavy = [i for i in order if share[i] > 0]
     if start in ("auto", "identity") and len(heavy) == len(nodes) and not balance:
@@ -124,7 +126,7 @@ def match(
     with torch.no_grad(), assignment_pool() as pool:
         problem = Problem.of(spec, [nodes[i] for i in heavy], share[heavy], balance=balance)
         point, passed = begin(problem, start if isinstance(start, str) else [start[i] for i in heavy], generator)
-        limits = Limits(max_steps, tolerance, polish)
+        limits = Limits(max_steps, tolerance, polish, together)
         found = search(problem, point, pool, limits, callback)
         perms = dict(zip(heavy, found.permutations, strict=True))
         if len(heavy) < len(nodes):
@@ -148,6 +150,7 @@ class Limits:
     max_steps: int
     tolerance: float
     polish: bool
+    together: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -164,48 +167,56 @@ def search(
     problem: Problem, point: dict[str, Tensor], pool: Executor, limits: Limits, callback: Callback | None = None
 ) -> Found:
     """Frank-Wolfe from `point`, which moves along, and the climb from there."""
-    fading = _FADING if limits.polish else 0.0
-    walk = frank_wolfe(problem, point, pool, limits, fading=fading, callback=callback)
+    universe = Universe(problem, point)
+    walk = frank_wolfe(universe, pool, limits, fading=_FADING if limits.polish else 0.0, callback=callback)
     vertex, objectives, gap = climb(
-        problem, walk, pool, polish=limits.polish, tolerance=limits.tolerance, callback=callback
+        universe, walk, pool, polish=limits.polish, tolerance=limits.tolerance, callback=callback
     )
     perms = tuple({name: rows[i].cpu() for name, rows in vertex.items()} for i in range(problem.count))
     return Found(perms, objectives, gap, len(walk.objectives) - 1)
 
 
 def frank_wolfe(
-    problem: Problem,
-    point: dict[str, Tensor],
+    universe: Universe,
     pool: Executor,
     limits: Limits,
     *,
     fading: float = 0.0,
     callback: Callback | None = None,
 ) -> Walk:
-    """C2M3 Algorithm 1 from `point`, which moves along.
+    """C2M3 Algorithm 1 from where the universe stands, which moves along; one step is a pass over all blocks.
 
-    Stops early when two steps together gain less than `fading` of the whole rise.
+    Stops early when a pass gains less than `fading` of the whole rise.
     """
-    images = [Images(term, point) for term in problem.terms]  # C2M3 Alg. 1, l. 1: initialise
-    objectives = [problem.objective(images)]
-    while True:  # l. 2: repeat
-        # l. 3: the gradient, for every node and group; l. 4: the permutations that maximise its linear functional
-        vertex = problem.whole(oracle(problem.spec, problem.gradient(images), pool))
-        polynomial = added([power_basis(image.agreement_along(vertex, problem.weights)) for image in images])
-        gap = max(polynomial[1], 0.0) / problem.unit  # <gradient, vertex - point> is the slope towards the vertex
-        spent = len(objectives) > limits.max_steps or _fades(objectives, fading)
-        if gap <= limits.tolerance or spent:  # l. 7: until converged
-            return Walk(images, point, tuple(objectives), gap)
-        step_size, gained = best_step(polynomial)  # l. 5: the line search, exactly
-        for image in images:  # l. 6: step towards the vertex
-            image.advance(vertex, step_size)
-        for name, matrices in point.items():
-            weight = torch.tensor(step_size).to(matrices).expand(*vertex[name].shape, 1)
-            matrices.mul_(1 - step_size).scatter_add_(2, vertex[name][..., None], weight)
-        objectives.append(problem.constant + gained)
+    problem, objectives, gap = universe.problem, [universe.objective()], math.inf
+    blocks = _blocks(problem, limits.together)
+    while len(objectives) <= limits.max_steps and not _fades(objectives, fading):  # C2M3 Alg. 1, l. 2: repeat
+        gap, step_sizes, moved = 0.0, [], 0.0
+        for block in blocks:  # in the paper one block holds all nodes
+            # l. 3: the gradient, for every group; l. 4: the permutations that maximise its linear functional
+            others = universe.others(block)
+            vertex = oracle(problem.spec, universe.gradient(block, others), pool)
+            course = universe.course(block, others, vertex)
+            slope = max(course[1], 0.0) / problem.unit  # <gradient, vertex - point>: the block's duality gap
+            gap, moved = gap + slope, moved + share_moved(vertex) / len(blocks)
+            if slope * len(blocks) > limits.tolerance:
+                step_sizes.append(best_step(course)[0])  # l. 5: the line search, exactly
+                universe.advance(block, others, vertex, step_sizes[-1])  # l. 6: step towards the vertex
+        if not step_sizes:  # l. 7: until converged
+            break
+        objectives.append(universe.objective())
         if callback is not None:
-            callback(Step(len(objectives) - 1, objectives[-1], gap, step_size, share_moved(vertex)))
+            step_size = sum(step_sizes) / len(step_sizes)
+            callback(Step(len(objectives) - 1, objectives[-1], gap, step_size, moved))
+    return Walk(tuple(objectives), gap)
+
+
+def _blocks(problem: Problem, together: int | None) -> list[slice]:
+    """The free nodes, so many at a time."""
+    size = together or problem.count
+    first = range(problem.frozen, problem.count, size)
+    return [slice(start, min(start + size, problem.count)) for start in first]
 
 
 def _fades(objectives: Sequence[float], fading: float) -> bool:
-    return len(objectives) > 3 and objectives[-1] - objectives[-3] <= fading * (objectives[-1] - objectives[0])
+    return len(objectives) > 2 and objectives[-1] - objectives[-2] <= fading * (objectives[-1] - objectives[0])

@@ -18,7 +18,7 @@ from c2m3_fl.core.polish import BlockAscent
 from c2m3_fl.core.problem import Problem, check_nodes
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import start_point
-from c2m3_fl.core.universe import Images
+from c2m3_fl.core.universe import Universe
 
 _SWEEPS = 100  # of weight matching; it ends by itself after a handful
 _ROUNDS = 20  # of MergeMany, which may cycle
@@ -35,8 +35,7 @@ def weight_matching(spec: PermutationSpec, reference: Params, params: Params) ->
     check_nodes(spec, [reference, params])
     with torch.no_grad(), assignment_pool() as pool:
         problem = Problem.of(spec, [reference, params], torch.full((2,), 0.5, dtype=torch.float64), frozen=1)
-        point = start_point(problem, "identity", None)
-        ascent = BlockAscent(problem, [Images(term, point) for term in problem.terms], point, pool)
+        ascent = BlockAscent(Universe(problem, start_point(problem, "identity", None)), pool)
         for _ in range(_SWEEPS):
             if not ascent.sweep():
                 break

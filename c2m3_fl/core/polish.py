@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.assignment import oracle
-from c2m3_fl.core.problem import Problem
+from c2m3_fl.core.images import contract, gather, inner, share_moved, vertex_of
 from c2m3_fl.core.result import Callback, Step
 from c2m3_fl.core.spec import Group, PermutationSpec
 from c2m3_fl.core.terms import Term
-from c2m3_fl.core.universe import Images, Point, contract, gather, inner, share_moved, vertex_of, weighted_sum
+from c2m3_fl.core.universe import Universe
 
 if TYPE_CHECKING:
     from c2m3_fl.core.frank_wolfe import Walk
@@ -31,7 +31,7 @@ _ROUNDING = 4  # gains below this many units of rounding are no improvement
 
 
 def climb(
-    problem: Problem,
+    universe: Universe,
     walk: Walk,
     pool: Executor,
     *,
@@ -50,13 +50,13 @@ def climb(
     gap : float
         What the last sweep gained, relative to the problem's unit; the walk's gap where there was no polish.
     """
-    ascent = BlockAscent(problem, walk.images, walk.point, pool)
-    objectives, gap = list(walk.objectives), walk.gap
+    ascent = BlockAscent(universe, pool)
+    problem, objectives, gap = universe.problem, list(walk.objectives), walk.gap
     soft = not ascent.at_vertex
     moves = soft or polish
     while moves:
         moves = ascent.sweep()
-        objectives.append(problem.objective(ascent.images))
+        objectives.append(universe.objective())
         gained = max(objectives[-1] - objectives[-2], 0.0) / problem.unit
         if not soft:
             gap = gained
@@ -68,21 +68,18 @@ def climb(
 
 
 class BlockAscent:
-    """The state of the ascent: the images of every term and the permutations found so far, changed in place.
+    """The state of the ascent: the universe and the permutations found so far.
 
     Parameters
     ----------
-    problem : Problem
-        What is to be matched.
-    images : sequence of Images
-        Where the ascent starts; they move along.
-    point : mapping of str to Tensor, shape (nodes, size, size)
-        The doubly stochastic matrices there.
+    universe : Universe
+        Where the ascent starts; its images move along, its point does not.
     pool : Executor
         Where assignment problems are solved.
     """
 
-    def __init__(self, problem: Problem, images: Sequence[Images], point: Point, pool: Executor) -> None:
+    def __init__(self, universe: Universe, pool: Executor) -> None:
+        problem, point, images = universe.problem, universe.point, universe.images
         spec, weights = problem.spec, problem.weights
         self._pool, self._weights, self._soft, self._frozen = pool, weights.tolist(), point, problem.frozen
         self.vertex = {name: matrices.argmax(-1) for name, matrices in point.items()}
@@ -90,10 +87,8 @@ class BlockAscent:
             vertex_of({name: matrices[i] for name, matrices in point.items()}) is not None for i in range(len(weights))
         ]
         self._terms = [image.term for image in images]
-        for image in images:
-            image.own()
-        self.images, self._maps = images, [image.maps for image in images]
-        self._means = [weighted_sum(maps[-1], weights) for maps in self._maps]
+        self._maps = [image.maps for image in images]
+        self._means = universe.means
         self._colours = [_Colour(spec, roots, self._terms) for roots in _colouring(spec, self._terms)]
         self._clock = 0
         self._changed = [0] * len(images)

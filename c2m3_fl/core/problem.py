@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
 import torch
 from torch import Tensor
 
+from c2m3_fl.core.images import Images, inners
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.terms import Term, compile_terms, matched_names, working_dtype
-from c2m3_fl.core.universe import Images, inners
 from c2m3_fl.errors import ConfigError, ParamsError
 
 
@@ -85,23 +85,6 @@ class Problem:
         """The weighted agreement over all pairs of nodes."""
         return self.constant + sum(image.agreement(self.weights) for image in images)
 
-    def gradient(self, images: Sequence[Images]) -> dict[str, Tensor]:
-        """Per group, shape (nodes - frozen, size, size); every node's own weight, a common factor, is left out."""
-        into = {
-            name: self.like.new_zeros(self.count - self.frozen, group.size, group.size)
-            for name, group in self.spec.groups.items()
-        }
-        for image in images:
-            image.gradient(self.weights, into, self.frozen)
-        return into
-
-    def whole(self, vertex: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A vertex of the free nodes with the frozen ones at the identity in front."""
-        return {
-            name: torch.cat([torch.arange(index.shape[1], device=index.device).expand(self.frozen, -1), index])
-            for name, index in vertex.items()
-        }
-
 
 def check_nodes(spec: PermutationSpec, nodes: Sequence[Params]) -> None:
     """Raise `ParamsError` unless there are nodes, all of which fit the spec and are finite."""
@@ -121,10 +104,12 @@ def check_nodes(spec: PermutationSpec, nodes: Sequence[Params]) -> None:
                 )
 
 
-def check_search(max_steps: int, tolerance: float) -> None:
+def check_search(max_steps: int, tolerance: float, together: int | None = None) -> None:
     """Raise `ConfigError` for limits that no search can keep."""
     if max_steps < 0 or not tolerance >= 0:
         raise ConfigError(f"max_steps is {max_steps}, tolerance is {tolerance}; both must not be negative")
+    if together is not None and together < 1:
+        raise ConfigError(f"together is {together}, expected how many nodes step at once, or None for all of them")
 
 
 def canonical_order(

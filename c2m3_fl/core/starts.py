@@ -10,11 +10,11 @@ from torch import Tensor
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.assignment import assignment_pool
+from c2m3_fl.core.images import Images, Vertex, gather, inner, weighted_sum
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.profiles import profile_vertex
 from c2m3_fl.core.spec import PermutationSpec
-from c2m3_fl.core.universe import Images, Vertex, gather, inner, weighted_sum
 from c2m3_fl.errors import ConfigError
 
 StartName = Literal["auto", "identity", "profiles", "barycentre", "sinkhorn", "random"]

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from c2m3_fl.core.images import contract, inner, inners
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.terms import compile_terms, densify, matched_names, working_dtype
-from c2m3_fl.core.universe import contract, inner, inners
 
 _AT_A_TIME = 1 << 18  # numbers that are worked on together
 _ROUNDING = (

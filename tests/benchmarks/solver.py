@@ -25,11 +25,11 @@ from torch import Tensor
 
 from c2m3_fl.core.assignment import assignment_pool, oracle
 from c2m3_fl.core.frank_wolfe import Limits, frank_wolfe, match
-from c2m3_fl.core.line_search import added, best_step, power_basis
+from c2m3_fl.core.line_search import best_step
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.starts import start_point
-from c2m3_fl.core.universe import Images
+from c2m3_fl.core.universe import Universe
 from tests.benchmarks.networks import mlp, related_nodes, resnet20, vgg16
 from tests.benchmarks.published import frank_wolfe_step, objective, published_match
 from tests.benchmarks.published import gradient as published_gradient
@@ -75,18 +75,21 @@ def cpu(action: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def one_step(problem: Problem, images: list[Images]) -> tuple[float, float]:
-    """CPU seconds of one step, and of its products and assignments alone."""
+def one_pass(universe: Universe) -> tuple[float, float]:
+    """CPU seconds of one pass over all nodes, and of its products and assignments alone."""
+    whole, limit = 0.0, 0.0
     with assignment_pool() as pool:
-        start = time.process_time()
-        gains = problem.gradient(images)
-        vertex = problem.whole(oracle(problem.spec, gains, pool))
-        middle = time.process_time()
-        polynomial = added([power_basis(image.agreement_along(vertex, problem.weights)) for image in images])
-        step_size, _ = best_step(polynomial)
-        for image in images:
-            image.advance(vertex, step_size)
-        return time.process_time() - start, middle - start
+        for node in range(universe.problem.count):
+            block = slice(node, node + 1)
+            start = time.process_time()
+            others = universe.others(block)
+            before = time.process_time()
+            vertex = oracle(universe.problem.spec, universe.gradient(block, others), pool)
+            limit += time.process_time() - before
+            step_size, _ = best_step(universe.course(block, others, vertex))
+            universe.advance(block, others, vertex, step_size)
+            whole += time.process_time() - start
+    return whole, limit
 
 
 def stalled(objectives: tuple[float, ...], tolerance: float = 1e-4, patience: int = 5) -> int:
@@ -106,22 +109,22 @@ def measure(case: str, steps: int) -> Row:
     nodes = related_nodes(spec, count)
     weights = torch.full((count,), 1 / count, dtype=torch.float64)
     problem = Problem.of(spec, nodes, weights)
-    images = [Images(term, start_point(problem, "identity", None)) for term in problem.terms]
+    universe = Universe(problem, start_point(problem, "identity", None))
     eye: list[dict[str, Tensor]] = [{name: torch.eye(group.size) for name, group in spec.groups.items()} for _ in nodes]
-    here, ours = objective(spec, nodes, eye), problem.objective(images)
+    here, ours = objective(spec, nodes, eye), universe.objective()
     published_steps, matrices = [], eye
     for _ in range(steps):
         start = time.process_time()
         matrices, _ = frank_wolfe_step(spec, nodes, matrices)
         published_steps.append(time.process_time() - start)
-    gradients = problem.gradient(images)
+    gradients = universe.gradient(slice(0, count), [torch.zeros_like(mean) for mean in universe.means])
     slopes = published_gradient(spec, nodes, eye) if count <= 3 else []
     differences = [
         float((gradients[name][i] / count - slope).norm() / slope.norm().clamp(min=1e-30))
         for i, own in enumerate(slopes)
         for name, slope in own.items()
     ]
-    timed = [one_step(problem, images) for _ in range(5)]
+    timed = [one_pass(universe) for _ in range(5)]
     walked = _walk(problem)
     per_step = statistics.median(published_steps)
     needed = stalled(walked)
@@ -158,8 +161,8 @@ def measure(case: str, steps: int) -> Row:
 def _walk(problem: Problem) -> tuple[float, ...]:
     """The course of the published iteration, in O(nodes) and with exact steps."""
     with assignment_pool() as pool:
-        point = start_point(problem, "identity", None)
-        return frank_wolfe(problem, point, pool, Limits(100, 1e-6, polish=False)).objectives
+        universe = Universe(problem, start_point(problem, "identity", None))
+        return frank_wolfe(universe, pool, Limits(100, 1e-6, polish=False, together=None)).objectives
 
 
 def table(rows: list[Row]) -> str:
@@ -188,8 +191,8 @@ def growth() -> dict[str, list[tuple[int, float]]]:
             count, width = (value, 1) if axis == "nodes" else (3, value)
             spec = resnet20(width)
             problem = Problem.of(spec, related_nodes(spec, count), torch.full((count,), 1 / count, dtype=torch.float64))
-            images = [Images(term) for term in problem.terms]
-            curves[axis].append((value, min(one_step(problem, images)[0] for _ in range(4))))
+            universe = Universe(problem, start_point(problem, "identity", None))
+            curves[axis].append((value, min(one_pass(universe)[0] for _ in range(4))))
     return curves
 
 
@@ -203,7 +206,7 @@ def draw_growth(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     for panel, (axis, curve) in zip(panels, curves.items(), strict=True):
         x, y = zip(*curve, strict=True)
-        panel.loglog(x, y, "o-", label="one step")
+        panel.loglog(x, y, "o-", label="one pass")
         panel.loglog(x, [y[0] * value / x[0] for value in x], ":", color="grey", label="linear")
         panel.set(xlabel=axis, ylabel="CPU seconds", title=f"ResNet20, growth in {axis}")
         panel.legend()

@@ -7,11 +7,11 @@ import torch
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.images import vertex_of
 from c2m3_fl.core.joining import join
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.profiles import profiles
 from c2m3_fl.core.starts import begin
-from c2m3_fl.core.universe import vertex_of
 from tests.core.networks import ALL, draws, mlp, pairwise_agreement, planted
 
 each_spec = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())

@@ -10,7 +10,7 @@ from c2m3_fl.core.assignment import assignment_pool, oracle
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.starts import start_point
 from c2m3_fl.core.stationary import agreement_if_stationary
-from c2m3_fl.core.universe import Images
+from c2m3_fl.core.universe import Universe
 from tests.core.networks import ALL, draws, mlp, pairwise_agreement, planted
 
 each_spec = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
@@ -38,9 +38,8 @@ def test_what_is_proven_is_stationary(spec):
             here = [permutation.identity(spec)] * 3
             assert value == pytest.approx(pairwise_agreement(spec, nodes, here, weights), rel=1e-10)
             problem = Problem.of(spec, nodes, torch.tensor(weights, dtype=torch.float64))
-            gradient = problem.gradient(
-                [Images(term, start_point(problem, "identity", None)) for term in problem.terms]
-            )
+            universe = Universe(problem, start_point(problem, "identity", None))
+            gradient = universe.gradient(slice(0, 3), universe.others(slice(0, 3)))
             with assignment_pool() as pool:
                 vertex = oracle(spec, gradient, pool)
             gap = sum(

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.line_search import added, best_step, power_basis
+from c2m3_fl.core.images import Images
+from c2m3_fl.core.line_search import best_step
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.starts import start_point
-from c2m3_fl.core.universe import Images
+from c2m3_fl.core.universe import Universe
 from tests.core.networks import ALL, draws, mlp, pairwise_agreement
 
 WEIGHTS = [0.5, 0.2, 0.3]
+WHOLE = slice(0, 3)
+BLOCKS = [slice(0, 1), slice(1, 2), slice(1, 3), WHOLE]
+each_block = pytest.mark.parametrize("block", BLOCKS, ids=["first", "second", "last two", "all"])
 each_spec = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
 
 
@@ -31,16 +35,24 @@ def random_perms(spec, count=3, seed=2):
 
 
 def at_point(problem, point):
-    return [Images(term, point) for term in problem.terms]
+    return Universe(problem, {name: matrices.clone() for name, matrices in point.items()})
 
 
 def at_perms(problem, perms):
     return at_point(problem, start_point(problem, perms, None))
 
 
-def polynomial_of(problem, point, vertex):
-    images = at_point(problem, point)
-    return added([power_basis(image.agreement_along(vertex, problem.weights)) for image in images])
+def course_of(problem, point, block, vertex):
+    universe = at_point(problem, point)
+    return universe.course(block, universe.others(block), vertex)
+
+
+def towards(point, corner, block, step_size):
+    """The point with a block of nodes moved towards a corner."""
+    moved = {name: matrices.clone() for name, matrices in point.items()}
+    for name, matrices in moved.items():
+        matrices[block] = (1 - step_size) * matrices[block] + step_size * corner[name][block]
+    return moved
 
 
 @each_spec
@@ -48,7 +60,7 @@ def polynomial_of(problem, point, vertex):
 def test_the_objective_is_the_sum_over_pairs(spec, dtype, tolerance):
     nodes, problem = make(spec, dtype)
     perms = random_perms(spec)
-    value = problem.objective(at_perms(problem, perms))
+    value = at_perms(problem, perms).objective()
     names = [name for name, tensor in spec.tensors.items() if not tensor.buffer]
     size = sum(
         w**2 * float(node[n].double().square().sum()) for w, node in zip(WEIGHTS, nodes, strict=True) for n in names
@@ -64,25 +76,27 @@ def test_the_objective_keeps_its_precision_at_ten_wide_nodes():
     nodes = [{name: shared[name] + 0.1 * value for name, value in node.items()} for node in nodes]
     problem = Problem.of(spec, nodes, torch.full((10,), 0.1, dtype=torch.float64))
     here = [permutation.identity(spec)] * 10
-    value = problem.objective(at_perms(problem, here))
+    value = at_perms(problem, here).objective()
     size = sum(0.01 * float(v.double().square().sum()) for node in nodes for v in node.values())
     assert abs(value - pairwise_agreement(spec, nodes, here, [0.1] * 10)) <= 1e-6 * size
 
 
 @each_spec
-def test_the_gradient_is_that_of_autograd(spec):
+@each_block
+def test_the_gradient_is_that_of_autograd(spec, block):
     _, problem = make(spec)
     point = start_point(problem, "sinkhorn", torch.Generator().manual_seed(3))
     leaves = {name: matrices.clone().requires_grad_() for name, matrices in point.items()}
     total = torch.zeros((), dtype=torch.float64)
-    for images in at_point(problem, leaves):
+    for images in [Images(term, leaves) for term in problem.terms]:
         mean = torch.einsum("n,n...->...", problem.weights, images.universe)
         own = torch.einsum("n,n...->", problem.weights.square(), images.universe.square())
         total = total + 0.5 * (mean.square().sum() - own)
     total.backward()
-    for name, found in problem.gradient(at_point(problem, point)).items():
+    universe = at_point(problem, point)
+    for name, found in universe.gradient(block, universe.others(block)).items():
         expected = leaves[name].grad if leaves[name].grad is not None else torch.zeros_like(point[name])
-        torch.testing.assert_close(problem.weights[:, None, None] * found, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(problem.weights[block, None, None] * found, expected[block], rtol=1e-12, atol=1e-12)
 
 
 @each_spec
@@ -90,7 +104,7 @@ def test_images_at_matrices_and_at_permutations_agree(spec):
     _, problem = make(spec)
     perms = random_perms(spec)
     nearly = {name: 0.5 * matrices for name, matrices in start_point(problem, perms, None).items()}  # no permutations
-    for hard, soft in zip(at_perms(problem, perms), at_point(problem, nearly), strict=True):
+    for hard, soft in zip(at_perms(problem, perms).images, at_point(problem, nearly).images, strict=True):
         for mask, (left, right) in enumerate(zip(hard.maps, soft.maps, strict=True)):
             torch.testing.assert_close(0.5 ** mask.bit_count() * left, right)
 
@@ -101,50 +115,58 @@ def test_the_universe_is_the_action_of_the_permutations(spec):
     perms = random_perms(spec)
     moved = [permutation.apply(spec, perm, node) for perm, node in zip(perms, nodes, strict=True)]
     there = Problem.of(spec, moved, problem.weights)
-    for images, expected in zip(at_perms(problem, perms), there.terms, strict=True):
+    for images, expected in zip(at_perms(problem, perms).images, there.terms, strict=True):
         assert torch.equal(images.universe, expected.value)
 
 
 @each_spec
+@each_block
 @pytest.mark.parametrize("step_size", [0.0, 0.3, 1.0])
-def test_the_course_is_the_segment_between_point_and_vertex(spec, step_size):
+def test_the_course_is_the_segment_between_point_and_vertex(spec, block, step_size):
+    _, problem = make(spec)
+    point = start_point(problem, "sinkhorn", torch.Generator().manual_seed(3))
+    perms = random_perms(spec)
+    expected = at_point(problem, towards(point, start_point(problem, perms, None), block, step_size))
+    moved, vertex = at_point(problem, point), stacked(perms[block])
+    others, before = moved.others(block), moved.objective()
+    course = moved.course(block, others, vertex)
+    moved.advance(block, others, vertex, step_size)
+    for left, right in zip(moved.images, expected.images, strict=True):
+        for one, other in zip(left.maps, right.maps, strict=True):
+            torch.testing.assert_close(one, other)
+    for left, right in zip(moved.means, expected.means, strict=True):
+        torch.testing.assert_close(left, right)
+    for name, matrices in moved.point.items():
+        torch.testing.assert_close(matrices, expected.point[name])
+    gained = sum(c * step_size**power for power, c in enumerate(course)) - course[0]
+    assert before + gained == pytest.approx(expected.objective(), rel=1e-12)
+
+
+@each_spec
+@each_block
+def test_the_slope_at_the_start_is_the_gradient_towards_the_vertex(spec, block):
     _, problem = make(spec)
     point = start_point(problem, "sinkhorn", torch.Generator().manual_seed(3))
     perms = random_perms(spec)
     corner = start_point(problem, perms, None)
-    between = {name: (1 - step_size) * point[name] + step_size * corner[name] for name in point}
-    polynomial = polynomial_of(problem, point, stacked(perms))
-    moved = at_point(problem, point)
-    for images, expected in zip(moved, at_point(problem, between), strict=True):
-        images.advance(stacked(perms), step_size)
-        for left, right in zip(images.maps, expected.maps, strict=True):
-            torch.testing.assert_close(left, right)
-    value = sum(c * step_size**power for power, c in enumerate(polynomial))
-    assert value + problem.constant == pytest.approx(problem.objective(at_point(problem, between)), rel=1e-12)
+    course = course_of(problem, point, block, stacked(perms[block]))
+    universe = at_point(problem, point)
+    gradient = universe.gradient(block, universe.others(block))
+    shares = problem.weights[block, None, None]
+    slope = sum(float((shares * gradient[name] * (corner[name] - point[name])[block]).sum()) for name in point)
+    assert course[1] == pytest.approx(slope, rel=1e-10)
 
 
 @each_spec
-def test_the_slope_at_the_start_is_the_gradient_towards_the_vertex(spec):
+@each_block
+def test_the_exact_step_is_at_least_as_good_as_any_grid(spec, block):
     _, problem = make(spec)
-    point = start_point(problem, "sinkhorn", torch.Generator().manual_seed(3))
-    perms = random_perms(spec)
-    corner = start_point(problem, perms, None)
-    polynomial = polynomial_of(problem, point, stacked(perms))
-    gradient = problem.gradient(at_point(problem, point))
-    slope = sum(
-        float((problem.weights[:, None, None] * gradient[name] * (corner[name] - point[name])).sum()) for name in point
-    )
-    assert polynomial[1] == pytest.approx(slope, rel=1e-10)
-
-
-@each_spec
-def test_the_exact_step_is_at_least_as_good_as_any_grid(spec):
-    _, problem = make(spec)
-    for seed in range(5):
+    for seed in range(3):
         point = start_point(problem, "sinkhorn", torch.Generator().manual_seed(seed))
-        corner = random_perms(spec, seed=seed)
-        _, value = best_step(polynomial_of(problem, point, stacked(corner)))
-        corner = start_point(problem, corner, None)
-        between = [{name: (1 - t) * point[name] + t * corner[name] for name in point} for t in torch.linspace(0, 1, 41)]
-        best = max(problem.objective(at_point(problem, here)) for here in between)
-        assert value + problem.constant >= best - 1e-12 * abs(best)
+        perms = random_perms(spec, seed=seed)
+        corner = start_point(problem, perms, None)
+        course = course_of(problem, point, block, stacked(perms[block]))
+        gained = best_step(course)[1] - course[0]
+        grid = [towards(point, corner, block, t) for t in torch.linspace(0, 1, 41).tolist()]
+        values = [at_point(problem, here).objective() for here in grid]
+        assert values[0] + gained >= max(values) - 1e-12 * abs(max(values))

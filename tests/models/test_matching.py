@@ -9,17 +9,18 @@ from torch import Tensor
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.frank_wolfe import match
-from c2m3_fl.core.line_search import added, best_step, power_basis
+from c2m3_fl.core.line_search import best_step
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import start_point
 from c2m3_fl.core.terms import compile_terms
-from c2m3_fl.core.universe import Images
+from c2m3_fl.core.universe import Universe
 from tests.core.networks import pairwise_agreement
 from tests.models.families import SMALL, build, traced
 
 WEIGHTS = [0.5, 0.2, 0.3]
+WHOLE = slice(0, 3)
 each_family = pytest.mark.parametrize("family", SMALL)
 
 
@@ -37,7 +38,7 @@ def drawn(spec: PermutationSpec, seed: int) -> list[Permutation]:
 
 
 def objective(problem: Problem, point: dict[str, Tensor]) -> float:
-    return problem.objective([Images(term, point) for term in problem.terms])
+    return Universe(problem, point).objective()
 
 
 @each_family
@@ -53,16 +54,17 @@ def test_the_objective_is_the_agreement_of_the_permuted_networks(family: str) ->
 def test_the_gradient_is_that_of_autograd(family: str) -> None:
     _, _, problem = three(family)
     point = start_point(problem, "sinkhorn", torch.Generator().manual_seed(1))
-    gradient = problem.gradient([Images(term, point) for term in problem.terms])
+    universe = Universe(problem, point)
+    gradient = universe.gradient(WHOLE, universe.others(WHOLE))
     leaves = {name: matrices.clone().requires_grad_() for name, matrices in point.items()}
     total = torch.zeros((), dtype=torch.float64)
     for term in problem.terms:
-        universe = term.value
+        there = term.value
         for axis, group in enumerate(term.groups):
-            moved = universe.movedim(term.dim(axis), 1)
-            universe = (leaves[group] @ moved.flatten(2)).view_as(moved).movedim(1, term.dim(axis))
-        shares = problem.weights.view(-1, *[1] * (universe.ndim - 1))
-        total = total + 0.5 * ((shares * universe).sum(0).square().sum() - (shares * universe).square().sum())
+            moved = there.movedim(term.dim(axis), 1)
+            there = (leaves[group] @ moved.flatten(2)).view_as(moved).movedim(1, term.dim(axis))
+        shares = problem.weights.view(-1, *[1] * (there.ndim - 1))
+        total = total + 0.5 * ((shares * there).sum(0).square().sum() - (shares * there).square().sum())
     total.backward()
     for name, leaf in leaves.items():
         if leaf.grad is not None:
@@ -70,23 +72,26 @@ def test_the_gradient_is_that_of_autograd(family: str) -> None:
 
 
 @each_family
-def test_the_exact_step_is_at_least_as_good_as_any_grid(family: str) -> None:
+@pytest.mark.parametrize("block", [slice(1, 2), WHOLE], ids=["one node", "all nodes"])
+def test_the_exact_step_is_at_least_as_good_as_any_grid(family: str, block: slice) -> None:
     spec, _, problem = three(family)
     point = start_point(problem, "sinkhorn", torch.Generator().manual_seed(2))
     perms = drawn(spec, 3)
     corner = start_point(problem, perms, None)
-    vertex = {name: torch.stack([perm[name] for perm in perms]) for name in spec.groups}
-    images = [Images(term, point) for term in problem.terms]
-    coefficients = added([power_basis(image.agreement_along(vertex, problem.weights)) for image in images])
+    vertex = {name: torch.stack([perm[name] for perm in perms[block]]) for name in spec.groups}
+    universe = Universe(problem, {name: matrices.clone() for name, matrices in point.items()})
+    others, before = universe.others(block), universe.objective()
+    coefficients = universe.course(block, others, vertex)
     step_size, gained = best_step(coefficients)
     for t in torch.linspace(0, 1, 11).tolist():
-        between = {name: (1 - t) * point[name] + t * corner[name] for name in point}
-        here = objective(problem, between) - problem.constant
-        assert here == pytest.approx(sum(c * t**power for power, c in enumerate(coefficients)), rel=1e-9, abs=1e-9)
-        assert gained >= here - 1e-9 * abs(here)
-    for image in images:
-        image.advance(vertex, step_size)
-    assert problem.objective(images) == pytest.approx(problem.constant + gained, rel=1e-9)
+        between = {name: matrices.clone() for name, matrices in point.items()}
+        for name, matrices in between.items():
+            matrices[block] = (1 - t) * matrices[block] + t * corner[name][block]
+        here, there = objective(problem, between), sum(c * t**power for power, c in enumerate(coefficients))
+        assert here - before == pytest.approx(there - coefficients[0], rel=1e-9, abs=1e-9)
+        assert gained >= there - 1e-9 * abs(here)
+    universe.advance(block, others, vertex, step_size)
+    assert universe.objective() == pytest.approx(before + gained - coefficients[0], rel=1e-9)
 
 
 @each_family
