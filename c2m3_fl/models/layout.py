@@ -59,12 +59,18 @@ def _regroup(structure: Structure, x: Labels, shape: Shape) -> Labels:
 
 
 def _fuse(structure: Structure, x: Labels, factors: list[Atoms], run: frozenset[int]) -> list[Atoms]:
-    """One factor instead of several on dimensions that are about to be merged: its units are pairs of theirs."""
+    """One factor instead of several on dimensions that are about to be merged: its units are pairs of theirs.
+
+    Copies along a dimension without content of its own (keys that several queries share) are units too: whatever meets
+    them may be exchanged inside the block of one original.
+    """
     touched = [factor for factor in factors if support(factor) & run]
-    if len(touched) < 2:
+    covered = frozenset().union(*(support(factor) for factor in touched))
+    copies = frozenset(dim for dim in run - covered - x.fixed if x.shape[dim] > 1)
+    if len(touched) < 2 and not (touched and copies):
         return factors
     rest = [factor for factor in factors if not support(factor) & run]
-    return [*rest, product(structure, x, touched, frozenset().union(*(support(factor) for factor in touched)))]
+    return [*rest, product(structure, x, touched, covered | copies)]
 
 
 def product(structure: Structure, x: Labels, factors: Sequence[Atoms], dims: frozenset[int]) -> Atoms:

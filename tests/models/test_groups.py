@@ -322,3 +322,10 @@ def test_every_family_is_described() -> None:
 @pytest.mark.parametrize("family", EXPECTED)
 def test_traced_groups_are_the_expected_ones(family: str) -> None:
     assert outline(traced(family).spec) == parse(EXPECTED[family])
+
+
+@pytest.mark.parametrize("family", ["grouped-query", "grouped-query-native"])
+def test_the_order_of_queries_that_share_a_key_is_given_up_and_reported(family: str) -> None:
+    """It crosses the order inside heads, and a spec expresses one of the two: the one with more permutations."""
+    lost = [pin for pin in traced(family).spec.pins if "blocks that cross" in pin.reason]
+    assert [(pin.tensor, pin.axis) for pin in lost] == [("blocks.0.attn.q.weight", 0)]
