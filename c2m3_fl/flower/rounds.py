@@ -33,6 +33,7 @@ from c2m3_fl.flower.reports import (
 )
 from c2m3_fl.flower.statistics import ClientStatistics, check_measurable
 from c2m3_fl.flower.wrapped import ignores_weights, restored, rewinding, typed_like
+from c2m3_fl.merging.guard import Auto
 from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
 from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.merging.setting import prepare
@@ -53,6 +54,7 @@ class Aligned:
     moves: tuple[Permutation, ...]
     dropped: tuple[Dropped, ...]
     numbers: Numbers
+    plain: Params | None = None  # what the wrapped strategy makes of them unaligned, where a guard wants to know
 
     @property
     def nodes(self) -> list[int]:
@@ -192,6 +194,7 @@ class Rounds:
             return self._keep(f"{len(aligned.replies)} replies that fit each other are too few", counts)
         rewind, started = rewinding(strategy), perf_counter()
         metrics: Metrics | None = None
+        aligned = replace(aligned, plain=self._plain(aligned, aggregate, rewind))
         try:
             arrays, metrics = aggregate(aligned)
             merged = None if arrays is None else restored(arrays, [reply.params for reply in aligned.replies])
@@ -208,6 +211,25 @@ class Rounds:
         counts["c2m3-aggregate-seconds"] = perf_counter() - started
         result, numbers = self.recalibrate(merged, aligned, finish)
         return Outcome(result, metrics, {**counts, **numbers, KEPT: 0})
+
+    def _plain(
+        self,
+        aligned: Aligned,
+        aggregate: Callable[[Aligned], tuple[Params | None, Metrics]],
+        rewind: Callable[[], None],
+    ) -> Params | None:
+        """What the wrapped strategy makes of the replies as they came: one more candidate for a guard."""
+        if not (self.calibrated and isinstance(self.recalibration, Auto)):
+            return None
+        raw = [reply.params for reply in aligned.replies]
+        try:
+            arrays, _ = aggregate(replace(aligned, params=tuple(raw)))
+            return None if arrays is None else restored(arrays, raw)
+        except Exception as error:  # it will raise again on the aligned replies, where that is dealt with
+            log(WARNING, "\t> no plain result to compare with: %s", error)
+            return None
+        finally:
+            rewind()
 
     def _enough(self, replies: Sequence[object]) -> bool:
         """Whether the valid replies reach the stated minimum."""
@@ -277,6 +299,7 @@ class Rounds:
                 weights=aligned.weights,
                 example_inputs=self.example_inputs,
                 device=device,
+                plain=aligned.plain,
             )
             if own:
                 here = [{name: _moved(each, device) for name, each in moments.items()} for moments in own]
