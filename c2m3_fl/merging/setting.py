@@ -127,6 +127,10 @@ def prepare(
 
 def check_params(model: nn.Module, params: Params, who: str) -> None:
     """Raise `ParamsError` unless `params` is a finite state dict of `model`."""
+    if isinstance(params, nn.Module):
+        raise ParamsError(f"{who} is the module {type(params).__name__}, expected its state_dict()")
+    if not isinstance(params, Mapping):
+        raise ParamsError(f"{who} is a {type(params).__name__}, expected a state dict: tensors by name")
     expected = model.state_dict()
     if not expected:
         raise ParamsError(f"{who}: {type(model).__name__} has no parameters and no buffers, so there is nothing to do")
@@ -137,6 +141,8 @@ def check_params(model: nn.Module, params: Params, who: str) -> None:
             f"{who}: keys differ from those of {type(model).__name__}: missing {missing[:5]}, unexpected {extra[:5]}"
         )
     for name, value in expected.items():
+        if not isinstance(params[name], Tensor):
+            raise ParamsError(f"{who}: {name!r} is a {type(params[name]).__name__}, expected a tensor")
         if params[name].shape != value.shape:
             raise ParamsError(f"{who}: {name!r} has shape {tuple(params[name].shape)}, expected {tuple(value.shape)}")
         if params[name].is_floating_point() != value.is_floating_point():

@@ -71,6 +71,24 @@ def test_the_order_of_the_nodes_does_not_matter_to_a_bit(network: str, method: s
     assert all(equal(first, merged(order)) for order in permutations(range(3)))
 
 
+@pytest.mark.parametrize("recalibrate", SHORT_NAMES)
+@pytest.mark.parametrize("network", ["cnn", "batch norm"])
+def test_nor_does_it_matter_to_what_follows_the_average(network: str, recalibrate: str) -> None:
+    model, params = nodes(network, 3)
+    options: dict[str, Any] = {"spec": spec_of(network), "recalibrate": recalibrate, "calibration": CALIBRATION}
+    one = merge(model, params, weights=[1, 3, 3], **options).state_dict
+    assert equal(one, merge(model, params[::-1], weights=[3, 3, 1], **options).state_dict)
+
+
+@pytest.mark.parametrize("recalibrate", ["repair", "refit", "auto"])
+@pytest.mark.parametrize("network", ["mlp", "cnn", "layer norm"])
+def test_a_node_without_weight_has_no_say_in_what_follows_the_average(network: str, recalibrate: str) -> None:
+    model, params = nodes(network, 3)
+    options: dict[str, Any] = {"spec": spec_of(network), "recalibrate": recalibrate, "calibration": CALIBRATION}
+    alone = merge(model, params, weights=[1, 0, 0], basis=0, **options).state_dict
+    assert all(torch.allclose(alone[name], value, rtol=1e-6, atol=1e-7) for name, value in params[0].items())
+
+
 @pytest.mark.parametrize("basis", [0, 1, 2])
 def test_the_basis_changes_the_order_of_units_and_not_the_function(basis: int) -> None:
     model, params = nodes("cnn", 3)
@@ -220,6 +238,9 @@ def test_nodes_that_do_not_fit_are_refused_by_name() -> None:
         ([], "state_dicts: got none"),
         ([one, _without(two, "3.bias")], r"node 1: keys differ .* missing \['3.bias'\]"),
         ([{**one, "extra": one["3.bias"]}, two], r"node 0: keys differ .* unexpected \['extra'\]"),
+        ([one, model], r"node 1 is the module Sequential, expected its state_dict\(\)"),
+        ([[1, 2], two], "node 0 is a list, expected a state dict"),
+        ([one, {**two, "3.bias": [0.0] * 12}], "node 1: '3.bias' is a list, expected a tensor"),
         ([one, {**two, "3.bias": torch.zeros(1)}], r"node 1: '3.bias' has shape \(1,\), expected \(12,\)"),
         ([one, {**two, "3.bias": torch.full((12,), torch.inf)}], "node 1: '3.bias' holds NaN or infinite"),
         ([one, {**two, "3.bias": torch.zeros(12, dtype=torch.int64)}], "node 1: '3.bias' is of type torch.int64"),
