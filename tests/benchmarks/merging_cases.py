@@ -131,8 +131,8 @@ _ENDPOINTS = replace(
 )
 _RESNET = replace(_ENDPOINTS, model="resnet20-bn", image_size=16, local_epochs=12)
 _VGG = replace(_ENDPOINTS, model="vgg11-bn", width=0.25, local_epochs=10)
-_DISJOINT = replace(_VGG, train_size=20_000, partition="pathological", classes_per_client=5)
-_DIRICHLET = replace(_VGG, train_size=20_000, partition="dirichlet", alpha=0.5)
+_DISJOINT = replace(_VGG, train_size=20_000, local_epochs=6, partition="pathological", classes_per_client=5)
+_DIRICHLET = replace(_VGG, train_size=20_000, local_epochs=6, partition="dirichlet", alpha=0.5)
 _FULL = {"train_size": 0, "test_size": 0, "image_size": 0, "batch_size": 128, "local_epochs": 100}
 
 PUBLISHED = {
