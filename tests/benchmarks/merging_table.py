@@ -154,7 +154,7 @@ def merged_setting(
 def method_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> Iterator[Row]:
     """Every method, with every recalibration that follows it."""
     for method in METHODS:
-        for recalibrate in ("none", "repair", "refit"):
+        for name, recalibrate in (("none", "none"), ("repair", "repair"), ("refit", Refit(scores=True))):
             merged = merge(
                 found.model,
                 found.nodes,
@@ -165,7 +165,7 @@ def method_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) ->
                 recalibrate=recalibrate,
             )
             score = accuracy(found.model, merged.state_dict, found.test)
-            yield Row(case.title, seed, f"{method} + {recalibrate}", score, merged.report.seconds)
+            yield Row(case.title, seed, f"{method} + {name}", score, merged.report.seconds)
 
 
 def shifted(found: Trained) -> dict[str, Tensor]:
