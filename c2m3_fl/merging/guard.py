@@ -45,6 +45,16 @@ class Auto:
         Largest shift, in standard deviations of a channel, at which refit is trusted; see `LIMIT`.
     repair, refit : Recalibration
         The candidates; `Repair()` and `Refit()` by default.
+
+    Examples
+    --------
+    >>> from c2m3_fl.merging.setting import prepare
+    >>> model = torch.nn.Linear(4, 3)
+    >>> good, bad = model.state_dict(), {name: -value for name, value in model.state_dict().items()}
+    >>> inputs = torch.randn(50, 4)
+    >>> done = Auto()(prepare(model, bad, [bad, good], [(inputs, model(inputs).argmax(1))], plain=good))
+    >>> done.report.decision.chosen, done.report.decision.reason
+    ('plain', 'it classifies 100.0% of the labelled calibration inputs correctly')
     """
 
     limit: float = LIMIT

@@ -59,6 +59,17 @@ class Refit:
         Fit the operators that give the network's output alone and repair all others.
     seed : int
         Decides which positions are drawn.
+
+    Examples
+    --------
+    >>> from c2m3_fl.merging.setting import prepare
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    >>> node = model.state_dict()
+    >>> broken = {**node, "2.weight": torch.zeros(3, 8)}
+    >>> inputs = torch.randn(100, 4)
+    >>> done = Refit()(prepare(model, broken, [node], [inputs]))
+    >>> torch.allclose(done.state_dict["2.weight"], node["2.weight"], atol=0.05)
+    True
     """
 
     positions: int = 40_000

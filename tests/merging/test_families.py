@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.spec import floating
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.merging.merge import merge
+from c2m3_fl.merging.methods import METHODS
 from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import Repair
 from c2m3_fl.merging.setting import Setting, prepare
 from c2m3_fl.merging.targets import output_moments
-from tests.models.families import SMALL, build
+from tests.models.families import SMALL, build, traced
 
 RECALIBRATIONS = {"repair": Repair(), "closed form": Repair(closed_form=True), "refit": Refit()}
 RECURRENT = ("lstm", "gru", "rnn")
@@ -108,3 +112,23 @@ def test_recurrent_weights_are_reported_and_left_alone(family: str) -> None:
     reasons = [reason for name, reason in setting.programs[0].skipped.items() if "weight_hh" in name]
     assert reasons
     assert all("feed back into themselves" in reason for reason in reasons)
+
+
+@pytest.mark.slow  # all of them together
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("family", SMALL)
+def test_every_method_takes_every_family_or_says_why_not(family: str) -> None:
+    found, example = traced(family), SMALL[family][1]
+    inputs = example if isinstance(example, tuple) else (example,)
+    nodes = [build(family, seed).state_dict() for seed in range(2)]
+    merged, refused = {}, {}
+    for method in METHODS:
+        options: dict[str, Any] = {"spec": found.spec, "example_inputs": inputs, "calibration": [inputs]}
+        try:
+            merged[method] = merge(found.network, nodes, method=method, recalibrate="none", **options).state_dict
+        except ConfigError as error:
+            refused[method] = str(error)
+    assert set(refused) <= {"activations", "activations-universe", "cca"}
+    assert all("use a method" in reason for reason in refused.values())
+    for params in merged.values():
+        assert all(bool(torch.isfinite(params[name]).all()) for name in floating(params))
