@@ -7,7 +7,9 @@ distances d_ab = |B_a - B_b|, drifts e_a = |D_a| and q_a = <B_a, D_a>, the gradi
 
 because the other nodes' sum is (1 - w) B - w D. The antisymmetric q_a - q_b is absorbed by the dual potentials of the
 assignment problem. If the rest is not negative for any a, b, the identity answers the oracle. That takes one Gram
-matrix of the mean per group, where the gradient takes one product per node, and the norms of the drifts.
+matrix of the mean per group, where the gradient takes one product per node, and the norms of the drifts. What remains
+grows with d once it is positive and falls with e, so distances over some of the coordinates prove it too, and so do
+each unit's largest drift and weight over the nodes; the whole is computed only where these promise that it may do.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from torch import Tensor
 
 from c2m3_fl.core.images import contract, inner, inners
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.core.terms import compile_terms, densify, matched_names, working_dtype
+from c2m3_fl.core.terms import Term, compile_terms, densify, matched_names, working_dtype
 
 _AT_A_TIME = 1 << 18  # numbers that are worked on together
-_ROUNDING = (
-    16  # units of rounding, relative to the squared norms, by which a Gram matrix may be off: never in our favour
-)
+_LENGTHS = (256, 1024)  # coordinates of every term that the first attempts look at
+_HOPE = 2.0  # by how much the squared distances may exceed what some of the coordinates promise
+_ROUNDING = 16  # units of rounding, relative to the squared norms, that a Gram matrix may be off: never in our favour
 
 
 def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weights: Tensor) -> float | None:
@@ -50,13 +52,15 @@ def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weig
     mean, agreement, scratch = {}, 0.0, torch.empty(0)
     for name in names:
         values = [node[name].detach().to(device=device, dtype=dtype) for node in nodes]
-        at_once = max(1, _AT_A_TIME // values[0].numel())  # small tensors are stacked, large ones taken one by one
+        centre = torch.zeros_like(values[0])
+        for value, share in zip(values, shares.tolist(), strict=True):
+            centre.add_(value, alpha=share)
+        at_once = max(1, _AT_A_TIME // centre.numel())  # small tensors are stacked, large ones taken one by one
         portions = [
             torch.stack(values[i : i + at_once]) if at_once > 1 else values[i][None]
             for i in range(0, len(values), at_once)
         ]
         split = [shares[i : i + at_once] for i in range(0, len(values), at_once)]
-        centre = sum(torch.tensordot(share, part, 1) for share, part in zip(split, portions, strict=True))
         own = sum(
             float(inners(part, part) @ share.double().square()) for share, part in zip(split, portions, strict=True)
         )
@@ -68,14 +72,43 @@ def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weig
                 scratch = part.new_empty(part.numel())
             drift = torch.sub(part, centre, out=scratch[: part.numel()].view(part.shape))
             _add_squares(spec, name, drift, {group: rows_of[rows] for group, rows_of in drifts.items()})
-    gram = {
-        name: torch.zeros(1, group.size, group.size, dtype=dtype, device=device) for name, group in spec.groups.items()
-    }
-    for term in compile_terms(spec, [{**nodes[0], **mean}]):
-        for axis, group in enumerate(term.groups):
-            contract(term.value, term.value, term.dim(axis), gram[group])
-    proven = all(_bound_holds(gram[name][0], drifts[name].sqrt(), shares) for name in spec.groups)
+    terms = compile_terms(spec, [{**nodes[0], **mean}])
+    proven = all(_proven(terms, name, drifts[name].sqrt(), shares) for name in spec.groups)
     return agreement if proven else None
+
+
+def _proven(terms: Sequence[Term], group: str, drifts: Tensor, shares: Tensor) -> bool:
+    """Whether the bound holds for one group: for all nodes at once on some coordinates, or node by node on all."""
+    if not bool(drifts.any()):
+        return True  # identical nodes, whatever their units
+    largest, ends = drifts.amax(0), torch.stack([shares.amin(), shares.amax()])
+    for length in _LENGTHS:
+        some, promise = _gram(terms, group, drifts, length)
+        if _bound_holds(some, largest, ends):
+            return True
+        if not _bound_holds(_HOPE * promise, largest, ends):
+            return False  # nor would the whole be likely to
+    whole, _ = _gram(terms, group, drifts, None)
+    return all(_bound_holds(whole, drift, share.expand(2)) for drift, share in zip(drifts, shares, strict=True))
+
+
+def _gram(terms: Sequence[Term], group: str, like: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
+    """Inner products of the units over about `length` coordinates of every term, and what they promise for all."""
+    size = like.shape[1]
+    gram, promise = like.new_zeros(size, size), like.new_zeros(size, size)
+    for term in terms:
+        for axis, name in enumerate(term.groups):
+            if name != group:
+                continue
+            part, whole = term.value, term.value[0].numel()
+            for dim in (other for other in range(part.ndim - 1, 0, -1) if other != term.dim(axis)):
+                if length is not None and part[0].numel() > length * size:
+                    part = part.narrow(dim, 0, max(1, part.shape[dim] * length * size // part[0].numel()))
+            own = like.new_zeros(1, size, size)
+            contract(part, part, term.dim(axis), own)
+            gram += own[0]
+            promise.add_(own[0], alpha=whole / part[0].numel())
+    return gram, promise
 
 
 def _add_squares(spec: PermutationSpec, name: str, drift: Tensor, into: dict[str, Tensor]) -> None:
@@ -94,16 +127,12 @@ def _add_squares(spec: PermutationSpec, name: str, drift: Tensor, into: dict[str
                 into[segment.group].add_(units.sum(2))
 
 
-def _bound_holds(gram: Tensor, drifts: Tensor, shares: Tensor) -> bool:
-    if not bool(drifts.any()):
-        return True  # identical nodes, whatever their units
+def _bound_holds(gram: Tensor, drift: Tensor, ends: Tensor) -> bool:
+    """Whether the bound holds for drifts up to `drift`, shape (size,), and weights between the two `ends`."""
+    low, high = ends
     squares = gram.diagonal()
     sums = squares[:, None] + squares[None, :]
     distance = (sums - 2 * gram - _ROUNDING * torch.finfo(gram.dtype).eps * sums).clamp_(min=0)
-    root = distance.sqrt()
-    for drift, share in zip(drifts, shares, strict=True):
-        first = 2 * root * ((1 - share) * drift[None, :] + share * drift[:, None])
-        second = share * (drift[:, None] + drift[None, :]).square()
-        if not bool(((1 - share) * distance >= (first + second).fill_diagonal_(0)).all()):
-            return False
-    return True
+    first = 2 * distance.sqrt() * ((1 - low) * drift[None, :] + high * drift[:, None])
+    second = high * (drift[:, None] + drift[None, :]).square()
+    return bool(((1 - high) * distance >= (first + second).fill_diagonal_(0)).all())
