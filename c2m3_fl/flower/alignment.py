@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from logging import WARNING
+from logging import DEBUG, WARNING
 from typing import Literal, TypeVar
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.basis import Fit, bounded_weights, closest, fit, into_basis
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.frank_wolfe import Match, match
 from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.result import Step
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.memory import Memory
@@ -172,7 +173,7 @@ class Aligner:
         starts = self._located(nodes, params, sent)
         located = [_moved(self.spec, start, reply) for start, reply in zip(starts, params, strict=True)]
         pulls = bounded_weights(self.spec, located, weights)
-        found = match(self.spec, located, weights=pulls, max_steps=self.max_steps, tolerance=self.tolerance)
+        found = self._match(located, pulls)
         numbers = ((found.objectives[0], found.objectives[-1]), found.gap, found.steps)
         universe = [_moved(self.spec, perm, reply) for perm, reply in zip(found.permutations, located, strict=True)]
         onto = self._into(sent, weighted_mean(universe, pulls))
@@ -185,17 +186,22 @@ class Aligner:
         """Match each reply with nothing but the model that was sent out."""
         starts = self._located(nodes, params, sent)
         found = [
-            match(
-                self.spec,
-                [sent, _moved(self.spec, start, reply)],
-                max_steps=self.max_steps,
-                tolerance=self.tolerance,
-            )
+            self._match([sent, _moved(self.spec, start, reply)], None)
             for reply, start in zip(params, starts, strict=True)
         ]
         before, after = (sum(each.objectives[end] for each in found) for end in (0, -1))
         moves = [permutation.compose(each.between(0, 1), start) for each, start in zip(found, starts, strict=True)]
         return _Found(moves, (before, after), max(each.gap for each in found), sum(each.steps for each in found))
+
+    def _match(self, nodes: Sequence[Params], weights: Sequence[float] | None) -> Match:
+        return match(
+            self.spec,
+            nodes,
+            weights=weights,
+            max_steps=self.max_steps,
+            tolerance=self.tolerance,
+            callback=_tell,
+        )
 
     def _into(self, sent: Params, params: Params) -> dict[str, Tensor]:
         return into_basis(self.spec, sent, params, max_steps=self.max_steps, tolerance=self.tolerance)
@@ -232,6 +238,12 @@ def with_cpu_fallback(compute: Callable[[torch.device], Value], device: torch.de
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return compute(torch.device("cpu")), True
+
+
+def _tell(step: Step) -> None:
+    """A log line for every step of a match."""
+    text = "\t> match: step %d, agreement %.6g, gap %.1e, step size %.2f, %.0f %% of units away from their place"
+    log(DEBUG, text, step.step, step.objective, step.gap, step.step_size, 100 * step.share_moved)
 
 
 def _moved(spec: PermutationSpec, perm: Permutation, params: Params) -> Params:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from logging import DEBUG
+
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -74,6 +76,16 @@ def test_an_absent_node_is_named_when_its_basis_was_asked_for(caplog):
     strategy = c2m3(basis=77)
     merged(strategy, [reply(node, params) for node, params in enumerate(clients(3))], mlp().state_dict())
     assert any("node 77 did not reply" in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize("alignment", ["joint", "separate"])
+def test_every_step_of_a_match_has_its_log_line(alignment, caplog):
+    strategy = c2m3(alignment=alignment)
+    with caplog.at_level(DEBUG, logger="flwr"):
+        merged(strategy, [reply(node, params) for node, params in enumerate(clients(3))], mlp().state_dict())
+    lines = [text for text in caplog.messages if "match: step" in text]
+    assert "step 1, agreement" in lines[0]
+    assert all("gap" in line and "% of units away from their place" in line for line in lines)
 
 
 def test_all_bases_give_the_same_function():
