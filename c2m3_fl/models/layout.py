@@ -55,7 +55,17 @@ def _regroup(structure: Structure, x: Labels, shape: Shape) -> Labels:
             factors = _fuse(structure, x, factors, frozenset(before))
     fixed = {dim for before, after in runs if x.fixed & set(before) for dim in after if shape[dim] > 1}
     moved = [_move(factor, x.shape, shape, runs) for factor in factors]
+    for old, new in zip(factors, moved, strict=True):
+        # Where one unit repeats along a new dimension its parts may differ: nothing says that they are copies.
+        fixed |= {dim for dim in _spread(old, shape, runs) if new.shape[dim] == 1}
     return Labels(shape, maximal(structure, moved), frozenset(fixed))
+
+
+def _spread(factor: Atoms, shape: Shape, runs: Sequence[tuple[list[int], list[int]]]) -> Iterator[int]:
+    """New dimensions that hold entries on which the units of a factor depended."""
+    for before, after in runs:
+        if any(factor.shape[dim] > 1 for dim in before):
+            yield from (dim for dim in after if shape[dim] > 1)
 
 
 def _fuse(structure: Structure, x: Labels, factors: list[Atoms], run: frozenset[int]) -> list[Atoms]:
@@ -119,10 +129,28 @@ def concatenate(structure: Structure, pieces: Sequence[Labels], dim: int) -> Lab
     if not joint:
         return Labels(shape, others.factors, fixed | {dim})
     full = [size if index in joint else 1 for index, size in enumerate(shape)]
+    units = _told_apart(structure, [_cover(structure, x, joint, dim) for x in pieces])
     parts = [
-        np.broadcast_to(_cover(structure, x, joint, dim), [*full[:dim], x.shape[dim], *full[dim + 1 :]]) for x in pieces
+        np.broadcast_to(atoms, [*full[:dim], x.shape[dim], *full[dim + 1 :]])
+        for atoms, x in zip(units, pieces, strict=True)
     ]
     return Labels(shape, maximal(structure, [np.concatenate(parts, axis=dim), *others.factors]), fixed)
+
+
+def _told_apart(structure: Structure, covers: Sequence[Atoms]) -> Iterator[Atoms]:
+    """Units of pieces; where a piece holds those of one before, atoms of its own that are tied to them.
+
+    Which piece a part of a unit comes from would be lost otherwise, once both are interleaved.
+    """
+    seen = np.empty(0, np.int64)
+    for cover in covers:
+        if np.isin(cover, seen).any():
+            own = structure.fresh(*cover.shape)
+            structure.tie(own, cover)
+            yield own
+        else:
+            yield cover
+        seen = np.concatenate([seen, cover.ravel()])
 
 
 def _stacked(pieces: Sequence[Labels], dim: int) -> frozenset[int]:

@@ -119,6 +119,16 @@ class Plan:
     def flip(self, dim: int) -> None:
         self.step("flip", lambda layers, x, past: x.flip(dim))
 
+    def copies(self, dim: int) -> None:
+        if self.width <= 12:
+            first = self.one_of(0, 1)  # every channel twice in a row, or all channels twice
+
+            def repeated(layers: nn.ModuleDict, x: Tensor, past: list[Tensor]) -> Tensor:
+                shape = (*x.shape[:dim], *((2, x.shape[dim]) if first else (x.shape[dim], 2)), *x.shape[dim + 1 :])
+                return x.unsqueeze(dim if first else dim + 1).expand(shape).flatten(dim, dim + 1)
+
+            self.step(f"copies {first}", repeated, 2 * self.width)
+
     def margin(self, dim: int) -> None:
         if self.width <= 20:
             pad = (0, 0, 0, 0, 1, 1) if dim == 1 else (1, 1)
@@ -180,6 +190,20 @@ class SequencePlan(Plan):
 
             self.step(f"attention {heads}", attend)
 
+    def shared_keys(self, dim: int) -> None:
+        heads, keys = self.one_of(2, 4), self.one_of(1, 2)
+        if self.width % heads == 0:
+            size = self.width // heads
+            name = self.layer(nn.Linear(self.width, (heads + 2 * keys) * size))
+
+            def attend(layers: nn.ModuleDict, x: Tensor, past: list[Tensor]) -> Tensor:
+                parts = layers[name](x).split([heads * size, keys * size, keys * size], dim=-1)
+                q, k, v = (part.unflatten(-1, (-1, size)).transpose(1, 2) for part in parts)
+                k, v = (part.repeat_interleave(heads // keys, dim=1) for part in (k, v))
+                return (torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2).flatten(2)
+
+            self.step(f"attention {heads} to {keys}", attend)
+
     def recurrent(self, dim: int) -> None:
         kind, both = self.draw(st.sampled_from([nn.LSTM, nn.GRU, nn.RNN])), self.draw(st.booleans())
         name = self.layer(kind(self.width, 4, bidirectional=both, batch_first=True))
@@ -202,9 +226,10 @@ _SHARED = (
     "scale",
     "flip",
     "margin",
+    "copies",
 )
 _IMAGE = (*_SHARED, "conv", "conv", "grouped", "grouped", "transposed", "norm", "prelu", "squeeze")
-_SEQUENCE = (*_SHARED, "linear", "linear", "norm", "attention", "attention", "recurrent", "convolve")
+_SEQUENCE = (*_SHARED, "linear", "linear", "norm", "attention", "shared_keys", "recurrent", "convolve")
 
 
 @st.composite
