@@ -1,0 +1,104 @@
+"""How high the agreement gets, and how well the mean then classifies: the solver, the yardstick and other matchers.
+
+    python -m tests.benchmarks.quality [--seeds 5]      table and results/quality.json
+
+Networks trained on digits from different seeds, merged by their plain mean, so nothing after the match hides it. The
+objectives are relative to those of the published algorithm on the same nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from c2m3_fl.core import permutation
+from c2m3_fl.core.averaging import weighted_mean
+from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.pairwise import merge_many, pairwise_matching
+from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.running import RunningUniverse
+from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.models.symmetry import permutation_spec
+from simulations.settings import Settings
+from tests.benchmarks.merging_cases import Case, accuracy, trained
+from tests.benchmarks.published import published_match
+
+Matcher = Callable[[PermutationSpec, Sequence[Params]], Sequence[Permutation]]
+
+_MLP = Settings(data="digits", model="mlp", hidden_widths="128,128", clients=5, partition="iid", local_epochs=10)
+_RESNET = replace(
+    _MLP, model="resnet20-ln", clients=3, batch_size=32, local_epochs=8, optimiser="adam", learning_rate=1e-3
+)
+CASES = {
+    "mlp": Case(_MLP, True, "digits, MLP 128-128, 5 models"),
+    "resnet20": Case(_RESNET, True, "digits, ResNet20 LayerNorm, 3 models"),
+}
+
+MATCHERS: dict[str, Matcher] = {
+    "published": lambda spec, nodes: published_match(spec, nodes).permutations,
+    "c2m3": lambda spec, nodes: match(spec, nodes).permutations,
+    "c2m3, from the identity": lambda spec, nodes: match(spec, nodes, start="identity").permutations,
+    "c2m3, from the barycentre": lambda spec, nodes: match(spec, nodes, start="barycentre").permutations,
+    "c2m3, all nodes at once": lambda spec, nodes: match(spec, nodes, together=None).permutations,
+    "c2m3, without polish": lambda spec, nodes: match(spec, nodes, polish=False).permutations,
+    "c2m3, balanced": lambda spec, nodes: match(spec, nodes, balance=True).permutations,
+    "mergemany": merge_many,
+    "pairwise": pairwise_matching,
+    "unmatched": lambda spec, nodes: [permutation.identity(spec)] * len(nodes),
+}
+
+
+def agreement(spec: PermutationSpec, nodes: Sequence[Params], perms: Sequence[Permutation]) -> float:
+    """The objective of any permutations."""
+    total, share = RunningUniverse(spec), 1 / len(nodes)
+    for node, perm in zip(nodes, perms, strict=True):
+        total.add(node, perm, share)
+    return total.agreement(nodes, [share] * len(nodes))
+
+
+def measure(case: Case) -> dict[str, tuple[float, float, float]]:
+    """Per matcher the objective relative to the published one's, the accuracy of the mean, and CPU seconds."""
+    found = trained(case)
+    spec = permutation_spec(found.model, found.calibration[0][:2])
+    rows: dict[str, tuple[float, float, float]] = {}
+    for name, matcher in MATCHERS.items():
+        start = time.process_time()
+        perms = matcher(spec, found.nodes)
+        seconds = time.process_time() - start
+        aligned = [permutation.apply(spec, perm, node) for perm, node in zip(perms, found.nodes, strict=True)]
+        merged = accuracy(found.model, weighted_mean(aligned, [1.0] * len(aligned)), found.test)
+        rows[name] = agreement(spec, found.nodes, perms), merged, seconds
+    best = rows["published"][0]
+    singles = [accuracy(found.model, node, found.test) for node in found.nodes]
+    shares = {name: (value / best, *rest) for name, (value, *rest) in rows.items()}
+    return {**shares, "mean endpoint": (float("nan"), mean(singles), 0.0)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    tables: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for name, case in CASES.items():
+        seeds = [measure(case.seeded(seed)) for seed in range(options.seeds)]
+        tables[name] = {matcher: [rows[matcher] for rows in seeds] for matcher in seeds[0]}
+        print(f"\n{case.title}: objective / published, accuracy of the mean, CPU seconds")
+        for matcher, rows in tables[name].items():
+            (share, spread), (merged, deviation) = ((mean(x), stdev(x)) for x in list(zip(*rows, strict=True))[:2])
+            seconds = mean(row[2] for row in rows)
+            print(f"{matcher:26s} {share:.4f} ± {spread:.4f}   {merged:.3f} ± {deviation:.3f}   {seconds:8.2f}")
+    (options.out / "quality.json").write_text(json.dumps(tables, indent=2))
+
+
+if __name__ == "__main__":
+    main()
