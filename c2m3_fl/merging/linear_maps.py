@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params, PermutationSpec, Segment, TensorSpec
 from c2m3_fl.errors import ConfigError
+from c2m3_fl.merging.repair import feeds_batch_norm
+from c2m3_fl.models.program import Program
+
+_EPS = 7  # place of that argument of aten.batch_norm
 
 
 def check_mappable(spec: PermutationSpec) -> None:
@@ -39,6 +44,81 @@ def mapped(spec: PermutationSpec, maps: Mapping[str, Tensor], params: Params) ->
         name: _mapped(spec.tensors[name], squares if name.endswith("running_var") else maps, inverses, value)
         for name, value in params.items()
     }
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """A linear operator and the BatchNorm that alone reads it.
+
+    Attributes
+    ----------
+    weight, bias : str
+        Parameters of the operator; "" where it has no bias.
+    scale, mean, variance : str
+        Weight and running statistics of the norm; its bias moves like any other.
+    eps : float
+        What the norm adds to variances.
+    """
+
+    weight: str
+    bias: str
+    scale: str
+    mean: str
+    variance: str
+    eps: float
+
+
+def normalised(program: Program) -> tuple[Normalised, ...]:
+    """The operators of a network whose output a BatchNorm with weight and running statistics takes."""
+    producers = {each.node: each for each in program.operators if each.linear and feeds_batch_norm(each)}
+    found = []
+    for norm in program.operators:
+        producer = producers.get(norm.input)
+        if producer is not None and norm.mean and norm.weight:
+            names = (producer.weight, producer.bias, norm.weight, norm.mean, norm.variance)
+            found.append(Normalised(*names, float(str(norm.node.args[_EPS]))))
+    return tuple(found)
+
+
+def folded(pairs: Sequence[Normalised], params: Params) -> dict[str, Tensor]:
+    """The same function with every such norm's scale moved into the operator before it.
+
+    A linear map of units does not commute with a scale per unit; once the norm scales by one, it does. The norm's
+    weight keeps the spread of its output, with a running variance that undoes it, so that statistics may be
+    re-estimated later.
+    """
+    result = dict(params)
+    for pair in pairs:
+        weight, scale = params[pair.weight], params[pair.scale].double()
+        factor = scale / (params[pair.variance].double() + pair.eps).sqrt()
+        result[pair.weight] = (weight.double() * factor.reshape(-1, *(1,) * (weight.ndim - 1))).to(weight.dtype)
+        for name in (pair.bias, pair.mean):
+            if name:
+                result[name] = (params[name].double() * factor).to(params[name].dtype)
+        _spread(result, pair, scale.square())
+    return result
+
+
+def spread_again(
+    pairs: Sequence[Normalised],
+    spec: PermutationSpec,
+    maps: Mapping[str, Tensor],
+    given: Params,
+    moved: dict[str, Tensor],
+) -> None:
+    """Set the spread of folded norms, in place, to that of the mapped units: that of uncorrelated ones."""
+    for pair in pairs:
+        squares = given[pair.scale].double().square()
+        for _, segment in spec.tensors[pair.scale].segments:
+            squares = _along(squares, 0, segment, maps[segment.group].square().to(squares.device))
+        _spread(moved, pair, squares)
+
+
+def _spread(params: dict[str, Tensor], pair: Normalised, variance: Tensor) -> None:
+    """A norm that multiplies by one, written as the weight sqrt(variance) over a running variance of that size."""
+    variance = variance.clamp_min(pair.eps)
+    params[pair.scale] = variance.sqrt().to(params[pair.scale].dtype)
+    params[pair.variance] = (variance - pair.eps).to(params[pair.variance].dtype)
 
 
 def _mapped(tensor: TensorSpec, maps: Mapping[str, Tensor], inverses: Mapping[str, Tensor], value: Tensor) -> Tensor:

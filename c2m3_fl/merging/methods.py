@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start
 from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.merging.activations import Features, canonical_map, match_all, match_to, unit_features
-from c2m3_fl.merging.linear_maps import check_mappable, mapped
+from c2m3_fl.merging.linear_maps import check_mappable, folded, mapped, normalised, spread_again
 from c2m3_fl.merging.setting import check_types, same
 from c2m3_fl.models.calibration import Batch
 from c2m3_fl.models.program import trace_batches
@@ -207,8 +207,9 @@ class ActivationMatching:
 class CCA:
     """CCA Merge: linear maps from regularised canonical correlation, every node to the basis.
 
-    A map goes onto every axis that produces a group's units and its inverse onto every axis that reads them. Linear
-    maps do not commute with nonlinearities, so unlike permutations they change what a node computes.
+    A map goes onto every axis that produces a group's units and its inverse onto every axis that reads them; the
+    scales of BatchNorm are first moved into the operators before them, which makes the maps exact there. Linear maps
+    do not commute with nonlinearities, so unlike permutations they change what a node computes.
 
     Attributes
     ----------
@@ -222,15 +223,23 @@ class CCA:
         """Map each node onto the basis."""
         begin = time.perf_counter()
         check_mappable(nodes.spec)
-        features = nodes.features()
-        reference = features[nodes.basis]
+        reference = nodes.params[nodes.basis]
+        if all(same(node, reference) for node in nodes.params):
+            return Alignment(nodes.params, None, None, time.perf_counter() - begin)
+        pairs = normalised(trace_batches(nodes.model, nodes.batches[:1])[0]) if nodes.batches else ()
+        folds = [folded(pairs, node) for node in nodes.params]
+        features = replace(nodes, params=tuple(folds)).features()
         aligned = []
-        for index, own in enumerate(features):
-            if index == nodes.basis or same(nodes.params[index], nodes.params[nodes.basis]):
-                aligned.append(nodes.params[index])
+        for given, own in zip(folds, features, strict=True):
+            if same(given, folds[nodes.basis]):
+                aligned.append(given)
                 continue
-            maps = {name: canonical_map(reference[name], own[name], self.regularisation) for name in nodes.spec.groups}
-            aligned.append(mapped(nodes.spec, maps, nodes.params[index]))
+            maps = {
+                name: canonical_map(features[nodes.basis][name], own[name], self.regularisation)
+                for name in nodes.spec.groups
+            }
+            aligned.append(mapped(nodes.spec, maps, given))
+            spread_again(pairs, nodes.spec, maps, given, aligned[-1])
         return Alignment(tuple(aligned), None, None, time.perf_counter() - begin)
 
 

@@ -11,9 +11,11 @@ from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.spec import Group, PermutationSpec
 from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.merging.activations import canonical_map
-from c2m3_fl.merging.linear_maps import mapped
+from c2m3_fl.merging.linear_maps import folded, mapped, normalised, spread_again
 from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.methods import CCA, METHODS
+from c2m3_fl.models.program import trace
+from c2m3_fl.models.symmetry import permutation_spec
 from tests.merging.networks import CALIBRATION, nodes, outputs
 from tests.merging.test_merge import SEED, equal, spec_of
 
@@ -105,6 +107,26 @@ def test_maps_and_their_inverses_cancel_in_a_linear_network() -> None:
         return rows
 
     torch.testing.assert_close(linear(moved), linear(node))
+
+
+def test_linear_maps_pass_through_batch_norm() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    node = {
+        name: value if value.dtype == torch.int64 else 0.5 + torch.rand(value.shape, generator=generator).double()
+        for name, value in model.state_dict().items()
+    }
+    node["1.weight"][2] *= -1
+    inputs = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+    spec = permutation_spec(model, inputs)
+    pairs = normalised(trace(model, (inputs,)))
+    maps = {name: torch.randn(6, 6, generator=generator, dtype=torch.float64) for name in spec.groups}
+    given = folded(pairs, node)
+    moved = mapped(spec, maps, given)
+    spread_again(pairs, spec, maps, given, moved)
+    wanted = outputs(model, node, inputs)
+    torch.testing.assert_close(outputs(model, given, inputs), wanted)
+    torch.testing.assert_close(outputs(model, moved, inputs), wanted)
 
 
 def test_cca_says_where_linear_maps_are_no_symmetry() -> None:
