@@ -34,10 +34,10 @@ class Auto:
     """Do the strongest thing that can be shown to be safe, and report why.
 
     With labelled calibration data everything competes on them: the plain result without any alignment (where the
-    setting has it), the aligned mean, re-estimated BatchNorm statistics, REPAIR and refit. Without labels there is a
-    ladder. REPAIR is done unless the network that it leaves agrees less with the ensemble of the endpoints than a safer
-    one. Refit is done on top where the calibration data are shown to be like the nodes' own (see
-    `c2m3_fl.merging.shift`).
+    setting has it), the aligned mean, re-estimated BatchNorm statistics, REPAIR and refit. Without labels, refit is done
+    where the calibration data are shown to be like the nodes' own (see `c2m3_fl.merging.shift`) and REPAIR where they
+    are shown not to be. Where nothing is known of that, it is REPAIR unless the network that it leaves agrees less
+    with the ensemble of the endpoints than a safer one.
 
     Attributes
     ----------
@@ -85,11 +85,11 @@ class Auto:
         return Recalibrated(kept.state_dict, report)
 
     def _climb(self, setting: Setting, candidates: Mapping[str, Params], distance: float | None) -> Decision:
-        """Decide without labels: see the ladder above."""
+        """Decide without labels, as said above."""
         decision = judge(setting, candidates)
         if "refit" in candidates:
             return replace(decision, chosen="refit", reason=self._reason(distance))
-        better = _safer(decision.candidates)
+        better = _safer(decision.candidates) if distance is None else None  # inputs from elsewhere say nothing of it
         if better is None:
             return replace(decision, chosen="repair", reason=self._reason(distance))
         reason = f"REPAIR was held back: it agrees less with the ensemble of the endpoints than {better!r} does"
