@@ -34,10 +34,10 @@ class Auto:
     """Do the strongest thing that can be shown to be safe, and report why.
 
     With labelled calibration data everything competes on them: the plain result without any alignment (where the
-    setting has it), the aligned mean, re-estimated BatchNorm statistics, REPAIR and refit. Without labels, refit is done
-    where the calibration data are shown to be like the nodes' own (see `c2m3_fl.merging.shift`) and REPAIR where they
-    are shown not to be. Where nothing is known of that, it is REPAIR unless the network that it leaves agrees less
-    with the ensemble of the endpoints than a safer one.
+    setting has it), the aligned mean, re-estimated BatchNorm statistics, REPAIR and refit. Without labels, refit is
+    done where the calibration data are shown to be like the nodes' own (see `c2m3_fl.merging.shift`) and REPAIR where
+    they are shown not to be. Where nothing is known of that, it is REPAIR unless the network that it leaves agrees
+    less with the ensemble of the endpoints than a safer one.
 
     Attributes
     ----------
