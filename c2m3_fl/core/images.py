@@ -19,7 +19,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.line_search import added, power_basis
 from c2m3_fl.core.terms import Term
 
 _AT_A_TIME = 1 << 18  # numbers that intermediate results may hold on a CPU: they stay in memory that is at hand
@@ -71,7 +70,7 @@ class Images:
         own = float(weights.square() @ inners(self.universe, self.universe).to(weights))
         return 0.5 * (inner(mean, mean) - own)
 
-    def course(self, block: slice, vertex: Vertex, weights: Tensor, others: Tensor) -> list[float]:
+    def course(self, block: slice, vertex: Vertex, weights: Tensor, others: Tensor) -> list[Tensor]:
         """The term's part in f, as far as a block of nodes moves it, on the way to a vertex.
 
         Parameters
@@ -87,12 +86,12 @@ class Images:
 
         Returns
         -------
-        list of float
-            Coefficients of t^0, t^1, ...
+        list of Tensor of float64
+            Polynomials to be added up: each its coefficients of ``(1 - t)^(n - s) t^s`` for s = 0 ... n.
         """
         degree, alone = len(self.term.groups), block.stop - block.start == 1
         means = [torch.zeros_like(others) for _ in range(degree + 1)]
-        squares = [0.0] * (2 * degree + 1)  # of the block's sum, less those of its nodes: zero for one alone
+        squares = weights.new_zeros(2 * degree + 1)  # of the block's sum, less those of its nodes: zero for one alone
         for nodes in self._portions(block):
             here = slice(nodes.start - block.start, nodes.stop - block.start)
             moves = {group: index[here] for group, index in vertex.items()}
@@ -100,14 +99,10 @@ class Images:
             shares = weights[nodes].to(others)
             for mean, part in zip(means, parts, strict=True):
                 mean.view(-1).addmv_(part.reshape(len(shares), -1).T, shares)
-            for power, value in () if alone else _products(parts, weights[nodes].square()):
-                squares[power] -= value
-        towards = power_basis([inner(others, mean) for mean in means])
-        if alone:
-            return towards
-        for power, value in _products([mean[None] for mean in means], weights.new_ones(1)):
-            squares[power] += value
-        return added([towards, power_basis(squares)])
+            if not alone:
+                squares -= _half_square(parts, weights[nodes].square())
+        towards = torch.cat([inners(others[None], mean[None]) for mean in means])
+        return [towards] if alone else [towards, squares + _half_square([mean[None] for mean in means])]
 
     def advance(self, block: slice, vertex: Vertex, step_size: float) -> None:
         """Move a block of nodes towards a vertex, in place."""
@@ -227,12 +222,15 @@ def inners(left: Tensor, right: Tensor) -> Tensor:
     return sums.sum(1, dtype=torch.float64) + tail
 
 
-def _products(parts: Sequence[Tensor], weights: Tensor) -> Iterator[tuple[int, float]]:
-    """Halves of all inner products of parts, summed over the nodes by weight, each with its power of t."""
+def _half_square(parts: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
+    """Half the squared norm of a polynomial with these coefficients, summed over the nodes by weight."""
+    result = parts[0].new_zeros(2 * len(parts) - 1, dtype=torch.float64)
     for first, left in enumerate(parts):
-        for second in range(first, len(parts)):
-            value = float(weights @ inners(left, parts[second]).to(weights))
-            yield first + second, value * (0.5 if first == second else 1.0)
+        for second, right in enumerate(parts[first:], start=first):
+            product = inners(left, right)
+            total = product.sum() if weights is None else weights @ product
+            result[first + second] += total if first < second else 0.5 * total
+    return result
 
 
 def _multiply(values: Tensor, dim: int, matrices: Tensor) -> Tensor:

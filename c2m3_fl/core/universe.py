@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.images import Images, Vertex, weighted_sum
-from c2m3_fl.core.line_search import added
+from c2m3_fl.core.line_search import added, power_basis
 from c2m3_fl.core.problem import Problem
 
 
@@ -36,21 +36,22 @@ class Universe:
 
     def __init__(self, problem: Problem, point: dict[str, Tensor]) -> None:
         self.problem, self.point = problem, point
+        self._weights = problem.weights.to(problem.like.device)
         self.images = [Images(term, point) for term in problem.terms]
         for image in self.images:
             image.own()
-        self.means = [weighted_sum(image.universe, problem.weights) for image in self.images]
+        self.means = [weighted_sum(image.universe, self._weights) for image in self.images]
 
     def objective(self) -> float:
         """The weighted agreement over all pairs of nodes; the sums are added up anew, which keeps rounding small."""
-        weights, total = self.problem.weights, self.problem.constant
+        weights, total = self._weights, self.problem.constant
         for image, mean in zip(self.images, self.means, strict=True):
             total += image.agreement(weights, mean.copy_(weighted_sum(image.universe, weights)))
         return total
 
     def others(self, block: slice) -> list[Tensor]:
         """For every term the weighted sum of the nodes outside a block."""
-        weights = self.problem.weights[block]
+        weights = self._weights[block]
         return [
             torch.sub(mean, weighted_sum(image.universe[block], weights))
             for image, mean in zip(self.images, self.means, strict=True)
@@ -64,19 +65,24 @@ class Universe:
             for name, group in problem.spec.groups.items()
         }
         for image, rest in zip(self.images, others, strict=True):
-            image.gradient(block, problem.weights, rest, into)
+            image.gradient(block, self._weights, rest, into)
         return into
 
     def course(self, block: slice, others: Sequence[Tensor], vertex: Vertex) -> list[float]:
         """The agreement on the way of a block to a vertex: coefficients of t^0, t^1, ..., up to a constant."""
-        weights = self.problem.weights
-        return added(
-            [image.course(block, vertex, weights, rest) for image, rest in zip(self.images, others, strict=True)]
-        )
+        parts = [
+            part
+            for image, rest in zip(self.images, others, strict=True)
+            for part in image.course(block, vertex, self._weights, rest)
+        ]
+        if not parts:
+            return added([])
+        numbers = iter(torch.cat(parts).tolist())  # one copy from the device for all of them
+        return added([power_basis([next(numbers) for _ in part]) for part in parts])
 
     def advance(self, block: slice, others: Sequence[Tensor], vertex: Vertex, step_size: float) -> None:
         """Move a block of nodes towards a vertex."""
-        weights = self.problem.weights
+        weights = self._weights
         for image, rest, mean in zip(self.images, others, self.means, strict=True):
             image.advance(block, vertex, step_size)
             torch.add(rest, weighted_sum(image.universe[block], weights[block]), out=mean)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean as mean
 
 import torch
 
@@ -78,7 +79,7 @@ def measure(case: Case) -> dict[str, tuple[float, float, float]]:
     best = rows["published"][0]
     singles = [accuracy(found.model, node, found.test) for node in found.nodes]
     shares = {name: (value / best, *rest) for name, (value, *rest) in rows.items()}
-    return {**shares, "mean endpoint": (float("nan"), mean(singles), 0.0)}
+    return {**shares, "mean endpoint": (math.nan, mean(singles), 0.0)}
 
 
 def main() -> None:
@@ -94,8 +95,8 @@ def main() -> None:
         tables[name] = {matcher: [rows[matcher] for rows in seeds] for matcher in seeds[0]}
         print(f"\n{case.title}: objective / published, accuracy of the mean, CPU seconds")
         for matcher, rows in tables[name].items():
-            (share, spread), (merged, deviation) = ((mean(x), stdev(x)) for x in list(zip(*rows, strict=True))[:2])
-            seconds = mean(row[2] for row in rows)
+            values = torch.tensor(rows, dtype=torch.float64)
+            (share, merged, seconds), (spread, deviation, _) = values.mean(0).tolist(), values.std(0).tolist()
             print(f"{matcher:26s} {share:.4f} ± {spread:.4f}   {merged:.3f} ± {deviation:.3f}   {seconds:8.2f}")
     (options.out / "quality.json").write_text(json.dumps(tables, indent=2))
 
