@@ -48,7 +48,9 @@ bench: $(READY)
 	$(BIN)/pytest tests/benchmarks --benchmark-only
 	$(BIN)/python -m tests.benchmarks.solver
 	$(BIN)/python -m tests.benchmarks.solver --growth
-	$(BIN)/python -m tests.benchmarks.rounds --identity --many 100 --seeds 5
+	$(BIN)/python -m tests.benchmarks.rounds --identity --many 100
+	$(BIN)/python -m tests.benchmarks.rounds --many 1000 --network mlp
+	$(BIN)/python -m tests.benchmarks.quality
 
 mnist: $(READY)
 	$(BIN)/c2m3-fl compare --preset mnist --partition iid --seeds 0,1,2 --output results/mnist-iid

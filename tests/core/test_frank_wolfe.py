@@ -95,6 +95,42 @@ def test_around_every_cycle_the_maps_compose_to_the_identity(spec):
     assert permutation.cycle_error(result.permutations) == 0
 
 
+def test_threads_of_the_products_change_nothing_but_rounding():
+    spec = mlp(300, 200, 200, 10)  # large enough for BLAS to share the work out
+    nodes, _ = planted(spec, 3, 0.1, seed=0)
+    nodes = [{name: value.float() for name, value in node.items()} for node in nodes]
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(match(spec, nodes, start="identity"))
+    torch.set_num_threads(before)
+    one, two = results
+    assert one.objectives[-1] == pytest.approx(two.objectives[-1], rel=1e-6)
+    assert all(same(left, right) for left, right in zip(one.permutations, two.permutations, strict=True))
+
+
+@each_spec
+@pytest.mark.parametrize("together", [2, None])
+def test_nodes_that_step_together_climb_to_permutations_too(spec, together):
+    nodes = draws(spec, 5, seed=5)
+    result = match(spec, nodes, together=together, start="identity")
+    climbed = torch.tensor(result.objectives, dtype=torch.float64).diff() >= -1e-12 * abs(result.objectives[-1])
+    assert bool(climbed[: result.steps].all())
+    assert result.objectives[-1] == pytest.approx(pairwise_agreement(spec, nodes, result.permutations, [0.2] * 5))
+
+
+def test_taking_turns_gains_more_in_a_pass_than_stepping_at_once():
+    # Why it is the default; ten noisy copies, seeds 0 to 4.
+    spec = mlp(12, 24, 24, 6)
+    for seed in range(5):
+        nodes, _ = planted(spec, 10, 0.5, seed)
+        turns, at_once = (
+            match(spec, nodes, start="identity", together=together, max_steps=2, polish=False).objectives[2]
+            for together in (1, None)
+        )
+        assert turns > at_once
+
+
 def test_a_cycle_of_three_is_matched_as_worked_by_hand():
     # Units x, y, z with inputs 1, 2, 3 (orthogonal), stored as (y, z, x), (z, x, y), (y, x, z). The only perfect maps
     # are the ones worked out in test_permutation; a transposed convention would return their inverses.
@@ -236,6 +272,7 @@ def test_a_limit_of_steps_is_kept_and_told():
         ({"start": [{}, {}]}, SpecError, r"start\[0\]: has groups"),
         ({"max_steps": -1}, ConfigError, "max_steps is -1"),
         ({"tolerance": float("nan")}, ConfigError, "tolerance is nan"),
+        ({"together": 0}, ConfigError, "together is 0, expected how many nodes step at once"),
     ],
 )
 def test_bad_input_is_refused(change, error, message):
