@@ -53,7 +53,7 @@ def climb(
     ascent = BlockAscent(universe, pool)
     problem, objectives, gap = universe.problem, list(walk.objectives), walk.gap
     soft = not ascent.at_vertex
-    moves = soft or polish
+    moves = soft or (polish and gap > _TAIL * tolerance)  # else no block can gain: each has been seen where it stands
     while moves:
         moves = ascent.sweep()
         objectives.append(universe.objective())

@@ -211,7 +211,11 @@ def draw_growth(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
         panel.loglog(x, y, "o-", label="one pass")
         panel.loglog(x, [y[0] * value / x[0] for value in x], ":", color="grey", label="linear")
         panel.set(xlabel=axis, ylabel="CPU seconds", title=f"ResNet20, growth in {axis}")
-        panel.legend()
+        panel.set_xticks(x, [str(value) for value in x])
+        panel.xaxis.minorticks_off()
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
+        panel.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
