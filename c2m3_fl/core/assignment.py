@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.errors import ParamsError
 
 Index = npt.NDArray[np.int64]
 Matrix = npt.NDArray[Any]
@@ -64,11 +65,14 @@ def potentials(gain: Matrix) -> tuple[Vector, Vector]:
     how good they are but the time of the exact solver, which takes short paths where few entries of C stand out.
     """
     rows = gain.max(axis=1)
-    below = gain - rows[:, None]
-    columns = below.max(axis=0)
-    below -= columns
+    with np.errstate(over="ignore"):
+        below = gain - rows[:, None]
+        columns = below.max(axis=0)
+        below -= columns
     unit = -float(below.mean(dtype=np.float64))
-    for temperature in _TEMPERATURES if unit > 0 else ():
+    if not np.finfo(below.dtype).tiny < _TEMPERATURES[-1] * unit < np.inf:
+        return np.zeros_like(rows), np.zeros_like(columns)  # nothing stands out, or nothing that the dtype can scale
+    for temperature in _TEMPERATURES:
         kelvin = below.dtype.type(temperature * unit)
         kernel = np.exp(below / kelvin) + below.dtype.type(_UNDERFLOW)
         b = np.ones(len(gain), below.dtype)
@@ -87,6 +91,8 @@ def assign(gain: Matrix) -> Index:
 
     Adding potentials to rows and columns adds a constant to the worth of every permutation, so it changes no answer.
     """
+    if not np.isfinite(gain).all():
+        raise ParamsError("the agreement overflows: the nodes' values are too large for their dtype, scale them down")
     if identity_is_optimal(gain):
         return np.arange(len(gain))
     cost = -gain

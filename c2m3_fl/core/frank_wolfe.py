@@ -48,10 +48,13 @@ class Walk:
         The agreement at the start and after every pass.
     gap : float
         Relative duality gap, block by block, as the last pass met it.
+    still : bool
+        Whether the last pass has found every block best where it stands.
     """
 
     objectives: tuple[float, ...]
     gap: float
+    still: bool
 
 
 def match(
@@ -105,7 +108,7 @@ def match(
     Raises
     ------
     ParamsError
-        For no nodes, or nodes that do not fit the spec or are not finite.
+        For no nodes, or nodes that do not fit the spec, are not finite, or so large that the agreement overflows.
     WeightsError
         For weights that are negative, not finite, all zero or of the wrong number.
     ConfigError
@@ -117,6 +120,8 @@ def match(
     check_search(max_steps, tolerance, together)
     order = canonical_order(spec, nodes, share, None if isinstance(start, str) else start)
     heavy = [i for i in order if share[i] > 0]
+    if not isinstance(start, str) and all(permutation.is_identity(perm) for perm in start):
+        start = "identity"
     if start in ("auto", "identity") and len(heavy) == len(nodes) and not balance:
         with torch.no_grad():
             here = agreement_if_stationary(spec, [nodes[i] for i in order], share[heavy])
@@ -135,7 +140,9 @@ def match(
                 known.add(nodes[i], perms[i], float(share[i]))
             mean = known.mean(nodes[heavy[0]])
             for i in (i for i in order if share[i] == 0):
-                alone = Problem.of(spec, [mean, nodes[i]], torch.full((2,), 0.5, dtype=torch.float64), frozen=1)
+                alone = Problem.of(
+                    spec, [mean, nodes[i]], torch.full((2,), 0.5, dtype=torch.float64), frozen=1, balance=balance
+                )
                 point, _ = begin(alone, start if isinstance(start, str) else [start[i]], generator)
                 perms[i] = search(alone, point, pool, limits).permutations[1]
     in_order = tuple(perms[i] for i in range(len(nodes)))
@@ -188,7 +195,7 @@ def frank_wolfe(
 
     Stops early when a pass gains less than `fading` of the whole rise.
     """
-    problem, objectives, gap = universe.problem, [universe.objective()], math.inf
+    problem, objectives, gap, still = universe.problem, [universe.objective()], math.inf, False
     blocks = _blocks(problem, limits.together)
     while len(objectives) <= limits.max_steps and not _fades(objectives, fading):  # C2M3 Alg. 1, l. 2: repeat
         gap, step_sizes, moved = 0.0, [], 0.0
@@ -198,17 +205,18 @@ def frank_wolfe(
             vertex = oracle(problem.spec, universe.gradient(block, others), pool)
             course = universe.course(block, others, vertex)
             slope = max(course[1], 0.0) / problem.unit  # <gradient, vertex - point>: the block's duality gap
-            gap, moved = gap + slope, moved + share_moved(vertex) / len(blocks)
+            gap, moved = gap + slope, moved + share_moved(vertex, universe.vertex(block)) / len(blocks)
             if slope * len(blocks) > limits.tolerance:
                 step_sizes.append(best_step(course)[0])  # l. 5: the line search, exactly
                 universe.advance(block, others, vertex, step_sizes[-1])  # l. 6: step towards the vertex
-        if not step_sizes:  # l. 7: until converged
+        still = not step_sizes
+        if still:  # l. 7: until converged
             break
         objectives.append(universe.objective())
         if callback is not None:
             step_size = sum(step_sizes) / len(step_sizes)
             callback(Step(len(objectives) - 1, objectives[-1], gap, step_size, moved))
-    return Walk(tuple(objectives), gap)
+    return Walk(tuple(objectives), gap, still)
 
 
 def _blocks(problem: Problem, together: int | None) -> list[slice]:

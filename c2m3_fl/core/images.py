@@ -64,11 +64,17 @@ class Images:
             if self.maps[mask] is self.maps[0]:
                 self.maps[mask] = self.maps[0].clone()
 
-    def agreement(self, weights: Tensor, mean: Tensor | None = None) -> float:
-        """The term's part in f; `mean` is the weighted sum of the nodes in the universe, if that is at hand."""
-        mean = weighted_sum(self.universe, weights) if mean is None else mean
-        own = float(weights.square() @ inners(self.universe, self.universe).to(weights))
-        return 0.5 * (inner(mean, mean) - own)
+    def agreement(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The term's part in f, as a tensor, and the weighted sum of the nodes in the universe.
+
+        Every node is compared with the sum of those before it: a difference of squares would drown the agreement of
+        light nodes in the rounding of a heavy one.
+        """
+        mean, total = torch.zeros_like(self.universe[0]), weights.new_zeros(())
+        for node, weight, share in zip(self.universe, weights, weights.tolist(), strict=True):
+            total += weight * inners(node[None], mean[None])[0]
+            mean.add_(node, alpha=share)
+        return total, mean
 
     def course(self, block: slice, vertex: Vertex, weights: Tensor, others: Tensor) -> list[Tensor]:
         """The term's part in f, as far as a block of nodes moves it, on the way to a vertex.
@@ -198,9 +204,12 @@ def vertex_of(point: Point) -> dict[str, Tensor] | None:
     return {name: matrices.argmax(-1) for name, matrices in point.items()}
 
 
-def share_moved(vertex: Vertex) -> float:
-    """Share of all nodes' units that a vertex moves away from their place."""
-    moved = [(index != torch.arange(index.shape[1], device=index.device)).sum() for index in vertex.values()]
+def share_moved(vertex: Vertex, before: Vertex | None = None) -> float:
+    """Share of all nodes' units that a vertex has elsewhere than another one, or than in their own place."""
+    moved = [
+        (index != (torch.arange(index.shape[1], device=index.device) if before is None else before[name])).sum()
+        for name, index in vertex.items()
+    ]
     total = sum(index.numel() for index in vertex.values())
     return int(torch.stack(moved).sum()) / total if total else 0.0
 

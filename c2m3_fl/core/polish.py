@@ -3,8 +3,8 @@
 The agreement is linear in one node's permutation of one group (as long as no tensor carries the group twice), so the
 oracle's answer is the best this block can do: from a soft point a sweep ends at permutations and loses nothing, from
 permutations it climbs until no block can improve, where the duality gap of Frank-Wolfe is zero. Where a tensor carries
-a family twice the answer is a proposal, and only true improvements are accepted. Families that share no term do not
-see each other, so each node moves whole *colours* of families at a time.
+a family twice the answer is a proposal, only true improvements are accepted, and a gap may remain. Families that share
+no term do not see each other, so each node moves whole *colours* of families at a time.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def climb(
     ascent = BlockAscent(universe, pool)
     problem, objectives, gap = universe.problem, list(walk.objectives), walk.gap
     soft = not ascent.at_vertex
-    moves = soft or (polish and gap > _TAIL * tolerance)  # else no block can gain: each has been seen where it stands
+    moves = soft or (polish and not walk.still)
     while moves:
+        before = {name: index.clone() for name, index in ascent.vertex.items()}
         moves = ascent.sweep()
         objectives.append(universe.objective())
         gained = max(objectives[-1] - objectives[-2], 0.0) / problem.unit
@@ -63,7 +64,7 @@ def climb(
             moves &= gained > _TAIL * tolerance
         soft, moves = False, moves and polish
         if callback is not None:
-            callback(Step(len(objectives) - 1, objectives[-1], gained, 1.0, share_moved(ascent.vertex)))
+            callback(Step(len(objectives) - 1, objectives[-1], gained, 1.0, share_moved(ascent.vertex, before)))
     return ascent.vertex, tuple(objectives), gap
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import isfinite
 
 import torch
@@ -60,12 +61,12 @@ class Problem:
     ) -> Problem:
         """Compile; the nodes must have been checked. See `match` for `balance`."""
         terms = compile_terms(spec, nodes, _balancing(spec, nodes) if balance else None)
-        constant = sum(Images(term).agreement(weights) for term in terms if not term.groups)
+        constant = sum(float(Images(term).agreement(weights)[0]) for term in terms if not term.groups)
         moving = tuple(term for term in terms if term.groups)
         squares = sum((inners(term.value, term.value).cpu() for term in moving), torch.zeros(len(nodes)))
         norms = squares.sqrt().tolist()
         shares = [w * norm for w, norm in zip(weights.tolist(), norms, strict=True)]
-        scale = 0.5 * (sum(shares) ** 2 - sum(share**2 for share in shares))
+        scale = sum(share * before for share, before in zip(shares[1:], accumulate(shares), strict=False))
         names = matched_names(spec, nodes)
         device = nodes[0][names[0]].device if names else torch.device("cpu")
         like = torch.empty(0, dtype=working_dtype(nodes, names), device=device)
@@ -83,7 +84,7 @@ class Problem:
 
     def objective(self, images: Sequence[Images]) -> float:
         """The weighted agreement over all pairs of nodes."""
-        return self.constant + sum(image.agreement(self.weights) for image in images)
+        return self.constant + sum(float(image.agreement(self.weights)[0]) for image in images)
 
 
 def check_nodes(spec: PermutationSpec, nodes: Sequence[Params]) -> None:

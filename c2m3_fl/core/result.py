@@ -27,7 +27,7 @@ class Step:
     step_size : float
         How far the step went towards the vertex, in [0, 1]; sweeps go all the way.
     share_moved : float
-        Share of all units that the vertex moves away from their place.
+        Share of all units that the vertex sends elsewhere than where they were, for the most part, before.
     """
 
     step: int
@@ -52,8 +52,8 @@ class Match:
         The agreement at the start, after every step, after every sweep of the polish; the last is that of the
         permutations.
     gap : float
-        Relative duality gap: without polish where Frank-Wolfe stopped, with it what the last sweep over all blocks
-        has gained, which is the gap as seen block by block and zero where no block can improve.
+        Relative duality gap as the last pass of Frank-Wolfe met it; after a polish what its last sweep over all blocks
+        has gained, which is zero where no block can improve.
     converged : bool
         Whether the gap reached the tolerance within the allowed steps.
     steps : int

@@ -50,11 +50,14 @@ def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weig
         name: torch.zeros(len(nodes), group.size, dtype=dtype, device=device) for name, group in spec.groups.items()
     }
     mean, agreement, scratch = {}, 0.0, torch.empty(0)
+    floor = torch.finfo(dtype).tiny ** 0.4
     for name in names:
         values = [node[name].detach().to(device=device, dtype=dtype) for node in nodes]
-        centre = torch.zeros_like(values[0])
-        for value, share in zip(values, shares.tolist(), strict=True):
-            centre.add_(value, alpha=share)
+        if any(0 < float(value.abs().amax()) < floor for value in values):
+            return None  # squares would underflow
+        centre = values[0].clone()
+        for value, share in zip(values[1:], shares.tolist()[1:], strict=True):
+            centre.add_(value - values[0], alpha=share)  # of identical nodes it is the very node
         at_once = max(1, _AT_A_TIME // centre.numel())  # small tensors are stacked, large ones taken one by one
         portions = [
             torch.stack(values[i : i + at_once]) if at_once > 1 else values[i][None]
@@ -80,7 +83,7 @@ def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weig
 def _proven(terms: Sequence[Term], group: str, drifts: Tensor, shares: Tensor) -> bool:
     """Whether the bound holds for one group: for all nodes at once on some coordinates, or node by node on all."""
     if not bool(drifts.any()):
-        return True  # identical nodes, whatever their units
+        return True  # identical nodes
     largest, ends = drifts.amax(0), torch.stack([shares.amin(), shares.amax()])
     for length in _LENGTHS:
         some, promise = _gram(terms, group, drifts, length)

@@ -44,10 +44,16 @@ class Universe:
 
     def objective(self) -> float:
         """The weighted agreement over all pairs of nodes; the sums are added up anew, which keeps rounding small."""
-        weights, total = self._weights, self.problem.constant
+        total = self._weights.new_tensor(self.problem.constant)
         for image, mean in zip(self.images, self.means, strict=True):
-            total += image.agreement(weights, mean.copy_(weighted_sum(image.universe, weights)))
-        return total
+            part, fresh = image.agreement(self._weights)
+            total += part
+            mean.copy_(fresh)
+        return float(total)
+
+    def vertex(self, block: slice) -> dict[str, Tensor]:
+        """Where the units of a block are for the most part, shape (nodes of the block, size)."""
+        return {name: matrices[block].argmax(-1) for name, matrices in self.point.items()}
 
     def others(self, block: slice) -> list[Tensor]:
         """For every term the weighted sum of the nodes outside a block."""
@@ -87,5 +93,5 @@ class Universe:
             image.advance(block, vertex, step_size)
             torch.add(rest, weighted_sum(image.universe[block], weights[block]), out=mean)
         for name, matrices in self.point.items():
-            weight = torch.tensor(step_size).to(matrices).expand(*vertex[name].shape, 1)
+            weight = matrices.new_tensor(step_size).expand(*vertex[name].shape, 1)
             matrices[block].mul_(1 - step_size).scatter_add_(2, vertex[name][..., None], weight)

@@ -43,11 +43,20 @@ def mapped(tensor: TensorSpec, value: Tensor, matrices: dict[str, Tensor], skip:
     return value
 
 
+def _matched(spec: PermutationSpec, nodes: Sequence[Params]) -> list[tuple[str, TensorSpec]]:
+    """What the agreement is made of: floating point and no buffers."""
+    return [
+        (name, tensor)
+        for name, tensor in spec.tensors.items()
+        if not tensor.buffer and nodes[0][name].is_floating_point()
+    ]
+
+
 def objective(spec: PermutationSpec, nodes: Sequence[Params], matrices: Matrices) -> float:
     """Mean-weighted sum over all pairs of nodes of the inner products in the universe."""
     total = 0.0
     for i, j in combinations(range(len(nodes)), 2):
-        for name, tensor in spec.tensors.items():
+        for name, tensor in _matched(spec, nodes):
             left = mapped(tensor, nodes[i][name], matrices[i])
             right = mapped(tensor, nodes[j][name], matrices[j])
             total += float((left * right).sum(dtype=torch.float64))
@@ -58,7 +67,7 @@ def gradient(spec: PermutationSpec, nodes: Sequence[Params], matrices: Matrices)
     """Gradient of `objective`, pair by pair."""
     result = [{group: torch.zeros_like(matrix) for group, matrix in own.items()} for own in matrices]
     for i, j in permutations(range(len(nodes)), 2):
-        for name, tensor in spec.tensors.items():
+        for name, tensor in _matched(spec, nodes):
             other = mapped(tensor, nodes[j][name], matrices[j])
             for axis, segments in enumerate(tensor.axes):
                 for segment in segments:
@@ -98,7 +107,7 @@ def published_match(
     patience: int = 5,
 ) -> Published:
     """Algorithm 1 from the identity until it stalls, and the assignment problems that round its last point."""
-    like = next(iter(nodes[0].values()))
+    like = nodes[0][_matched(spec, nodes)[0][0]]
     matrices: Matrices = [{name: torch.eye(g.size).to(like) for name, g in spec.groups.items()} for _ in nodes]
     objectives, calm = [objective(spec, nodes, matrices)], 0
     while len(objectives) <= max_steps and calm < patience:

@@ -326,6 +326,50 @@ def test_balanced_matching_does_not_hear_the_loudest_layer():
     assert found[True] > found[False]
 
 
+def test_a_node_of_weight_zero_is_balanced_like_the_others():
+    spec = mlp(12, 24, 24, 6)
+    right = 0
+    for seed in range(5):
+        nodes, perms = planted(spec, 3, 0.1, seed)
+        noise = draws(spec, 3, seed=100 + seed)
+        nodes = [{**node, "1.weight": 1e3 * other["1.weight"]} for node, other in zip(nodes, noise, strict=True)]
+        result = match(spec, nodes, weights=[1.0, 1.0, 0.0], balance=True)
+        right += int((result.between(0, 2)["h0"] == permutation.between(perms[0], perms[2])["h0"]).sum())
+    assert right >= 0.9 * 5 * 24
+
+
+@pytest.mark.parametrize("heavy", [1e3, 1e5, 1e6])
+def test_a_heavy_node_does_not_drown_the_agreement_of_the_others(heavy):
+    spec, weights = mlp(12, 24, 24, 6), [heavy, 1.0, 1.0, 1.0]
+    nodes, perms = planted(spec, 4, 0.1, seed=0)
+    nodes = [{name: value.float() for name, value in node.items()} for node in nodes]
+    result = match(spec, nodes, weights=weights)
+    shares = [weight / sum(weights) for weight in weights]
+    assert result.objectives[-1] == pytest.approx(
+        pairwise_agreement(spec, nodes, result.permutations, shares), rel=1e-5
+    )
+    assert all(same(result.between(0, i), permutation.between(perms[0], perms[i])) for i in range(4))
+
+
+@pytest.mark.parametrize("size", [24, 128])
+def test_values_too_large_for_their_dtype_are_named_and_tiny_ones_are_matched(size):
+    spec = mlp(12, size, 6)
+    nodes, perms = planted(spec, 3, 0.05, seed=0)
+    huge = [{name: 1e25 * value.float() for name, value in node.items()} for node in nodes]
+    with pytest.raises(ParamsError, match="overflows: the nodes' values are too large for their dtype"):
+        match(spec, huge)
+    tiny = [{name: (1e-15 * value).float() for name, value in node.items()} for node in nodes]
+    found = match(spec, tiny)
+    assert same(found.between(0, 1), permutation.between(perms[0], perms[1]))
+
+
+def test_a_start_of_identities_is_proven_like_the_identity():
+    spec = mlp(12, 24, 24, 6)
+    (node,) = draws(spec, 1)
+    here = [permutation.identity(spec)] * 3
+    assert match(spec, [node] * 3, start=here).steps == 0
+
+
 def test_balance_does_not_hear_the_scale_of_a_tensor():
     spec = mlp(6, 8, 8, 3)
     nodes = draws(spec, 3)
