@@ -185,7 +185,9 @@ def merge(
         done = recalibrated(recalibration, setting)
         merged, report = done.state_dict, done.report
     seconds = time.perf_counter() - begin
-    return Merge(moved_to(merged, home), alignment.match, _report(nodes, alignment, report, seconds))
+    versions = model.state_dict()  # some modules ask a state dict for its version when they load it
+    versions.update(moved_to(merged, home))
+    return Merge(versions, alignment.match, _report(nodes, alignment, report, seconds))
 
 
 def _started(method: Method | str, start: Start) -> Method | str:

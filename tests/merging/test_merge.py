@@ -133,6 +133,19 @@ def test_nothing_that_was_given_is_changed() -> None:
     assert all(equal(a, b) for a, b in zip(params, kept, strict=True))
 
 
+def test_modules_that_ask_for_the_version_of_a_state_dict_load_the_merge() -> None:
+    class Versioned(torch.nn.Linear):
+        _version = 3
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:  # type: ignore[no-untyped-def]  # torch's
+            assert local_metadata.get("version") == 3
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), Versioned(5, 2)).eval()
+    found = merge(model, [dict(model.state_dict())] * 2, example_inputs=torch.zeros(2, 4))
+    model.load_state_dict(found.state_dict)
+
+
 def test_the_merge_loads_into_the_model_and_the_spec_is_derived_from_calibration() -> None:
     model, params = nodes("mlp", 2)
     merged = merge(model, params, calibration=[(CALIBRATION[0], torch.zeros(32, dtype=torch.int64))])
