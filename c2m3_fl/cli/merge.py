@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,16 +12,19 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors.torch import save_file
 
+from c2m3_fl.cli.convergence import draw_convergence
 from c2m3_fl.cli.curves import draw_agreement
 from c2m3_fl.cli.files import load_images, load_network, load_params
 from c2m3_fl.core.basis import fit
+from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError
 from c2m3_fl.merging.merge import Merge
 from c2m3_fl.merging.merge import merge as merge_networks
-from c2m3_fl.merging.methods import METHODS
+from c2m3_fl.merging.methods import METHODS, CycleConsistent
 from c2m3_fl.merging.recalibrate import SHORT_NAMES
 from c2m3_fl.merging.scoring import evaluate
 from c2m3_fl.merging.setting import check_params
@@ -44,10 +49,13 @@ def merge(
     picture: Annotated[
         Path | None, typer.Option(help="Draw how well the networks agree in every tensor, before and after.")
     ] = None,
+    convergence: Annotated[Path | None, typer.Option(help="Draw the course of the match (method c2m3).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge networks that were trained apart: permute their units into one universe, average, recalibrate."""
-    progress = Console(stderr=True)
+    if convergence is not None and method != "c2m3":
+        raise ConfigError(f"--convergence draws the course of method 'c2m3', which {method!r} does not have")
+    steps: list[Step] = []
     network, example = load_network(model, classes)
     nodes = [load_params(file) for file in files]
     for file, node in zip(files, nodes, strict=True):
@@ -55,7 +63,15 @@ def merge(
     images = None if calibration is None else load_images(calibration, image_size)
     if images is None and method in ("activations", "activations-universe", "cca"):
         raise ConfigError(f"method {method!r} compares activations: name a folder of images with --calibration")
-    with progress.status(f"merging {len(nodes)} networks by {method} …"):
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"merging {len(nodes)} networks by {method} …", total=1.0)
+
+        def tell(step: Step) -> None:
+            steps.append(step)
+            text = f"step {step.step}, agreement {step.objective:.5g}, gap {step.gap:.0e}"
+            progress.update(task, description=text, completed=_share_done(steps))
+
         inputs = first_inputs(images, _example(example, image_size) if images is None else None)
         spec = permutation_spec(network, inputs)
         merged = merge_networks(
@@ -64,7 +80,7 @@ def merge(
             spec=spec,
             weights=weights,
             calibration=images,
-            method=method,
+            method=CycleConsistent(callback=tell) if method == "c2m3" else method,
             recalibrate=recalibrate,
         )
         report = {"method": method, **asdict(merged.report)}
@@ -81,6 +97,8 @@ def merge(
     if picture is not None:
         before = fit(spec, nodes, merged.report.weights).layers
         draw_agreement({name: row.tolist() for name, row in before.items()}, merged.report.layers, picture)
+    if convergence is not None and steps:
+        draw_convergence(steps, convergence)
     if as_json:
         typer.echo(json.dumps(report, indent=1))
     else:
@@ -90,6 +108,12 @@ def merge(
 def _example(given: ExampleInputs | None, size: int) -> ExampleInputs:
     """Inputs to trace with where there are no images: the factory's own, or an image of the stated size."""
     return torch.zeros(2, 3, size, size) if given is None else given
+
+
+def _share_done(steps: Sequence[Step], tolerance: float = CycleConsistent.tolerance) -> float:
+    """How far the gap has fallen from its first value to the tolerance, in orders of magnitude."""
+    first, last = max(steps[0].gap, 2 * tolerance), max(steps[-1].gap, tolerance)
+    return math.log(first / min(first, last)) / math.log(first / tolerance)
 
 
 def _print(merged: Merge, report: dict[str, Any], output: Path) -> None:

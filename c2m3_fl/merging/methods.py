@@ -14,6 +14,7 @@ from c2m3_fl.core import permutation
 from c2m3_fl.core.frank_wolfe import Match, match
 from c2m3_fl.core.pairwise import merge_many, pairwise_matching
 from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.result import Callback
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start
 from c2m3_fl.errors import CalibrationError, ConfigError
@@ -123,11 +124,14 @@ class CycleConsistent:
         Upper limit of Frank-Wolfe steps.
     tolerance : float
         Relative duality gap at which to stop.
+    callback : callable, optional
+        Called with a `Step` after every step.
     """
 
     start: Start = "auto"
     max_steps: int = 100
     tolerance: float = 1e-4
+    callback: Callback | None = None
 
     def __call__(self, nodes: Nodes) -> Alignment:
         """Match the nodes, then map each through the universe into the basis."""
@@ -139,6 +143,7 @@ class CycleConsistent:
             start=self.start,
             max_steps=self.max_steps,
             tolerance=self.tolerance,
+            callback=self.callback,
         )
         moves = [found.between(nodes.basis, index) for index in range(len(nodes.params))]
         return moved(nodes, moves, found, begin)

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from c2m3_fl.cli.app import app
 from c2m3_fl.cli.files import load_images, load_network, load_params
+from c2m3_fl.cli.merge import _share_done
+from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError, DataError, ParamsError
 
 MODEL = "tests.cli.test_merge:network"
@@ -46,13 +48,32 @@ def images(tmp_path: Path) -> str:
 def test_files_merge_into_one_that_loads(files: list[str], images: str, tmp_path: Path) -> None:
     output = tmp_path / "merged.safetensors"
     arguments = ["merge", *files, "--model", MODEL, "--calibration", images, "-o", str(output), "--image-size", "8"]
-    arguments += ["--recalibrate", "auto", "--picture", str(tmp_path / "agreement.png")]
+    pictures = [tmp_path / "agreement.png", tmp_path / "course.png"]
+    arguments += ["--recalibrate", "auto", "--picture", str(pictures[0]), "--convergence", str(pictures[1])]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
-    assert (tmp_path / "agreement.png").read_bytes().startswith(b"\x89PNG")
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     network().load_state_dict(load_file(output))
     for wanted in ("c2m3", "agreement", "cosine", "because", "accuracy merged", "written to"):
         assert wanted in result.stdout
+
+
+def test_only_c2m3_has_a_course_to_draw(files: list[str], tmp_path: Path) -> None:
+    arguments = ["merge", *files, "--model", MODEL, "-o", str(tmp_path / "m.safetensors"), "--method", "mean"]
+    with pytest.raises(
+        ConfigError, match="--convergence draws the course of method 'c2m3', which 'mean' does not have"
+    ):
+        CliRunner().invoke(app, [*arguments, "--convergence", "course.png"], catch_exceptions=False)
+
+
+def test_a_bar_shows_how_far_the_gap_has_fallen() -> None:
+    course = [Step(number, 1.0, gap, 1.0, 0.5) for number, gap in enumerate([1e-1, 1e-2, 3e-3, 0.0], start=1)]
+    shares = [_share_done(course[: count + 1], 1e-4) for count in range(4)]
+    assert shares[0] == 0
+    assert shares == sorted(shares)
+    assert shares[1] == pytest.approx(1 / 3)
+    assert shares[-1] == pytest.approx(1)
+    assert _share_done([Step(1, 1.0, 0.0, 1.0, 0.0)], 1e-4) == pytest.approx(1)
 
 
 def test_the_report_is_also_json(files: list[str], tmp_path: Path) -> None:
