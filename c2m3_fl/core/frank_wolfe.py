@@ -49,7 +49,7 @@ class Walk:
     gap : float
         Relative duality gap, block by block, as the last pass met it.
     still : bool
-        Whether the last pass has found every block best where it stands.
+        Whether the last pass has left every block where it stands.
     """
 
     objectives: tuple[float, ...]

@@ -53,7 +53,7 @@ def climb(
     ascent = BlockAscent(universe, pool)
     problem, objectives, gap = universe.problem, list(walk.objectives), walk.gap
     soft = not ascent.at_vertex
-    moves = soft or (polish and not walk.still)
+    moves = soft or (polish and not (walk.still and gap <= _TAIL * tolerance))
     while moves:
         before = {name: index.clone() for name, index in ascent.vertex.items()}
         moves = ascent.sweep()
