@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from c2m3_fl.models.calibration import ExampleInputs
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
+_MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
 _BATCH = 50  # images per batch
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
 def load_network(name: str, classes: int = 0) -> tuple[nn.Module, ExampleInputs | None]:
@@ -72,7 +76,11 @@ def build_classifier(name: str, classes: int = 0) -> nn.Module:
     import torchvision
 
     if name not in classifiers():
-        raise ConfigError(f"{name!r} is no torchvision classifier; they are {', '.join(classifiers())}")
+        alike = difflib.get_close_matches(name, classifiers()) or classifiers()
+        raise ConfigError(
+            f"{name!r} is no torchvision classifier such as {', '.join(alike)}; "
+            "a network of your own is named package.module:factory"
+        )
     options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     options |= {"num_classes": classes} if classes else {}
     network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
@@ -108,14 +116,35 @@ def load_params(file: Path) -> dict[str, Tensor]:
     return found
 
 
-def load_images(folder: Path, size: int) -> list[tuple[Tensor, ...]]:
+def channels_of(example: ExampleInputs | None) -> int:
+    """Channels of the images that a network takes, by the example inputs of its factory; three where it has none."""
+    return example.shape[1] if isinstance(example, Tensor) and example.ndim == 4 else 3
+
+
+def load_images(folder: Path, size: int, *, channels: int = 3, raw: bool = False) -> list[tuple[Tensor, ...]]:
     """Batches of images, with labels where they lie in one subfolder per class (numbered in alphabetical order).
 
+    Parameters
+    ----------
+    folder : Path
+        Where they lie.
+    size : int
+        Pixels of each side, to which they are resized.
+    channels : {1, 3}
+        Grey or RGB.
+    raw : bool
+        Leave the pixels in [0, 1] instead of scaling them by ImageNet's mean and spread.
+
     Raises
+    ------
+    ConfigError
+        For any other number of channels.
     ------
     DataError
         When the folder holds no image, or one that cannot be read.
     """
+    if channels not in _MODES:
+        raise ConfigError(f"the network takes images of {channels} channels, a folder of images gives 1 or 3")
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder")
     classes = sorted(each for each in folder.iterdir() if each.is_dir())
@@ -127,7 +156,7 @@ def load_images(folder: Path, size: int) -> list[tuple[Tensor, ...]]:
     batches: list[tuple[Tensor, ...]] = []
     for first in range(0, len(files), _BATCH):
         part = files[first : first + _BATCH]
-        inputs = torch.stack([_read(file, size) for file, _ in part])
+        inputs = torch.stack([_read(file, size, channels, raw) for file, _ in part])
         batches.append((inputs, torch.tensor([label for _, label in part])) if labelled else (inputs,))
     return batches
 
@@ -136,14 +165,26 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in _IMAGES
 
 
-def _read(file: Path, size: int) -> Tensor:
+def _read(file: Path, size: int, channels: int, raw: bool) -> Tensor:
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
+            resized = image.convert(_MODES[channels]).resize((size, size), Image.Resampling.BILINEAR)
+            pixels = np.asarray(resized, dtype=np.float32).reshape(size, size, channels)
     except (UnidentifiedImageError, OSError) as error:
         raise DataError(f"{file} cannot be read as an image: {error}") from error
     scaled = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
-    return (scaled - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+    if raw:
+        return scaled
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (_MEAN, _STD))
+    return (scaled - mean) / std if channels == 3 else (scaled - mean.mean()) / std.mean()
+
+
+def check_output(file: Path, suffixes: Sequence[str]) -> None:
+    """Raise `ConfigError` before any work is done where the result could not be written."""
+    if file.suffix.lower() not in suffixes:
+        raise ConfigError(f"{file} ends in {file.suffix!r}, expected {' or '.join(suffixes)}")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{file} cannot be written: {file.parent} is no folder")

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from c2m3_fl.cli.curves import draw_landscapes
-from c2m3_fl.cli.files import load_images, load_network, load_params
+from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params
 from c2m3_fl.core import permutation
 from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.errors import ConfigError
@@ -29,16 +29,20 @@ def landscape(
         bool, typer.Option("--keep-statistics", help="Do not estimate BatchNorm's statistics anew between networks.")
     ] = False,
     image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 224,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Leave pixels in [0, 1]; else they are scaled by ImageNet's mean and spread.")
+    ] = False,
     classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
 ) -> None:
     """Draw the loss across the plane through three networks, as they are and in one basis."""
     if len(files) != 3:
         raise ConfigError(f"a plane goes through three networks, got {len(files)} files")
-    network, _ = load_network(model, classes)
+    check_output(output, PICTURES)
+    network, example = load_network(model, classes)
     nodes = [load_params(file) for file in files]
     for file, node in zip(files, nodes, strict=True):
         check_params(network, node, str(file))
-    images = load_images(data, image_size)
+    images = load_images(data, image_size, channels=channels_of(example), raw=raw)
     renormalise = False if keep_statistics else None
     with Console(stderr=True).status("scoring …"):
         spec = permutation_spec(network, first_inputs(images, None))

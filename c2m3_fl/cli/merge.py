@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 
 from c2m3_fl.cli.convergence import draw_convergence
 from c2m3_fl.cli.curves import draw_agreement
-from c2m3_fl.cli.files import load_images, load_network, load_params
+from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params
 from c2m3_fl.core.basis import fit
 from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError
 from c2m3_fl.merging.merge import Merge
 from c2m3_fl.merging.merge import merge as merge_networks
-from c2m3_fl.merging.methods import METHODS, CycleConsistent
+from c2m3_fl.merging.methods import METHODS, CycleConsistent, resolve_method
 from c2m3_fl.merging.recalibrate import SHORT_NAMES
 from c2m3_fl.merging.scoring import evaluate
 from c2m3_fl.merging.setting import check_params
@@ -45,6 +45,9 @@ def merge(
     recalibrate: Annotated[str, typer.Option(help=f"One of {', '.join(SHORT_NAMES)}.")] = "repair",
     weights: Annotated[list[float] | None, typer.Option(help="Averaging weight, once per file.")] = None,
     image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 224,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Leave pixels in [0, 1]; else they are scaled by ImageNet's mean and spread.")
+    ] = False,
     classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
     picture: Annotated[
         Path | None, typer.Option(help="Draw how well the networks agree in every tensor, before and after.")
@@ -55,12 +58,20 @@ def merge(
     """Merge networks that were trained apart: permute their units into one universe, average, recalibrate."""
     if convergence is not None and method != "c2m3":
         raise ConfigError(f"--convergence draws the course of method 'c2m3', which {method!r} does not have")
+    if len(files) < 2:
+        raise ConfigError(f"got {len(files)} file, expected at least two networks to merge")
+    check_output(output, (".safetensors",))
+    for drawing in (each for each in (picture, convergence) if each is not None):
+        check_output(drawing, PICTURES)
+    resolve_method(method)
     steps: list[Step] = []
     network, example = load_network(model, classes)
     nodes = [load_params(file) for file in files]
     for file, node in zip(files, nodes, strict=True):
         check_params(network, node, str(file))
-    images = None if calibration is None else load_images(calibration, image_size)
+    images = (
+        None if calibration is None else load_images(calibration, image_size, channels=channels_of(example), raw=raw)
+    )
     if images is None and method in ("activations", "activations-universe", "cca"):
         raise ConfigError(f"method {method!r} compares activations: name a folder of images with --calibration")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

@@ -122,6 +122,8 @@ class Rounds:
         device: torch.device | str | None,
         options: Options,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model is {model!r}, expected a module such as Net()")
         self.options = resolved(options)
         self.model = model
         self.calibration = calibration

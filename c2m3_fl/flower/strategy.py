@@ -93,6 +93,8 @@ class C2M3(Strategy):
         self.strategy = FedAvg() if strategy is None else strategy
         check_instance(self.strategy, Strategy)
         self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
+        if not isinstance(moments, ClientStatistics | None):
+            raise ConfigError(f"moments is {moments!r}, expected ClientStatistics()")
         if moments is not None and not self.rounds.holds_data:
             raise ConfigError(
                 "moments tell whether the server's calibration data are like the clients': pass calibration"

@@ -158,6 +158,8 @@ def merge(
     True
     """
     begin = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is {model!r}, expected a module such as Net()")
     recalibration, aligner = resolve(recalibrate), resolve_method(_started(method, start))
     share = _check(model, state_dicts, weights, basis)
     batches = () if calibration is None else load_batches(calibration, example_inputs=example_inputs)

@@ -42,13 +42,15 @@ def resolve(recalibrate: Recalibration | str | None) -> Recalibration | None:
     Raises
     ------
     ConfigError
-        For an unknown name.
+        For an unknown name, or a class in place of its instance.
 
     Examples
     --------
     >>> resolve("repair")
     Repair(final=True, closed_form=False)
     """
+    if isinstance(recalibrate, type):
+        raise ConfigError(f"recalibrate is the class {recalibrate.__name__}, expected {recalibrate.__name__}()")
     if not isinstance(recalibrate, str):
         return recalibrate
     if recalibrate not in SHORT_NAMES:

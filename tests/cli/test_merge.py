@@ -24,6 +24,10 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.ReLU(), nn.Linear(16, 2))
 
 
+def grey() -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 2)), torch.zeros(2, 1, 8, 8)
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
     names = []
@@ -56,6 +60,46 @@ def test_files_merge_into_one_that_loads(files: list[str], images: str, tmp_path
     network().load_state_dict(load_file(output))
     for wanted in ("c2m3", "agreement", "cosine", "because", "accuracy merged", "written to"):
         assert wanted in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["-o", "m.pt"], r"m.pt ends in '.pt', expected .safetensors"),
+        (["-o", "nowhere/m.safetensors"], "nowhere is no folder"),
+        (["--picture", "p.xyz"], r"p.xyz ends in '.xyz', expected .png or"),
+        (["--method", "c3m3"], "method is 'c3m3'"),
+    ],
+)
+def test_what_cannot_be_written_or_done_is_refused_before_the_work(
+    change: list[str], message: str, files: list[str], tmp_path: Path
+) -> None:
+    arguments = ["merge", *files, "--model", MODEL, "-o", str(tmp_path / "m.safetensors"), *change]
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_one_file_is_no_merge(files: list[str], tmp_path: Path) -> None:
+    arguments = ["merge", files[0], "--model", MODEL, "-o", str(tmp_path / "m.safetensors")]
+    with pytest.raises(ConfigError, match="got 1 file, expected at least two"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_grey_networks_get_grey_images_and_raw_ones_their_pixels(images: str, tmp_path: Path) -> None:
+    for seed in range(2):
+        torch.manual_seed(seed)
+        save_file(grey()[0].state_dict(), tmp_path / f"grey{seed}.safetensors")
+    inputs = [str(tmp_path / f"grey{seed}.safetensors") for seed in range(2)]
+    arguments = ["merge", *inputs, "--model", "tests.cli.test_merge:grey", "--calibration", images, "--image-size", "8"]
+    output = tmp_path / "merged.safetensors"
+    assert CliRunner().invoke(app, [*arguments, "-o", str(output)], catch_exceptions=False).exit_code == 0
+    grey()[0].load_state_dict(load_file(output))
+    (raw, _), (scaled, _) = (load_images(Path(images), 8, channels=1, raw=each)[0] for each in (True, False))
+    assert raw.shape == scaled.shape == (24, 1, 8, 8)
+    assert 0 <= float(raw.min()) < float(raw.max()) <= 1
+    assert float(scaled.min()) < 0
+    with pytest.raises(ConfigError, match="images of 2 channels, a folder of images gives 1 or 3"):
+        load_images(Path(images), 8, channels=2)
 
 
 def test_only_c2m3_has_a_course_to_draw(files: list[str], tmp_path: Path) -> None:
@@ -135,7 +179,7 @@ def test_mismatches_are_told_apart_by_key_and_shape(files: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet19", "'resnet19' is no torchvision classifier; they are alexnet"),
+        ("resnet19", "'resnet19' is no torchvision classifier such as resnet1.*package.module:factory"),
         ("torchvision:resnet19", "'resnet19' is no torchvision classifier"),
         ("tests.cli.test_merge:missing", "cannot load 'tests.cli.test_merge:missing'"),
         ("time:time", "returned float; expected a module"),

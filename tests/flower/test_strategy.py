@@ -225,6 +225,8 @@ def test_metrics_can_be_sent_like_any_record():
 
 
 BAD_OPTIONS = {
+    "model": ({"model": torch.nn.Linear}, ConfigError, r"expected a module such as Net\(\)"),
+    "moments": ({"moments": 1}, ConfigError, r"moments is 1, expected ClientStatistics\(\)"),
     "unknown": ({"colour": "red"}, ConfigError, "unknown options"),
     "alignment": ({"alignment": "none"}, ConfigError, "alignment is 'none'"),
     "basis": ({"basis": "mine"}, ConfigError, "basis is 'mine'"),

@@ -16,6 +16,7 @@ from c2m3_fl.errors import C2M3Error, CalibrationError, ConfigError, ParamsError
 from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.methods import METHODS, GitReBasin
 from c2m3_fl.merging.recalibrate import SHORT_NAMES
+from c2m3_fl.merging.repair import Repair
 from c2m3_fl.models.symmetry import permutation_spec
 from tests.merging.networks import CALIBRATION, NETWORKS, nodes, outputs
 
@@ -131,6 +132,15 @@ def test_nothing_that_was_given_is_changed() -> None:
     assert model.training
     assert equal(dict(model.state_dict()), dict(before))
     assert all(equal(a, b) for a, b in zip(params, kept, strict=True))
+
+
+def test_classes_in_place_of_their_instances_are_named() -> None:
+    model = torch.nn.Linear(4, 2)
+    node = model.state_dict()
+    with pytest.raises(ConfigError, match=r"model is <class .*Linear'>, expected a module such as Net\(\)"):
+        merge(torch.nn.Linear, [node, node], example_inputs=torch.zeros(2, 4))  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(ConfigError, match=r"recalibrate is the class Repair, expected Repair\(\)"):
+        merge(model, [node, node], calibration=[torch.zeros(2, 4)], recalibrate=Repair)  # type: ignore[arg-type]  # too
 
 
 def test_modules_that_ask_for_the_version_of_a_state_dict_load_the_merge() -> None:
