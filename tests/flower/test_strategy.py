@@ -254,7 +254,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
 def test_bad_options_are_refused_before_any_round(options, error, message):
     with pytest.raises(error, match=message):
-        C2M3(model=mlp(), **{"example_inputs": EXAMPLE, **options})
+        C2M3(**{"model": mlp(), "example_inputs": EXAMPLE, **options})
 
 
 def test_sending_out_a_model_that_does_not_fit_is_refused():
