@@ -16,7 +16,7 @@ from c2m3_fl.core.basis import fit
 from c2m3_fl.core.frank_wolfe import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start
-from c2m3_fl.errors import ConfigError, ParamsError
+from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.merging.methods import Alignment, CycleConsistent, Method, Nodes, resolve_method
 from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
 from c2m3_fl.merging.reports import RecalibrationReport
@@ -161,6 +161,8 @@ def merge(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {model!r}, expected a module such as Net()")
     recalibration, aligner = resolve(recalibrate), resolve_method(_started(method, start))
+    if calibration is None and recalibrate in ("refit", "batchnorm"):
+        raise CalibrationError(f"recalibrate={recalibrate!r} needs calibration inputs: pass calibration")
     share = _check(model, state_dicts, weights, basis)
     batches = () if calibration is None else load_batches(calibration, example_inputs=example_inputs)
     spec = _proven(model, spec, batches, example_inputs)

@@ -143,6 +143,13 @@ def test_classes_in_place_of_their_instances_are_named() -> None:
         merge(model, [node, node], calibration=[torch.zeros(2, 4)], recalibrate=Repair)  # type: ignore[arg-type]  # too
 
 
+@pytest.mark.parametrize("recalibrate", ["refit", "batchnorm"])
+def test_a_recalibration_that_was_asked_for_is_not_left_out_silently(recalibrate: str) -> None:
+    model = torch.nn.Linear(4, 2)
+    with pytest.raises(CalibrationError, match=f"recalibrate='{recalibrate}' needs calibration inputs"):
+        merge(model, [model.state_dict()] * 2, example_inputs=torch.zeros(2, 4), recalibrate=recalibrate)
+
+
 def test_modules_that_ask_for_the_version_of_a_state_dict_load_the_merge() -> None:
     class Versioned(torch.nn.Linear):
         _version = 3
