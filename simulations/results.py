@@ -115,4 +115,4 @@ def read_lines(file: Path) -> tuple[Round, ...]:
 
 def _round(row: Mapping[str, object]) -> Round:
     known = {name: value for name, value in row.items() if name in Round.__dataclass_fields__}
-    return Round(**{**known, "clients": tuple(known["clients"])})  # type: ignore[arg-type]
+    return Round(**{**known, "clients": tuple(known["clients"])})  # type: ignore[arg-type]  # from JSON

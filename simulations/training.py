@@ -47,7 +47,7 @@ def train(model: nn.Module, images: Images, settings: Settings, seed: int) -> fl
                 continue
             optimiser.zero_grad()
             loss = nn.functional.cross_entropy(model(inputs[rows]), labels[rows])
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimiser.step()
             total, steps = total + loss.detach(), steps + 1
     return float(total / max(steps, 1))

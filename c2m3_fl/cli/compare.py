@@ -165,7 +165,7 @@ def _with_settings(function: Callable[..., None]) -> None:
     ]
     types = get_type_hints(Settings)
     parameters = [*own, *(_option(each, types[each.name]) for each in fields(Settings))]
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     function.__annotations__ = {each.name: each.annotation for each in parameters}
 
 

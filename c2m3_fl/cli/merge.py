@@ -110,6 +110,8 @@ def merge(
         draw_agreement({name: row.tolist() for name, row in before.items()}, merged.report.layers, picture)
     if convergence is not None and steps:
         draw_convergence(steps, convergence)
+    elif convergence is not None:
+        typer.echo(f"{convergence} is not drawn: the match ended where it began, it has no course", err=True)
     if as_json:
         typer.echo(json.dumps(report, indent=1))
     else:

@@ -145,12 +145,12 @@ def _read(raw: Any, arity: int, index: int) -> Batch:  # noqa: ANN401  # users' 
     return Batch(elements[:arity], rest[0] if rest and _is_labels(rest[0], elements[0]) else None, index)
 
 
-def _is_labels(value: Any, inputs: Tensor) -> bool:  # noqa: ANN401
+def _is_labels(value: Any, inputs: Tensor) -> bool:  # noqa: ANN401  # as above
     integral = isinstance(value, Tensor) and not value.is_floating_point()
     return integral and tuple(value.shape) == tuple(inputs.shape[:1])
 
 
-def _check(value: Any, who: str) -> None:  # noqa: ANN401
+def _check(value: Any, who: str) -> None:  # noqa: ANN401  # as above
     if not isinstance(value, Tensor):
         raise CalibrationError(f"{who} is a {type(value).__name__}, expected a tensor")
     if value.numel() == 0:

@@ -125,7 +125,7 @@ class Walk:
         kept = (value for node, value in self._values.items() if node.op != "placeholder")
         return sum(value.numel() * value.element_size() for value in kept if isinstance(value, Tensor))
 
-    def finish(self) -> Any:  # noqa: ANN401
+    def finish(self) -> Any:  # noqa: ANN401  # as above
         """Run to the end and return the network's outputs, flattened."""
         self.advance(len(self._nodes) - 1)
         return self.value(self._nodes[-1])

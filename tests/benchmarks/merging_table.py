@@ -82,7 +82,7 @@ def distilled(model: nn.Module, start: Mapping[str, Tensor], found: Trained, ste
         rows = torch.randint(len(inputs), (64,), generator=generator)
         optimiser.zero_grad()
         loss = nn.functional.kl_div(student(inputs[rows]).log_softmax(1), targets[rows], reduction="batchmean")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimiser.step()
     return dict(student.state_dict())
 

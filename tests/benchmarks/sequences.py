@@ -125,7 +125,7 @@ def trained(build: Callable[[], nn.Module], data: Digits, seed: int, epochs: int
         for batch in torch.randperm(len(data.train), generator=generator).split(64):
             optimiser.zero_grad()
             loss = nn.functional.cross_entropy(model(data.train[batch]), data.train_labels[batch])
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimiser.step()
             schedule.step()
     return dict(model.state_dict())

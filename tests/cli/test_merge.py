@@ -110,6 +110,24 @@ def test_only_c2m3_has_a_course_to_draw(files: list[str], tmp_path: Path) -> Non
         CliRunner().invoke(app, [*arguments, "--convergence", "course.png"], catch_exceptions=False)
 
 
+def test_a_match_without_a_course_says_so(files: list[str], tmp_path: Path) -> None:
+    arguments = [
+        "merge",
+        files[0],
+        files[0],
+        "--model",
+        MODEL,
+        "-o",
+        str(tmp_path / "m.safetensors"),
+        "--image-size",
+        "8",
+    ]
+    found = CliRunner().invoke(app, [*arguments, "--convergence", str(tmp_path / "c.png")], catch_exceptions=False)
+    assert found.exit_code == 0
+    assert "c.png is not drawn: the match ended where it began" in found.stderr
+    assert not (tmp_path / "c.png").exists()
+
+
 def test_a_bar_shows_how_far_the_gap_has_fallen() -> None:
     course = [Step(number, 1.0, gap, 1.0, 0.5) for number, gap in enumerate([1e-1, 1e-2, 3e-3, 0.0], start=1)]
     shares = [_share_done(course[: count + 1], 1e-4) for count in range(4)]

@@ -36,7 +36,7 @@ def test_own_moments_decide_whether_refit_is_trusted(calibration: list[Tensor], 
     params = [node, {name: value + 0.2 * torch.randn(value.shape, generator=SEED(1)) for name, value in node.items()}]
     moments = [channel_moments(model, each, [images(200, 7)]) for each in params]
     options = {"spec": spec_of("mlp"), "recalibrate": "auto", "moments": moments}
-    report = merge(model, params, calibration=calibration, **options).report.recalibration  # type: ignore[arg-type]
+    report = merge(model, params, calibration=calibration, **options).report.recalibration  # type: ignore[arg-type]  # a dict of options
     assert report is not None
     assert report.decision is not None
     assert report.method == report.decision.chosen == method
@@ -51,7 +51,7 @@ def test_own_moments_move_with_their_nodes() -> None:
     other = {name: value + 0.1 * torch.randn(value.shape, generator=SEED(4)) for name, value in twin.items()}
     moments = [channel_moments(model, each, CALIBRATION) for each in (node, other)]
     options = {"spec": spec, "recalibrate": "auto", "moments": moments}
-    report = merge(model, [node, other], calibration=CALIBRATION, **options).report  # type: ignore[arg-type]
+    report = merge(model, [node, other], calibration=CALIBRATION, **options).report  # type: ignore[arg-type]  # a dict of options
     assert report.recalibration is not None
     assert report.recalibration.decision is not None
     assert report.recalibration.decision.shift == pytest.approx(0, abs=1e-5)
@@ -75,9 +75,9 @@ def test_moments_that_do_not_fit_are_refused() -> None:
     model, params = nodes("mlp", 2)
     options = {"spec": spec_of("mlp"), "calibration": CALIBRATION, "recalibrate": "auto"}
     with pytest.raises(CalibrationError, match="got 1, expected one for each of 2 nodes"):
-        merge(model, params, moments=[{}], **options)  # type: ignore[arg-type]
+        merge(model, params, moments=[{}], **options)  # type: ignore[arg-type]  # a dict of options
     with pytest.raises(CalibrationError, match=r"moments of node . lack operator 'linear'"):
-        merge(model, params, moments=[{}, {}], **options)  # type: ignore[arg-type]
+        merge(model, params, moments=[{}, {}], **options)  # type: ignore[arg-type]  # a dict of options
 
 
 def test_labels_decide_and_ties_go_to_the_safest() -> None:
