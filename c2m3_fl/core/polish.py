@@ -83,7 +83,7 @@ class BlockAscent:
         problem, point, images = universe.problem, universe.point, universe.images
         spec, weights = problem.spec, problem.weights
         self._pool, self._weights, self._soft, self._frozen = pool, weights.tolist(), point, problem.frozen
-        self.vertex = {name: matrices.argmax(-1) for name, matrices in point.items()}
+        self.vertex = universe.vertex(slice(0, problem.count))
         self._rounded = [
             vertex_of({name: matrices[i] for name, matrices in point.items()}) is not None for i in range(len(weights))
         ]

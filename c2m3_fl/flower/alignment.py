@@ -242,7 +242,7 @@ def with_cpu_fallback(compute: Callable[[torch.device], Value], device: torch.de
 
 def _tell(step: Step) -> None:
     """A log line for every step of a match."""
-    text = "\t> match: step %d, agreement %.6g, gap %.1e, step size %.2f, %.0f %% of units away from their place"
+    text = "\t> match: step %d, agreement %.6g, gap %.1e, step size %.2f, %.0f %% of units moved"
     log(DEBUG, text, step.step, step.objective, step.gap, step.step_size, 100 * step.share_moved)
 
 
