@@ -53,7 +53,7 @@ def draw_landscapes(landscapes: Mapping[str, Landscape], file: Path) -> None:
         panel.set_title(name, loc="left", fontsize=10)
         panel.set_aspect("equal")
         panel.set_xlabel("distance in parameter space")
-    figure.colorbar(drawn, ax=panels, label="loss", format="%.1f")
+    figure.colorbar(drawn, ax=panels, label="loss", format="%.3g")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
