@@ -118,7 +118,11 @@ def axis_index(axis: Axis, length: int, perm: Permutation) -> Tensor:
     index = torch.arange(length)
     for segment in axis:
         positions = torch.from_numpy(segment.positions)
-        index[positions] = positions[perm[segment.group].cpu()]
+        source = positions[perm[segment.group].cpu()]
+        if segment.slots:
+            inside = perm[segment.slots].cpu().reshape(-1, segment.inner) % segment.inner  # the order in every block
+            source = source.gather(1, inside.repeat_interleave(segment.size // len(inside), dim=0))
+        index[positions] = source
     return index
 
 

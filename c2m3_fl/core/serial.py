@@ -77,9 +77,11 @@ def _unpack_tensor(packed: Mapping[str, Any], groups: Mapping[str, Group]) -> Te
 def _pack(segment: Segment) -> dict[str, Any]:
     """A segment; one of neighbouring coordinates by its first coordinate only."""
     packed: dict[str, Any] = {"group": segment.group, "inner": segment.inner}
+    if segment.slots:
+        packed["slots"] = segment.slots
     offset = int(segment.positions.flat[0])
     plain = Segment.contiguous(segment.group, segment.size, inner=segment.inner, offset=offset)
-    if segment == plain:
+    if np.array_equal(segment.positions, plain.positions):
         return {**packed, "offset": offset}
     return {**packed, "positions": segment.positions.ravel().tolist()}
 
@@ -87,7 +89,9 @@ def _pack(segment: Segment) -> dict[str, Any]:
 def _unpack(packed: Mapping[str, Any], groups: Mapping[str, Group]) -> Segment:
     name, inner = packed["group"], packed["inner"]
     if "positions" in packed:
-        return Segment(name, np.array(packed["positions"], dtype=np.int64).reshape(-1, inner))
-    if name not in groups:
+        positions = np.array(packed["positions"], dtype=np.int64).reshape(-1, inner)
+    elif name not in groups:
         raise SpecError(f"a segment names the group {name!r}, which the document does not define")
-    return Segment.contiguous(name, groups[name].size, inner=inner, offset=packed["offset"])
+    else:
+        positions = Segment.contiguous(name, groups[name].size, inner=inner, offset=packed["offset"]).positions
+    return Segment(name, positions, packed.get("slots", ""))

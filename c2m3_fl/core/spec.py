@@ -11,6 +11,9 @@ axis. A coordinate that no segment names belongs to no unit and never moves (pix
 
 A group with a *parent* is nested: it has ``parent.size`` blocks of equally many units, ordered block by
 block, and may move a block only as its parent moves (attention heads with permutable inner dimensions).
+
+The slots of a segment's units may be units of a second group, ordered inside each of them alike: the rows of a
+projection to queries move by the query heads and, inside all heads that share a key, by that key's dimensions.
 """
 
 from __future__ import annotations
@@ -56,10 +59,14 @@ class Segment:
         The group's name.
     positions : ndarray of int64, shape (size, inner)
         ``positions[u, s]`` is the coordinate of slot ``s`` of unit ``u``. All slots of a unit move together.
+    slots : str
+        A second group that the slots themselves are units of, or "": slot s of unit u is unit s of the block that
+        holds u (of the whole group where neither has a parent). Both groups have the same parent, or none.
     """
 
     group: str
     positions: npt.NDArray[np.int64]
+    slots: str = ""
 
     @classmethod
     def contiguous(cls, group: str, size: int, *, inner: int = 1, offset: int = 0) -> Segment:
@@ -77,13 +84,19 @@ class Segment:
         """Number of coordinates per unit."""
         return int(self.positions.shape[1])
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that move these coordinates: one, or two where the slots are units as well."""
+        return (self.group, self.slots) if self.slots else (self.group,)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Segment):
             return NotImplemented
-        return self.group == other.group and np.array_equal(self.positions, other.positions)
+        same = self.groups == other.groups
+        return same and np.array_equal(self.positions, other.positions)
 
     def __hash__(self) -> int:
-        return hash((self.group, self.positions.shape))
+        return hash((self.groups, self.positions.shape))
 
 
 Axis = tuple[Segment, ...]
@@ -195,7 +208,7 @@ class PermutationSpec:
             (name, axis)
             for name, tensor in self.tensors.items()
             for axis, segment in tensor.segments
-            if segment.group == group
+            if group in segment.groups
         )
 
     def check(self, params: Params, who: str = "state dict") -> None:
@@ -245,11 +258,26 @@ def _check_tensor(groups: Mapping[str, Group], name: str, tensor: TensorSpec) ->
                 raise SpecError(f"{where} names a group that the spec does not have")
             if segment.size != groups[segment.group].size:
                 raise SpecError(f"{where} has {segment.size} units, expected {groups[segment.group].size}")
+            if segment.slots:
+                _check_slots(groups, segment, where)
             if segment.positions.min() < 0 or segment.positions.max() >= len(taken):
                 raise SpecError(f"{where} reaches beyond the {len(taken)} coordinates of the axis")
             np.add.at(taken, segment.positions.ravel(), 1)
         if taken.max(initial=0) > 1:
             raise SpecError(f"{name!r} axis {axis}: coordinate {int(taken.argmax())} belongs to two units")
+
+
+def _check_slots(groups: Mapping[str, Group], segment: Segment, where: str) -> None:
+    if segment.slots not in groups or segment.slots == segment.group:
+        raise SpecError(f"{where}: its slots are units of {segment.slots!r}, expected another group of the spec")
+    parent = groups[segment.group].parent
+    if groups[segment.slots].parent != parent:
+        raise SpecError(f"{where}: its slots are units of {segment.slots!r}, which lies in other blocks")
+    block = groups[segment.slots].size // (1 if parent is None else groups[parent].size)
+    if segment.inner != block:
+        raise SpecError(
+            f"{where} has {segment.inner} slots per unit, expected the {block} units of a block of {segment.slots!r}"
+        )
 
 
 def floating(params: Params) -> list[str]:

@@ -128,6 +128,10 @@ def _add_squares(spec: PermutationSpec, name: str, drift: Tensor, into: dict[str
                 positions = torch.from_numpy(segment.positions.ravel()).to(along.device)
                 units = along.index_select(1, positions).view(len(along), segment.size, -1)
                 into[segment.group].add_(units.sum(2))
+                if segment.slots:
+                    blocks = into[segment.slots].shape[1] // segment.inner
+                    slots = units.view(len(along), blocks, -1, segment.inner).sum(2)
+                    into[segment.slots].add_(slots.flatten(1))
 
 
 def _bound_holds(gram: Tensor, drift: Tensor, ends: Tensor) -> bool:

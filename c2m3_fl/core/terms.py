@@ -47,9 +47,9 @@ class Term:
 
 @dataclass(frozen=True)
 class _Cut:
-    """One segment of an axis (or the rest of it, ``group=None``) as an index of shape (size * inner,)."""
+    """One segment of an axis (or the rest of it, ``groups=()``) as an index of shape (size * inner,)."""
 
-    group: str | None
+    groups: tuple[str, ...]
     index: Tensor | None
     size: int
     inner: int
@@ -96,7 +96,7 @@ def compile_terms(
         tensor = spec.tensors[name]
         factor = 1.0 if scales is None else scales[name] ** 0.5
         value = torch.stack([node[name].detach().to(device=device, dtype=dtype) for node in nodes])
-        for groups, piece in _pieces(*densify(tensor, value if factor == 1.0 else value * factor)):
+        for groups, piece in _pieces(spec, *densify(tensor, value if factor == 1.0 else value * factor)):
             pieces.setdefault(groups, []).append(piece)
     return [
         Term(groups, parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=min(2, parts[0].ndim - 1)))
@@ -104,10 +104,10 @@ def compile_terms(
     ]
 
 
-def _pieces(axes: tuple[Axis, ...], value: Tensor) -> list[tuple[tuple[str, ...], Tensor]]:
+def _pieces(spec: PermutationSpec, axes: tuple[Axis, ...], value: Tensor) -> list[tuple[tuple[str, ...], Tensor]]:
     """Cut a stacked tensor (nodes, *shape) into its products of segments, each in canonical layout."""
     cuts = [_cuts(axis, length) for axis, length in zip(axes, value.shape[1:], strict=True)]
-    return [_canonical(cell, value) for cell in product(*cuts)]
+    return [_canonical(spec, cell, value) for cell in product(*cuts)]
 
 
 def _cuts(axis: Axis, length: int) -> list[_Cut]:
@@ -117,29 +117,45 @@ def _cuts(axis: Axis, length: int) -> list[_Cut]:
         free[segment.positions.ravel()] = False
     rest = np.flatnonzero(free)
     if len(rest) or not axis:
-        cuts.append(_Cut(None, None if len(rest) == length else torch.from_numpy(rest), 1, len(rest)))
+        cuts.append(_Cut((), None if len(rest) == length else torch.from_numpy(rest), 1, len(rest)))
     return cuts
 
 
 def _segment_cut(segment: Segment, length: int) -> _Cut:
     flat = segment.positions.ravel()
     whole = len(flat) == length and np.array_equal(flat, np.arange(length))
-    return _Cut(segment.group, None if whole else torch.from_numpy(flat), segment.size, segment.inner)
+    return _Cut(segment.groups, None if whole else torch.from_numpy(flat), segment.size, segment.inner)
 
 
-def _canonical(cell: tuple[_Cut, ...], value: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    """One cell of a stacked tensor as (nodes, C_1, R, C_2, ...), its groups in the order of their names."""
+def _canonical(spec: PermutationSpec, cell: tuple[_Cut, ...], value: Tensor) -> tuple[tuple[str, ...], Tensor]:
+    """One cell of a stacked tensor as (nodes, C_1, R, C_2, ...), its groups in the order of their names.
+
+    Slots that are units themselves get an axis of their own: the units of one block in rows of the others are zero.
+    """
     for dim, cut in enumerate(cell, start=1):
         if cut.index is not None:
             value = value.index_select(dim, cut.index.to(value.device))
     count = len(value)
     value = value.reshape(count, *(length for cut in cell for length in (cut.size, cut.inner)))
-    grouped = sorted((cut.group, 1 + 2 * axis) for axis, cut in enumerate(cell) if cut.group is not None)
+    for axis, cut in enumerate(cell):
+        if len(cut.groups) > 1:
+            value = _spread(value, 2 + 2 * axis, spec.groups[cut.groups[1]].size)
+    grouped = sorted((group, 1 + 2 * axis + i) for axis, cut in enumerate(cell) for i, group in enumerate(cut.groups))
     dims = [dim for _, dim in grouped]
     rest = [dim for dim in range(1, value.ndim) if dim not in dims]
     sizes = [value.shape[dim] for dim in dims]
     value = value.permute(0, *dims[:1], *rest, *dims[1:])
     return tuple(group for group, _ in grouped), value.reshape(count, *sizes[:1], -1, *sizes[1:])
+
+
+def _spread(value: Tensor, dim: int, size: int) -> Tensor:
+    """Put the slots along `dim` of the units along ``dim - 1`` where the block of those units has them among `size`."""
+    units, inner = value.shape[dim - 1 : dim + 1]
+    place = torch.arange(units, device=value.device) * size // (units * inner) * inner
+    index = place[:, None] + torch.arange(inner, device=value.device)
+    index = index.view(units, inner, *[1] * (value.ndim - dim - 1))
+    wide = value.new_zeros(*value.shape[:dim], size, *value.shape[dim + 1 :])
+    return wide.scatter_(dim, index.expand(value.shape), value)
 
 
 def densify(tensor: TensorSpec, value: Tensor) -> tuple[tuple[Axis, ...], Tensor]:

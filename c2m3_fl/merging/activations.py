@@ -46,7 +46,11 @@ def unit_features(
             output = (output - output.mean(0)) / torch.where(spread > 0, spread, 1.0)
             for segment in axis:
                 positions = torch.from_numpy(segment.positions).to(output.device)
-                rows.setdefault(segment.group, []).append(output[:, positions.T.reshape(-1)].reshape(-1, segment.size))
+                units = output[:, positions]
+                if segment.slots:  # their order may differ from node to node, what they amount to does not
+                    units = units.norm(dim=2, keepdim=True)
+                    units -= units.mean(0)
+                rows.setdefault(segment.group, []).append(units.transpose(1, 2).reshape(-1, segment.size))
     hidden = [name for name in spec.groups if name not in rows and not spec.children(name)]
     if hidden:
         raise ConfigError(

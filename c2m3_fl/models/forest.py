@@ -16,6 +16,7 @@ from c2m3_fl.models.refinement import Facts, components, mix, occurrence, refine
 from c2m3_fl.models.structure import Atoms
 
 Maps = dict[int, dict[int, Atoms]]
+Factor = tuple[int, Atoms]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,9 @@ class Forest:
         Classes of one cell are corresponding parts of their units.
     parent : mapping of int to (int, ndarray)
         For nested bundles the bundle that holds them, and the block, a unit of it, of each of their units.
+    products : mapping of int to ((int, ndarray), (int, ndarray))
+        Bundles whose units are pairs of units of two others, each pair that shares a block once: those bundles, and
+        the unit of each that every unit is made of.
     frozen : tuple of (ndarray, str)
         Classes that could move more freely than a spec expresses, and why they do not.
     """
@@ -43,6 +47,7 @@ class Forest:
     unit: Atoms
     cell: Atoms
     parent: dict[int, tuple[int, Atoms]]
+    products: dict[int, tuple[Factor, Factor]]
     frozen: tuple[tuple[Atoms, str], ...]
 
 
@@ -64,7 +69,8 @@ def settle(facts: Facts, on_axis: Atoms) -> Forest:
     """
     while True:
         try:
-            return _Arrangement(facts, refine(facts), on_axis).forest()
+            added = np.zeros(facts.size - len(on_axis), dtype=bool)
+            return _Arrangement(facts, refine(facts), np.concatenate([on_axis, added])).forest()
         except _Unsettled as more:
             facts = more.facts
 
@@ -144,17 +150,22 @@ class _Arrangement:
     def forest(self) -> Forest:
         """Check that blocks nest, one level deep; derive what follows from the rest."""
         self._chains()
-        for lower in sorted(self.maps):
+        found = {lower: self._product(lower) for lower in sorted(self.maps)}
+        rest = [lower for lower, factors in found.items() if factors is None]
+        for lower in rest:
             self._crossings(lower)
-        for lower in sorted(self.maps):
+        for lower in rest:
             self._depth(lower)
-        parent = {lower: next(iter(found.items())) for lower, found in self.maps.items() if found}
+        parent = {lower: next(iter(self.maps[lower].items())) for lower in rest if self.maps[lower]}
+        products = {lower: factors for lower, factors in found.items() if factors is not None and self.matters[lower]}
         kept = self.matters.copy()
+        for factors in products.values():
+            kept[[factor for factor, _ in factors]] = True
         for lower, (upper, _) in parent.items():
-            kept[upper] |= self.matters[lower]
+            kept[upper] |= kept[lower]
         bundle = np.where(self.moves & kept[self.bundle], self.bundle, -1)
         nested = {lower: found for lower, found in parent.items() if kept[lower]}
-        return Forest(self.sizes, bundle, self.unit, self.colours, nested, self.facts.frozen)
+        return Forest(self.sizes, bundle, self.unit, self.colours, nested, products, self.facts.frozen)
 
     def _chains(self) -> None:
         """Blocks that determine other blocks are nested in them (or are the same): state it."""
@@ -168,7 +179,41 @@ class _Arrangement:
                     if pairs.shape[1] == self.sizes[first]:
                         derived[first, second] = pairs[1]
         if derived:
-            self._relate([(lower, upper, block) for (lower, upper), block in derived.items()])
+            self._relate([(self._face(low), self._face(high)[block]) for (low, high), block in derived.items()])
+
+    def _product(self, lower: int) -> tuple[Factor, Factor] | None:
+        """The two bundles whose units these are pairs of, each pair that shares a block once; those on an axis last."""
+        found = self.maps[lower]
+        above = {upper for middle in found for upper in self.maps.get(middle, {})}
+        factors = sorted((factor for factor in found if factor not in above), key=lambda one: (self.matters[one], one))
+        if len(factors) != 2 or any(lower in blocks for blocks in self.maps.values()):
+            return None
+        first, second = factors
+        pairs = np.unique(np.stack([found[first], found[second]]), axis=1)
+        joint = components(int(self.sizes[first] + self.sizes[second]), pairs[0], self.sizes[first] + pairs[1])
+        blocks = (joint[: self.sizes[first]], joint[self.sizes[first] :])
+        count = int(joint.max()) + 1
+        even = all(np.ptp(np.bincount(block)) == 0 for block in blocks)
+        whole = even and pairs.shape[1] * count == self.sizes[first] * self.sizes[second]
+        if not whole or pairs.shape[1] < self.sizes[lower]:
+            return None
+        if count > 1 and not self._share(factors, joint):
+            if self.matters[lower]:
+                added = [self.facts.size + block for block in blocks]
+                self._relate([(self._face(factor), above) for factor, above in zip(factors, added, strict=True)], count)
+            return None
+        if any(len(self.maps.get(factor, {})) != (count > 1) for factor in factors):
+            return None
+        return (first, found[first]), (second, found[second])
+
+    def _share(self, factors: list[int], joint: Atoms) -> bool:
+        """Whether some bundle has these very blocks."""
+        known = [self.maps.get(factor, {}) for factor in factors]
+        for upper in known[0].keys() & known[1].keys():
+            blocks = np.concatenate([each[upper] for each in known])
+            if np.unique(np.stack([blocks, joint]), axis=1).shape[1] == joint.max() + 1 == self.sizes[upper]:
+                return True
+        return False
 
     def _crossings(self, lower: int) -> None:
         found = sorted(self.maps[lower].items())
@@ -214,16 +259,23 @@ class _Arrangement:
         marks[classes] = mix(marks[classes], -(2**41), ranks)
         raise _Unsettled(replace(self.facts, marks=marks, frozen=(*self.facts.frozen, (held, reason))))
 
-    def _relate(self, found: list[tuple[int, int, Atoms]]) -> None:
-        kinds, children, parents = [self.facts.kinds], [self.facts.children], [self.facts.parents]
-        for number, (lower, upper, block) in enumerate(found):
-            below, above = self._face(lower), self._face(upper)
-            kind = mix(-(2**42), len(self.facts.kinds), number).view(np.int64)
-            kinds.append(np.broadcast_to(kind, len(below)))
-            children.append(below)
-            parents.append(above[block])
-        merged = [np.concatenate(parts) for parts in (kinds, children, parents)]
-        raise _Unsettled(replace(self.facts, kinds=merged[0], children=merged[1], parents=merged[2]))
+    def _relate(self, pairs: list[tuple[Atoms, Atoms]], added: int = 0) -> None:
+        """State that the first classes of each pair lie in the second, `added` of which nothing has stood for yet."""
+        facts = self.facts
+        kinds = [
+            np.broadcast_to(mix(-(2**42), len(facts.kinds), number).view(np.int64), len(below))
+            for number, (below, _) in enumerate(pairs)
+        ]
+        raise _Unsettled(
+            replace(
+                facts,
+                size=facts.size + added,
+                marks=np.concatenate([facts.marks, np.repeat(mix(-(2**43)), added)]),
+                kinds=np.concatenate([facts.kinds, *kinds]),
+                children=np.concatenate([facts.children, *(below for below, _ in pairs)]),
+                parents=np.concatenate([facts.parents, *(above for _, above in pairs)]),
+            )
+        )
 
     def _face(self, bundle: int) -> Atoms:
         """One class per unit of a bundle, in the order of its units."""

@@ -44,7 +44,7 @@ class _Builder:
         self.axes = structure.places()
         self.facts = facts
         self.forest = forest
-        self.first = np.full(facts.size, structure.size)
+        self.first = np.full(len(forest.bundle), structure.size)
         for atoms in self.axes.values():
             np.minimum.at(self.first, facts.classes[atoms], atoms)
         self.rank = self._ranks()
@@ -83,12 +83,18 @@ class _Builder:
             members = np.flatnonzero(forest.bundle == bundle)
             keys[bundle] = np.full(forest.sizes[bundle], self.structure.size)
             np.minimum.at(keys[bundle], forest.unit[members], self.first[members])
+        for lower, factors in forest.products.items():
+            for factor, place in factors:
+                np.minimum.at(keys[factor], place, keys[lower])
         for lower, (upper, block) in forest.parent.items():
             np.minimum.at(keys[upper], block, keys[lower])
         ranks = {bundle: np.argsort(np.argsort(key, kind="stable")) for bundle, key in keys.items()}
         for lower, (upper, block) in forest.parent.items():
             order = np.lexsort((keys[lower], ranks[upper][block]))
             ranks[lower] = np.argsort(order)
+        for lower, ((unit, units), (slot, slots)) in forest.products.items():
+            inner = forest.sizes[lower] // forest.sizes[unit]
+            ranks[lower] = ranks[unit][units] * inner + ranks[slot][slots] % inner
         return ranks
 
     def _names(self) -> dict[int, str]:
@@ -111,12 +117,19 @@ class _Builder:
         for key in [*produced, *place]:
             for bundle in map(int, np.unique(self.forest.bundle[self.facts.classes[self.axes[key]]])):
                 if bundle >= 0:
-                    homes.setdefault(bundle, key)
+                    homes.setdefault(self._factors(bundle)[0], key)
+        for (unit, _), (slot, _) in self.forest.products.values():
+            homes.setdefault(slot, homes[unit])
         for upper in {upper for upper, _ in self.forest.parent.values()}:
             if homes.get(upper) not in produced:
                 held = [homes[lower] for lower, (above, _) in self.forest.parent.items() if above == upper]
                 homes[upper] = min(held, key=place.__getitem__)
         return homes
+
+    def _factors(self, bundle: int) -> tuple[int, ...]:
+        """The bundles that move the units of one: the two that a product is made of, otherwise itself."""
+        factors = self.forest.products.get(bundle)
+        return (bundle,) if factors is None else (factors[0][0], factors[1][0])
 
     # -------------------------------------------------------------------------------------------------------- axes
 
@@ -134,7 +147,13 @@ class _Builder:
             begin = {cell: places[cells == cell].min() for cell in np.unique(cells)}
             parts = np.array([begin[cell] for cell in cells])
             order = np.lexsort((places, parts, self.rank[bundle][self.forest.unit[members]]))
-            segments.append(Segment(self.names[bundle], places[order].reshape(self.forest.sizes[bundle], -1)))
+            positions = places[order].reshape(self.forest.sizes[bundle], -1)
+            names = [self.names[factor] for factor in self._factors(bundle)]
+            if len(names) == 1:
+                segments.append(Segment(names[0], positions))
+            else:
+                size = self.forest.sizes[self._factors(bundle)[0]]
+                segments += [Segment(names[0], part.reshape(size, -1), names[1]) for part in positions.T]
         return tuple(segments)
 
     # -------------------------------------------------------------------------------------------------------- pins

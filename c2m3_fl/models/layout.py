@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-from c2m3_fl.models.labels import Labels, Shape, combine, insert, maximal, project, support
+from c2m3_fl.models.labels import Labels, Shape, combine, expand, insert, maximal, project, support
 from c2m3_fl.models.structure import Atoms, Structure
 
 
@@ -108,6 +108,13 @@ def _move(factor: Atoms, old: Shape, new: Shape, runs: Sequence[tuple[list[int],
         if moved.shape[dim] > 1 and np.array_equal(np.broadcast_to(first, moved.shape), moved):
             moved = first
     return moved
+
+
+def copies(structure: Structure, x: Labels, dim: int, count: int) -> Labels:
+    """Every entry along a dimension `count` times in a row."""
+    shape = (*x.shape[: dim + 1], count, *x.shape[dim + 1 :])
+    merged = (*x.shape[:dim], x.shape[dim] * count, *x.shape[dim + 1 :])
+    return reshape(structure, expand(insert(x, [dim + 1]), shape), merged)
 
 
 def concatenate(structure: Structure, pieces: Sequence[Labels], dim: int) -> Labels:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from c2m3_fl.models.labels import Labels, align, combine, drop, einsum, expand, in_order, insert, maximal, normalise
-from c2m3_fl.models.layout import reshape
+from c2m3_fl.models.labels import Labels, align, combine, drop, einsum, in_order, insert, maximal, normalise
+from c2m3_fl.models.layout import copies, reshape
 from c2m3_fl.models.rules import Argument, Call, Result, Rule, rule
 
 
@@ -162,20 +162,13 @@ def attention(
     structure = call.structure
     if kwargs.get("enable_gqa") and query.shape[-3] != key.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
-        key, value = _repeat_heads(call, key, repeats), _repeat_heads(call, value, repeats)
+        key, value = (copies(structure, x, x.ndim - 3, repeats) for x in (key, value))
     batch = list(range(query.ndim - 2))
     scores = einsum(structure, [[*batch, "t", "d"], [*batch, "s", "d"]], [*batch, "t", "s"], [query, key])
     if mask is not None:
         scores = combine(structure, scores, mask)
     scores = normalise(structure, scores, [-1])
     return einsum(structure, [[*batch, "t", "s"], [*batch, "s", "e"]], [*batch, "t", "e"], [scores, value])
-
-
-def _repeat_heads(call: Call, x: Labels, repeats: int) -> Labels:
-    """Every head of keys and values `repeats` times, next to one another."""
-    *batch, heads, length, width = x.shape
-    wide = expand(insert(x, [x.ndim - 2]), (*batch, heads, repeats, length, width))
-    return reshape(call.structure, wide, (*batch, heads * repeats, length, width))
 
 
 @rule("aten.embedding")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from c2m3_fl.models.labels import Labels, combine, expand, in_order, insert, permute, select, take
-from c2m3_fl.models.layout import concatenate, reshape, stack
+from c2m3_fl.models.layout import concatenate, copies, reshape, stack
 from c2m3_fl.models.rules import Argument, Call, rule
 from c2m3_fl.models.rules_contraction import look_up
 from c2m3_fl.models.structure import Atoms
@@ -83,7 +83,7 @@ def repeat_interleave(call: Call, x: Labels, repeats: Argument, dim: int | None 
     if dim is None:
         x, dim = reshape(call.structure, x, (int(np.prod(x.shape)),)), 0
     dim = x.dim(dim)
-    return take(call.structure, x, dim, np.repeat(np.arange(x.shape[dim]), repeats))
+    return copies(call.structure, x, dim, repeats)
 
 
 # ---------------------------------------------------------------------------------------------------- parts of it

@@ -182,10 +182,20 @@ def _freed(tensor: TensorSpec, group: str, parent: str | None, spec: Permutation
     def axis(segments: Axis) -> Axis:
         kept = []
         for segment in segments:
-            if segment.group != group:
+            if group not in segment.groups:
                 kept.append(segment)
+            elif segment.slots == group:
+                kept.append(replace(segment, slots=""))
+            elif segment.slots:
+                kept.append(_by_slots(segment, spec.groups[segment.slots].size))
             elif parent is not None:
                 kept.append(Segment(parent, segment.positions.reshape(spec.groups[parent].size, -1)))
         return tuple(kept)
 
     return replace(tensor, axes=tuple(axis(segments) for segments in tensor.axes))
+
+
+def _by_slots(segment: Segment, size: int) -> Segment:
+    """The same coordinates as units of the group of the slots alone, which has `size` units."""
+    blocks = segment.positions.reshape(size // segment.inner, -1, segment.inner)
+    return Segment(segment.slots, blocks.swapaxes(1, 2).reshape(size, -1))

@@ -81,6 +81,23 @@ def attention() -> PermutationSpec:
     return PermutationSpec(groups, tensors)
 
 
+def shared_keys(blocks: int) -> PermutationSpec:
+    """Three query heads to a key head: rows and columns whose units and whose slots move."""
+    parent = "keys" if blocks > 1 else None
+    groups = {"keys": Group(blocks)} if parent else {}
+    groups |= {"query": Group(3 * blocks, parent), "qk": Group(2 * blocks, parent), "vo": Group(4 * blocks, parent)}
+    rows = Segment("query", Segment.contiguous("query", 3 * blocks, inner=2, offset=1).positions, slots="qk")
+    columns = Segment("query", Segment.contiguous("query", 3 * blocks, inner=4).positions, slots="vo")
+    tensors = {
+        "q": TensorSpec((1 + 6 * blocks, 5), ((rows,), ())),  # one row stays
+        "k": TensorSpec((2 * blocks, 5), (on("qk", 2 * blocks), ())),
+        "v": TensorSpec((4 * blocks, 5), (on("vo", 4 * blocks), ())),
+        "o": TensorSpec((5, 12 * blocks), ((), (columns,))),
+        "temperature": TensorSpec((3 * blocks,), (on("query", 3 * blocks),)),
+    }
+    return PermutationSpec(groups, tensors)
+
+
 def grouped() -> PermutationSpec:
     """A grouped convolution between two nested groups, and a depthwise one."""
     groups = {"block": Group(2), "in": Group(4, parent="block"), "out": Group(6, parent="block")}
@@ -111,6 +128,8 @@ ALL = {
     "recurrent": recurrent(),
     "concatenated": concatenated(),
     "attention": attention(),
+    "grouped-query": shared_keys(2),
+    "multi-query": shared_keys(1),
     "grouped": grouped(),
     "bilinear": bilinear(),
 }

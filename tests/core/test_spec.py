@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from c2m3_fl.core.spec import Group, PermutationSpec, Segment, TensorSpec, floating
+from c2m3_fl.core.spec import Axis, Group, PermutationSpec, Segment, TensorSpec, floating
 from c2m3_fl.errors import ParamsError, SpecError
 from tests.core.networks import attention, convolutional, draws, mlp, on
+
+
+def slotted(slots: str) -> Axis:
+    return (Segment("g", np.arange(6).reshape(3, 2), slots),)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +28,14 @@ from tests.core.networks import attention, convolutional, draws, mlp, on
         ({"g": Group(3)}, TensorSpec((4,), ((*on("g", 3), *on("g", 3, offset=1)),)), "coordinate 1 belongs to two"),
         ({"g": Group(3)}, TensorSpec((3, 2), (on("g", 3),)), "has 2 axes, the spec describes 1"),
         ({"g": Group(3)}, TensorSpec((3, 2), (on("g", 3), ()), diagonal=2), "has no 2 diagonal blocks"),
+        ({"g": Group(3)}, TensorSpec((6,), (slotted("h"),)), "slots are units of 'h', expected another group"),
+        ({"g": Group(3)}, TensorSpec((6,), (slotted("g"),)), "slots are units of 'g', expected another group"),
+        ({"g": Group(3), "h": Group(3)}, TensorSpec((6,), (slotted("h"),)), "2 slots per unit, expected the 3 units"),
+        (
+            {"p": Group(2), "g": Group(3), "h": Group(4, "p")},
+            TensorSpec((6,), (slotted("h"),)),
+            "slots are units of 'h', which lies in other blocks",
+        ),
     ],
 )
 def test_contradictions_are_refused(groups, tensor, message):

@@ -247,13 +247,14 @@ EXPECTED = {
         blocks.0.attn.v 12 in blocks.0.attn.q.blocks = blocks.0.attn.v.weight:0 blocks.0.attn.o.weight:1
         blocks.0.mlp.gate 20 = blocks.0.mlp.gate.weight:0 blocks.0.mlp.up.weight:0 blocks.0.mlp.down.weight:1
     """,
-    # one block per key head; the queries that share it keep their order
+    # one block per key head; queries move among those that share it, and inside each as their key's entries do
     "grouped-query": """
         tokens 24 = positions:2 tokens.weight:1 blocks.0.attn.q.weight:1 blocks.0.attn.k.weight:1
             blocks.0.attn.v.weight:1 blocks.0.attn.o.weight:0 blocks.0.mlp.up.weight:1 blocks.0.mlp.down.weight:0
             head.weight:1
         blocks.0.attn.q.blocks 2 =
-        blocks.0.attn.q 8 in blocks.0.attn.q.blocks = blocks.0.attn.q.weight:0 blocks.0.attn.k.weight:0
+        blocks.0.attn.q 6 in blocks.0.attn.q.blocks = blocks.0.attn.q.weight:0 blocks.0.attn.o.weight:1
+        blocks.0.attn.k 8 in blocks.0.attn.q.blocks = blocks.0.attn.q.weight:0 blocks.0.attn.k.weight:0
         blocks.0.attn.v 8 in blocks.0.attn.q.blocks = blocks.0.attn.v.weight:0 blocks.0.attn.o.weight:1
         blocks.0.mlp.up 20 = blocks.0.mlp.up.weight:0 blocks.0.mlp.down.weight:1
     """,
@@ -263,8 +264,38 @@ EXPECTED = {
             blocks.0.attn.v.weight:1 blocks.0.attn.o.weight:0 blocks.0.mlp.up.weight:1 blocks.0.mlp.down.weight:0
             head.weight:1
         blocks.0.attn.q.blocks 2 =
-        blocks.0.attn.q 8 in blocks.0.attn.q.blocks = blocks.0.attn.q.weight:0 blocks.0.attn.k.weight:0
+        blocks.0.attn.q 6 in blocks.0.attn.q.blocks = blocks.0.attn.q.weight:0 blocks.0.attn.o.weight:1
+        blocks.0.attn.k 8 in blocks.0.attn.q.blocks = blocks.0.attn.q.weight:0 blocks.0.attn.k.weight:0
         blocks.0.attn.v 8 in blocks.0.attn.q.blocks = blocks.0.attn.v.weight:0 blocks.0.attn.o.weight:1
+        blocks.0.mlp.up 20 = blocks.0.mlp.up.weight:0 blocks.0.mlp.down.weight:1
+    """,
+    # the rotation orders the entries of queries and keys, not the queries that share a key
+    "grouped-query-rotary": """
+        tokens 24 = tokens.weight:1 blocks.0.attn.q.weight:1 blocks.0.attn.k.weight:1
+            blocks.0.attn.v.weight:1 blocks.0.attn.o.weight:0 blocks.0.mlp.up.weight:1 blocks.0.mlp.down.weight:0
+            head.weight:1
+        blocks.0.attn.k.blocks 2 = blocks.0.attn.k.weight:0
+        blocks.0.attn.q 6 in blocks.0.attn.k.blocks = blocks.0.attn.q.weight:0 blocks.0.attn.o.weight:1
+        blocks.0.attn.v 8 in blocks.0.attn.k.blocks = blocks.0.attn.v.weight:0 blocks.0.attn.o.weight:1
+        blocks.0.mlp.up 20 = blocks.0.mlp.up.weight:0 blocks.0.mlp.down.weight:1
+    """,
+    "grouped-query-packed": """
+        tokens 24 = positions:2 tokens.weight:1 blocks.0.attn.qkv.weight:1 blocks.0.attn.o.weight:0
+            blocks.0.mlp.up.weight:1 blocks.0.mlp.down.weight:0 head.weight:1
+        blocks.0.attn.qkv.blocks 2 =
+        blocks.0.attn.qkv 8 in blocks.0.attn.qkv.blocks = blocks.0.attn.qkv.weight:0
+        blocks.0.attn.qkv#2 8 in blocks.0.attn.qkv.blocks = blocks.0.attn.qkv.weight:0 blocks.0.attn.o.weight:1
+        blocks.0.attn.qkv#3 6 in blocks.0.attn.qkv.blocks = blocks.0.attn.qkv.weight:0 blocks.0.attn.o.weight:1
+        blocks.0.mlp.up 20 = blocks.0.mlp.up.weight:0 blocks.0.mlp.down.weight:1
+    """,
+    # one key head: nothing holds the queries together
+    "multi-query": """
+        tokens 12 = positions:2 tokens.weight:1 blocks.0.attn.q.weight:1 blocks.0.attn.k.weight:1
+            blocks.0.attn.v.weight:1 blocks.0.attn.o.weight:0 blocks.0.mlp.up.weight:1 blocks.0.mlp.down.weight:0
+            head.weight:1
+        blocks.0.attn.q 3 = blocks.0.attn.q.weight:0 blocks.0.attn.o.weight:1
+        blocks.0.attn.k 4 = blocks.0.attn.q.weight:0 blocks.0.attn.k.weight:0
+        blocks.0.attn.v 4 = blocks.0.attn.v.weight:0 blocks.0.attn.o.weight:1
         blocks.0.mlp.up 20 = blocks.0.mlp.up.weight:0 blocks.0.mlp.down.weight:1
     """,
     # weights of shape (width, heads, size) share one inner order between heads

@@ -196,6 +196,12 @@ SMALL: dict[str, tuple[Build, Inputs]] = {
     ),
     "grouped-query": (partial(gpt, partial(former.Attention, 24, 6, key_heads=2), width=24, norm=nn.RMSNorm), TEXT),
     "grouped-query-native": (partial(gpt, partial(former.Attention, 24, 6, key_heads=2, native=True), width=24), TEXT),
+    "grouped-query-rotary": (
+        partial(gpt, partial(former.Attention, 24, 6, key_heads=2, rotary=True), width=24, positions=False),
+        TEXT,
+    ),
+    "grouped-query-packed": (partial(gpt, partial(former.PackedGroupedAttention, 24, 6, 2), width=24), TEXT),
+    "multi-query": (partial(gpt, partial(former.Attention, 12, 3, key_heads=1)), TEXT),
     "attention-einsum": (lambda: former.Between(former.EinsumAttention(12, 3)), noise(2, 5, 7)),
     "attention-module": (lambda: former.SelfAttention(12, 3), noise(2, 5, 12)),
     "encoder": (

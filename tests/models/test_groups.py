@@ -37,8 +37,9 @@ def test_traced_groups_are_the_expected_ones(family: str) -> None:
     assert outline(traced(family).spec) == parse(EXPECTED[family])
 
 
-@pytest.mark.parametrize("family", ["grouped-query", "grouped-query-native"])
-def test_the_order_of_queries_that_share_a_key_is_given_up_and_reported(family: str) -> None:
-    """It crosses the order inside heads, and a spec expresses one of the two: the one with more permutations."""
-    lost = [pin for pin in traced(family).spec.pins if "blocks that cross" in pin.reason]
-    assert [(pin.tensor, pin.axis) for pin in lost] == [("blocks.0.attn.q.weight", 0)]
+@pytest.mark.parametrize("family", [name for name in SMALL if name.startswith(("grouped-query", "multi-query"))])
+def test_queries_move_among_those_that_share_their_key_and_inside_each_as_the_key_does(family: str) -> None:
+    spec = traced(family).spec
+    (axis,) = (tensor.axes[1] for name, tensor in spec.tensors.items() if name.endswith("attn.o.weight"))
+    assert [(segment.size, segment.inner, bool(segment.slots)) for segment in axis] == [(3 if family == "multi-query" else 6, 4, True)]
+    assert not [pin for pin in spec.pins if "attn" in pin.tensor]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.describe import coverage
 from c2m3_fl.core.permutation import apply, random
-from c2m3_fl.core.spec import Group, PermutationSpec, Segment, TensorSpec
+from c2m3_fl.core.spec import Axis, Group, PermutationSpec, Segment, TensorSpec
 from c2m3_fl.errors import ParamsError, SpecError, TraceError
 from c2m3_fl.models.exporting import as_inputs
 from c2m3_fl.models.proof import Prover
@@ -46,7 +46,15 @@ def _twin(network: nn.Module, tensor: str) -> bool:
 
 def _left_behind(spec: PermutationSpec, group: str, tensor: str, axis: int) -> PermutationSpec:
     old = spec.tensors[tensor]
-    kept = tuple(segment for segment in old.axes[axis] if segment.group != group)
+    kept: Axis = ()
+    for segment in old.axes[axis]:
+        if group not in segment.groups:
+            kept += (segment,)
+        elif segment.slots == group:
+            kept += (replace(segment, slots=""),)
+        elif segment.slots:  # the slots of units in their own order are units of the other group
+            blocks = segment.positions.reshape(spec.groups[segment.slots].size // segment.inner, -1, segment.inner)
+            kept += (Segment(segment.slots, blocks.transpose(0, 2, 1).reshape(-1, blocks.shape[1])),)
     axes = (*old.axes[:axis], kept, *old.axes[axis + 1 :])
     diagonal = old.diagonal if axes[1:2] != ((),) or axis != 1 else 1
     return replace(spec, tensors={**spec.tensors, tensor: replace(old, axes=axes, diagonal=diagonal)})

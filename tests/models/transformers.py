@@ -69,6 +69,24 @@ class PackedAttention(nn.Module):
         return self.o(y.transpose(1, 2).contiguous().view(batch, length, width))
 
 
+class PackedGroupedAttention(nn.Module):
+    """Queries, keys and values from one projection, several query heads to a key head."""
+
+    def __init__(self, width: int, heads: int, key_heads: int):
+        super().__init__()
+        self.heads, self.key_heads, self.size = heads, key_heads, width // heads
+        self.qkv = nn.Linear(width, (heads + 2 * key_heads) * self.size)
+        self.o = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = self.qkv(x).view(batch, length, -1, self.size).transpose(1, 2)
+        q, k, v = parts.split([self.heads, self.key_heads, self.key_heads], dim=1)
+        k, v = (z.repeat_interleave(self.heads // self.key_heads, dim=1) for z in (k, v))
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).reshape(batch, length, width))
+
+
 class EinsumAttention(nn.Module):
     """Attention with weights of shape (width, heads, size)."""
 
