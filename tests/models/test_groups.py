@@ -41,5 +41,6 @@ def test_traced_groups_are_the_expected_ones(family: str) -> None:
 def test_queries_move_among_those_that_share_their_key_and_inside_each_as_the_key_does(family: str) -> None:
     spec = traced(family).spec
     (axis,) = (tensor.axes[1] for name, tensor in spec.tensors.items() if name.endswith("attn.o.weight"))
-    assert [(segment.size, segment.inner, bool(segment.slots)) for segment in axis] == [(3 if family == "multi-query" else 6, 4, True)]
+    heads = 3 if family == "multi-query" else 6
+    assert [(segment.size, segment.inner, bool(segment.slots)) for segment in axis] == [(heads, 4, True)]
     assert not [pin for pin in spec.pins if "attn" in pin.tensor]
