@@ -49,32 +49,24 @@ def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weig
     drifts = {
         name: torch.zeros(len(nodes), group.size, dtype=dtype, device=device) for name, group in spec.groups.items()
     }
-    mean, agreement, scratch = {}, 0.0, torch.empty(0)
-    floor = torch.finfo(dtype).tiny ** 0.4
+    mean, agreement, scratch = {}, 0.0, torch.empty(0, dtype=dtype, device=device)
     for name in names:
         values = [node[name].detach().to(device=device, dtype=dtype) for node in nodes]
-        if any(0 < float(value.abs().amax()) < floor for value in values):
-            return None  # squares would underflow
-        centre = values[0].clone()
-        for value, share in zip(values[1:], shares.tolist()[1:], strict=True):
-            centre.add_(value - values[0], alpha=share)  # of identical nodes it is the very node
-        at_once = max(1, _AT_A_TIME // centre.numel())  # small tensors are stacked, large ones taken one by one
-        portions = [
-            torch.stack(values[i : i + at_once]) if at_once > 1 else values[i][None]
-            for i in range(0, len(values), at_once)
-        ]
-        split = [shares[i : i + at_once] for i in range(0, len(values), at_once)]
-        own = sum(
-            float(inners(part, part) @ share.double().square()) for share, part in zip(split, portions, strict=True)
-        )
-        agreement += 0.5 * (inner(centre, centre) - own)
+        parts = _portions(values)
+        scratch = scratch if len(scratch) >= parts[0][1].numel() else scratch.new_empty(parts[0][1].numel())
+        centre = values[0].clone()  # of identical nodes it will be the very node
+        for rows, part in parts:
+            apart = torch.sub(part, values[0], out=scratch[: part.numel()].view(part.shape))
+            centre.view(-1).addmv_(apart.view(len(part), -1).T, shares[rows])
+        squares = torch.cat([inners(part, part) for _, part in parts])
+        tiny = squares < values[0].numel() * torch.finfo(dtype).tiny ** 0.8
+        if any(bool(value.any()) for value, flag in zip(values, tiny.tolist(), strict=True) if flag):
+            return None  # squares may underflow
+        agreement += 0.5 * (inner(centre, centre) - float(squares @ shares.double().square()))
         mean[name] = centre
-        for first, part in zip(range(0, len(values), at_once), portions, strict=True):
-            rows = slice(first, first + at_once)
-            if len(scratch) < part.numel():
-                scratch = part.new_empty(part.numel())
+        for rows, part in parts:
             drift = torch.sub(part, centre, out=scratch[: part.numel()].view(part.shape))
-            _add_squares(spec, name, drift, {group: rows_of[rows] for group, rows_of in drifts.items()})
+            _add_squares(spec, name, drift, {group: drift_of[rows] for group, drift_of in drifts.items()})
     terms = compile_terms(spec, [{**nodes[0], **mean}])
     proven = all(_proven(terms, name, drifts[name].sqrt(), shares) for name in spec.groups)
     return agreement if proven else None
@@ -114,24 +106,32 @@ def _gram(terms: Sequence[Term], group: str, like: Tensor, length: int | None) -
     return gram, promise
 
 
+def _portions(values: list[Tensor]) -> list[tuple[slice, Tensor]]:
+    """Which nodes, and their values stacked: small tensors many at a time, large ones one by one."""
+    at_once = max(1, _AT_A_TIME // max(1, values[0].numel()))
+    slices = [slice(first, first + at_once) for first in range(0, len(values), at_once)]
+    return [(rows, torch.stack(values[rows]) if at_once > 1 else values[rows][0][None]) for rows in slices]
+
+
 def _add_squares(spec: PermutationSpec, name: str, drift: Tensor, into: dict[str, Tensor]) -> None:
     """Add the squared norms of every unit's part of a stacked tensor."""
     axes, squares = densify(spec.tensors[name], drift.square_())
-    kernel = [axis + 1 for axis, segments in enumerate(axes) if not segments]
-    if kernel:
-        squares, axes = squares.sum(kernel), tuple(segments for segments in axes if segments)
+    count, shape = len(squares), squares.shape[1:]
     for axis, segments in enumerate(axes):
-        if segments:
-            rest = [other + 1 for other in range(len(axes)) if other != axis]
-            along = squares.sum(rest) if rest else squares
-            for segment in segments:
-                positions = torch.from_numpy(segment.positions.ravel()).to(along.device)
-                units = along.index_select(1, positions).view(len(along), segment.size, -1)
-                into[segment.group].add_(units.sum(2))
-                if segment.slots:
-                    blocks = into[segment.slots].shape[1] // segment.inner
-                    slots = units.view(len(along), blocks, -1, segment.inner).sum(2)
-                    into[segment.slots].add_(slots.flatten(1))
+        if not segments:
+            continue
+        before, after = shape[:axis].numel(), shape[axis + 1 :].numel()
+        along = squares.reshape(count, before, -1)
+        along = along[:, 0] if before == 1 else (squares.new_ones(before) @ along)
+        along = along.view(count, shape[axis], after).sum(2)
+        for segment in segments:
+            positions = torch.from_numpy(segment.positions.ravel()).to(along.device)
+            units = along.index_select(1, positions).view(count, segment.size, -1)
+            into[segment.group].add_(units.sum(2))
+            if segment.slots:
+                blocks = into[segment.slots].shape[1] // segment.inner
+                slots = units.view(count, blocks, -1, segment.inner).sum(2)
+                into[segment.slots].add_(slots.flatten(1))
 
 
 def _bound_holds(gram: Tensor, drift: Tensor, ends: Tensor) -> bool:
