@@ -31,8 +31,6 @@ from c2m3_fl.merging.setting import check_params
 from c2m3_fl.models.calibration import ExampleInputs, first_inputs, load_batches
 from c2m3_fl.models.symmetry import permutation_spec
 
-_LAYERS = 8  # of the report: the tensors whose nodes agree least
-
 
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Weights of the networks: safetensors, or torch files.")],
@@ -130,26 +128,11 @@ def _share_done(steps: Sequence[Step], tolerance: float = CycleConsistent.tolera
 
 
 def _print(merged: Merge, report: dict[str, Any], output: Path) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    found = merged.report
     facts = Table.grid(padding=(0, 2))
     facts.add_row("method", report["method"])
-    facts.add_row("networks", f"{found.nodes}, in the basis of number {found.basis}")
-    if found.objectives is not None:
-        facts.add_row("agreement", f"{found.objectives[0]:.6g} before, {found.objectives[1]:.6g} after")
-    if found.share_moved is not None:
-        facts.add_row("units moved", ", ".join(f"{share:.0%}" for share in found.share_moved))
-    worst = sorted(found.layers.items(), key=lambda item: min(item[1]))[:_LAYERS]
-    for name, cosines in worst:
-        facts.add_row(f"cosine {name}", ", ".join(f"{cosine:.2f}" for cosine in cosines))
-    done = found.recalibration
-    facts.add_row("recalibration", "none: no calibration data" if done is None else done.method)
-    if done is not None and done.decision is not None:
-        facts.add_row("because", done.decision.reason)
+    for name, text in merged.report.facts():
+        facts.add_row(name, text)
     for name, accuracy in report.get("accuracy", {}).items():
         facts.add_row(f"accuracy {name}", f"{accuracy:.1%}")
-    for note in found.notes:
-        facts.add_row("note", note)
-    facts.add_row("seconds", f"{found.seconds:.1f}, of which matching {found.match_seconds:.1f}")
     facts.add_row("written to", str(output))
-    console.print(facts)
+    Console(highlight=False, soft_wrap=True).print(facts)

@@ -69,6 +69,14 @@ class Match:
     steps: int
     order: tuple[int, ...]
 
+    def __str__(self) -> str:
+        start, end = self.objectives[0], self.objectives[-1]
+        moved = ", ".join(f"{permutation.share_moved(perm):.0%}" for perm in self.permutations)
+        return (
+            f"{len(self.permutations)} nodes: agreement {start:.6g} before, {end:.6g} after {self.steps} steps, "
+            f"gap {self.gap:.1e}{'' if self.converged else ' (not converged)'}; units moved {moved}"
+        )
+
     def between(self, to: int, source: int) -> dict[str, Tensor]:
         """The map from node `source` to node `to`; around any cycle these maps compose to the identity.
 

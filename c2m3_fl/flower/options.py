@@ -62,11 +62,14 @@ _DEFAULTS = Options(
 )
 
 
+_NAMED = ("calibration", "device", "example_inputs", "model", "recalibrate")  # in the strategies' signatures
+
+
 def resolved(options: Options) -> Options:
     """All options, the defaults filled in; raise `ConfigError` for unknown ones and for values out of range."""
     unknown = sorted(set(options) - set(_DEFAULTS))
     if unknown:
-        raise ConfigError(f"unknown options {unknown}; known are {sorted(_DEFAULTS)}")
+        raise ConfigError(f"unknown options {unknown}; known are {sorted([*_NAMED, *_DEFAULTS])}")
     full: Options = {**_DEFAULTS, **options}
     _check_whole("min_replies", full["min_replies"], 1)
     _check_whole("memory", full["memory"], 0)

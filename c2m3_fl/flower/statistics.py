@@ -193,6 +193,7 @@ class _Survey:
         ]
         asked = {(message.metadata.dst_node_id, message.metadata.group_id) for message in messages}
         found: dict[tuple[int, str], dict[str, Moments]] = {}
+        failed: list[ParamsError] = []
         for reply in self._grid.send_and_receive(messages, timeout=self._timeout):
             node, about = reply.metadata.src_node_id, reply.metadata.group_id
             try:
@@ -201,8 +202,13 @@ class _Survey:
                 found[node, about] = self._read(reply, place)
             except ParamsError as error:
                 log(WARNING, "\t> no moments from node %d: %s", node, error)
+                failed.append(error)
         if not found:
-            raise CalibrationError("no client answered the query for channel moments; add answer_statistics to its app")
+            first = f" (the first reply: {failed[0]})" if failed else ""
+            raise CalibrationError(
+                f"no client answered the query for channel moments{first}; every client needs it: "
+                "add answer_statistics to its app"
+            )
         return found
 
     def _read(self, reply: Message, place: int) -> dict[str, Moments]:

@@ -27,6 +27,7 @@ from c2m3_fl.flower.reports import Numbers, failure, report_idle
 from c2m3_fl.flower.rounds import Aligned, Finish, Rounds
 from c2m3_fl.flower.statistics import ClientStatistics, own_moments, repair_by_clients
 from c2m3_fl.flower.wrapped import chain, check_instance
+from c2m3_fl.merging.guard import Auto
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.models.calibration import Calibration, ExampleInputs
@@ -99,6 +100,8 @@ class C2M3(Strategy):
             raise ConfigError(
                 "moments tell whether the server's calibration data are like the clients': pass calibration"
             )
+        if moments is not None and not isinstance(self.rounds.recalibration, Auto):
+            raise ConfigError(f'moments serve recalibrate="auto" alone, not {recalibrate!r}: leave one of them out')
         self.moments = moments
         self.sent = from_params(model.state_dict())
         self._schema = schema_of(self.sent, "model")

@@ -19,50 +19,12 @@ from c2m3_fl.core.starts import Start
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.merging.methods import Alignment, CycleConsistent, Method, Nodes, resolve_method
 from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
-from c2m3_fl.merging.reports import RecalibrationReport
+from c2m3_fl.merging.reports import MergeReport, RecalibrationReport
 from c2m3_fl.merging.setting import canonical_order, check_params, check_types, moved_to, prepare
 from c2m3_fl.merging.shift import OwnMoments, with_own_moments
 from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, first_inputs, load_batches
 from c2m3_fl.models.program import require_runs
 from c2m3_fl.models.symmetry import permutation_spec, require_invariance
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
-
-    Attributes
-    ----------
-    nodes : int
-        Number of merged networks.
-    basis : int
-        Index of the node whose order of units the result has.
-    weights : tuple of float
-        Averaging weights, in the order of the nodes; they sum to one.
-    objectives : (float, float), optional
-        Weighted agreement of all pairs of nodes, before and after the match; None for methods that do not match.
-    share_moved : tuple of float, optional
-        Per node the share of its units that move on the way into the basis; None for maps that are no permutations.
-    layers : mapping of str to tuple of float
-        Per matched tensor each node's cosine with the weighted sum of the other nodes, after the match.
-    recalibration : RecalibrationReport, optional
-        What was recalibrated, what could not be, and why.
-    notes : tuple of str
-        What a user should know about the result.
-    match_seconds, seconds : float
-        Wall-clock time of the match, and of everything.
-    """
-
-    nodes: int
-    basis: int
-    weights: tuple[float, ...]
-    objectives: tuple[float, float] | None
-    share_moved: tuple[float, ...] | None
-    layers: dict[str, tuple[float, ...]]
-    recalibration: RecalibrationReport | None
-    notes: tuple[str, ...]
-    match_seconds: float
-    seconds: float
 
 
 @dataclass(frozen=True, eq=False)

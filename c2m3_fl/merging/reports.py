@@ -1,10 +1,12 @@
-"""What recalibration reports: per operator what was corrected, and what could not be."""
+"""What a merge reports: how the nodes were brought together, and per operator what was corrected or could not be."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
+
+_LAYERS = 8  # of a summary: the tensors whose nodes agree least
 
 
 @dataclass(frozen=True)
@@ -129,3 +131,63 @@ class Recalibrated:
 
     state_dict: dict[str, Tensor]
     report: RecalibrationReport
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes
+    ----------
+    nodes : int
+        Number of merged networks.
+    basis : int
+        Index of the node whose order of units the result has.
+    weights : tuple of float
+        Averaging weights, in the order of the nodes; they sum to one.
+    objectives : (float, float), optional
+        Weighted agreement of all pairs of nodes, before and after the match; None for methods that do not match.
+    share_moved : tuple of float, optional
+        Per node the share of its units that move on the way into the basis; None for maps that are no permutations.
+    layers : mapping of str to tuple of float
+        Per matched tensor each node's cosine with the weighted sum of the other nodes, after the match.
+    recalibration : RecalibrationReport, optional
+        What was recalibrated, what could not be, and why.
+    notes : tuple of str
+        What a user should know about the result.
+    match_seconds, seconds : float
+        Wall-clock time of the match, and of everything.
+    """
+
+    nodes: int
+    basis: int
+    weights: tuple[float, ...]
+    objectives: tuple[float, float] | None
+    share_moved: tuple[float, ...] | None
+    layers: dict[str, tuple[float, ...]]
+    recalibration: RecalibrationReport | None
+    notes: tuple[str, ...]
+    match_seconds: float
+    seconds: float
+
+    def __str__(self) -> str:
+        facts = self.facts()
+        width = max(len(name) for name, _ in facts) + 2
+        return "\n".join(f"{name:<{width}}{text}" for name, text in facts)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What a reader wants to know first, as names and texts; of the tensors those whose nodes agree least."""
+        facts = [("networks", f"{self.nodes}, in the basis of number {self.basis}")]
+        if self.objectives is not None:
+            facts.append(("agreement", f"{self.objectives[0]:.6g} before, {self.objectives[1]:.6g} after"))
+        if self.share_moved is not None:
+            facts.append(("units moved", ", ".join(f"{share:.0%}" for share in self.share_moved)))
+        worst = sorted(self.layers.items(), key=lambda item: min(item[1]))[:_LAYERS]
+        facts += [(f"cosine {name}", ", ".join(f"{cosine:.2f}" for cosine in cosines)) for name, cosines in worst]
+        done = self.recalibration
+        facts.append(("recalibration", "none: no calibration data" if done is None else done.method))
+        if done is not None and done.decision is not None:
+            facts.append(("because", done.decision.reason))
+        facts += [("note", note) for note in self.notes]
+        facts.append(("seconds", f"{self.seconds:.1f}, of which matching {self.match_seconds:.1f}"))
+        return facts

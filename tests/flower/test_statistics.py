@@ -198,7 +198,10 @@ def test_clients_without_the_handler_cost_the_repair_not_the_round(caplog):
     app = digits_app(independent=True, epochs=2)
     result = run(SerialGrid(app, 4), calibration=ClientStatistics())
     assert [metrics["c2m3-repaired"] for metrics in result.train_metrics_clientapp.values()] == [0, 0]
-    assert any("add answer_statistics to its app" in text for text in caplog.messages)
+    assert any(
+        "add answer_statistics to its app" in text and "the first reply: the client failed" in text
+        for text in caplog.messages
+    )
     assert same(result.arrays, run(SerialGrid(app, 4)).arrays)
 
 

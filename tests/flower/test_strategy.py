@@ -20,6 +20,7 @@ from c2m3_fl.core import permutation
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower.records import from_params, schema_of, to_params
 from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.statistics import ClientStatistics
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (
     EXAMPLE,
@@ -227,7 +228,12 @@ def test_metrics_can_be_sent_like_any_record():
 BAD_OPTIONS = {
     "model": ({"model": torch.nn.Linear}, ConfigError, r"expected a module such as Net\(\)"),
     "moments": ({"moments": 1}, ConfigError, r"moments is 1, expected ClientStatistics\(\)"),
-    "unknown": ({"colour": "red"}, ConfigError, "unknown options"),
+    "moments for nobody": (
+        {"moments": ClientStatistics(), "calibration": [EXAMPLE]},
+        ConfigError,
+        r'moments serve recalibrate="auto" alone, not .repair.',
+    ),
+    "unknown": ({"colour": "red"}, ConfigError, r"unknown options \['colour'\]; known .*'basis', 'calibration'"),
     "alignment": ({"alignment": "none"}, ConfigError, "alignment is 'none'"),
     "basis": ({"basis": "mine"}, ConfigError, "basis is 'mine'"),
     "min_replies": ({"min_replies": 0}, ConfigError, "min_replies is 0"),

@@ -175,6 +175,16 @@ def test_the_merge_loads_into_the_model_and_the_spec_is_derived_from_calibration
     assert report.recalibration.inputs == 32
 
 
+def test_a_merge_says_in_a_few_lines_what_it_did() -> None:
+    model, params = nodes("mlp", 2)
+    merged = merge(model, params, calibration=[CALIBRATION[0]])
+    lines = str(merged.report).splitlines()
+    assert lines[0].split() == ["networks", "2,", "in", "the", "basis", "of", "number", str(merged.report.basis)]
+    assert any(line.startswith("recalibration") and line.endswith("repair") for line in lines)
+    assert max(map(len, lines)) < 120
+    assert str(merged.match).startswith("2 nodes: agreement ")
+
+
 def test_batch_norm_without_calibration_is_noted() -> None:
     model, params = nodes("batch norm", 2)
     (note,) = merge(model, params, spec=spec_of("batch norm")).report.notes
