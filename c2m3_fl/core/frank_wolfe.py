@@ -37,7 +37,7 @@ from c2m3_fl.core.universe import Universe
 
 __all__ = ["Found", "Limits", "Match", "Step", "Walk", "frank_wolfe", "match", "search"]
 
-_FADING = 0.02  # share of the whole rise below which the polish gains more than another pass
+_FADING = 0.01  # share of the whole rise below which the polish gains more than another pass
 _WARMTHS = (0.5, 0.6, 0.7)  # how far towards the barycentre to reheat: from .3 the same point is found again
 _PASSES = 2  # of Frank-Wolfe from a reheated point; the polish does the rest
 _FEW = 3  # free nodes up to which reheating gains too little for its time
