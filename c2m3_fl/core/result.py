@@ -19,11 +19,11 @@ class Step:
     Attributes
     ----------
     step : int
-        Number of the step, from 1; the sweeps of the polish count on.
+        Number of the step, from 1; the sweeps of the polish and the reheatings count on.
     objective : float
         The agreement after it.
     gap : float
-        The relative duality gap before a step; what a sweep has gained, by the same measure.
+        The relative duality gap before a step; what a sweep or a reheating has gained, by the same measure.
     step_size : float
         How far the step went towards the vertex, in [0, 1]; sweeps go all the way.
     share_moved : float
@@ -49,15 +49,15 @@ class Match:
     permutations : tuple of Permutation
         Each node's map into the universe, in the order in which the nodes were given.
     objectives : tuple of float
-        The agreement at the start, after every step, after every sweep of the polish; the last is that of the
-        permutations.
+        The agreement at the start, after every step, after every sweep of the polish, and after every reheating that
+        gained; the last is that of the permutations.
     gap : float
         Relative duality gap as the last pass of Frank-Wolfe met it; after a polish what its last sweep over all blocks
         has gained, which is zero where no block can improve.
     converged : bool
         Whether the gap reached the tolerance within the allowed steps.
     steps : int
-        Number of Frank-Wolfe steps.
+        Number of Frank-Wolfe steps, not counting those after a reheating.
     order : tuple of int
         The nodes in an order that depends on their content alone, for sums that must not depend on the given one.
     """

@@ -85,6 +85,14 @@ def start_point(problem: Problem, start: Start, generator: torch.Generator | Non
     return _fixed(_soft(problem, noise), problem.frozen)
 
 
+def reheated(problem: Problem, perms: Sequence[Permutation], warmth: float) -> dict[str, Tensor]:
+    """The point that lies the share `warmth` of the way from permutations to the barycentre; frozen nodes stay."""
+    point = _at_perms(problem, perms)
+    for matrices in point.values():
+        matrices[problem.frozen :].mul_(1 - warmth).add_(warmth / matrices.shape[1])
+    return point
+
+
 def _at_perms(problem: Problem, perms: Sequence[Permutation]) -> dict[str, Tensor]:
     """One permutation per node in matrix form."""
     return _at_vertex(
