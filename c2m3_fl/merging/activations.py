@@ -1,7 +1,8 @@
 """What units do on calibration data, and the maps between nodes that follow from it: permutations, and CCA.
 
-Activations are the outputs of the operators, before any nonlinearity, standardised per channel. A unit of a group is
-compared by all operators whose output channels carry the group.
+For permutations activations are the outputs of the operators, before any nonlinearity, standardised per channel: a unit
+of a group is compared by all operators whose output channels carry the group. For linear maps they are also the inputs
+of all operators that read the group, behind the nonlinearity, and keep their scale.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from c2m3_fl.models.patches import output_rows, sample_positions
 from c2m3_fl.models.program import Program, Walk
 
 _POSITIONS = 4096  # of every operator and batch
+_OUTPUT_AXIS = {Kind.LINEAR: 0, Kind.CONVOLUTION: 0, Kind.PRODUCT: 1, Kind.TRANSPOSED: 1}  # of weights; the other reads
 _ROUNDS = 50  # of the universe-wide search; it ends by itself after a handful
 
 Features = dict[str, Tensor]  # per group, shape (samples, units)
@@ -36,28 +38,32 @@ def unit_features(
     ConfigError
         When no operator's output shows some group, so that its activations cannot be compared.
     """
-    rows: dict[str, list[Tensor]] = {}
-    outputs = _outputs(spec, programs, batches, params)
-    for operator in programs[0].operators:
-        axis = _rows_axis(spec, operator)
-        if axis:
-            output = torch.cat(outputs[operator.name]).double()
-            spread = output.std(0, correction=0)
-            output = (output - output.mean(0)) / torch.where(spread > 0, spread, 1.0)
-            for segment in axis:
-                positions = torch.from_numpy(segment.positions).to(output.device)
-                units = output[:, positions]
-                if segment.slots:  # their order may differ from node to node, what they amount to does not
-                    units = units.norm(dim=2, keepdim=True)
-                    units -= units.mean(0)
-                rows.setdefault(segment.group, []).append(units.transpose(1, 2).reshape(-1, segment.size))
-    hidden = [name for name in spec.groups if name not in rows and not spec.children(name)]
-    if hidden:
-        raise ConfigError(
-            f"no operator's output shows the units of group {hidden[0]!r}, so activations cannot match them; "
-            "use a method that compares weights, such as 'c2m3'"
-        )
-    return {name: torch.cat(rows[name]) for name in spec.groups if name in rows}
+    shown = []
+    for axis, output in _values(spec, programs, batches, params, reads=False):
+        spread = output.std(0, correction=0)
+        shown.append((axis, (output - output.mean(0)) / torch.where(spread > 0, spread, 1.0)))
+    return _by_group(spec, shown)
+
+
+def two_sided_features(
+    spec: PermutationSpec, programs: Sequence[Program], batches: Sequence[Batch], params: Params
+) -> Features:
+    """Units as they are made and as they are read, centred, in their own scale, shape (samples, units) per group.
+
+    A linear map does not commute with the nonlinearity between the two, as a permutation does, so it has to fit on both
+    sides; nor does it commute with a scale per unit, so nothing is standardised. Rows are divided by the square root of
+    their number, by which products of features are sums of covariances: one per operator and side, all of one weight.
+
+    Raises
+    ------
+    ConfigError
+        When no operator makes or reads the units of some group.
+    """
+    shown = [
+        (axis, (value - value.mean(0)) / len(value) ** 0.5)
+        for axis, value in _values(spec, programs, batches, params, reads=True)
+    ]
+    return _by_group(spec, shown)
 
 
 def match_to(spec: PermutationSpec, reference: Features, features: Features) -> Permutation:
@@ -103,17 +109,20 @@ def canonical_map(reference: Tensor, features: Tensor, regularisation: float) ->
     """The linear map that takes units of `features` into the basis of `reference`, by regularised CCA.
 
     With whitened cross-covariance ``U S Vᵀ`` the canonical directions of both sides are put on top of each other:
-    ``features @ mapᵀ`` has the reference's basis (Horoi et al. 2024, arXiv 2407.05385, equation 5).
+    ``features @ mapᵀ`` has the reference's basis (Horoi et al. 2024, arXiv 2407.05385, equation 5). The regularisation
+    is a share of the units' mean variance.
     """
-    count = len(reference)
-    eye = torch.eye(reference.shape[1], dtype=reference.dtype, device=reference.device)
-    inner = reference.T @ reference / count + regularisation * eye
-    outer = features.T @ features / count + regularisation * eye
-    root, unroot = _roots(inner)
-    _, whiten = _roots(outer)
-    left, _, right = torch.linalg.svd(unroot @ (reference.T @ features / count) @ whiten)
+    root, unroot = _roots(_regularised(reference, regularisation))
+    _, whiten = _roots(_regularised(features, regularisation))
+    left, _, right = torch.linalg.svd(unroot @ (reference.T @ features) @ whiten)
     result: Tensor = root @ left @ right @ whiten
     return result
+
+
+def _regularised(features: Tensor, share: float) -> Tensor:
+    """Products of units, with a share of their mean square on the diagonal."""
+    products = features.T @ features
+    return products + share * products.diagonal().mean() * torch.eye(len(products)).to(products)
 
 
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,22 +136,50 @@ def _score(others: Mapping[str, Tensor], own: Features, perm: Permutation) -> fl
     return sum(float((others[name] * own[name][:, perm[name]]).sum()) for name in own)
 
 
-def _rows_axis(spec: PermutationSpec, operator: Operator) -> Axis:
-    """Segments on the axis of the weight that owns the output channels; () where they cannot be told."""
-    axis = {Kind.LINEAR: 0, Kind.CONVOLUTION: 0, Kind.PRODUCT: 1, Kind.TRANSPOSED: 1}.get(operator.kind)
-    return () if axis is None else spec.tensors[operator.weight].axes[axis]
+def _values(
+    spec: PermutationSpec, programs: Sequence[Program], batches: Sequence[Batch], params: Params, *, reads: bool
+) -> list[tuple[Axis, Tensor]]:
+    """Outputs of the operators whose channels carry units, and with `reads` such inputs, at drawn positions; one pass.
 
-
-def _outputs(
-    spec: PermutationSpec, programs: Sequence[Program], batches: Sequence[Batch], params: Params
-) -> dict[str, list[Tensor]]:
-    """Outputs of the operators that show units, at drawn positions, per batch; one pass."""
-    found: dict[str, list[Tensor]] = {}
+    Each comes with the segments of its channels, and has one row per position of all batches.
+    """
+    found: dict[tuple[str, int], tuple[Axis, list[Tensor]]] = {}
     for index, (program, batch) in enumerate(zip(programs, batches, strict=True)):
         walk = Walk(program, params, batch)
         for operator in program.operators:
-            if _rows_axis(spec, operator):
-                output = walk.output(operator)
-                positions = sample_positions(operator, output, _POSITIONS, index)
-                found.setdefault(operator.name, []).append(output_rows(operator, output, positions))
-    return found
+            if operator.kind not in _OUTPUT_AXIS:
+                continue
+            made = _OUTPUT_AXIS[operator.kind]
+            for side in (1 - made, made) if reads else (made,):
+                axis = spec.tensors[operator.weight].axes[side]
+                if axis:
+                    value = walk.output(operator) if side == made else _input(walk, operator)
+                    rows = output_rows(operator, value, sample_positions(operator, value, _POSITIONS, index))
+                    found.setdefault((operator.name, side), (axis, []))[1].append(rows)
+    return [(axis, torch.cat(rows).double()) for axis, rows in found.values()]
+
+
+def _input(walk: Walk, operator: Operator) -> Tensor:
+    walk.advance(operator.index)
+    result: Tensor = walk.value(operator.input)
+    return result
+
+
+def _by_group(spec: PermutationSpec, shown: Sequence[tuple[Axis, Tensor]]) -> Features:
+    """Rows of all places, put together per group."""
+    rows: dict[str, list[Tensor]] = {}
+    for axis, values in shown:
+        for segment in axis:
+            positions = torch.from_numpy(segment.positions).to(values.device)
+            units = values[:, positions]
+            if segment.slots:  # their order may differ from node to node, what they amount to does not
+                units = units.norm(dim=2, keepdim=True)
+                units -= units.mean(0)
+            rows.setdefault(segment.group, []).append(units.transpose(1, 2).reshape(-1, segment.size))
+    hidden = [name for name in spec.groups if name not in rows and not spec.children(name)]
+    if hidden:
+        raise ConfigError(
+            f"no operator's output shows the units of group {hidden[0]!r}, so activations cannot match them; "
+            "use a method that compares weights, such as 'c2m3'"
+        )
+    return {name: torch.cat(rows[name]) for name in spec.groups if name in rows}

@@ -18,7 +18,14 @@ from c2m3_fl.core.result import Callback
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start
 from c2m3_fl.errors import CalibrationError, ConfigError
-from c2m3_fl.merging.activations import Features, canonical_map, match_all, match_to, unit_features
+from c2m3_fl.merging.activations import (
+    Features,
+    canonical_map,
+    match_all,
+    match_to,
+    two_sided_features,
+    unit_features,
+)
 from c2m3_fl.merging.linear_maps import check_mappable, folded, mapped, normalised, spread_again
 from c2m3_fl.merging.setting import check_types, same
 from c2m3_fl.models.calibration import Batch
@@ -55,8 +62,8 @@ class Nodes:
     model: nn.Module
     batches: tuple[Batch, ...] = ()
 
-    def features(self) -> list[Features]:
-        """What every node's units do on the calibration data.
+    def features(self, *, two_sided: bool = False) -> list[Features]:
+        """What every node's units do on the calibration data: `unit_features`, or `two_sided_features`.
 
         Raises
         ------
@@ -69,7 +76,8 @@ class Nodes:
             check_types(self.model.state_dict(), node, f"node {index}")
         with torch.no_grad():
             programs = trace_batches(self.model, self.batches)
-            return [unit_features(self.spec, programs, self.batches, node) for node in self.params]
+            measure = two_sided_features if two_sided else unit_features
+            return [measure(self.spec, programs, self.batches, node) for node in self.params]
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,15 +222,16 @@ class CCA:
 
     A map goes onto every axis that produces a group's units and its inverse onto every axis that reads them; the
     scales of BatchNorm are first moved into the operators before them, which makes the maps exact there. Linear maps
-    do not commute with nonlinearities, so unlike permutations they change what a node computes.
+    do not commute with nonlinearities, so unlike permutations they change what a node computes; units are compared on
+    both sides of the nonlinearity.
 
     Attributes
     ----------
     regularisation : float
-        Added to the covariances of standardised activations.
+        Added to the diagonals of the covariances, as a share of the units' mean variance.
     """
 
-    regularisation: float = 1e-2
+    regularisation: float = 0.1
 
     def __call__(self, nodes: Nodes) -> Alignment:
         """Map each node onto the basis."""
@@ -233,7 +242,7 @@ class CCA:
             return Alignment(nodes.params, None, None, time.perf_counter() - begin)
         pairs = normalised(trace_batches(nodes.model, nodes.batches[:1])[0]) if nodes.batches else ()
         folds = [folded(pairs, node) for node in nodes.params]
-        features = replace(nodes, params=tuple(folds)).features()
+        features = replace(nodes, params=tuple(folds)).features(two_sided=True)
         aligned = []
         for given, own in zip(folds, features, strict=True):
             if same(given, folds[nodes.basis]):

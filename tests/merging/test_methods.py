@@ -10,11 +10,12 @@ from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.spec import Group, PermutationSpec
 from c2m3_fl.errors import CalibrationError, ConfigError
-from c2m3_fl.merging.activations import canonical_map
+from c2m3_fl.merging.activations import canonical_map, two_sided_features
 from c2m3_fl.merging.linear_maps import folded, mapped, normalised, spread_again
 from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.methods import CCA, METHODS
-from c2m3_fl.models.program import trace
+from c2m3_fl.models.calibration import load_batches
+from c2m3_fl.models.program import trace, trace_batches
 from c2m3_fl.models.symmetry import permutation_spec
 from tests.merging.networks import CALIBRATION, nodes, outputs
 from tests.merging.test_merge import SEED, equal, spec_of
@@ -88,6 +89,28 @@ def test_the_canonical_map_undoes_a_linear_one() -> None:
     mixing = torch.randn(5, 5, generator=generator, dtype=torch.float64)
     found = canonical_map(reference, reference @ mixing, 0.0)
     torch.testing.assert_close(reference @ mixing @ found.T, reference)
+
+
+def test_canonical_maps_undo_the_scales_of_units() -> None:
+    model, (node,) = nodes("mlp", 1, torch.float64)
+    scale = 0.5 + torch.rand(len(node["1.bias"]), generator=SEED(0)).double()
+    scaled = {**node, "1.weight": node["1.weight"] * scale[:, None], "1.bias": node["1.bias"] * scale}
+    scaled["3.weight"] = node["3.weight"] / scale  # positive scales pass through a ReLU: the same function
+    options = {"calibration": [each.double() for each in CALIBRATION], "recalibrate": "none", "spec": spec_of("mlp")}
+    merged = merge(model, [node, scaled], method=CCA(regularisation=1e-12), basis=0, **options)
+    inputs = CALIBRATION[0].double()
+    torch.testing.assert_close(outputs(model, merged.state_dict, inputs), outputs(model, node, inputs))
+
+
+def test_units_are_compared_where_they_are_made_and_where_they_are_read() -> None:
+    model, (node,) = nodes("mlp", 1, torch.float64)
+    spec, batches = spec_of("mlp"), load_batches([CALIBRATION[0].double()])
+    found = two_sided_features(spec, trace_batches(model, batches), batches, node)
+    made = nn.functional.linear(CALIBRATION[0].double().flatten(1), node["1.weight"], node["1.bias"])
+    ((_, segment),) = spec.tensors["1.bias"].segments
+    features = found[segment.group]
+    wanted = torch.cov(made.T, correction=0) + torch.cov(made.relu().T, correction=0)
+    torch.testing.assert_close(features.T @ features, wanted)
 
 
 def test_maps_and_their_inverses_cancel_in_a_linear_network() -> None:
