@@ -41,7 +41,7 @@ _FADING = 0.01  # share of the whole rise below which the polish gains more than
 _WARMTHS = (0.5, 0.6, 0.7)  # how far towards the barycentre to reheat: from .3 the same point is found again
 _PASSES = 2  # of Frank-Wolfe from a reheated point; the polish does the rest
 _FEW = 3  # free nodes up to which reheating gains too little for its time
-_REHEATED = 15  # nodes to reheat in all: many of them once, few of them with every warmth
+_REHEATED = 15  # nodes to reheat in all: up to five with every warmth, from eight on once, more not at all
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +185,7 @@ def search(
     if not limits.polish or found.steps == 0 or free <= _FEW:
         return found
     short = replace(limits, max_steps=min(limits.max_steps, _PASSES))
-    for warmth in _WARMTHS[: max(1, _REHEATED // free)]:
+    for warmth in _WARMTHS[: _REHEATED // free]:
         again = _ascend(problem, reheated(problem, found.permutations, warmth), pool, short)
         gained = again.objectives[-1] - found.objectives[-1]
         if gained <= 0:
