@@ -122,8 +122,8 @@ def _example(given: ExampleInputs | None, size: int) -> ExampleInputs:
 
 
 def _share_done(steps: Sequence[Step], tolerance: float = CycleConsistent.tolerance) -> float:
-    """How far the gap has fallen from its first value to the tolerance, in orders of magnitude."""
-    first, last = max(steps[0].gap, 2 * tolerance), max(steps[-1].gap, tolerance)
+    """How far the gap has once fallen from its first value to the tolerance, in orders of magnitude."""
+    first, last = max(steps[0].gap, 2 * tolerance), max(tolerance, min(step.gap for step in steps))
     return math.log(first / min(first, last)) / math.log(first / tolerance)
 
 

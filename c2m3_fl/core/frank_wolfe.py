@@ -95,7 +95,7 @@ def match(
         node's units with those of one of the nodes, whatever they are connected to; "auto" is "profiles" where the
         nodes agree more there than as they stand, and "identity" otherwise.
     max_steps : int
-        Upper limit of Frank-Wolfe steps; one is a pass over all nodes.
+        Upper limit of Frank-Wolfe steps; one is a pass over all nodes. Every reheating may take two more.
     tolerance : float
         Stop when the duality gap is at most this share of ``sum_{i<j} w_i w_j |W_i| |W_j|``.
     polish : bool
@@ -188,8 +188,8 @@ def search(
     for warmth in _WARMTHS[: _REHEATED // free]:
         again = _ascend(problem, reheated(problem, found.permutations, warmth), pool, short)
         gained = again.objectives[-1] - found.objectives[-1]
-        if gained <= 0:
-            continue
+        if not gained / problem.unit > torch.finfo(problem.like.dtype).eps:
+            continue  # rounding is no gain
         objectives = (*found.objectives, again.objectives[-1])
         if callback is not None:
             moved = share_moved(_stacked(again.permutations), _stacked(found.permutations))

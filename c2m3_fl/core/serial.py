@@ -12,7 +12,8 @@ import numpy as np
 from c2m3_fl.core.spec import Axis, Group, PermutationSpec, Pin, Segment, TensorSpec
 from c2m3_fl.errors import SpecError
 
-_FORMAT = "c2m3-fl permutation spec 1"
+_FORMAT = "c2m3-fl permutation spec 2"
+_READABLE = ("c2m3-fl permutation spec 1", _FORMAT)  # the first had no slots that are units
 
 
 def to_json(spec: PermutationSpec) -> str:
@@ -38,7 +39,7 @@ def from_json(text: str) -> PermutationSpec:
         document = json.loads(text)
     except json.JSONDecodeError as error:
         raise SpecError(f"not a permutation spec: {error}; expected JSON written by to_json") from error
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+    if not isinstance(document, dict) or document.get("format") not in _READABLE:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise SpecError(f"not a permutation spec: format {found!r}, expected {_FORMAT!r}")
     try:

@@ -51,7 +51,7 @@ def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weig
     }
     mean, agreement, scratch = {}, 0.0, torch.empty(0, dtype=dtype, device=device)
     for name in names:
-        values = [node[name].detach().to(device=device, dtype=dtype) for node in nodes]
+        values = [node[name].detach().to(device=device, dtype=dtype).contiguous() for node in nodes]
         parts = _portions(values)
         scratch = scratch if len(scratch) >= parts[0][1].numel() else scratch.new_empty(parts[0][1].numel())
         centre = values[0].clone()  # of identical nodes it will be the very node
@@ -98,7 +98,9 @@ def _gram(terms: Sequence[Term], group: str, like: Tensor, length: int | None) -
             part, whole = term.value, term.value[0].numel()
             for dim in (other for other in range(part.ndim - 1, 0, -1) if other != term.dim(axis)):
                 if length is not None and part[0].numel() > length * size:
-                    part = part.narrow(dim, 0, max(1, part.shape[dim] * length * size // part[0].numel()))
+                    apart = -(-part[0].numel() // (length * size))  # spread out: neighbours may all be zero for a unit
+                    places = torch.arange(0, part.shape[dim], min(part.shape[dim], apart), device=part.device)
+                    part = part.index_select(dim, places)
             own = like.new_zeros(1, size, size)
             contract(part, part, term.dim(axis), own)
             gram += own[0]
@@ -108,7 +110,7 @@ def _gram(terms: Sequence[Term], group: str, like: Tensor, length: int | None) -
 
 def _portions(values: list[Tensor]) -> list[tuple[slice, Tensor]]:
     """Which nodes, and their values stacked: small tensors many at a time, large ones one by one."""
-    at_once = max(1, _AT_A_TIME // max(1, values[0].numel()))
+    at_once = max(1, _AT_A_TIME // values[0].numel())
     slices = [slice(first, first + at_once) for first in range(0, len(values), at_once)]
     return [(rows, torch.stack(values[rows]) if at_once > 1 else values[rows][0][None]) for rows in slices]
 

@@ -33,7 +33,7 @@ class Options(TypedDict, total=False):
     memory : int
         How many nodes' permutations to remember between rounds (default 1000).
     max_steps : int
-        Upper limit of the solver's steps (default 100).
+        Upper limit of the solver's steps before it polishes (default 100).
     tolerance : float
         Relative duality gap at which the solver stops (default 1e-4).
     diagnostics : bool
@@ -62,14 +62,11 @@ _DEFAULTS = Options(
 )
 
 
-_NAMED = ("calibration", "device", "example_inputs", "model", "recalibrate")  # in the strategies' signatures
-
-
 def resolved(options: Options) -> Options:
     """All options, the defaults filled in; raise `ConfigError` for unknown ones and for values out of range."""
     unknown = sorted(set(options) - set(_DEFAULTS))
     if unknown:
-        raise ConfigError(f"unknown options {unknown}; known are {sorted([*_NAMED, *_DEFAULTS])}")
+        raise ConfigError(f"unknown options {unknown}; beside the named arguments there are {sorted(_DEFAULTS)}")
     full: Options = {**_DEFAULTS, **options}
     _check_whole("min_replies", full["min_replies"], 1)
     _check_whole("memory", full["memory"], 0)

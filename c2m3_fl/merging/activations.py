@@ -23,6 +23,7 @@ from c2m3_fl.models.program import Program, Walk
 
 _POSITIONS = 4096  # of every operator and batch
 _OUTPUT_AXIS = {Kind.LINEAR: 0, Kind.CONVOLUTION: 0, Kind.PRODUCT: 1, Kind.TRANSPOSED: 1}  # of weights; the other reads
+_CONSTANT = 1e-9  # spread of a layer, relative to the other node's, that is rounding
 _ROUNDS = 50  # of the universe-wide search; it ends by itself after a handful
 
 Features = dict[str, Tensor]  # per group, shape (samples, units)
@@ -52,7 +53,7 @@ def two_sided_features(
 
     A linear map does not commute with the nonlinearity between the two, as a permutation does, so it has to fit on both
     sides; nor does it commute with a scale per unit, so nothing is standardised. Rows are divided by the square root of
-    their number, by which products of features are sums of covariances: one per operator and side, all of one weight.
+    their number, by which products of features are sums of covariances: one per operator, side and slot of the units.
 
     Raises
     ------
@@ -110,8 +111,11 @@ def canonical_map(reference: Tensor, features: Tensor, regularisation: float) ->
 
     With whitened cross-covariance ``U S Vᵀ`` the canonical directions of both sides are put on top of each other:
     ``features @ mapᵀ`` has the reference's basis (Horoi et al. 2024, arXiv 2407.05385, equation 5). The regularisation
-    is a share of the units' mean variance.
+    is a share of the units' mean variance. Where one side hardly varies beside the other the map is the identity.
     """
+    spreads = sorted((float(reference.norm()), float(features.norm())))
+    if spreads[0] <= _CONSTANT * spreads[1]:
+        return torch.eye(reference.shape[1]).to(reference)
     root, unroot = _roots(_regularised(reference, regularisation))
     _, whiten = _roots(_regularised(features, regularisation))
     left, _, right = torch.linalg.svd(unroot @ (reference.T @ features) @ whiten)
@@ -179,7 +183,7 @@ def _by_group(spec: PermutationSpec, shown: Sequence[tuple[Axis, Tensor]]) -> Fe
     hidden = [name for name in spec.groups if name not in rows and not spec.children(name)]
     if hidden:
         raise ConfigError(
-            f"no operator's output shows the units of group {hidden[0]!r}, so activations cannot match them; "
+            f"no operator shows the units of group {hidden[0]!r} on its channels, so activations cannot match them; "
             "use a method that compares weights, such as 'c2m3'"
         )
     return {name: torch.cat(rows[name]) for name in spec.groups if name in rows}

@@ -25,13 +25,12 @@ def check_mappable(spec: PermutationSpec) -> None:
                 "them: use a method of permutations, such as 'c2m3'"
             )
     for name, tensor in spec.tensors.items():
-        groups = [group for _, segment in tensor.segments for group in segment.groups]
         if any(segment.slots for _, segment in tensor.segments):
             raise ConfigError(
                 f"{name!r} has units of two groups on one axis, which a linear map would mix; "
                 "use a method of permutations, such as 'c2m3'"
             )
-        if tensor.diagonal > 1 and groups:
+        if tensor.diagonal > 1 and any(tensor.axes):
             raise ConfigError(
                 f"{name!r} is a grouped convolution, whose zero blocks a linear map would fill; "
                 "use a method of permutations, such as 'c2m3'"

@@ -150,14 +150,14 @@ class _Arrangement:
     def forest(self) -> Forest:
         """Check that blocks nest, one level deep; derive what follows from the rest."""
         self._chains()
-        found = {lower: self._product(lower) for lower in sorted(self.maps)}
-        rest = [lower for lower, factors in found.items() if factors is None]
+        pairs = {lower: self._product(lower) for lower in sorted(self.maps)}
+        rest = [lower for lower, factors in pairs.items() if factors is None]
         for lower in rest:
             self._crossings(lower)
         for lower in rest:
             self._depth(lower)
         parent = {lower: next(iter(self.maps[lower].items())) for lower in rest if self.maps[lower]}
-        products = {lower: factors for lower, factors in found.items() if factors is not None and self.matters[lower]}
+        products = {lower: factors for lower, factors in pairs.items() if factors is not None and self.matters[lower]}
         kept = self.matters.copy()
         for factors in products.values():
             kept[[factor for factor, _ in factors]] = True
@@ -182,7 +182,10 @@ class _Arrangement:
             self._relate([(self._face(low), self._face(high)[block]) for (low, high), block in derived.items()])
 
     def _product(self, lower: int) -> tuple[Factor, Factor] | None:
-        """The two bundles whose units these are pairs of, each pair that shares a block once; those on an axis last."""
+        """The two bundles whose units these are pairs of, each pair that shares a block once; those on an axis last.
+
+        Where no bundle stands for the blocks yet, one is stated first.
+        """
         found = self.maps[lower]
         above = {upper for middle in found for upper in self.maps.get(middle, {})}
         factors = sorted((factor for factor in found if factor not in above), key=lambda one: (self.matters[one], one))
@@ -202,8 +205,9 @@ class _Arrangement:
                 added = [self.facts.size + block for block in blocks]
                 self._relate([(self._face(factor), above) for factor, above in zip(factors, added, strict=True)], count)
             return None
-        if any(len(self.maps.get(factor, {})) != (count > 1) for factor in factors):
-            return None
+        uppers = [self.maps.get(factor, {}) for factor in factors]
+        if any(len(found) != (count > 1) or any(map(self.maps.get, found)) for found in uppers):
+            return None  # a spec has no words for the blocks that hold these
         return (first, found[first]), (second, found[second])
 
     def _share(self, factors: list[int], joint: Atoms) -> bool:

@@ -15,6 +15,11 @@ def test_json_and_back_is_the_identity(spec: PermutationSpec) -> None:
     assert from_json(to_json(spec)) == spec
 
 
+def test_documents_of_the_first_format_are_read() -> None:
+    spec = ALL["attention"]
+    assert from_json(to_json(spec).replace("permutation spec 2", "permutation spec 1")) == spec
+
+
 def test_file_and_back_is_the_identity(tmp_path: Path) -> None:
     spec = PermutationSpec({}, {}, (Pin("a", 1, "reason", "aten.sort", "layers.0"),))
     save_spec(spec, tmp_path / "spec.json")

@@ -8,10 +8,11 @@ import torch
 from c2m3_fl.core import permutation
 from c2m3_fl.core.assignment import assignment_pool, oracle
 from c2m3_fl.core.problem import Problem
+from c2m3_fl.core.spec import Group, PermutationSpec, TensorSpec
 from c2m3_fl.core.starts import start_point
 from c2m3_fl.core.stationary import _bound_holds, agreement_if_stationary
 from c2m3_fl.core.universe import Universe
-from tests.core.networks import ALL, draws, mlp, pairwise_agreement, planted
+from tests.core.networks import ALL, draws, mlp, on, pairwise_agreement, planted, shared_keys
 
 each_spec = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
 
@@ -130,3 +131,20 @@ def test_squares_that_underflow_prove_nothing(scale):
     nodes, _ = planted(spec, 3, 0.1, seed=0)
     nodes = [{name: (value * scale).float() for name, value in node.items()} for node in nodes]
     assert agreement_if_stationary(spec, nodes, torch.full((3,), 1 / 3, dtype=torch.float64)) is None
+
+
+def test_how_the_values_lie_in_memory_does_not_matter():
+    spec = PermutationSpec({"c": Group(6)}, {"w": TensorSpec((6, 6, 3, 3), (on("c", 6), (), (), ()))})
+    nodes = drifted(spec, 3, 0.05, 0)
+    weights = torch.full((3,), 1 / 3, dtype=torch.float64)
+    value = agreement_if_stationary(spec, nodes, weights)
+    turned = [{"w": node["w"].to(memory_format=torch.channels_last)} for node in nodes]
+    assert value is not None
+    assert agreement_if_stationary(spec, turned, weights) == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("blocks", [2, 200])
+def test_units_with_units_for_slots_are_proven_too(blocks):
+    """Whichever coordinates are looked at first: those of most blocks are zero for a unit."""
+    spec, weights = shared_keys(blocks), torch.full((3,), 1 / 3, dtype=torch.float64)
+    assert agreement_if_stationary(spec, drifted(spec, 3, 0.001, 0), weights) is not None

@@ -102,6 +102,18 @@ def test_canonical_maps_undo_the_scales_of_units() -> None:
     torch.testing.assert_close(outputs(model, merged.state_dict, inputs), outputs(model, node, inputs))
 
 
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_layer_that_does_not_vary_is_left_in_its_own_basis(dead: int) -> None:
+    """There is nothing to map it by, and a map onto nothing has no inverse."""
+    model, params = nodes("mlp", 2)
+    still = dict(params[dead])
+    first = next(iter(still))
+    still[first] = torch.zeros_like(still[first])
+    params = [still if index == dead else node for index, node in enumerate(params)]
+    merged = merge(model, params, calibration=[CALIBRATION[0]], recalibrate="none", method="cca")
+    assert all(bool(torch.isfinite(value).all()) for value in merged.state_dict.values())
+
+
 def test_units_are_compared_where_they_are_made_and_where_they_are_read() -> None:
     model, (node,) = nodes("mlp", 1, torch.float64)
     spec, batches = spec_of("mlp"), load_batches([CALIBRATION[0].double()])

@@ -156,6 +156,20 @@ def test_nested_group_is_pinned_alone() -> None:
     assert check_invariance(network, proven, SMALL["gpt-separate"][1]) < 1e-9
 
 
+def test_pairs_in_blocks_that_lie_in_larger_blocks_are_frozen_and_proven() -> None:
+    """A spec expresses pairs, and one level of blocks, not both on top of each other."""
+
+    def mixed(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = net.w(x).view(-1, 2, 3, 2, 4)
+        z = torch.tanh(y + torch.tanh(y.mean(3, keepdim=True)) * torch.tanh(y.mean(4, keepdim=True)))
+        return net.o(z.flatten(1)), net.p(torch.tanh(torch.tanh(y.mean((3, 4))).mean(2)))
+
+    network = Lambda(mixed, w=nn.Linear(5, 48), o=nn.Linear(48, 3), p=nn.Linear(2, 3))
+    spec = permutation_spec(network, noise(4, 5))
+    assert any("blocks" in pin.reason for pin in spec.pins)
+    assert check_invariance(network, spec, noise(4, 5)) < 1e-9
+
+
 def test_nothing_hides_behind_zeros_and_ones() -> None:
     """A head of zeros would make every permutation look right."""
     network = build("mlp")
