@@ -108,8 +108,10 @@ class BlockAscent:
                 newest = max((self._changed[t] for t in colour.touched), default=0)
                 if self._best_since.get((node, number), -1) >= newest:
                     continue  # nothing that these blocks see has changed since they were last best
-                moved |= self._move(node, colour)
-                self._best_since[node, number] = self._clock
+                here = self._move(node, colour)
+                moved |= here
+                if not (here and colour.twice):  # a family that meets itself may have more to gain from where it is now
+                    self._best_since[node, number] = self._clock
             self._rounded[node] = True
         return moved
 

@@ -182,8 +182,9 @@ def test_a_federation_without_calibration_data_on_the_server_is_repaired():
 def of_another_subject(replies):
     """Node 2 answers about the endpoint of another client, which nobody asked it for."""
     for each in replies:
-        if each.metadata.message_type == f"query.{ACTION}" and each.metadata.src_node_id == 2:
-            each.metadata.__dict__["_group_id"] = "0" if each.metadata.group_id != "merged" else "merged"
+        about = each.metadata.group_id
+        if each.metadata.message_type == f"query.{ACTION}" and each.metadata.src_node_id == 2 and about != "merged":
+            each.metadata.__dict__["_group_id"] = str((int(about) + 1) % 4)
     return replies
 
 

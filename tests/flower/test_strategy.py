@@ -233,7 +233,11 @@ BAD_OPTIONS = {
         ConfigError,
         r'moments serve recalibrate="auto" alone, not .repair.',
     ),
-    "unknown": ({"colour": "red"}, ConfigError, r"unknown options \['colour'\]; named arguments there are .*'basis'"),
+    "unknown": (
+        {"colour": "red"},
+        ConfigError,
+        r"unknown options \['colour'\]; .* named arguments there are .*'basis'",
+    ),
     "alignment": ({"alignment": "none"}, ConfigError, "alignment is 'none'"),
     "basis": ({"basis": "mine"}, ConfigError, "basis is 'mine'"),
     "min_replies": ({"min_replies": 0}, ConfigError, "min_replies is 0"),
