@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ def normalise_weights(weights: Sequence[float] | Tensor | None, count: int) -> T
     """
     if weights is None:
         return torch.full((count,), 1.0 / count, dtype=torch.float64)
+    if isinstance(weights, Mapping):
+        raise WeightsError("weights are a mapping, expected one number per node, in the order of the nodes")
     values = _numbers(weights)
     if len(values) != count:
         raise WeightsError(f"weights: got {len(values)}, expected one for each of the {count} nodes")

@@ -10,6 +10,7 @@ import torch
 from c2m3_fl.core.problem import check_search
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.alignment import Basis, Mode
+from c2m3_fl.merging.setting import usable_device
 
 
 class Options(TypedDict, total=False):
@@ -80,14 +81,7 @@ def resolved(options: Options) -> Options:
 
 def resolved_device(device: torch.device | str | None) -> torch.device:
     """Where to compute, by default CUDA when there is one; raise `ConfigError` for what cannot be computed on."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found).cpu()  # fails on "meta" as well, which has no values to compute with
-    except Exception as error:
-        raise ConfigError(f"device is {device!r}, which cannot be used here: {error}") from error
-    return found
+    return usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

@@ -16,7 +16,12 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from c2m3_fl.errors import ConfigError
+
 _RUN, _SERVER = 1, 0  # the only run, and the node id of the server
+
+
+_PATIENCE = 5  # questions for the nodes in a row, without a message to any
 
 
 class SerialGrid(Grid):
@@ -33,6 +38,11 @@ class SerialGrid(Grid):
     transit : callable, optional
         From the replies of one round to those that arrive: reorder, drop, corrupt or repeat them.
 
+    Raises
+    ------
+    ConfigError
+        When there is no node, an id is no whole number, or a strategy waits for more nodes than there are.
+
     Notes
     -----
     A client that raises gives the error reply that Flower would deliver. Every node keeps its own context.
@@ -47,6 +57,8 @@ class SerialGrid(Grid):
         transit: Callable[[list[Message]], Iterable[Message]] | None = None,
     ) -> None:
         ids = [index + 1 for index in range(nodes)] if isinstance(nodes, int) else list(nodes)
+        if not ids or isinstance(nodes, bool) or not all(isinstance(node, int) for node in ids):
+            raise ConfigError(f"nodes is {nodes!r}, expected how many, at least one, or a list of their ids")
         self.app = app
         self.transit = transit
         self.contexts = {
@@ -54,6 +66,7 @@ class SerialGrid(Grid):
             for index, node in enumerate(ids)
         }
         self._sent = 0
+        self._asked = 0
         self._replies: dict[str, Message] = {}
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, _SERVER, 0
 
@@ -73,12 +86,16 @@ class SerialGrid(Grid):
         return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Ids of all nodes."""
+        """Ids of all nodes; a strategy that asks again and again waits for more of them, which nobody can add."""
+        self._asked += 1
+        if self._asked > _PATIENCE:
+            raise ConfigError(f"the strategy waits for more than the {len(self.contexts)} nodes of this SerialGrid")
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Let the nodes answer, and name the answers."""
         names = []
+        self._asked = 0
         for message in messages:
             self._sent += 1
             name = message.metadata.__dict__["_message_id"] = str(self._sent)

@@ -17,10 +17,11 @@ from c2m3_fl.core.frank_wolfe import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
+from c2m3_fl.merging.guard import Auto
 from c2m3_fl.merging.methods import Alignment, CycleConsistent, Method, Nodes, resolve_method
 from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
 from c2m3_fl.merging.reports import MergeReport, RecalibrationReport
-from c2m3_fl.merging.setting import canonical_order, check_params, check_types, moved_to, prepare
+from c2m3_fl.merging.setting import canonical_order, check_params, check_types, moved_to, prepare, usable_device
 from c2m3_fl.merging.shift import OwnMoments, with_own_moments
 from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, first_inputs, load_batches
 from c2m3_fl.models.program import require_runs
@@ -81,7 +82,8 @@ def merge(
         What to do with the calibration data: ``Auto()``, ``Repair()``, ``Refit()``, ``BatchNormStatistics()``, or a
         short name: "auto", "repair", "refit", "batchnorm", "none".
     moments : sequence of mappings, optional
-        Each node's `channel_moments` on its own data, by which "auto" sees whether the calibration data are like them.
+        Each node's `channel_moments` on its own data, by which "auto" sees whether the calibration data are like them;
+        for "auto" alone.
     method : Method or str
         How the nodes are aligned: an object of `c2m3_fl.merging.methods`, or its short name.
     basis : int, optional
@@ -125,11 +127,13 @@ def merge(
     recalibration, aligner = resolve(recalibrate), resolve_method(_started(method, start))
     if calibration is None and recalibrate in ("refit", "batchnorm"):
         raise CalibrationError(f"recalibrate={recalibrate!r} needs calibration inputs: pass calibration")
+    if moments is not None and not (isinstance(recalibration, Auto) and calibration is not None):
+        raise ConfigError('moments serve recalibrate="auto" with calibration data alone: leave them out, or pass both')
     share = _check(model, state_dicts, weights, basis)
     batches = () if calibration is None else load_batches(calibration, example_inputs=example_inputs)
     spec = _proven(model, spec, batches, example_inputs)
     home = next(iter(state_dicts[0].values())).device
-    place = home if device is None else torch.device(device)
+    place = home if device is None else usable_device(device)
     order = canonical_order(state_dicts, share)
     nodes = Nodes(
         spec,

@@ -281,14 +281,16 @@ def resolve_method(method: Method | str) -> Method:
     Raises
     ------
     ConfigError
-        For an unknown name.
+        For an unknown name, or a class in place of its instance.
 
     Examples
     --------
     >>> resolve_method("mean")
     Mean()
     """
-    if not isinstance(method, str):
+    if isinstance(method, type):
+        raise ConfigError(f"method is the class {method.__name__}, expected an object such as CycleConsistent()")
+    if callable(method):
         return method
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")

@@ -51,7 +51,7 @@ def resolve(recalibrate: Recalibration | str | None) -> Recalibration | None:
     """
     if isinstance(recalibrate, type):
         raise ConfigError(f"recalibrate is the class {recalibrate.__name__}, expected {recalibrate.__name__}()")
-    if not isinstance(recalibrate, str):
+    if recalibrate is None or (callable(recalibrate) and not isinstance(recalibrate, str)):
         return recalibrate
     if recalibrate not in SHORT_NAMES:
         raise ConfigError(f"recalibrate is {recalibrate!r}, expected one of {', '.join(map(repr, SHORT_NAMES))}")

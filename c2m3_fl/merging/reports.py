@@ -183,9 +183,11 @@ class MergeReport:
         if self.share_moved is not None:
             facts.append(("units moved", ", ".join(f"{share:.0%}" for share in self.share_moved)))
         worst = sorted(self.layers.items(), key=lambda item: min(item[1]))[:_LAYERS]
+        if len(self.layers) > _LAYERS:
+            facts.append(("cosines", f"of the {_LAYERS} among {len(self.layers)} tensors whose nodes agree least"))
         facts += [(f"cosine {name}", ", ".join(f"{cosine:.2f}" for cosine in cosines)) for name, cosines in worst]
         done = self.recalibration
-        facts.append(("recalibration", "none: no calibration data" if done is None else done.method))
+        facts.append(("recalibration", "none" if done is None else done.method))
         if done is not None and done.decision is not None:
             facts.append(("because", done.decision.reason))
         facts += [("note", note) for note in self.notes]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params
-from c2m3_fl.errors import ParamsError
+from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.merging.targets import Target, forecasts, mean_targets, output_moments
 from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, load_batches
 from c2m3_fl.models.program import Program, trace_batches
@@ -179,6 +179,16 @@ def canonical_order(nodes: Sequence[Params], weights: Tensor) -> list[int]:
     """
     digests = [digest(node) for node in nodes]
     return sorted(range(len(nodes)), key=lambda index: (-float(weights[index]), digests[index]))
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """A device that can be computed on; raise `ConfigError` for any other."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found).cpu()  # fails on "meta" as well, which has no values to compute with
+    except Exception as error:
+        raise ConfigError(f"device is {device!r}, which cannot be used here: {error}") from error
+    return found
 
 
 def moved_to(params: Params, device: torch.device) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.records import from_params
 from c2m3_fl.flower.serial import SerialGrid
 from tests.flower.federation import digits_app, mlp
@@ -79,3 +80,14 @@ def test_it_has_one_run_of_its_own():
     assert grid.run.run_id == 1
     with pytest.raises(NotImplementedError):
         grid.set_run(grid.run)
+
+
+@pytest.mark.parametrize("nodes", [0, True, "3", [], ["a"]])
+def test_what_is_no_number_of_nodes_is_refused(nodes):
+    with pytest.raises(ConfigError, match="expected how many, at least one, or a list of their ids"):
+        SerialGrid(ClientApp(), nodes)
+
+
+def test_a_strategy_that_waits_for_nodes_that_cannot_come_is_told():
+    with pytest.raises(ConfigError, match="waits for more than the 1 nodes"):
+        FedAvg().start(SerialGrid(digits_app(epochs=1), 1), from_params(mlp().state_dict()), num_rounds=1)
