@@ -206,6 +206,11 @@ def _report(
     notes = []
     if recalibration is None and any(name.endswith("running_var") for name in nodes.spec.tensors):
         notes.append("BatchNorm statistics are the nodes' averages, which fit no network; recalibrate with data")
+    if moves is None and recalibration is not None and recalibration.method != "batchnorm":
+        notes.append(
+            f"linear maps change what the nodes compute, and with it the targets of {recalibration.method}; "
+            "with BatchNorm, recalibrate='batchnorm' needs none"
+        )
     return MergeReport(
         nodes=len(nodes.params),
         basis=nodes.basis,

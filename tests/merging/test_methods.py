@@ -114,6 +114,14 @@ def test_a_layer_that_does_not_vary_is_left_in_its_own_basis(dead: int) -> None:
     assert all(bool(torch.isfinite(value).all()) for value in merged.state_dict.values())
 
 
+def test_targets_from_nodes_that_no_longer_compute_the_same_are_noted() -> None:
+    model, params = nodes("batch norm", 2)
+    options = {"calibration": [CALIBRATION[0]], "spec": spec_of("batch norm")}
+    for method, recalibrate, noted in (("cca", "repair", True), ("cca", "batchnorm", False), ("c2m3", "repair", False)):
+        notes = merge(model, params, method=method, recalibrate=recalibrate, **options).report.notes
+        assert any("linear maps change" in note for note in notes) == noted
+
+
 def test_units_are_compared_where_they_are_made_and_where_they_are_read() -> None:
     model, (node,) = nodes("mlp", 1, torch.float64)
     spec, batches = spec_of("mlp"), load_batches([CALIBRATION[0].double()])
