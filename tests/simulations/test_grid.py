@@ -65,5 +65,7 @@ def test_a_client_that_does_not_answer_ends_the_run():
 
 
 def test_no_supernode_is_an_error():
+    alone = SerialGrid(_app(None), 1)
+    alone.contexts.clear()
     with pytest.raises(SimulationError, match="no SuperNode is connected"):
-        _answers(0)
+        PartitionGrid(alone, CLIENTS).push_messages([])
