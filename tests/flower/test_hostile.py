@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import pytest
 
 from c2m3_fl.flower import alignment
@@ -17,13 +19,24 @@ def clients():
     return honest(SEED)
 
 
+@pytest.fixture(scope="module")
+def federations(clients):
+    return [clients, honest(1), honest(2)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "none"])
 @pytest.mark.parametrize("strategy", ["FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum"])
-def test_three_hostile_clients_of_ten_do_not_ruin_a_robust_strategy_in_the_universe(strategy, attack, clients):
-    parties = attacked(clients, ATTACKS[attack], SEED)
-    ours = merged(C2M3(STRATEGIES[strategy](), model=mlp(0, WIDTH), example_inputs=EXAMPLE), parties)
-    assert ours > 0.7
+def test_three_hostile_clients_of_ten_do_not_ruin_a_robust_strategy_in_the_universe(strategy, attack, federations):
+    """On the mean of three federations; single ones spread by .05."""
+    ours = [
+        merged(
+            C2M3(STRATEGIES[strategy](), model=mlp(0, WIDTH), example_inputs=EXAMPLE),
+            attacked(each, ATTACKS[attack], seed),
+        )
+        for seed, each in enumerate(federations)
+    ]
+    assert fmean(ours) > 0.7
 
 
 @pytest.mark.parametrize("strategy", ["FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum"])
