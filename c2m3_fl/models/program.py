@@ -288,7 +288,7 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(o for o in names if o != name) for names in holders.values() for name in names}
 
 
-def _attribute(graph: fx.Graph, path: str) -> Any:  # noqa: ANN401
+def _attribute(graph: fx.Graph, path: str) -> Any:  # noqa: ANN401  # as above
     value: Any = graph.owning_module
     for part in path.split("."):
         value = getattr(value, part)

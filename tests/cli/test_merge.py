@@ -110,18 +110,12 @@ def test_only_c2m3_has_a_course_to_draw(files: list[str], tmp_path: Path) -> Non
         CliRunner().invoke(app, [*arguments, "--convergence", "course.png"], catch_exceptions=False)
 
 
+def _merging(files: list[str], output: Path) -> list[str]:
+    return ["merge", *files, "--model", MODEL, "-o", str(output), "--image-size", "8"]
+
+
 def test_a_match_without_a_course_says_so(files: list[str], tmp_path: Path) -> None:
-    arguments = [
-        "merge",
-        files[0],
-        files[0],
-        "--model",
-        MODEL,
-        "-o",
-        str(tmp_path / "m.safetensors"),
-        "--image-size",
-        "8",
-    ]
+    arguments = _merging([files[0], files[0]], tmp_path / "m.safetensors")
     found = CliRunner().invoke(app, [*arguments, "--convergence", str(tmp_path / "c.png")], catch_exceptions=False)
     assert found.exit_code == 0
     assert "c.png is not drawn: the match ended where it began" in found.stderr
@@ -139,17 +133,7 @@ def test_a_bar_shows_how_far_the_gap_has_fallen() -> None:
 
 
 def test_the_report_is_also_json(files: list[str], tmp_path: Path) -> None:
-    arguments = [
-        "merge",
-        *files,
-        "--model",
-        MODEL,
-        "-o",
-        str(tmp_path / "m.safetensors"),
-        "--image-size",
-        "8",
-        "--json",
-    ]
+    arguments = [*_merging(files, tmp_path / "m.safetensors"), "--json"]
     report = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)
     assert report["nodes"] == 3
     assert report["method"] == "c2m3"

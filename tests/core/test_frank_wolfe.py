@@ -119,45 +119,6 @@ def test_nodes_that_step_together_climb_to_permutations_too(spec, together):
     assert result.objectives[-1] == pytest.approx(pairwise_agreement(spec, nodes, result.permutations, [0.2] * 5))
 
 
-def cold(monkeypatch, spec, nodes, **options):
-    """A match that does not reheat."""
-    with monkeypatch.context() as patch:
-        patch.setattr("c2m3_fl.core.frank_wolfe._WARMTHS", ())
-        return match(spec, nodes, **options)
-
-
-@each_spec
-def test_reheating_loses_nothing_and_keeps_the_course_before_it(spec, monkeypatch):
-    for seed in range(3):
-        nodes = draws(spec, 5, seed=seed)
-        starts = [permutation.random(spec, torch.Generator().manual_seed(i)) for i in range(5)]
-        for start in ("auto", starts):
-            before, after = cold(monkeypatch, spec, nodes, start=start), match(spec, nodes, start=start)
-            course = before.objectives
-            assert after.objectives[: len(course)] == course
-            gains = torch.tensor(after.objectives[len(course) - 1 :], dtype=torch.float64).diff()
-            assert bool((gains > 0).all())
-            assert after.steps == before.steps
-
-
-def test_reheating_leaves_local_optima(monkeypatch):
-    # No law. Five copies under noise of twice their size, seeds 0 to 9; with less of it there is little left to gain.
-    spec, better = mlp(12, 24, 24, 6), 0
-    for seed in range(10):
-        nodes, _ = planted(spec, 5, 2.0, seed)
-        better += match(spec, nodes).objectives[-1] > cold(monkeypatch, spec, nodes).objectives[-1]
-    assert better >= 8
-
-
-def test_a_start_that_no_step_improves_is_not_reheated(monkeypatch):
-    spec = mlp(12, 24, 24, 6)
-    nodes, perms = planted(spec, 5, 0.05, seed=0)
-    monkeypatch.setattr("c2m3_fl.core.frank_wolfe.reheated", lambda *_: pytest.fail("reheated"))
-    found = match(spec, nodes, start=perms)
-    assert found.steps == 0
-    assert all(same(perm, wanted) for perm, wanted in zip(found.permutations, perms, strict=True))
-
-
 def test_taking_turns_gains_more_in_a_pass_than_stepping_at_once():
     # Why it is the default; ten noisy copies, seeds 0 to 4.
     spec = mlp(12, 24, 24, 6)
