@@ -17,12 +17,11 @@ from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Axis, Params, PermutationSpec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.models.calibration import Batch
-from c2m3_fl.models.operators import Kind, Operator
+from c2m3_fl.models.operators import MADE, Operator
 from c2m3_fl.models.patches import output_rows, sample_positions
 from c2m3_fl.models.program import Program, Walk
 
 _POSITIONS = 4096  # of every operator and batch
-_OUTPUT_AXIS = {Kind.LINEAR: 0, Kind.CONVOLUTION: 0, Kind.PRODUCT: 1, Kind.TRANSPOSED: 1}  # of weights; the other reads
 _CONSTANT = 1e-9  # spread of a layer, relative to the other node's, that is rounding
 _ROUNDS = 50  # of the universe-wide search; it ends by itself after a handful
 
@@ -151,9 +150,9 @@ def _values(
     for index, (program, batch) in enumerate(zip(programs, batches, strict=True)):
         walk = Walk(program, params, batch)
         for operator in program.operators:
-            if operator.kind not in _OUTPUT_AXIS:
+            if operator.kind not in MADE:
                 continue
-            made = _OUTPUT_AXIS[operator.kind]
+            made = MADE[operator.kind]
             for side in (1 - made, made) if reads else (made,):
                 axis = spec.tensors[operator.weight].axes[side]
                 if axis:

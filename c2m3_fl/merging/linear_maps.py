@@ -1,19 +1,24 @@
-"""Linear maps of units in place of permutations: onto the axes that produce them, inverted onto those that read."""
+"""Linear maps of units in place of permutations: onto the axes that make them, inverted onto those that read them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from c2m3_fl.core.spec import Params, PermutationSpec, Segment, TensorSpec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.repair import feeds_batch_norm
+from c2m3_fl.merging.targets import View
+from c2m3_fl.models.operators import LAYOUTS, MADE, RECURRENT, Operator
 from c2m3_fl.models.program import Program
 
 _EPS = 7  # place of that argument of aten.batch_norm
+_UNKNOWN = -1
+_CONTRACTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "tensordot", "conv")
 
 
 def check_mappable(spec: PermutationSpec) -> None:
@@ -37,17 +42,89 @@ def check_mappable(spec: PermutationSpec) -> None:
             )
 
 
-def mapped(spec: PermutationSpec, maps: Mapping[str, Tensor], params: Params) -> dict[str, Tensor]:
-    """Apply each group's map to axis 0 and to vectors, and its inverse to every other axis.
+def reading_axes(spec: PermutationSpec, program: Program) -> dict[str, int]:
+    """The axis of every weight that reads units; all other axes with units make them.
+
+    Raises
+    ------
+    ConfigError
+        Where it cannot be told, or the same axis does both, as with an embedding that is the last layer, too.
+    """
+    found: dict[str, int] = {}
+    for node in program.graph.nodes:
+        name = program.names.get(node.name, "")
+        if not name or not any(spec.tensors[name].axes):
+            continue
+        roles = set(_roles(spec.tensors[name], program, node))
+        if len(roles) > 1 or _UNKNOWN in roles:
+            raise ConfigError(
+                f"{name!r} both makes and reads units, or is used in a way that does not tell, so no linear map fits "
+                "it: use a method of permutations, such as 'c2m3'"
+            )
+        names = (name, *program.aliases.get(name, ()))
+        found |= {each: axis for each in names for axis in roles if axis is not None}
+    return found
+
+
+def _roles(tensor: TensorSpec, program: Program, node: fx.Node, *, derived: bool = False) -> Iterator[int | None]:
+    """The axis by which every use of a parameter reads units; `derived` where `node` is made of it."""
+    for user in node.users:
+        if user.op != "output" and _of_parameters(program, user):
+            yield from _roles(tensor, program, user, derived=True)
+            continue
+        layout = LAYOUTS.get(user.target)
+        if not derived and layout is not None and node in user.args[layout.arguments[1] :][:1]:
+            axis = 1 - MADE[layout.kind] if layout.kind in MADE else None
+        elif not derived and user.target in RECURRENT:
+            axis = 1 if len(tensor.shape) > 1 else None
+        else:
+            axis = _UNKNOWN if _name(user).startswith(_CONTRACTIONS) and len(tensor.shape) > 1 else None
+        yield axis if axis is None or axis == _UNKNOWN or tensor.axes[axis] else None
+
+
+def _of_parameters(program: Program, node: fx.Node) -> bool:
+    """Whether a value is made of parameters alone."""
+    inputs = node.all_input_nodes
+    return node.name in program.names or (bool(inputs) and all(_of_parameters(program, each) for each in inputs))
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", "").split(".")[0]
+
+
+def mapped(
+    spec: PermutationSpec, maps: Mapping[str, Tensor], params: Params, reads: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Apply each group's map to the axes that make its units, and its inverse to those that read them.
 
     Variances are mapped as those of uncorrelated units, by the squares; re-estimate them afterwards.
     """
     inverses = {name: torch.linalg.inv(matrix) for name, matrix in maps.items()}
     squares = {name: matrix.square() for name, matrix in maps.items()}
     return {
-        name: _mapped(spec.tensors[name], squares if name.endswith("running_var") else maps, inverses, value)
+        name: _mapped(
+            spec.tensors[name], squares if name.endswith("running_var") else maps, inverses, value, reads.get(name)
+        )
         for name, value in params.items()
     }
+
+
+def seen_through(spec: PermutationSpec, maps: Mapping[str, Tensor]) -> View:
+    """How the outputs of a network are seen in the basis that its units are mapped to, in the outputs' own type."""
+    return partial(_seen, spec, maps)
+
+
+def _seen(spec: PermutationSpec, maps: Mapping[str, Tensor], operator: Operator, value: Tensor) -> Tensor:
+    if not operator.weight:
+        return value
+    tensor = spec.tensors[operator.weight]
+    made = MADE.get(operator.kind)
+    sides = tensor.axes if made is None else tensor.axes[made : made + 1]
+    channels = (axis for axis in operator.channel_axes({operator.weight: torch.empty(tensor.shape)}))
+    for axis, segments in zip(channels, sides, strict=True):
+        for segment in segments:
+            value = _along(value, axis, segment, maps[segment.group].to(value))
+    return value
 
 
 @dataclass(frozen=True)
@@ -125,12 +202,14 @@ def _spread(params: dict[str, Tensor], pair: Normalised, variance: Tensor) -> No
     params[pair.variance] = (variance - pair.eps).to(params[pair.variance].dtype)
 
 
-def _mapped(tensor: TensorSpec, maps: Mapping[str, Tensor], inverses: Mapping[str, Tensor], value: Tensor) -> Tensor:
+def _mapped(
+    tensor: TensorSpec, maps: Mapping[str, Tensor], inverses: Mapping[str, Tensor], value: Tensor, reads: int | None
+) -> Tensor:
     if not value.is_floating_point():
         return value
     result = value.double()
     for axis, segment in tensor.segments:
-        matrix = maps[segment.group] if axis == 0 else inverses[segment.group].T
+        matrix = inverses[segment.group].T if axis == reads else maps[segment.group]
         result = _along(result, axis, segment, matrix.to(result.device))
     return result.to(value.dtype)
 

@@ -81,6 +81,7 @@ class MeanOutputs:
             for place, operator in enumerate(program.operators):
                 outputs = [walk.output(operator) for walk in walks]
                 if wanted(operator):
+                    outputs = [view(operator, each) for view, each in zip(setting.views, outputs, strict=True)]
                     own_seed = seed + 1009 * place + 1_000_003 * index
                     self._drawn[place, index] = self._draw(operator, outputs, held_out, count, own_seed)
         if floor is not None:

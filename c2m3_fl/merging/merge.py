@@ -149,8 +149,11 @@ def merge(
     report = None
     if recalibration is not None and nodes.batches:
         plain = weighted_mean([nodes.params[index] for index in order], share[order])
-        setting = prepare(model, merged, alignment.params, nodes.batches, weights=share, plain=plain)
-        if moments is not None and alignment.moves is not None:
+        endpoints = alignment.params if alignment.sources is None else alignment.sources
+        setting = prepare(model, merged, endpoints, nodes.batches, weights=share, plain=plain, views=alignment.views)
+        if moments is not None:
+            if alignment.moves is None:
+                raise ConfigError(f"moments cannot follow the linear maps of method {method!r}: leave them out")
             setting = with_own_moments(setting, spec, alignment.moves, moments)
         done = recalibrated(recalibration, setting)
         merged, report = done.state_dict, done.report
@@ -206,11 +209,6 @@ def _report(
     notes = []
     if recalibration is None and any(name.endswith("running_var") for name in nodes.spec.tensors):
         notes.append("BatchNorm statistics are the nodes' averages, which fit no network; recalibrate with data")
-    if moves is None and recalibration is not None and recalibration.method != "batchnorm":
-        notes.append(
-            f"linear maps change what the nodes compute, and with it the targets of {recalibration.method}; "
-            "with BatchNorm, recalibrate='batchnorm' needs none"
-        )
     return MergeReport(
         nodes=len(nodes.params),
         basis=nodes.basis,

@@ -26,10 +26,19 @@ from c2m3_fl.merging.activations import (
     two_sided_features,
     unit_features,
 )
-from c2m3_fl.merging.linear_maps import check_mappable, folded, mapped, normalised, spread_again
+from c2m3_fl.merging.linear_maps import (
+    check_mappable,
+    folded,
+    mapped,
+    normalised,
+    reading_axes,
+    seen_through,
+    spread_again,
+)
 from c2m3_fl.merging.setting import check_types, same
+from c2m3_fl.merging.targets import View, as_it_is
 from c2m3_fl.models.calibration import Batch
-from c2m3_fl.models.program import trace_batches
+from c2m3_fl.models.program import Program, trace_batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +71,8 @@ class Nodes:
     model: nn.Module
     batches: tuple[Batch, ...] = ()
 
-    def features(self, *, two_sided: bool = False) -> list[Features]:
-        """What every node's units do on the calibration data: `unit_features`, or `two_sided_features`.
+    def programs(self) -> list[Program]:
+        """The traced network, one program per batch.
 
         Raises
         ------
@@ -72,10 +81,14 @@ class Nodes:
         """
         if not self.batches:
             raise CalibrationError("this method compares activations and needs calibration data; none were given")
+        return trace_batches(self.model, self.batches)
+
+    def features(self, *, two_sided: bool = False) -> list[Features]:
+        """What every node's units do on the calibration data: `unit_features`, or `two_sided_features`."""
         for index, node in enumerate(self.params):
             check_types(self.model.state_dict(), node, f"node {index}")
         with torch.no_grad():
-            programs = trace_batches(self.model, self.batches)
+            programs = self.programs()
             measure = two_sided_features if two_sided else unit_features
             return [measure(self.spec, programs, self.batches, node) for node in self.params]
 
@@ -94,12 +107,18 @@ class Alignment:
         The maps into a universe, for methods that have one.
     seconds : float
         Wall-clock time.
+    sources : tuple of mappings of str to Tensor, optional
+        Where `params` no longer compute what the nodes do: networks that do.
+    views : tuple of View, optional
+        How the outputs of `sources` are seen in the basis.
     """
 
     params: tuple[Params, ...]
     moves: tuple[Permutation, ...] | None
     match: Match | None
     seconds: float
+    sources: tuple[Params, ...] | None = None
+    views: tuple[View, ...] | None = None
 
 
 class Method(Protocol):
@@ -222,8 +241,8 @@ class CCA:
 
     A map goes onto every axis that produces a group's units and its inverse onto every axis that reads them; the
     scales of BatchNorm are first moved into the operators before them, which makes the maps exact there. Linear maps
-    do not commute with nonlinearities, so unlike permutations they change what a node computes; units are compared on
-    both sides of the nonlinearity.
+    do not commute with nonlinearities, so unlike permutations they change what a node computes: units are compared on
+    both sides of the nonlinearity, and recalibration aims at the outputs of the nodes themselves, mapped.
 
     Attributes
     ----------
@@ -240,21 +259,26 @@ class CCA:
         reference = nodes.params[nodes.basis]
         if all(same(node, reference) for node in nodes.params):
             return Alignment(nodes.params, None, None, time.perf_counter() - begin)
-        pairs = normalised(trace_batches(nodes.model, nodes.batches[:1])[0]) if nodes.batches else ()
+        program = nodes.programs()[0]
+        reads, pairs = reading_axes(nodes.spec, program), normalised(program)
         folds = [folded(pairs, node) for node in nodes.params]
         features = replace(nodes, params=tuple(folds)).features(two_sided=True)
-        aligned = []
+        aligned: list[Params] = []
+        views: list[View] = []
         for given, own in zip(folds, features, strict=True):
             if same(given, folds[nodes.basis]):
                 aligned.append(given)
+                views.append(as_it_is)
                 continue
             maps = {
                 name: canonical_map(features[nodes.basis][name], own[name], self.regularisation)
                 for name in nodes.spec.groups
             }
-            aligned.append(mapped(nodes.spec, maps, given))
+            aligned.append(mapped(nodes.spec, maps, given, reads))
             spread_again(pairs, nodes.spec, maps, given, aligned[-1])
-        return Alignment(tuple(aligned), None, None, time.perf_counter() - begin)
+            views.append(seen_through(nodes.spec, maps))
+        seconds = time.perf_counter() - begin
+        return Alignment(tuple(aligned), None, None, seconds, sources=tuple(folds), views=tuple(views))
 
 
 def moved(nodes: Nodes, moves: Sequence[Permutation], match: Match | None, begin: float) -> Alignment:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError, ParamsError
-from c2m3_fl.merging.targets import Target, forecasts, mean_targets, output_moments
+from c2m3_fl.merging.targets import Target, View, as_it_is, forecasts, mean_targets, output_moments
 from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, load_batches
 from c2m3_fl.models.program import Program, trace_batches
 from c2m3_fl.models.statistics import Moments
@@ -32,13 +32,16 @@ class Setting:
     merged : mapping of str to Tensor
         The averaged state dict.
     endpoints : tuple of mappings of str to Tensor
-        The averaged networks, aligned, in canonical order.
+        The averaged networks in canonical order, each aligned or with a view.
     weights : Tensor of float64, shape (endpoints,)
         Averaging weights in the same order; they sum to one.
     model : nn.Module
         The architecture.
     order : tuple of int
         The place at which each endpoint was given.
+    views : tuple of View
+        How each endpoint's outputs are seen in the basis of the average: as they are, unless it was a linear map of
+        an endpoint that was averaged, which computes something else than the endpoint.
     own : tuple of mappings of str to Moments
         Each endpoint's channel moments on its own training data, aligned; empty where they are not known.
     plain : mapping of str to Tensor, optional
@@ -52,6 +55,7 @@ class Setting:
     weights: Tensor
     model: nn.Module
     order: tuple[int, ...]
+    views: tuple[View, ...]
     own: tuple[Mapping[str, Moments], ...] = ()
     plain: Params | None = None
 
@@ -59,7 +63,8 @@ class Setting:
     def moments(self) -> list[dict[str, Moments]]:
         """Each endpoint's channel moments on the calibration data; measured on first use, in one pass each."""
         with torch.no_grad():
-            return [output_moments(self.programs, self.batches, endpoint) for endpoint in self.endpoints]
+            pairs = zip(self.endpoints, self.views, strict=True)
+            return [output_moments(self.programs, self.batches, endpoint, view) for endpoint, view in pairs]
 
     @cached_property
     def targets(self) -> dict[str, Target]:
@@ -70,7 +75,7 @@ class Setting:
     def forecasts(self) -> dict[str, Moments]:
         """Moments that closed-form REPAIR expects of the averaged network."""
         with torch.no_grad():
-            return forecasts(self.programs, self.batches, self.endpoints, self.weights)
+            return forecasts(self.programs, self.batches, self.endpoints, self.views, self.weights)
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +98,7 @@ def prepare(
     example_inputs: ExampleInputs | None = None,
     device: torch.device | str | None = None,
     plain: Params | None = None,
+    views: Sequence[View] | None = None,
 ) -> Setting:
     """Check everything, trace the network, and bring it all to one device.
 
@@ -121,6 +127,7 @@ def prepare(
         weights=share[order],
         model=model,
         order=tuple(order),
+        views=(as_it_is,) * len(order) if views is None else tuple(views[index] for index in order),
         plain=None if plain is None else moved_to(plain, place),
     )
 

@@ -21,7 +21,7 @@ from c2m3_fl.core.spec import Params, PermutationSpec, TensorSpec
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.repair import feeds_batch_norm
 from c2m3_fl.merging.setting import Setting
-from c2m3_fl.merging.targets import output_moments
+from c2m3_fl.merging.targets import as_it_is, output_moments
 from c2m3_fl.models.calibration import Calibration, ExampleInputs, load_batches
 from c2m3_fl.models.operators import Kind, Operator
 from c2m3_fl.models.program import trace_batches
@@ -112,9 +112,10 @@ def shift(setting: Setting) -> float | None:
     Returns
     -------
     float, optional
-        None when no node's own moments are known.
+        None when no node's own moments are known in the basis of the merge.
     """
-    own = setting.own or _buffered(setting)
+    aligned = all(view is as_it_is for view in setting.views)  # linear maps would need covariances
+    own = setting.own or (_buffered(setting) if aligned else ())
     if not own or not own[0]:
         return None
     weights = setting.weights.to(setting.device)[:, None]

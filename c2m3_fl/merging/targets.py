@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from c2m3_fl.models.calibration import Batch
 from c2m3_fl.models.operators import Operator
 from c2m3_fl.models.program import Program, Walk
 from c2m3_fl.models.statistics import Moments
+
+View = Callable[[Operator, Tensor], Tensor]  # an operator's output, or a norm's input, in the basis of the merge
 
 _BUDGET = 4 << 30  # bytes of activations kept alive; batches beyond it run again from the start at every operator
 
@@ -31,19 +33,30 @@ class Target:
     std: Tensor
 
 
-def output_moments(programs: Sequence[Program], batches: Sequence[Batch], params: Params) -> dict[str, Moments]:
+def as_it_is(_: Operator, value: Tensor) -> Tensor:
+    """The view of a network that is in the basis of the merge itself."""
+    return value
+
+
+def output_moments(
+    programs: Sequence[Program], batches: Sequence[Batch], params: Params, view: View = as_it_is
+) -> dict[str, Moments]:
     """Moments of every operator's output, in one pass over the batches."""
     found: dict[str, Moments] = {}
     for program, batch in zip(programs, batches, strict=True):
         walk = Walk(program, params, batch)
         for operator in program.operators:
-            moments = Moments.of(walk.output(operator), operator.channel_axes(params))
+            moments = Moments.of(view(operator, walk.output(operator)), operator.channel_axes(params))
             found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
     return found
 
 
 def forecasts(
-    programs: Sequence[Program], batches: Sequence[Batch], endpoints: Sequence[Params], weights: Tensor
+    programs: Sequence[Program],
+    batches: Sequence[Batch],
+    endpoints: Sequence[Params],
+    views: Sequence[View],
+    weights: Tensor,
 ) -> dict[str, Moments]:
     """What every channel of the averaged network would do if it computed the mean of its endpoints, in one pass.
 
@@ -58,7 +71,7 @@ def forecasts(
             node = operator.input if operator.mean else operator.node
             for walk in walks:
                 walk.advance(operator.index)
-            mean = _mean([walk.value(node) for walk in walks], share)
+            mean = _mean([view(operator, walk.value(node)) for view, walk in zip(views, walks, strict=True)], share)
             moments = Moments.of(mean, operator.channel_axes(endpoints[0]))
             found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
     return found

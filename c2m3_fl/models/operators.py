@@ -81,12 +81,15 @@ LAYOUTS: dict[object, Layout] = {
     **_convolutions(),
 }
 
-_RECURRENT = (_aten.lstm.input, _aten.gru.input, _aten.rnn_tanh.input, _aten.rnn_relu.input)
+# The axis of a weight that makes an operator's channels; axis 1 - MADE reads those of its input.
+MADE = {Kind.LINEAR: 0, Kind.CONVOLUTION: 0, Kind.PRODUCT: 1, Kind.TRANSPOSED: 1}
+
+RECURRENT = (_aten.lstm.input, _aten.gru.input, _aten.rnn_tanh.input, _aten.rnn_relu.input)
 
 
 def obstacle(target: object) -> str:
     """What keeps an operator's output from being corrected in its parameters."""
-    return "has gates that feed back into themselves" if target in _RECURRENT else "has no channels"
+    return "has gates that feed back into themselves" if target in RECURRENT else "has no channels"
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ _ENDPOINTS = replace(
 )
 _RESNET = replace(_ENDPOINTS, model="resnet20-bn", image_size=16, local_epochs=12)
 _VGG = replace(_ENDPOINTS, model="vgg11-bn", width=0.25, local_epochs=6)
+_VGG16 = replace(_VGG, model="vgg16-bn", train_size=20_000, local_epochs=15)
 _DISJOINT = replace(_VGG, train_size=20_000, partition="pathological", classes_per_client=5)
 _DIRICHLET = replace(_VGG, train_size=20_000, partition="dirichlet", alpha=0.5)
 _FULL = {"train_size": 0, "test_size": 0, "image_size": 0, "batch_size": 128, "local_epochs": 100}
@@ -140,6 +141,8 @@ PUBLISHED = {
     for name, settings, whole, title in (
         ("resnet", _RESNET, True, "5 ResNet20, 10,000 images of 16×16 pixels, 12 epochs"),
         ("vgg", _VGG, True, "5 VGG11 (¼ width), 10,000 images, 6 epochs"),
+        ("vgg16", _VGG16, True, "5 VGG16 (¼ width), 20,000 images, 15 epochs"),
+        ("vgg-many", replace(_VGG, clients=20), True, "20 VGG11 (¼ width), 10,000 images, 6 epochs"),
         ("vgg-disjoint", _DISJOINT, False, "5 VGG11 (¼ width), 20,000 images, five classes each"),
         ("vgg-dir.5", _DIRICHLET, False, "5 VGG11 (¼ width), 20,000 images, Dirichlet .5"),
         ("resnet-full", replace(_RESNET, width=4.0, **_FULL), True, "5 ResNet20×4, all images, 100 epochs"),
