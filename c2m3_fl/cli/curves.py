@@ -33,8 +33,8 @@ def draw_segments(segments: Mapping[str, Segment], file: Path) -> None:
     plt.close(figure)
 
 
-def draw_landscapes(landscapes: Mapping[str, Landscape], file: Path) -> None:
-    """Loss across the plane through three networks, one panel each, on one scale of colours."""
+def draw_landscapes(landscapes: Mapping[str, Landscape], names: Sequence[str], file: Path) -> None:
+    """Loss across the plane through three networks of these names, one panel each, on one scale of colours."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -47,9 +47,9 @@ def draw_landscapes(landscapes: Mapping[str, Landscape], file: Path) -> None:
     panels = [panels] if len(landscapes) == 1 else list(panels)
     for panel, (name, each) in zip(panels, landscapes.items(), strict=True):
         drawn = panel.contourf(each.x, each.y, each.loss.numpy(), levels=levels, cmap="viridis", extend="both")
-        for number, (x, y) in enumerate(each.corners):
+        for network, (x, y) in zip(names, each.corners, strict=True):
             panel.plot(x, y, marker="o", color="white", markeredgecolor="black")
-            panel.annotate(str(number), (x, y), textcoords="offset points", xytext=(6, 6), color="white")
+            panel.annotate(network, (x, y), textcoords="offset points", xytext=(6, 6), color="white")
         panel.set_title(name, loc="left", fontsize=10)
         panel.set_aspect("equal")
         panel.set_xlabel("distance in parameter space")
@@ -71,7 +71,7 @@ def draw_agreement(before: Mapping[str, Sequence[float]], after: Mapping[str, Se
     places = range(len(names))
     axes.hlines(places, ends[0], ends[1], color=_COLOURS[0], linewidth=1, alpha=0.5)
     for label, values, colour in zip(("as they are", "in one basis"), ends, _COLOURS, strict=False):
-        axes.plot(values, places, "o", color=colour, label=label)
+        axes.plot(values, places, "o", color=colour, label=label, clip_on=False)
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(min(0.0, *ends[0], *ends[1]) - 0.02, 1)

@@ -52,5 +52,5 @@ def landscape(
             "as they are": plane(network, nodes, images, resolution=resolution, renormalise=renormalise),
             "in one basis": plane(network, moved, images, resolution=resolution, renormalise=renormalise),
         }
-    draw_landscapes(drawn, output)
+    draw_landscapes(drawn, [file.stem for file in files], output)
     typer.echo(f"written to {output}")

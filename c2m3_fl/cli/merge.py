@@ -133,6 +133,6 @@ def _print(merged: Merge, report: dict[str, Any], output: Path) -> None:
     for name, text in merged.report.facts():
         facts.add_row(name, text)
     for name, accuracy in report.get("accuracy", {}).items():
-        facts.add_row(f"accuracy {name}", f"{accuracy:.1%}")
+        facts.add_row(f"accuracy {name}", f"{accuracy:.1%} of the calibration images")
     facts.add_row("written to", str(output))
     Console(highlight=False, soft_wrap=True).print(facts)

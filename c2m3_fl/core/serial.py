@@ -89,6 +89,8 @@ def _pack(segment: Segment) -> dict[str, Any]:
 
 def _unpack(packed: Mapping[str, Any], groups: Mapping[str, Group]) -> Segment:
     name, inner = packed["group"], packed["inner"]
+    if not isinstance(inner, int) or inner < 1:
+        raise SpecError(f"a segment of group {name!r} has inner {inner!r}, expected a whole number, at least 1")
     if "positions" in packed:
         positions = np.array(packed["positions"], dtype=np.int64).reshape(-1, inner)
     elif name not in groups:

@@ -61,7 +61,7 @@ class C2M3(Strategy):
         **options: Unpack[Options],
     ) -> None:
         self.strategy = FedAvg() if strategy is None else strategy
-        check_instance(self.strategy, Strategy)
+        check_instance(self.strategy, Strategy, C2M3)
         self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
         self.schema = schema_of_params(model.state_dict())
         self.expected: Schema = self.schema

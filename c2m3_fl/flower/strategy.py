@@ -92,7 +92,7 @@ class C2M3(Strategy):
         **options: Unpack[Options],
     ) -> None:
         self.strategy = FedAvg() if strategy is None else strategy
-        check_instance(self.strategy, Strategy)
+        check_instance(self.strategy, Strategy, C2M3)
         self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
         if not isinstance(moments, ClientStatistics | None):
             raise ConfigError(f"moments is {moments!r}, expected ClientStatistics()")

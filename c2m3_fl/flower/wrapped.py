@@ -51,8 +51,8 @@ def rewinding(strategy: object) -> Callable[[], None]:
     return rewind
 
 
-def check_instance(strategy: object, kind: type[object]) -> None:
-    """Raise `ConfigError` unless the strategy is an instance of `kind`, the current or the legacy base."""
+def check_instance(strategy: object, kind: type[object], wrapper: type[object]) -> None:
+    """Raise `ConfigError` unless the strategy is one of `kind`, the current or the legacy base, and no `wrapper`."""
     if isinstance(strategy, type):
         raise ConfigError(
             f"strategy is the class {strategy.__name__}, expected an instance of it, {strategy.__name__}()"
@@ -60,6 +60,10 @@ def check_instance(strategy: object, kind: type[object]) -> None:
     if not isinstance(strategy, kind):
         found, expected = (f"{each.__module__}.{each.__qualname__}" for each in (type(strategy), kind))
         raise ConfigError(f"strategy is a {found}, expected an instance of {expected}")
+    if isinstance(strategy, wrapper):
+        raise ConfigError(
+            f"strategy is a {wrapper.__name__} already, which would align and repair twice: pass what is inside it"
+        )
 
 
 def ignores_weights(strategy: object) -> bool:

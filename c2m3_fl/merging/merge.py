@@ -46,6 +46,9 @@ class Merge:
     match: Match | None
     report: MergeReport
 
+    def __str__(self) -> str:
+        return str(self.report)
+
 
 def merge(
     model: nn.Module,
@@ -176,6 +179,10 @@ def _proven(
 ) -> PermutationSpec:
     if batches:
         require_runs(model, batches[0])
+    if spec is not None and not isinstance(spec, PermutationSpec):
+        raise ConfigError(
+            f"spec is a {type(spec).__name__}, expected a PermutationSpec; from_json(text) reads a saved one"
+        )
     if spec is None:
         return permutation_spec(model, first_inputs(batches or None, example_inputs))
     if batches or example_inputs is not None:

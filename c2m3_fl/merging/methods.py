@@ -263,11 +263,11 @@ class CCA:
         reads, pairs = reading_axes(nodes.spec, program), normalised(program)
         folds = [folded(pairs, node) for node in nodes.params]
         features = replace(nodes, params=tuple(folds)).features(two_sided=True)
-        aligned: list[Params] = []
+        aligned: list[dict[str, Tensor]] = []
         views: list[View] = []
         for given, own in zip(folds, features, strict=True):
             if same(given, folds[nodes.basis]):
-                aligned.append(given)
+                aligned.append(dict(given))
                 views.append(as_it_is)
                 continue
             maps = {

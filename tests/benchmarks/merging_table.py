@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import time
@@ -40,6 +41,13 @@ from tests.benchmarks.merging_cases import CASES, PUBLISHED, Case, Trained, accu
 
 RESULTS = Path("results")
 _ORDERS = 3  # random orders that MergeMany is averaged over
+_COUNTS = (2, 3, 4, 5, 10)  # numbers of networks of the published setting, beside all there are
+_MANY = ("mergemany", "c2m3", "cca")  # methods that are measured for every number of networks
+_RECALIBRATED: tuple[tuple[str, Recalibration | str], ...] = (
+    ("REPAIR", "repair"),
+    ("batchnorm", "batchnorm"),
+    ("refit", Refit(scores=True)),
+)
 RECALIBRATIONS: dict[str, Recalibration] = {
     "+ BatchNorm": BatchNormStatistics(),
     "+ REPAIR": Repair(),
@@ -218,23 +226,38 @@ def shift_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> 
 
 
 def published_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> Iterator[Row]:
-    """Every method with REPAIR, for all nodes and for the first few; notes say the share of the nodes' accuracy."""
-    for count in range(2, len(found.nodes) + 1):
+    """Every method with REPAIR, for all nodes and for the first few; notes say the share of the nodes' accuracy.
+
+    All nodes also with BatchNorm re-estimated and with refit. MergeMany is the mean over random orders.
+    """
+    for count in sorted({count for count in _COUNTS if count < len(found.nodes)} | {len(found.nodes)}):
         nodes, share = found.nodes[:count], found.weights[:count]
         mean = statistics.mean(accuracy(found.model, node, found.test) for node in nodes)
         yield Row(case.title, seed, f"{count} nodes: mean node", mean, 0.0)
-        for name in METHODS if count == len(found.nodes) else ("mergemany", "c2m3", "cca"):
-            orders: list[Method | str] = [MergeMany(order) for order in range(_ORDERS)]
+        everything = count == len(found.nodes)
+        recalibrations = _RECALIBRATED if everything else _RECALIBRATED[:1]
+        for (column, recalibrate), name in itertools.product(recalibrations, METHODS):
+            if name not in _MANY and not (everything and recalibrate == "repair"):
+                continue
+            methods: list[Method | str] = [MergeMany(order) for order in range(_ORDERS)]
             runs = [
-                merge(found.model, nodes, spec=spec, weights=share, calibration=found.calibration, method=method)
-                for method in (orders if name == "mergemany" else [name])
+                merge(
+                    found.model,
+                    nodes,
+                    spec=spec,
+                    weights=share,
+                    calibration=found.calibration,
+                    method=method,
+                    recalibrate=recalibrate,
+                )
+                for method in (methods if name == "mergemany" else [name])
             ]
             scores = [accuracy(found.model, each.state_dict, found.test) for each in runs]
             score, seconds = statistics.mean(scores), statistics.mean(each.report.seconds for each in runs)
             note = f"{score / mean:.3f} of the nodes' mean"
             if len(scores) > 1:
                 note += f"; {len(scores)} random orders: {', '.join(f'{each:.3f}' for each in scores)}"
-            yield Row(case.title, seed, f"{count} nodes: {name} + REPAIR", score, seconds, note)
+            yield Row(case.title, seed, f"{count} nodes: {name} + {column}", score, seconds, note)
 
 
 TABLES: dict[str, Callable[[Case, int, Trained, PermutationSpec], Iterator[Row]]] = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from c2m3_fl.core.serial import from_json, load_spec, save_spec, to_json
-from c2m3_fl.core.spec import PermutationSpec, Pin
+from c2m3_fl.core.spec import Group, PermutationSpec, Pin, Segment, TensorSpec
 from c2m3_fl.errors import SpecError
 from tests.core.networks import ALL
 
@@ -38,6 +38,12 @@ def test_file_and_back_is_the_identity(tmp_path: Path) -> None:
 def test_other_text_is_refused(text: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         from_json(text)
+
+
+def test_segments_of_no_length_are_refused() -> None:
+    spec = PermutationSpec({"a": Group(2)}, {"w": TensorSpec((2,), ((Segment.contiguous("a", 2),),))})
+    with pytest.raises(SpecError, match="group 'a' has inner 0, expected a whole number"):
+        from_json(to_json(spec).replace('"inner":1', '"inner":0'))
 
 
 def test_contradictory_document_is_refused() -> None:

@@ -251,6 +251,7 @@ BAD_OPTIONS = {
     "device": ({"device": "abacus"}, ConfigError, "device is 'abacus'"),
     "absent device": ({"device": "cuda:99"}, ConfigError, "device is 'cuda:99'"),
     "device without values": ({"device": "meta"}, ConfigError, "device is 'meta'"),
+    "itself": ({"strategy": C2M3(model=mlp(), example_inputs=EXAMPLE)}, ConfigError, "strategy is a C2M3 already"),
     "strategy class": ({"strategy": FedAvg}, ConfigError, r"strategy is the class FedAvg, .* FedAvg\(\)"),
     "legacy strategy": ({"strategy": LegacyFedAvg()}, ConfigError, "expected an instance of flwr.serverapp.strategy"),
     "outliers": ({"outliers": "keep"}, ConfigError, "outliers is 'keep'"),

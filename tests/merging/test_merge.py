@@ -139,6 +139,8 @@ def test_classes_in_place_of_their_instances_are_named() -> None:
     node = model.state_dict()
     with pytest.raises(ConfigError, match=r"model is <class .*Linear'>, expected a module such as Net\(\)"):
         merge(torch.nn.Linear, [node, node], example_inputs=torch.zeros(2, 4))  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(ConfigError, match="spec is a str, expected a PermutationSpec"):
+        merge(model, [node, node], example_inputs=torch.zeros(2, 4), spec="{}")  # type: ignore[arg-type]  # too
     with pytest.raises(ConfigError, match=r"recalibrate is the class Repair, expected Repair\(\)"):
         merge(model, [node, node], calibration=[torch.zeros(2, 4)], recalibrate=Repair)  # type: ignore[arg-type]  # too
 
@@ -183,6 +185,7 @@ def test_a_merge_says_in_a_few_lines_what_it_did() -> None:
     assert any(line.startswith("recalibration") and line.endswith("repair") for line in lines)
     assert max(map(len, lines)) < 120
     assert str(merged.match).startswith("2 nodes: agreement ")
+    assert str(merged) == str(merged.report)
 
 
 def test_batch_norm_without_calibration_is_noted() -> None:
