@@ -142,7 +142,7 @@ PUBLISHED = {
         ("resnet", _RESNET, True, "5 ResNet20, 10,000 images of 16×16 pixels, 12 epochs"),
         ("vgg", _VGG, True, "5 VGG11 (¼ width), 10,000 images, 6 epochs"),
         ("vgg16", _VGG16, True, "5 VGG16 (¼ width), 20,000 images, 15 epochs"),
-        ("vgg-many", replace(_VGG, clients=20), True, "20 VGG11 (¼ width), 10,000 images, 6 epochs"),
+        ("vgg-many", replace(_VGG, clients=10), True, "10 VGG11 (¼ width), 10,000 images, 6 epochs"),
         ("vgg-disjoint", _DISJOINT, False, "5 VGG11 (¼ width), 20,000 images, five classes each"),
         ("vgg-dir.5", _DIRICHLET, False, "5 VGG11 (¼ width), 20,000 images, Dirichlet .5"),
         ("resnet-full", replace(_RESNET, width=4.0, **_FULL), True, "5 ResNet20×4, all images, 100 epochs"),

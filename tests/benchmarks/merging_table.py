@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.merging.guard import Auto
 from c2m3_fl.merging.merge import Merge, merge
-from c2m3_fl.merging.methods import METHODS, MergeMany, Method
+from c2m3_fl.merging.methods import METHODS, Alignment, MergeMany, Method, Nodes
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import BatchNormStatistics, Repair
@@ -41,13 +41,12 @@ from tests.benchmarks.merging_cases import CASES, PUBLISHED, Case, Trained, accu
 
 RESULTS = Path("results")
 _ORDERS = 3  # random orders that MergeMany is averaged over
-_COUNTS = (2, 3, 4, 5, 10)  # numbers of networks of the published setting, beside all there are
-_MANY = ("mergemany", "c2m3", "cca")  # methods that are measured for every number of networks
-_RECALIBRATED: tuple[tuple[str, Recalibration | str], ...] = (
-    ("REPAIR", "repair"),
-    ("batchnorm", "batchnorm"),
-    ("refit", Refit(scores=True)),
-)
+_COUNTS = (2, 3, 5)  # numbers of networks of the published setting, beside all there are
+_PUBLISHED: dict[str, tuple[Recalibration | str, Sequence[str]]] = {  # all methods for all networks with REPAIR, and
+    "REPAIR": ("repair", ("mergemany", "c2m3", "cca")),  # these for fewer
+    "batchnorm": ("batchnorm", ("mergemany", "c2m3", "cca")),
+    "refit": (Refit(scores=True), ("c2m3", "cca")),
+}
 RECALIBRATIONS: dict[str, Recalibration] = {
     "+ BatchNorm": BatchNormStatistics(),
     "+ REPAIR": Repair(),
@@ -225,39 +224,57 @@ def shift_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> 
             yield Row(case.title, seed, f"{name}: {column}", score, done.report.seconds, note)
 
 
+@dataclass
+class Once:
+    """A method that remembers its alignment, for several recalibrations of the same nodes."""
+
+    method: Method
+    found: Alignment | None = None
+
+    def __call__(self, nodes: Nodes) -> Alignment:
+        """The alignment of the first call."""
+        if self.found is None:
+            self.found = self.method(nodes)
+        return self.found
+
+
 def published_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec) -> Iterator[Row]:
     """Every method with REPAIR, for all nodes and for the first few; notes say the share of the nodes' accuracy.
 
-    All nodes also with BatchNorm re-estimated and with refit. MergeMany is the mean over random orders.
+    Some of them, for all nodes, with BatchNorm re-estimated and with refit, too.
+    MergeMany is the mean over random orders.
     """
-    for count in sorted({count for count in _COUNTS if count < len(found.nodes)} | {len(found.nodes)}):
-        nodes, share = found.nodes[:count], found.weights[:count]
-        mean = statistics.mean(accuracy(found.model, node, found.test) for node in nodes)
+    for count in sorted({*(count for count in _COUNTS if count < len(found.nodes)), len(found.nodes)}):
+        part = replace(found, nodes=found.nodes[:count], weights=found.weights[:count])
+        mean = statistics.mean(accuracy(found.model, node, found.test) for node in part.nodes)
         yield Row(case.title, seed, f"{count} nodes: mean node", mean, 0.0)
         everything = count == len(found.nodes)
-        recalibrations = _RECALIBRATED if everything else _RECALIBRATED[:1]
-        for (column, recalibrate), name in itertools.product(recalibrations, METHODS):
-            if name not in _MANY and not (everything and recalibrate == "repair"):
-                continue
-            methods: list[Method | str] = [MergeMany(order) for order in range(_ORDERS)]
-            runs = [
-                merge(
-                    found.model,
-                    nodes,
-                    spec=spec,
-                    weights=share,
-                    calibration=found.calibration,
-                    method=method,
-                    recalibrate=recalibrate,
-                )
-                for method in (methods if name == "mergemany" else [name])
-            ]
-            scores = [accuracy(found.model, each.state_dict, found.test) for each in runs]
-            score, seconds = statistics.mean(scores), statistics.mean(each.report.seconds for each in runs)
-            note = f"{score / mean:.3f} of the nodes' mean"
-            if len(scores) > 1:
-                note += f"; {len(scores)} random orders: {', '.join(f'{each:.3f}' for each in scores)}"
-            yield Row(case.title, seed, f"{count} nodes: {name} + {column}", score, seconds, note)
+        for name in METHODS if everything else _PUBLISHED["REPAIR"][1]:
+            orders = [MergeMany(order) for order in range(_ORDERS)] if name == "mergemany" else [METHODS[name]]
+            methods = [Once(order) for order in orders]
+            for column, (recalibrate, wanted) in _PUBLISHED.items():
+                if column == "REPAIR" or (everything and name in wanted):
+                    yield _published_row(case, seed, part, spec, mean, f"{name} + {column}", methods, recalibrate)
+
+
+def _published_row(
+    case: Case,
+    seed: int,
+    found: Trained,
+    spec: PermutationSpec,
+    mean: float,
+    column: str,
+    methods: Sequence[Method],
+    recalibrate: Recalibration | str,
+) -> Row:
+    options: Any = {"spec": spec, "weights": found.weights, "calibration": found.calibration}
+    runs = [merge(found.model, found.nodes, method=each, recalibrate=recalibrate, **options) for each in methods]
+    scores = [accuracy(found.model, each.state_dict, found.test) for each in runs]
+    score, seconds = statistics.mean(scores), statistics.mean(each.report.seconds for each in runs)
+    note = f"{score / mean:.3f} of the nodes' mean"
+    if len(scores) > 1:
+        note += f"; {len(scores)} random orders: {', '.join(f'{each:.3f}' for each in scores)}"
+    return Row(case.title, seed, f"{len(found.nodes)} nodes: {column}", score, seconds, note)
 
 
 TABLES: dict[str, Callable[[Case, int, Trained, PermutationSpec], Iterator[Row]]] = {
