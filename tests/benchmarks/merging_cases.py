@@ -124,6 +124,18 @@ CASES = {
     "mnist-dir.1": Case(replace(_MNIST, alpha=0.1), False, "MNIST MLP, 10 clients, Dirichlet .1"),
     "cifar-iid": Case(replace(_CIFAR, partition="iid"), False, "CIFAR-10 CNN, 4 clients, IID"),
     "cifar-dir.3": Case(replace(_CIFAR, alpha=0.3), False, "CIFAR-10 CNN, 4 clients, Dirichlet .3"),
+    "cifar-iid-40k": Case(
+        replace(_CIFAR, partition="iid", train_size=40_000),
+        False,
+        "CIFAR-10 CNN, 4 clients, IID, 40,000 images",
+        torch.channels_last,
+    ),
+    "cifar-dir.3-40k": Case(
+        replace(_CIFAR, alpha=0.3, train_size=40_000),
+        False,
+        "CIFAR-10 CNN, 4 clients, Dirichlet .3, 40,000 images",
+        torch.channels_last,
+    ),
 }
 
 _ENDPOINTS = replace(
