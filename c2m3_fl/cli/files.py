@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -49,6 +48,10 @@ def load_network(name: str, classes: int = 0) -> tuple[nn.Module, ExampleInputs 
         made = getattr(import_module(module), attribute)()
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"cannot load {name!r}: {error}; expected package.module:factory") from error
+    except Exception as error:  # a factory may raise anything
+        raise ConfigError(
+            f"{name!r} failed: {type(error).__name__}: {error}; expected a factory that is called without arguments"
+        ) from error
     finally:
         sys.path.pop(0)
     network, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -105,7 +108,9 @@ def load_params(file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise DataError(f"{file} is no safetensors file: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    except Exception as error:  # what is no torch file fails in many ways
         raise DataError(
             f"{file} was refused: torch.load(weights_only=True) cannot read it, so it may run code when it is opened; "
             "save the state dict with safetensors"
@@ -139,7 +144,6 @@ def load_images(folder: Path, size: int, *, channels: int = 3, raw: bool = False
     ------
     ConfigError
         For any other number of channels.
-    ------
     DataError
         When the folder holds no image, or one that cannot be read.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -52,5 +53,12 @@ def landscape(
             "as they are": plane(network, nodes, images, resolution=resolution, renormalise=renormalise),
             "in one basis": plane(network, moved, images, resolution=resolution, renormalise=renormalise),
         }
-    draw_landscapes(drawn, [file.stem for file in files], output)
+    draw_landscapes(drawn, _names(files), output)
     typer.echo(f"written to {output}")
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """What the picture calls the networks: their files' names, with folders where those do not tell them apart."""
+    stems = [file.stem for file in files]
+    names = stems if len(set(stems)) == len(stems) else [str(file.with_suffix("")) for file in files]
+    return [name.replace("$", r"\$") for name in names]  # a dollar sign would begin a formula

@@ -25,7 +25,7 @@ from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower.answering import ACTION
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.merging.recalibrate import Recalibration
-from c2m3_fl.merging.repair import BatchNormStatistics, Repair, feeds_batch_norm, rescale, restate
+from c2m3_fl.merging.repair import BatchNormStatistics, Repair, rescale, restate
 from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 from c2m3_fl.merging.targets import Target, mean_targets, output_moments
 from c2m3_fl.models.calibration import Batch
@@ -129,7 +129,7 @@ def repair_by_clients(
     for place, operator in enumerate(program.operators):
         if operator.mean:
             reports.append(restate(program, operator, params, survey.pooled(nodes, place, params, before=True)))
-        elif targets and (final or not operator.final) and not feeds_batch_norm(operator):
+        elif targets and (final or not operator.final) and not operator.feeds_norm:
             moments = survey.pooled(nodes, place, params)
             reports.append(rescale(program, operator, params, moments, targets[operator.name]))
     method = "repair by the clients' statistics" if targets else "batchnorm by the clients' statistics"

@@ -110,16 +110,21 @@ def canonical_map(reference: Tensor, features: Tensor, regularisation: float) ->
 
     With whitened cross-covariance ``U S Vᵀ`` the canonical directions of both sides are put on top of each other:
     ``features @ mapᵀ`` has the reference's basis (Horoi et al. 2024, arXiv 2407.05385, equation 5). The regularisation
-    is a share of the units' mean variance. Where one side hardly varies beside the other the map is the identity.
+    is a share of the units' mean variance. Where one side hardly varies the map is the identity.
     """
-    spreads = sorted((float(reference.norm()), float(features.norm())))
-    if spreads[0] <= _CONSTANT * spreads[1]:
+    if hardly_varies(reference, features):
         return torch.eye(reference.shape[1]).to(reference)
     root, unroot = _roots(_regularised(reference, regularisation))
     _, whiten = _roots(_regularised(features, regularisation))
     left, _, right = torch.linalg.svd(unroot @ (reference.T @ features) @ whiten)
     result: Tensor = root @ left @ right @ whiten
     return result
+
+
+def hardly_varies(reference: Tensor, features: Tensor) -> bool:
+    """Whether units vary by rounding alone, beside those of the other node."""
+    low, high = sorted((float(reference.norm()), float(features.norm())))
+    return low <= _CONSTANT * high
 
 
 def _regularised(features: Tensor, share: float) -> Tensor:

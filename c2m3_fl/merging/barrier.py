@@ -184,6 +184,8 @@ def simplex(
     """
     if len(nodes) < 2:
         raise ConfigError(f"a simplex needs at least two networks, got {len(nodes)}")
+    if samples < 0:
+        raise ConfigError(f"samples is {samples}, expected none or more")
     scorer = Scorer(model, nodes, data, example_inputs=example_inputs, renormalise=renormalise)
     count = len(nodes)
     corners = [[float(row == column) for column in range(count)] for row in range(count)]

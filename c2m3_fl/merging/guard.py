@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import BatchNormStatistics, Repair, recalibration_report
 from c2m3_fl.merging.reports import Candidate, Decision, Recalibrated
 from c2m3_fl.merging.setting import Setting
 from c2m3_fl.merging.shift import shift
+from c2m3_fl.models.calibration import Batch
 from c2m3_fl.models.program import Walk
 
 # About the geometric mean of the largest shift seen with data of the clients' own distribution, however skewed their
@@ -171,6 +173,15 @@ def _decide(found: Sequence[Candidate]) -> Decision:
     return Decision(best.name, reason, None, tuple(found))
 
 
+def _check_labels(batch: Batch, classes: int) -> None:
+    labels = batch.labels
+    if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise CalibrationError(
+            f"calibration batch {batch.index}: labels from {int(labels.min())} to {int(labels.max())}, expected class "
+            f"indices from 0 to {classes - 1}: the network gives {classes} scores"
+        )
+
+
 def _votes(setting: Setting, networks: Sequence[Params]) -> Tensor | None:
     """Class that the networks together give every calibration input; None where outputs are no class scores."""
     share = setting.weights if len(networks) == len(setting.weights) else torch.ones(1)
@@ -186,5 +197,6 @@ def _votes(setting: Setting, networks: Sequence[Params]) -> Tensor | None:
                 part = weight * scores.double().softmax(1)
                 total = part if total is None else total + part
             assert total is not None  # there is at least one network
+            _check_labels(batch, total.shape[1])
             votes.append(total.argmax(1))
     return torch.cat(votes)

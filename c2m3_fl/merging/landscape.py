@@ -76,6 +76,8 @@ def landscape(
     """
     if len(nodes) != 3:
         raise ConfigError(f"a plane goes through three networks, got {len(nodes)}")
+    if resolution < 2:
+        raise ConfigError(f"resolution is {resolution}, expected at least two points along each side")
     scorer = Scorer(model, nodes, data, example_inputs=example_inputs, renormalise=renormalise)
     origin, across, up = (torch.cat([node[name].double().flatten() for name in scorer.names]) for node in nodes)
     width = float((across - origin).norm())

@@ -11,12 +11,12 @@ from torch import Tensor, fx
 
 from c2m3_fl.core.spec import Params, PermutationSpec, Segment, TensorSpec
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.merging.repair import feeds_batch_norm
 from c2m3_fl.merging.targets import View
-from c2m3_fl.models.operators import LAYOUTS, MADE, RECURRENT, Operator
+from c2m3_fl.models.operators import LAYOUTS, MADE, RECURRENT, Kind, Operator
 from c2m3_fl.models.program import Program
 
 _EPS = 7  # place of that argument of aten.batch_norm
+_WEIGHTS = 2  # place of that argument of recurrent operators
 _UNKNOWN = -1
 _CONTRACTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "tensordot", "conv")
 
@@ -55,7 +55,7 @@ def reading_axes(spec: PermutationSpec, program: Program) -> dict[str, int]:
         name = program.names.get(node.name, "")
         if not name or not any(spec.tensors[name].axes):
             continue
-        roles = set(_roles(spec.tensors[name], program, node))
+        roles = {_reading_axis(spec.tensors[name], node, value, user) for value, user in _uses(node)}
         if len(roles) > 1 or _UNKNOWN in roles:
             raise ConfigError(
                 f"{name!r} both makes and reads units, or is used in a way that does not tell, so no linear map fits "
@@ -66,102 +66,112 @@ def reading_axes(spec: PermutationSpec, program: Program) -> dict[str, int]:
     return found
 
 
-def _roles(tensor: TensorSpec, program: Program, node: fx.Node, *, derived: bool = False) -> Iterator[int | None]:
-    """The axis by which every use of a parameter reads units; `derived` where `node` is made of it."""
-    for user in node.users:
-        if user.op != "output" and _of_parameters(program, user):
-            yield from _roles(tensor, program, user, derived=True)
-            continue
-        layout = LAYOUTS.get(user.target)
-        if not derived and layout is not None and node in user.args[layout.arguments[1] :][:1]:
-            axis = 1 - MADE[layout.kind] if layout.kind in MADE else None
-        elif not derived and user.target in RECURRENT:
-            axis = 1 if len(tensor.shape) > 1 else None
-        else:
-            axis = _UNKNOWN if _name(user).startswith(_CONTRACTIONS) and len(tensor.shape) > 1 else None
-        yield axis if axis is None or axis == _UNKNOWN or tensor.axes[axis] else None
+def _uses(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The operators where a parameter, or what elementwise operators made of it, meets weights or is contracted."""
+    met, open_nodes = {node}, [node]
+    while open_nodes:
+        value = open_nodes.pop()
+        for user in value.users:
+            if user.target in LAYOUTS or user.target in RECURRENT or _contracts(user):
+                yield value, user
+            elif user not in met:
+                met.add(user)
+                open_nodes.append(user)
 
 
-def _of_parameters(program: Program, node: fx.Node) -> bool:
-    """Whether a value is made of parameters alone."""
-    inputs = node.all_input_nodes
-    return node.name in program.names or (bool(inputs) and all(_of_parameters(program, each) for each in inputs))
+def _reading_axis(tensor: TensorSpec, node: fx.Node, value: fx.Node, user: fx.Node) -> int | None:
+    """The axis by which one use of a parameter reads units: None where it makes them, -1 where that cannot be told."""
+    layout, direct, vector = LAYOUTS.get(user.target), value is node, len(tensor.shape) == 1
+    if layout is not None:
+        if layout.kind not in MADE or value not in user.args[layout.arguments[1] :][:1] or (vector and not direct):
+            return None  # a scale, or units that another weight reads
+        convolution = layout.kind in (Kind.CONVOLUTION, Kind.TRANSPOSED)
+        axis = 1 - MADE[layout.kind] if direct and (convolution or len(tensor.shape) == 2) else _UNKNOWN
+    elif user.target in RECURRENT:
+        weights = user.args[_WEIGHTS]
+        if vector or not isinstance(weights, Sequence) or value not in weights:
+            return None  # a bias, or an input
+        axis = 1 if direct else _UNKNOWN
+    else:
+        return _UNKNOWN if direct or not vector else None
+    return axis if axis == _UNKNOWN or tensor.axes[axis] else None
 
 
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", "").split(".")[0]
+def _contracts(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "").startswith(_CONTRACTIONS)
 
 
 def mapped(
-    spec: PermutationSpec, maps: Mapping[str, Tensor], params: Params, reads: Mapping[str, int]
+    spec: PermutationSpec, maps: Mapping[str, Tensor], params: Params, reads: Mapping[str, int], program: Program
 ) -> dict[str, Tensor]:
     """Apply each group's map to the axes that make its units, and its inverse to those that read them.
 
-    Variances are mapped as those of uncorrelated units, by the squares; re-estimate them afterwards.
+    Spreads are mapped as those of uncorrelated units, by the squares: variances of BatchNorm (re-estimate them
+    afterwards), and the scales of norms, which no linear map commutes with.
     """
-    inverses = {name: torch.linalg.inv(matrix) for name, matrix in maps.items()}
+    inverses = {name: torch.linalg.inv(matrix).T for name, matrix in maps.items()}
     squares = {name: matrix.square() for name, matrix in maps.items()}
-    return {
-        name: _mapped(
-            spec.tensors[name], squares if name.endswith("running_var") else maps, inverses, value, reads.get(name)
-        )
-        for name, value in params.items()
-    }
+    scales = {each.weight for each in program.operators if not each.linear}
+    variances = {each.variance for each in program.operators}
+    result = dict(params)
+    for name, value in params.items():
+        tensor, given = spec.tensors[name], value.double()
+        if name in scales:
+            spread = _along_all(tensor, squares, given.square()).sqrt()
+            result[name] = spread.copysign(_along_all(tensor, squares, given)).to(value.dtype)
+        elif value.is_floating_point() and any(tensor.axes):
+            chosen = squares if name in variances else maps
+            for axis, segment in tensor.segments:
+                matrix = inverses if axis == reads.get(name) else chosen
+                given = _along(given, axis, segment, matrix[segment.group])
+            result[name] = given.to(value.dtype)
+    return result
+
+
+def _along_all(tensor: TensorSpec, maps: Mapping[str, Tensor], value: Tensor) -> Tensor:
+    for axis, segment in tensor.segments:
+        value = _along(value, axis, segment, maps[segment.group])
+    return value
 
 
 def seen_through(spec: PermutationSpec, maps: Mapping[str, Tensor]) -> View:
-    """How the outputs of a network are seen in the basis that its units are mapped to, in the outputs' own type."""
+    """How the outputs of a network are seen in the basis that its units are mapped to."""
     return partial(_seen, spec, maps)
 
 
 def _seen(spec: PermutationSpec, maps: Mapping[str, Tensor], operator: Operator, value: Tensor) -> Tensor:
-    if not operator.weight:
-        return value
-    tensor = spec.tensors[operator.weight]
+    name = operator.weight or operator.mean
+    tensor = spec.tensors[name]
     made = MADE.get(operator.kind)
     sides = tensor.axes if made is None else tensor.axes[made : made + 1]
-    channels = (axis for axis in operator.channel_axes({operator.weight: torch.empty(tensor.shape)}))
+    channels = operator.channel_axes({name: torch.empty(tensor.shape, device="meta")})
     for axis, segments in zip(channels, sides, strict=True):
         for segment in segments:
-            value = _along(value, axis, segment, maps[segment.group].to(value))
+            value = _along(value, axis, segment, maps[segment.group])
     return value
 
 
 @dataclass(frozen=True)
 class Normalised:
-    """A linear operator and the BatchNorm that alone reads it.
+    """A linear operator, and the BatchNorm with weight and running statistics that alone reads it."""
 
-    Attributes
-    ----------
-    weight, bias : str
-        Parameters of the operator; "" where it has no bias.
-    scale, mean, variance : str
-        Weight and running statistics of the norm; its bias moves like any other.
-    eps : float
-        What the norm adds to variances.
-    """
+    producer: Operator
+    norm: Operator
 
-    weight: str
-    bias: str
-    scale: str
-    mean: str
-    variance: str
-    eps: float
+    @property
+    def eps(self) -> float:
+        """What the norm adds to variances."""
+        return float(str(self.norm.node.args[_EPS]))
 
 
 def normalised(program: Program) -> tuple[Normalised, ...]:
     """The operators of a network whose output a BatchNorm with weight and running statistics takes."""
-    producers = {each.node: each for each in program.operators if each.linear and feeds_batch_norm(each)}
-    found = []
-    for norm in program.operators:
-        producer = producers.get(norm.input)
-        if producer is not None and norm.mean and norm.weight:
-            names = (producer.weight, producer.bias, norm.weight, norm.mean, norm.variance)
-            found.append(Normalised(*names, float(str(norm.node.args[_EPS]))))
-    return tuple(found)
+    producers = {each.node: each for each in program.operators if each.linear and each.feeds_norm}
+    norms = (each for each in program.operators if each.mean and each.weight and each.input in producers)
+    return tuple(Normalised(producers[norm.input], norm) for norm in norms)
 
 
-def folded(pairs: Sequence[Normalised], params: Params) -> dict[str, Tensor]:
+def folded(program: Program, pairs: Sequence[Normalised], params: Params) -> dict[str, Tensor]:
     """The same function with every such norm's scale moved into the operator before it.
 
     A linear map of units does not commute with a scale per unit; once the norm scales by one, it does. The norm's
@@ -170,17 +180,19 @@ def folded(pairs: Sequence[Normalised], params: Params) -> dict[str, Tensor]:
     """
     result = dict(params)
     for pair in pairs:
-        weight, scale = params[pair.weight], params[pair.scale].double()
-        factor = scale / (params[pair.variance].double() + pair.eps).sqrt()
-        result[pair.weight] = (weight.double() * factor.reshape(-1, *(1,) * (weight.ndim - 1))).to(weight.dtype)
-        for name in (pair.bias, pair.mean):
+        producer, norm = pair.producer, pair.norm
+        scale = params[norm.weight].double()
+        factor = scale / (params[norm.variance].double() + pair.eps).sqrt()
+        program.assign(result, producer.weight, producer.rescaled(params[producer.weight].double(), factor))
+        for name in (producer.bias, norm.mean):
             if name:
-                result[name] = (params[name].double() * factor).to(params[name].dtype)
-        _spread(result, pair, scale.square())
+                program.assign(result, name, params[name].double() * factor.reshape(params[name].shape))
+        _spread(program, result, pair, scale.square())
     return result
 
 
 def spread_again(
+    program: Program,
     pairs: Sequence[Normalised],
     spec: PermutationSpec,
     maps: Mapping[str, Tensor],
@@ -188,34 +200,21 @@ def spread_again(
     moved: dict[str, Tensor],
 ) -> None:
     """Set the spread of folded norms, in place, to that of the mapped units: that of uncorrelated ones."""
+    squares = {name: matrix.square() for name, matrix in maps.items()}
     for pair in pairs:
-        squares = given[pair.scale].double().square()
-        for _, segment in spec.tensors[pair.scale].segments:
-            squares = _along(squares, 0, segment, maps[segment.group].square().to(squares.device))
-        _spread(moved, pair, squares)
+        name = pair.norm.weight
+        _spread(program, moved, pair, _along_all(spec.tensors[name], squares, given[name].double().square()))
 
 
-def _spread(params: dict[str, Tensor], pair: Normalised, variance: Tensor) -> None:
+def _spread(program: Program, params: dict[str, Tensor], pair: Normalised, variance: Tensor) -> None:
     """A norm that multiplies by one, written as the weight sqrt(variance) over a running variance of that size."""
     variance = variance.clamp_min(pair.eps)
-    params[pair.scale] = variance.sqrt().to(params[pair.scale].dtype)
-    params[pair.variance] = (variance - pair.eps).to(params[pair.variance].dtype)
-
-
-def _mapped(
-    tensor: TensorSpec, maps: Mapping[str, Tensor], inverses: Mapping[str, Tensor], value: Tensor, reads: int | None
-) -> Tensor:
-    if not value.is_floating_point():
-        return value
-    result = value.double()
-    for axis, segment in tensor.segments:
-        matrix = inverses[segment.group].T if axis == reads else maps[segment.group]
-        result = _along(result, axis, segment, matrix.to(result.device))
-    return result.to(value.dtype)
+    program.assign(params, pair.norm.weight, variance.sqrt())
+    program.assign(params, pair.norm.variance, variance - pair.eps)
 
 
 def _along(value: Tensor, axis: int, segment: Segment, matrix: Tensor) -> Tensor:
     moved = value.movedim(axis, 0).clone()
     positions = torch.from_numpy(segment.positions).to(value.device)
-    moved[positions] = torch.einsum("uv,vs...->us...", matrix, moved[positions])
+    moved[positions] = torch.einsum("uv,vs...->us...", matrix.to(moved), moved[positions])
     return moved.movedim(0, axis)

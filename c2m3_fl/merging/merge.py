@@ -152,8 +152,10 @@ def merge(
     report = None
     if recalibration is not None and nodes.batches:
         plain = weighted_mean([nodes.params[index] for index in order], share[order])
-        endpoints = alignment.params if alignment.sources is None else alignment.sources
-        setting = prepare(model, merged, endpoints, nodes.batches, weights=share, plain=plain, views=alignment.views)
+        endpoints, views = alignment.params, None
+        if alignment.seen is not None:
+            endpoints, views = zip(*alignment.seen, strict=True)
+        setting = prepare(model, merged, endpoints, nodes.batches, weights=share, plain=plain, views=views)
         if moments is not None:
             if alignment.moves is None:
                 raise ConfigError(f"moments cannot follow the linear maps of method {method!r}: leave them out")
@@ -213,7 +215,7 @@ def _report(
     share = nodes.weights.tolist()
     layers = fit(nodes.spec, alignment.params, share).layers
     found, moves = alignment.match, alignment.moves
-    notes = []
+    notes = list(alignment.notes)
     if recalibration is None and any(name.endswith("running_var") for name in nodes.spec.tensors):
         notes.append("BatchNorm statistics are the nodes' averages, which fit no network; recalibrate with data")
     return MergeReport(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.merging.activations import (
     Features,
     canonical_map,
+    hardly_varies,
     match_all,
     match_to,
     two_sided_features,
@@ -83,12 +85,11 @@ class Nodes:
             raise CalibrationError("this method compares activations and needs calibration data; none were given")
         return trace_batches(self.model, self.batches)
 
-    def features(self, *, two_sided: bool = False) -> list[Features]:
+    def features(self, programs: Sequence[Program], *, two_sided: bool = False) -> list[Features]:
         """What every node's units do on the calibration data: `unit_features`, or `two_sided_features`."""
         for index, node in enumerate(self.params):
             check_types(self.model.state_dict(), node, f"node {index}")
         with torch.no_grad():
-            programs = self.programs()
             measure = two_sided_features if two_sided else unit_features
             return [measure(self.spec, programs, self.batches, node) for node in self.params]
 
@@ -107,18 +108,19 @@ class Alignment:
         The maps into a universe, for methods that have one.
     seconds : float
         Wall-clock time.
-    sources : tuple of mappings of str to Tensor, optional
-        Where `params` no longer compute what the nodes do: networks that do.
-    views : tuple of View, optional
-        How the outputs of `sources` are seen in the basis.
+    seen : tuple of (mapping of str to Tensor, View), optional
+        Where `params` no longer compute what the nodes do: networks that do, and how their outputs are seen in the
+        basis.
+    notes : tuple of str
+        What a user should know.
     """
 
     params: tuple[Params, ...]
     moves: tuple[Permutation, ...] | None
     match: Match | None
     seconds: float
-    sources: tuple[Params, ...] | None = None
-    views: tuple[View, ...] | None = None
+    seen: tuple[tuple[Params, View], ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Method(Protocol):
@@ -223,7 +225,7 @@ class ActivationMatching:
     def __call__(self, nodes: Nodes) -> Alignment:
         """Match by what units do."""
         begin = time.perf_counter()
-        features = nodes.features()
+        features = nodes.features(nodes.programs())
         if not self.universe:
             moves = [match_to(nodes.spec, features[nodes.basis], each) for each in features]
             return moved(nodes, moves, None, begin)
@@ -239,10 +241,11 @@ class ActivationMatching:
 class CCA:
     """CCA Merge: linear maps from regularised canonical correlation, every node to the basis.
 
-    A map goes onto every axis that produces a group's units and its inverse onto every axis that reads them; the
-    scales of BatchNorm are first moved into the operators before them, which makes the maps exact there. Linear maps
-    do not commute with nonlinearities, so unlike permutations they change what a node computes: units are compared on
-    both sides of the nonlinearity, and recalibration aims at the outputs of the nodes themselves, mapped.
+    A map goes onto every axis that makes a group's units and its inverse onto every axis that reads them. The scales
+    of a BatchNorm right behind a linear operator are first moved into that operator, which makes the maps exact there;
+    those of other norms are mapped as spreads. Linear maps do not commute with nonlinearities, so unlike permutations
+    they change what a node computes: units are compared on both sides of the nonlinearity, and recalibration aims at
+    the outputs of the nodes themselves, mapped.
 
     Attributes
     ----------
@@ -252,33 +255,47 @@ class CCA:
 
     regularisation: float = 0.1
 
+    def __post_init__(self) -> None:
+        value: object = self.regularisation
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError(f"regularisation is {self.regularisation!r}, expected a number above 0, such as 0.1")
+
     def __call__(self, nodes: Nodes) -> Alignment:
         """Map each node onto the basis."""
         begin = time.perf_counter()
         check_mappable(nodes.spec)
-        reference = nodes.params[nodes.basis]
+        spec, reference = nodes.spec, nodes.params[nodes.basis]
         if all(same(node, reference) for node in nodes.params):
-            return Alignment(nodes.params, None, None, time.perf_counter() - begin)
-        program = nodes.programs()[0]
-        reads, pairs = reading_axes(nodes.spec, program), normalised(program)
-        folds = [folded(pairs, node) for node in nodes.params]
-        features = replace(nodes, params=tuple(folds)).features(two_sided=True)
-        aligned: list[dict[str, Tensor]] = []
-        views: list[View] = []
+            identity = permutation.identity(spec)
+            return Alignment(nodes.params, (identity,) * len(nodes.params), None, time.perf_counter() - begin)
+        programs = nodes.programs()
+        program = programs[0]
+        reads, pairs = reading_axes(spec, program), normalised(program)
+        folds = [folded(program, pairs, node) for node in nodes.params]
+        features = replace(nodes, params=tuple(folds)).features(programs, two_sided=True)
+        goal = features[nodes.basis]
+        still = {name for name in spec.groups if any(hardly_varies(goal[name], own[name]) for own in features)}
+        aligned: list[Params] = []
+        seen: list[tuple[Params, View]] = []
         for given, own in zip(folds, features, strict=True):
             if same(given, folds[nodes.basis]):
-                aligned.append(dict(given))
-                views.append(as_it_is)
+                aligned.append(given)
+                seen.append((given, as_it_is))
                 continue
-            maps = {
-                name: canonical_map(features[nodes.basis][name], own[name], self.regularisation)
-                for name in nodes.spec.groups
-            }
-            aligned.append(mapped(nodes.spec, maps, given, reads))
-            spread_again(pairs, nodes.spec, maps, given, aligned[-1])
-            views.append(seen_through(nodes.spec, maps))
-        seconds = time.perf_counter() - begin
-        return Alignment(tuple(aligned), None, None, seconds, sources=tuple(folds), views=tuple(views))
+            maps = {name: canonical_map(goal[name], own[name], self.regularisation) for name in spec.groups}
+            moved = mapped(spec, maps, given, reads, program)
+            spread_again(program, pairs, spec, maps, given, moved)
+            aligned.append(moved)
+            seen.append((given, seen_through(spec, maps)))
+        return Alignment(
+            tuple(aligned), None, None, time.perf_counter() - begin, seen=tuple(seen), notes=_left_in_place(still)
+        )
+
+
+def _left_in_place(groups: Collection[str]) -> tuple[str, ...]:
+    names = ", ".join(map(repr, sorted(groups)))
+    note = f"the units of {names} hardly vary in some network on the calibration data and stayed as they were"
+    return (note,) if groups else ()
 
 
 def moved(nodes: Nodes, moves: Sequence[Permutation], match: Match | None, begin: float) -> Alignment:
@@ -316,6 +333,6 @@ def resolve_method(method: Method | str) -> Method:
         raise ConfigError(f"method is the class {method.__name__}, expected an object such as CycleConsistent()")
     if callable(method):
         return method
-    if method not in METHODS:
+    if method not in list(METHODS):  # a list is no key
         raise ConfigError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")
     return METHODS[method]

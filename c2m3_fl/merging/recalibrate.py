@@ -53,6 +53,6 @@ def resolve(recalibrate: Recalibration | str | None) -> Recalibration | None:
         raise ConfigError(f"recalibrate is the class {recalibrate.__name__}, expected {recalibrate.__name__}()")
     if recalibrate is None or (callable(recalibrate) and not isinstance(recalibrate, str)):
         return recalibrate
-    if recalibrate not in SHORT_NAMES:
+    if recalibrate not in list(SHORT_NAMES):  # a list is no key
         raise ConfigError(f"recalibrate is {recalibrate!r}, expected one of {', '.join(map(repr, SHORT_NAMES))}")
     return SHORT_NAMES[recalibrate]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.errors import CalibrationError
+from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.merging.mean_outputs import FOLDS, MeanOutputs
-from c2m3_fl.merging.repair import feeds_batch_norm, measured, recalibration_report, rescale, restate
+from c2m3_fl.merging.repair import measured, recalibration_report, rescale, restate
 from c2m3_fl.merging.reports import FitReport, OperatorReport, Recalibrated
 from c2m3_fl.merging.ridge import Evidence, Fit, Rows, Sums, choose
 from c2m3_fl.merging.scores import Classified, Layer, choose_scores
@@ -79,6 +79,12 @@ class Refit:
     final_only: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.strengths or any(strength <= 0 for strength in self.strengths):
+            raise ConfigError(f"strengths is {self.strengths!r}, expected at least one number, all above 0")
+        if self.positions < FOLDS:
+            raise ConfigError(f"positions is {self.positions!r}, expected at least {FOLDS}")
+
     def __call__(self, setting: Setting) -> Recalibrated:
         """Refit ``setting.merged``."""
         start = time.perf_counter()
@@ -114,7 +120,7 @@ class Refit:
         if self.fits(operator):
             fit = _fit_scores if outputs.scored(operator) else _fit
             reports.append(fit(setting, self, outputs, front, place, params))
-        if not feeds_batch_norm(operator) and operator.weight and not outputs.scored(operator):
+        if not operator.feeds_norm and operator.weight and not outputs.scored(operator):
             target = setting.targets[operator.name]
             reports.append(rescale(program, operator, params, measured(front, place, params), target))
         return reports
@@ -148,7 +154,7 @@ def _solve(
 ) -> Fit:
     """The best change of one operator's weight."""
     train, held_out = _gathered(kind, outputs, front, place, params)
-    if not operator.bias and not feeds_batch_norm(operator):
+    if not operator.bias and not operator.feeds_norm:
         train, held_out = train.through_origin(), held_out.through_origin()
     return choose(train, held_out, strengths, spread)
 

@@ -135,7 +135,7 @@ def _walk(setting: Setting, *, scales: bool, final: bool) -> tuple[dict[str, Ten
     for place, operator in enumerate(program.operators):
         if operator.mean:
             reports.append(restate(program, operator, params, measured(front, place, params, before=True)))
-        elif scales and (final or not operator.final) and not feeds_batch_norm(operator):
+        elif scales and (final or not operator.final) and not operator.feeds_norm:
             moments = measured(front, place, params)
             reports.append(rescale(program, operator, params, moments, setting.targets[operator.name]))
     return params, tuple(reports)
@@ -150,7 +150,7 @@ def _forecast(setting: Setting, *, scales: bool, final: bool) -> tuple[dict[str,
         forecast = setting.forecasts[operator.name]
         if operator.mean:
             reports.append(restate(program, operator, params, forecast))
-        elif scales and operator.linear and (final or not operator.final) and not feeds_batch_norm(operator):
+        elif scales and operator.linear and (final or not operator.final) and not operator.feeds_norm:
             reports.append(rescale(program, operator, params, forecast, setting.targets[operator.name]))
     return params, tuple(reports)
 
@@ -200,12 +200,6 @@ def compared(operator: Operator, action: str, moments: Moments, target: Target, 
     return OperatorReport(
         operator.name, operator.module, action, float(offset.square().mean().sqrt()), float(spread.median()), dead
     )
-
-
-def feeds_batch_norm(operator: Operator) -> bool:
-    """Whether the output goes to a BatchNorm alone, whose new statistics undo any rescaling."""
-    users = list(operator.node.users)
-    return len(users) == 1 and users[0].target is torch.ops.aten.batch_norm.default
 
 
 def recalibration_report(

@@ -109,6 +109,8 @@ def prepare(
     """
     if not endpoints:
         raise ParamsError("endpoints: got none, expected the state dicts that were averaged")
+    if views is not None and len(views) != len(endpoints):
+        raise ParamsError(f"views: got {len(views)}, expected one for each of {len(endpoints)} endpoints")
     share = normalise_weights(weights, len(endpoints))
     for index, endpoint in enumerate(endpoints):
         check_params(model, endpoint, f"endpoint {index}")

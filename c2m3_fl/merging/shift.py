@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from c2m3_fl.core.permutation import Permutation, apply_to_tensor
 from c2m3_fl.core.spec import Params, PermutationSpec, TensorSpec
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.merging.repair import feeds_batch_norm
 from c2m3_fl.merging.setting import Setting
 from c2m3_fl.merging.targets import as_it_is, output_moments
 from c2m3_fl.models.calibration import Calibration, ExampleInputs, load_batches
@@ -160,7 +159,7 @@ def _buffered(setting: Setting) -> tuple[dict[str, Moments], ...]:
 
 
 def _next_norm(setting: Setting, operator: Operator) -> Operator | None:
-    if not operator.linear or not feeds_batch_norm(operator):
+    if not operator.linear or not operator.feeds_norm:
         return None
     (user,) = operator.node.users
     norms = (each for each in setting.programs[0].operators if each.node is user and each.kind is Kind.BATCH_NORM)

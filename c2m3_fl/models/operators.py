@@ -119,6 +119,8 @@ class Operator:
         Names in the state dict; "" for what it does not have. `mean` and `variance` are running statistics.
     final : bool
         Whether its output reaches the network's output without passing another operator.
+    feeds_norm : bool
+        Whether the output goes to a BatchNorm of its channels alone, whose new statistics undo any rescaling.
     """
 
     node: fx.Node
@@ -130,6 +132,7 @@ class Operator:
     mean: str = ""
     variance: str = ""
     final: bool = False
+    feeds_norm: bool = False
 
     @property
     def name(self) -> str:

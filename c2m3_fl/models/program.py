@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from c2m3_fl.errors import CalibrationError, TraceError
 from c2m3_fl.models.calibration import Batch
 from c2m3_fl.models.exporting import quiet
 from c2m3_fl.models.operators import LAYOUTS, Kind, Layout, Operator, obstacle
+
+_TRAINING = 5  # place of that argument of aten.batch_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +238,8 @@ def _operators(graph: fx.Graph, names: Mapping[str, str]) -> tuple[tuple[Operato
         else:
             found.append(operator)
     owned = {name for operator in found for name in (operator.weight, operator.bias)}
+    norms = {each.node for each in found if each.mean}
+    found = [replace(each, feeds_norm=_feeds_norm(each, norms)) for each in found]
     return tuple(found), {name: reason for name, reason in skipped.items() if name not in owned}
 
 
@@ -246,11 +250,22 @@ def _operator(node: fx.Node, index: int, layout: Layout, names: Mapping[str, str
 
     _, weight, bias = layout.arguments
     statistics = ("", "")
-    if layout.kind is Kind.BATCH_NORM and not node.args[5]:
+    if layout.kind is Kind.BATCH_NORM and not node.args[_TRAINING]:
         statistics = (name_of(3), name_of(4))
     if not name_of(weight) and not statistics[0]:
         return None
+    source = node.args[weight] if layout.kind in (Kind.LINEAR, Kind.PRODUCT) else None
+    if isinstance(source, fx.Node) and source.meta["val"].ndim != 2:
+        return None  # a vector makes no channels, and a stack of matrices shares them
     return Operator(node, index, layout, _module(node), name_of(weight), name_of(bias), *statistics, final)
+
+
+def _feeds_norm(operator: Operator, norms: Collection[fx.Node]) -> bool:
+    user = next(iter(operator.node.users), None)
+    if user is None or len(operator.node.users) > 1 or user.target is not torch.ops.aten.batch_norm.default:
+        return False
+    renewed = user in norms or bool(user.args[_TRAINING])  # statistics of the batch itself are always new
+    return renewed and operator.layout.channel % operator.node.meta["val"].ndim == 1
 
 
 def _module(node: fx.Node) -> str:

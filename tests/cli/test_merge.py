@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from c2m3_fl.cli.app import app
 from c2m3_fl.cli.files import load_images, load_network, load_params
+from c2m3_fl.cli.landscape import _names
 from c2m3_fl.cli.merge import _share_done
 from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError, DataError, ParamsError
@@ -164,8 +165,28 @@ def test_torch_files_are_read_and_pickles_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="no safetensors file"):
         load_params(tmp_path / "broken.safetensors")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(DataError, match="cannot read it"):
+        load_params(tmp_path / "text.pt")
     with pytest.raises(DataError, match="is no file"):
         load_params(tmp_path / "missing.safetensors")
+
+
+def failing() -> nn.Module:
+    raise ValueError("no such width")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("failing", "failed: ValueError: no such width"), ("MODEL", "without arguments")]
+)
+def test_factories_that_fail_are_named(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"'tests.cli.test_merge:{name}' .*{message}"):
+        load_network(f"tests.cli.test_merge:{name}")
+
+
+def test_networks_of_a_landscape_are_told_apart() -> None:
+    assert _names([Path("a/one.pt"), Path("b/two.pt")]) == ["one", "two"]
+    assert _names([Path("a/$.pt"), Path("b/$.pt")]) == [r"a/\$", r"b/\$"]
 
 
 def test_mismatches_are_told_apart_by_key_and_shape(files: list[str], tmp_path: Path) -> None:

@@ -94,6 +94,10 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         barrier(model, one, two, DATA, points=1)
     with pytest.raises(ConfigError, match="at least two networks, got 1"):
         simplex(model, [one], DATA)
+    with pytest.raises(ConfigError, match="samples is -1"):
+        simplex(model, [one, two], DATA, samples=-1)
+    with pytest.raises(ConfigError, match="resolution is 1"):
+        landscape(model, [one, two, one], DATA, resolution=1)
     with pytest.raises(CalibrationError, match="labelled"):
         barrier(model, one, two, CALIBRATION)
     with pytest.raises(ParamsError, match="node 1: keys differ"):

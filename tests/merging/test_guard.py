@@ -161,3 +161,10 @@ def test_batch_norm_statistics_alone_are_a_candidate() -> None:
     decision = Auto()(prepare(model, weighted_mean(params), params, CALIBRATION)).report.decision
     assert decision is not None
     assert "batchnorm" in [each.name for each in decision.candidates]
+
+
+def test_labels_that_are_no_classes_of_the_network_are_refused() -> None:
+    model, params = nodes("mlp", 2)
+    labels = torch.arange(32) % 5 + 7
+    with pytest.raises(CalibrationError, match="labels from 7 to 11, expected class indices from 0 to 4"):
+        merge(model, params, calibration=[(CALIBRATION[0], labels)], recalibrate="auto")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,7 @@ def test_a_layer_that_does_not_vary_is_left_in_its_own_basis(dead: int) -> None:
     params = [still if index == dead else node for index, node in enumerate(params)]
     merged = merge(model, params, calibration=[CALIBRATION[0]], recalibrate="none", method="cca")
     assert all(bool(torch.isfinite(value).all()) for value in merged.state_dict.values())
+    assert any("hardly vary in some network" in note for note in merged.report.notes)
 
 
 def test_units_are_compared_where_they_are_made_and_where_they_are_read() -> None:
@@ -73,6 +76,8 @@ class Linears(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.queries = nn.Parameter(torch.randn(5, 3))
+        self.project = nn.Linear(3, 6)
         self.tokens = nn.Embedding(7, 6)
         self.places = nn.Parameter(torch.randn(5, 6))
         self.mix = nn.Parameter(torch.randn(6, 4))
@@ -81,7 +86,8 @@ class Linears(nn.Module):
         self.head = nn.Linear(3, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        rows = (self.tokens(tokens) + self.places) @ self.mix
+        rows = self.tokens(tokens) + self.places + self.project(self.queries)
+        rows = rows @ self.mix
         rows = self.up(self.conv(rows.transpose(1, 2))).transpose(1, 2)
         logits: Tensor = self.head(rows)
         return logits
@@ -105,8 +111,10 @@ def test_maps_and_their_inverses_cancel_in_a_linear_network() -> None:
     spec, program = permutation_spec(model, inputs), trace(model, (inputs,))
     maps = drawn(spec, 0)
     node = model.state_dict()
-    moved = mapped(spec, maps, node, reading_axes(spec, program))
-    assert all(not torch.equal(moved[name], value) for name, value in node.items() if name != "head.bias")
+    moved = mapped(spec, maps, node, reading_axes(spec, program), program)
+    assert all(
+        not torch.equal(moved[name], value) for name, value in node.items() if name not in ("head.bias", "queries")
+    )
     torch.testing.assert_close(outputs(model, moved, inputs), outputs(model, node, inputs))
 
 
@@ -123,14 +131,45 @@ class Tied(nn.Module):
         return (rows + torch.relu(self.inner(rows))) @ self.tokens.weight.T
 
 
-@pytest.mark.parametrize("network", [Tied, lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))])
-def test_weights_that_no_linear_map_fits_are_refused(network: Callable[[], nn.Module]) -> None:
-    last = network()
-    model = last if isinstance(last, Tied) else nn.Sequential(nn.Embedding(7, 6), last, nn.ReLU(), nn.Linear(6, 2))
-    tokens = torch.randint(7, (8, 5), generator=SEED(0))
+class Odd(nn.Module):
+    """A weight that is used in a way of its own, between two linear layers."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.weight = nn.Parameter(torch.randn(3, 6, 6) if use == "stacked" else torch.randn(6, 6))
+        self.register_buffer("mask", torch.rand(6, 1), persistent=False)
+        self.use = use
+
+    def forward(self, rows: Tensor) -> Tensor:
+        hidden = self.first(rows)
+        if self.use == "masked":
+            hidden = nn.functional.linear(hidden, self.weight * self.mask)
+        elif self.use == "gated":
+            hidden = nn.functional.linear(hidden, self.weight * rows.mean())
+        elif self.use == "stacked":
+            hidden = (hidden @ self.weight).sum(0)
+        logits: Tensor = self.last(hidden)
+        return logits
+
+
+ODD: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "tied": (Tied, torch.arange(7)[None]),
+    "weight norm": (
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 2)),
+        torch.randn(8, 4),
+    ),
+    **{use: (partial(Odd, use), torch.randn(8, 4)) for use in ("masked", "gated", "stacked")},
+}
+
+
+@pytest.mark.parametrize("network", ODD)
+def test_weights_that_no_linear_map_fits_are_refused(network: str) -> None:
+    build, inputs = ODD[network]
+    model = build()
     other = {name: value + 0.1 if value.is_floating_point() else value for name, value in model.state_dict().items()}
     with pytest.raises(ConfigError, match="so no linear map fits it: use a method of permutations"):
-        merge(model, [model.state_dict(), other], calibration=[tokens], method="cca")
+        merge(model, [model.state_dict(), other], calibration=[inputs], method="cca")
 
 
 def test_outputs_are_seen_as_the_mapped_network_would_have_them_if_it_were_linear() -> None:
@@ -140,7 +179,7 @@ def test_outputs_are_seen_as_the_mapped_network_would_have_them_if_it_were_linea
     (program,) = trace_batches(model, batches)
     maps = drawn(spec, 0)
     view = seen_through(spec, maps)
-    moved = mapped(spec, maps, model.state_dict(), reading_axes(spec, program))
+    moved = mapped(spec, maps, model.state_dict(), reading_axes(spec, program), program)
     with torch.no_grad():
         here, there = (Walk(program, params, batches[0]) for params in (model.state_dict(), moved))
         for operator in program.operators:
@@ -154,7 +193,7 @@ def test_recalibration_aims_at_what_the_nodes_themselves_compute(recalibration: 
     spec, batches = spec_of("mlp"), [each.double() for each in CALIBRATION]
     maps = {name: torch.eye(len(each)).double() + 0.1 * each for name, each in drawn(spec, 0).items()}
     program = trace(model.double(), (batches[0],))
-    moved = mapped(spec, maps, node, reading_axes(spec, program))
+    moved = mapped(spec, maps, node, reading_axes(spec, program), program)
     views = [seen_through(spec, maps)]
     wanted = outputs(model, node, batches[0])
 
@@ -180,28 +219,82 @@ def test_auto_does_not_compare_buffers_with_moments_in_another_basis() -> None:
     assert report is not None
     assert report.decision is not None
     assert report.decision.shift is None
-    assert report.method != "refit"
 
 
-def test_linear_maps_pass_through_batch_norm() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double().eval()
-    generator = torch.Generator().manual_seed(0)
+class Product(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.addmm(self.bias, rows, self.weight)
+
+
+def normed(kind: str, inner: int) -> tuple[nn.Module, Tensor]:
+    """Linear operators with a BatchNorm behind the second; `inner` units before it, six behind."""
+    if kind == "transposed":
+        layers = [nn.Conv1d(4, inner, 3), nn.ConvTranspose1d(inner, 6, 2), nn.BatchNorm1d(6), nn.Conv1d(6, 3, 1)]
+    else:
+        second = Product(inner, 6) if kind == "product" else nn.Linear(inner, 6)
+        layers = [nn.Linear(4, inner), second, nn.BatchNorm1d(6), nn.Linear(6, 3)]
+    inputs = torch.randn((20, 4, 5) if kind == "transposed" else (20, 4), generator=SEED(0), dtype=torch.float64)
+    return nn.Sequential(*layers).double().eval(), inputs
+
+
+@pytest.mark.parametrize("inner", [5, 6])
+@pytest.mark.parametrize("kind", ["linear", "product", "transposed"])
+def test_linear_maps_pass_through_batch_norm(kind: str, inner: int) -> None:
+    model, inputs = normed(kind, inner)
+    generator = SEED(1)
     node = {
         name: value if value.dtype == torch.int64 else 0.5 + torch.rand(value.shape, generator=generator).double()
         for name, value in model.state_dict().items()
     }
-    node["1.weight"][2] *= -1
-    inputs = torch.randn(20, 4, generator=generator, dtype=torch.float64)
-    spec = permutation_spec(model, inputs)
-    program = trace(model, (inputs,))
-    pairs = normalised(program)
-    maps = {name: torch.randn(6, 6, generator=generator, dtype=torch.float64) for name in spec.groups}
-    given = folded(pairs, node)
-    moved = mapped(spec, maps, given, reading_axes(spec, program))
-    spread_again(pairs, spec, maps, given, moved)
+    node["2.weight"][2] *= -1
+    spec, program = permutation_spec(model, inputs), trace(model, (inputs,))
+    pairs, maps = normalised(program), drawn(spec, 2)
+    given = folded(program, pairs, node)
+    moved = mapped(spec, maps, given, reading_axes(spec, program), program)
+    spread_again(program, pairs, spec, maps, given, moved)
     wanted = outputs(model, node, inputs)
     torch.testing.assert_close(outputs(model, given, inputs), wanted)
     torch.testing.assert_close(outputs(model, moved, inputs), wanted)
+
+
+def test_norms_without_scales_are_seen_in_the_basis() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False), nn.Linear(6, 3)).double().eval()
+    inputs = torch.randn(20, 4, generator=SEED(0), dtype=torch.float64)
+    spec, (program,) = permutation_spec(model, inputs), trace_batches(model, load_batches([inputs]))
+    (batch,) = load_batches([inputs])
+    maps = drawn(spec, 0)
+    norm = next(each for each in program.operators if each.mean)
+    value = Walk(program, model.state_dict(), batch).output(norm)
+    torch.testing.assert_close(seen_through(spec, maps)(norm, value), value @ next(iter(maps.values())).T)
+
+
+def test_scales_of_norms_are_mapped_as_spreads() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double().eval()
+    inputs = torch.randn(20, 4, generator=SEED(0), dtype=torch.float64)
+    spec, program = permutation_spec(model, inputs), trace(model, (inputs,))
+    turned = {name: -torch.eye(group.size, dtype=torch.float64) for name, group in spec.groups.items()}
+    node = {**model.state_dict(), "1.weight": torch.linspace(-1, 2, 6, dtype=torch.float64)}
+    moved = mapped(spec, turned, node, reading_axes(spec, program), program)
+    torch.testing.assert_close(moved["1.weight"], node["1.weight"])  # a unit that changes its sign keeps its scale
+    torch.testing.assert_close(outputs(model, moved, inputs), outputs(model, node, inputs))
+
+
+@pytest.mark.parametrize("value", [0, -0.5, float("nan"), float("inf"), "a", None, True])
+def test_regularisations_that_are_none_are_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"regularisation is .*, expected a number above 0"):
+        CCA(regularisation=value)
+
+
+def test_deep_networks_are_walked_without_recursion() -> None:
+    model = nn.Sequential(*(layer for _ in range(400) for layer in (nn.Linear(4, 4), nn.ReLU())))
+    inputs = torch.zeros(1, 4)
+    spec = permutation_spec(model, inputs)
+    assert set(reading_axes(spec, trace(model, (inputs,))).values()) == {1}
 
 
 def test_cca_says_where_linear_maps_are_no_symmetry() -> None:

@@ -141,6 +141,8 @@ def test_classes_in_place_of_their_instances_are_named() -> None:
         merge(torch.nn.Linear, [node, node], example_inputs=torch.zeros(2, 4))  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ConfigError, match="spec is a str, expected a PermutationSpec"):
         merge(model, [node, node], example_inputs=torch.zeros(2, 4), spec="{}")  # type: ignore[arg-type]  # too
+    with pytest.raises(ConfigError, match=r"method is \['cca'\], expected one of"):
+        merge(model, [node, node], example_inputs=torch.zeros(2, 4), method=["cca"])  # type: ignore[arg-type]  # too
     with pytest.raises(ConfigError, match=r"recalibrate is the class Repair, expected Repair\(\)"):
         merge(model, [node, node], calibration=[torch.zeros(2, 4)], recalibrate=Repair)  # type: ignore[arg-type]  # too
 

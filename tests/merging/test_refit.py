@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.errors import CalibrationError
+from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import Repair
 from c2m3_fl.merging.setting import Setting, prepare
@@ -109,3 +110,9 @@ def test_too_few_inputs_to_hold_any_out_are_refused() -> None:
     model, endpoints = nodes("mlp", 2)
     with pytest.raises(CalibrationError, match="at least 5"):
         Refit()(prepare(model, endpoints[0], endpoints, [CALIBRATION[0][:4]]))
+
+
+@pytest.mark.parametrize("options", [{"strengths": ()}, {"strengths": (0.1, 0.0)}, {"positions": 4}])
+def test_options_that_leave_nothing_to_fit_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected at least"):
+        Refit(**options)

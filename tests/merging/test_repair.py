@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.errors import CalibrationError, ParamsError, TraceError, WeightsError
+from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError, TraceError, WeightsError
+from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.repair import repair
 from c2m3_fl.merging.targets import mean_targets, output_moments
 from c2m3_fl.models.calibration import load_batches
 from c2m3_fl.models.operators import Kind
 from c2m3_fl.models.program import feeding, trace_batches
 from c2m3_fl.models.statistics import Moments
-from tests.merging.networks import CALIBRATION, NETWORKS, nodes, outputs
+from tests.merging.networks import CALIBRATION, NETWORKS, lively, nodes, outputs
 
 WEIGHTS = [1.0, 3.0, 2.0]
 
@@ -224,3 +225,59 @@ def test_every_kind_of_operator_is_found() -> None:
     batches = load_batches(CALIBRATION[:1])
     kinds = {op.kind for build in NETWORKS.values() for op in trace_batches(build(), batches)[0].operators}
     assert kinds == set(Kind)
+
+
+def test_a_norm_over_other_channels_leaves_its_feeder_to_be_repaired() -> None:
+    """Behind nn.Linear, BatchNorm1d takes axis 1 of three, while the layer's channels are the last."""
+    model = nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(7, 2)).eval()
+    endpoints = [lively(model, seed) for seed in range(2)]
+    inputs = torch.randn(40, 5, 4, generator=torch.Generator().manual_seed(0))
+    report = repair(model, weighted_mean(endpoints), endpoints, [inputs]).report
+    assert [each.module for each in report.operators] == ["0", "1", "3"]
+    report = merge(model, endpoints, calibration=[inputs], recalibrate="auto").report.recalibration
+    assert report is not None
+
+
+def test_feeders_of_a_norm_that_cannot_be_estimated_again_are_repaired() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(4, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
+            self.last = nn.Linear(6, 2)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            rows = torch.relu(self.norm(self.a(rows)))
+            logits: Tensor = self.last(torch.relu(self.norm(self.b(rows))))
+            return logits
+
+    model = Twice().eval()
+    endpoints = [lively(model, seed) for seed in range(2)]
+    inputs = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    report = repair(model, weighted_mean(endpoints), endpoints, [inputs]).report
+    assert [each.module for each in report.operators] == ["a", "b", "last"]
+    assert dict(report.skipped)["norm.weight"] == "shared by several operators"
+
+
+class Product(nn.Module):
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(4, 6), nn.Parameter(torch.randn(shape))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.relu(self.first(rows)) @ self.weight
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6, 6)])
+@pytest.mark.parametrize("recalibrate", ["repair", "refit"])
+@pytest.mark.parametrize("method", ["c2m3", "activations"])
+def test_products_without_channels_of_their_own_are_left_alone(
+    method: str, recalibrate: str, shape: tuple[int, ...]
+) -> None:
+    model = Product(shape).eval()
+    endpoints = [{name: value + seed for name, value in model.state_dict().items()} for seed in (0, 1)]
+    inputs = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    done = merge(model, endpoints, method=method, calibration=[inputs[:6], inputs[6:]], recalibrate=recalibrate)
+    assert done.report.recalibration is not None
+    assert "has no channels" in dict(done.report.recalibration.skipped)["weight"]
+    with pytest.raises(ConfigError, match="no linear map fits it"):
+        merge(model, endpoints, method="cca", calibration=[inputs])
