@@ -61,8 +61,7 @@ def reading_axes(spec: PermutationSpec, program: Program) -> dict[str, int]:
                 f"{name!r} both makes and reads units, or is used in a way that does not tell, so no linear map fits "
                 "it: use a method of permutations, such as 'c2m3'"
             )
-        names = (name, *program.aliases.get(name, ()))
-        found |= {each: axis for each in names for axis in roles if axis is not None}
+        found |= {each: axis for each in program.all_names(name) for axis in roles if axis is not None}
     return found
 
 
@@ -111,8 +110,8 @@ def mapped(
     """
     inverses = {name: torch.linalg.inv(matrix).T for name, matrix in maps.items()}
     squares = {name: matrix.square() for name, matrix in maps.items()}
-    scales = {each.weight for each in program.operators if not each.linear}
-    variances = {each.variance for each in program.operators}
+    scales = {name for each in program.operators if not each.linear for name in program.all_names(each.weight)}
+    variances = {name for each in program.operators for name in program.all_names(each.variance)}
     result = dict(params)
     for name, value in params.items():
         tensor, given = spec.tensors[name], value.double()

@@ -60,8 +60,12 @@ class Program:
 
     def assign(self, params: dict[str, Tensor], name: str, value: Tensor) -> None:
         """Replace a parameter in `params`, under all its names, keeping its dtype."""
-        for alias in (name, *self.aliases.get(name, ())):
+        for alias in self.all_names(name):
             params[alias] = value.to(params[alias].dtype)
+
+    def all_names(self, name: str) -> tuple[str, ...]:
+        """A parameter's names in the state dict: more than one where it is tied."""
+        return (name, *self.aliases.get(name, ()))
 
 
 class Walk:

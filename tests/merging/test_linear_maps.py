@@ -24,7 +24,7 @@ from c2m3_fl.merging.shift import channel_moments
 from c2m3_fl.models.calibration import load_batches
 from c2m3_fl.models.program import Walk, trace, trace_batches
 from c2m3_fl.models.symmetry import permutation_spec
-from tests.merging.networks import CALIBRATION, nodes, outputs
+from tests.merging.networks import CALIBRATION, lively, nodes, outputs
 from tests.merging.test_merge import SEED, spec_of
 
 
@@ -260,6 +260,30 @@ def test_linear_maps_pass_through_batch_norm(kind: str, inner: int) -> None:
     wanted = outputs(model, node, inputs)
     torch.testing.assert_close(outputs(model, given, inputs), wanted)
     torch.testing.assert_close(outputs(model, moved, inputs), wanted)
+
+
+def test_tied_names_stay_tied() -> None:
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+            self.also, self.again = self.first, self.norm
+
+        def forward(self, rows: Tensor) -> Tensor:
+            logits: Tensor = self.last(torch.relu(self.again(self.also(rows))))
+            return logits
+
+    model = Twins().eval()
+    others = [lively(model, seed) for seed in range(2)]
+    for node in others:
+        node |= {name.replace("also", "first"): value for name, value in node.items()}
+        node |= {name.replace("again", "norm"): value for name, value in node.items()}
+    inputs = torch.randn(40, 4, generator=SEED(0))
+    for recalibrate in ("none", "batchnorm", "repair"):
+        found = merge(model, others, calibration=[inputs], method="cca", recalibrate=recalibrate).state_dict
+        for name, value in found.items():
+            twin = name.replace("first", "also").replace("norm", "again")
+            assert torch.equal(found[twin], value), name
 
 
 def test_norms_without_scales_are_seen_in_the_basis() -> None:
