@@ -20,6 +20,7 @@ from c2m3_fl.models.calibration import ExampleInputs
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
 _MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+_SIDE = 224  # pixels of ImageNet's images
 _BATCH = 50  # images per batch
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
@@ -126,8 +127,17 @@ def channels_of(example: ExampleInputs | None) -> int:
     return example.shape[1] if isinstance(example, Tensor) and example.ndim == 4 else 3
 
 
+def size_of(example: ExampleInputs | None, asked: int | None) -> int:
+    """Side of the images that a network takes: as asked, or that of the example inputs of its factory, or 224."""
+    if asked is not None:
+        return asked
+    return example.shape[-1] if isinstance(example, Tensor) and example.ndim == 4 else _SIDE
+
+
 def load_images(folder: Path, size: int, *, channels: int = 3, raw: bool = False) -> list[tuple[Tensor, ...]]:
-    """Batches of images, with labels where they lie in one subfolder per class (numbered in alphabetical order).
+    """Batches of images, with labels where they lie in one subfolder per class.
+
+    Folders named by numbers say the class; others are numbered in alphabetical order.
 
     Parameters
     ----------
@@ -152,7 +162,9 @@ def load_images(folder: Path, size: int, *, channels: int = 3, raw: bool = False
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder")
     classes = sorted(each for each in folder.iterdir() if each.is_dir())
-    files = [(file, index) for index, each in enumerate(classes) for file in sorted(each.rglob("*")) if _is_image(file)]
+    numbered = all(each.name.isdecimal() for each in classes)
+    labels = {each: int(each.name) if numbered else index for index, each in enumerate(classes)}
+    files = [(file, labels[each]) for each in classes for file in sorted(each.rglob("*")) if _is_image(file)]
     labelled = bool(files)
     files = files or [(file, -1) for file in sorted(folder.iterdir()) if _is_image(file)]
     if not files:

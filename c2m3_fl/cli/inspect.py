@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from c2m3_fl.cli.files import build_classifier, classifiers, load_network
+from c2m3_fl.cli.files import build_classifier, check_output, classifiers, load_network
 from c2m3_fl.core.describe import coverage
 from c2m3_fl.core.serial import save_spec
 from c2m3_fl.core.spec import PermutationSpec
@@ -45,6 +45,8 @@ def inspect(
         return
     if not model:
         raise ConfigError("no network named; give a torchvision classifier or package.module:factory, or --zoo")
+    if save is not None:
+        check_output(save, (".json",))
     network, example = _load(model, shape or [])
     spec = permutation_spec(network, example)
     console.print(str(spec), markup=False)

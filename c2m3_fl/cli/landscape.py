@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from c2m3_fl.cli.curves import draw_landscapes
-from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params
+from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
 from c2m3_fl.core import permutation
 from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.errors import ConfigError
@@ -29,7 +29,10 @@ def landscape(
     keep_statistics: Annotated[
         bool, typer.Option("--keep-statistics", help="Do not estimate BatchNorm's statistics anew between networks.")
     ] = False,
-    image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 224,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the images, in pixels; by default the factory's example inputs', or 224."),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Leave pixels in [0, 1]; else they are scaled by ImageNet's mean and spread.")
     ] = False,
@@ -43,7 +46,7 @@ def landscape(
     nodes = [load_params(file) for file in files]
     for file, node in zip(files, nodes, strict=True):
         check_params(network, node, str(file))
-    images = load_images(data, image_size, channels=channels_of(example), raw=raw)
+    images = load_images(data, size_of(example, image_size), channels=channels_of(example), raw=raw)
     renormalise = False if keep_statistics else None
     with Console(stderr=True).status("scoring …"):
         spec = permutation_spec(network, first_inputs(images, None))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from c2m3_fl.cli.convergence import draw_convergence
 from c2m3_fl.cli.curves import draw_agreement
-from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params
+from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
 from c2m3_fl.core.basis import fit
 from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError
@@ -42,7 +42,10 @@ def merge(
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "c2m3",
     recalibrate: Annotated[str, typer.Option(help=f"One of {', '.join(SHORT_NAMES)}.")] = "repair",
     weights: Annotated[list[float] | None, typer.Option(help="Averaging weight, once per file.")] = None,
-    image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 224,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the images, in pixels; by default the factory's example inputs', or 224."),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Leave pixels in [0, 1]; else they are scaled by ImageNet's mean and spread.")
     ] = False,
@@ -68,7 +71,9 @@ def merge(
     for file, node in zip(files, nodes, strict=True):
         check_params(network, node, str(file))
     images = (
-        None if calibration is None else load_images(calibration, image_size, channels=channels_of(example), raw=raw)
+        None
+        if calibration is None
+        else load_images(calibration, size_of(example, image_size), channels=channels_of(example), raw=raw)
     )
     if images is None and method in ("activations", "activations-universe", "cca"):
         raise ConfigError(f"method {method!r} compares activations: name a folder of images with --calibration")
@@ -81,7 +86,7 @@ def merge(
             text = f"step {step.step}, agreement {step.objective:.5g}, gap {step.gap:.0e}"
             progress.update(task, description=text, completed=_share_done(steps))
 
-        inputs = first_inputs(images, _example(example, image_size) if images is None else None)
+        inputs = first_inputs(images, _example(example, size_of(example, image_size)) if images is None else None)
         spec = permutation_spec(network, inputs)
         merged = merge_networks(
             network,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.spec import Axis, Params, PermutationSpec, TensorSpec
-from c2m3_fl.errors import SpecError
+from c2m3_fl.errors import ParamsError, SpecError
 
 Permutation = Mapping[str, Tensor]
 
@@ -99,8 +99,25 @@ def apply(spec: PermutationSpec, perm: Permutation, params: Params) -> dict[str,
         For every group an index tensor of shape (size,).
     params : mapping of str to Tensor
         The state dict; not mutated. Tensors that nothing moves are returned as they are.
+
+    Raises
+    ------
+    ParamsError
+        When the state dict or the permutation is not one of this spec.
     """
+    _check_keys("permutation", perm, spec.groups)
+    _check_keys("state dict", params, spec.tensors)
     return {name: apply_to_tensor(spec.tensors[name], perm, value) for name, value in params.items()}
+
+
+def _check_keys(what: str, given: object, expected: Mapping[str, object]) -> None:
+    if isinstance(given, Mapping) and set(given) <= set(expected):
+        return
+    found = f"keys such as {next(iter(given), None)!r}" if isinstance(given, Mapping) else f"a {type(given).__name__}"
+    raise ParamsError(
+        f"the {what} is not of this spec: got {found}, expected such as {next(iter(expected), None)!r}; "
+        "the order is apply(spec, permutation, state_dict)"
+    )
 
 
 def apply_to_tensor(tensor: TensorSpec, perm: Permutation, value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from c2m3_fl.core.permutation import Permutation, identity
 from c2m3_fl.core.spec import Params
-from c2m3_fl.errors import ConfigError, ParamsError
+from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower.alignment import Aligner, with_cpu_fallback
 from c2m3_fl.flower.inputs import check_calibration
 from c2m3_fl.flower.options import Options, resolved, resolved_device
@@ -128,6 +128,8 @@ class Rounds:
         self.model = model
         self.calibration = calibration
         self.recalibration = resolve(recalibrate)
+        if calibration is None and self.recalibration is not None and recalibrate != "repair":  # which is the default
+            raise CalibrationError(f"recalibrate={recalibrate!r} needs calibration inputs: pass calibration")
         self.device = resolved_device(device)
         self.example_inputs = example_inputs
         self.idle = 0  # rounds in a row in which nothing was aggregated

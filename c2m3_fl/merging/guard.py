@@ -78,6 +78,10 @@ class Auto:
             done["refit"] = self.refit(setting)
         candidates = {name: each.state_dict for name, each in done.items()}
         decision = judge(setting, candidates) if labelled else self._climb(setting, candidates, distance)
+        unread = next((batch.unread for batch in setting.batches if batch.unread), "")
+        if unread:
+            note = f"what follows the inputs, {unread}, is no labels: expected one integer for each input"
+            decision = replace(decision, reason=f"{decision.reason}; {note}")
         kept = done[decision.chosen]
         report = replace(
             kept.report,

@@ -80,7 +80,9 @@ def merge(
     weights : sequence of float, optional
         Averaging weights, one per node (numbers of training examples, say); equal by default.
     calibration : iterable of batches, optional
-        Inputs like those the network will see; labels serve "auto" alone. Without them nothing is recalibrated.
+        Inputs like those the network will see: a list or a ``DataLoader`` of tensors, or of tuples that start with
+        the network's inputs. Labels decide for "auto", and tell refit that outputs are class scores. Without data
+        nothing is recalibrated.
     recalibrate : Recalibration or str
         What to do with the calibration data: ``Auto()``, ``Repair()``, ``Refit()``, ``BatchNormStatistics()``, or a
         short name: "auto", "repair", "refit", "batchnorm", "none".
@@ -128,10 +130,10 @@ def merge(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {model!r}, expected a module such as Net()")
     recalibration, aligner = resolve(recalibrate), resolve_method(_started(method, start))
-    if calibration is None and recalibrate in ("refit", "batchnorm"):
-        raise CalibrationError(f"recalibrate={recalibrate!r} needs calibration inputs: pass calibration")
     if moments is not None and not (isinstance(recalibration, Auto) and calibration is not None):
         raise ConfigError('moments serve recalibrate="auto" with calibration data alone: leave them out, or pass both')
+    if calibration is None and recalibration is not None and recalibrate != "repair":  # which is the default
+        raise CalibrationError(f"recalibrate={recalibrate!r} needs calibration inputs: pass calibration")
     share = _check(model, state_dicts, weights, basis)
     batches = () if calibration is None else load_batches(calibration, example_inputs=example_inputs)
     spec = _proven(model, spec, batches, example_inputs)
@@ -213,16 +215,18 @@ def _report(
     nodes: Nodes, alignment: Alignment, recalibration: RecalibrationReport | None, seconds: float
 ) -> MergeReport:
     share = nodes.weights.tolist()
-    layers = fit(nodes.spec, alignment.params, share).layers
+    layers = fit(nodes.spec, alignment.params, share).layers if len(share) > 1 else {}
     found, moves = alignment.match, alignment.moves
     notes = list(alignment.notes)
+    if recalibration is None and not nodes.batches:
+        notes.append("nothing was recalibrated: there are no calibration data")
     if recalibration is None and any(name.endswith("running_var") for name in nodes.spec.tensors):
         notes.append("BatchNorm statistics are the nodes' averages, which fit no network; recalibrate with data")
     return MergeReport(
         nodes=len(nodes.params),
         basis=nodes.basis,
         weights=tuple(share),
-        objectives=None if found is None else (found.objectives[0], found.objectives[-1]),
+        objectives=None if found is None or not layers else (found.objectives[0], found.objectives[-1]),
         share_moved=None if moves is None else tuple(permutation.share_moved(move) for move in moves),
         layers={name: tuple(row.tolist()) for name, row in layers.items()},
         recalibration=recalibration,

@@ -183,11 +183,13 @@ class MergeReport:
         if self.share_moved is not None:
             facts.append(("units moved", ", ".join(f"{share:.0%}" for share in self.share_moved)))
         worst = sorted(self.layers.items(), key=lambda item: min(item[1]))[:_LAYERS]
-        if len(self.layers) > _LAYERS:
-            facts.append(("cosines", f"of the {_LAYERS} among {len(self.layers)} tensors whose nodes agree least"))
+        if worst:
+            which = f"the {len(worst)} of {len(self.layers)} tensors in which they agree least"
+            facts.append(("cosines", f"of every network with the others, in {which}:"))
         facts += [(f"cosine {name}", ", ".join(f"{cosine:.2f}" for cosine in cosines)) for name, cosines in worst]
         done = self.recalibration
-        facts.append(("recalibration", "none" if done is None else done.method))
+        on = "" if done is None or not done.inputs else f", on {done.inputs} inputs"
+        facts.append(("recalibration", "none" if done is None else done.method + on))
         if done is not None and done.decision is not None:
             facts.append(("because", done.decision.reason))
         facts += [("note", note) for note in self.notes]

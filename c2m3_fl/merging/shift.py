@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from c2m3_fl.core.permutation import Permutation, apply_to_tensor
 from c2m3_fl.core.spec import Params, PermutationSpec, TensorSpec
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.merging.setting import Setting
+from c2m3_fl.merging.setting import Setting, check_params
 from c2m3_fl.merging.targets import as_it_is, output_moments
 from c2m3_fl.models.calibration import Calibration, ExampleInputs, load_batches
 from c2m3_fl.models.operators import Kind, Operator
@@ -54,6 +54,7 @@ def channel_moments(
     >>> [len(found.mean) for found in moments.values()]
     [8, 3]
     """
+    check_params(model, params, "params")
     batches = load_batches(data, example_inputs=example_inputs)
     with torch.no_grad():
         return output_moments(trace_batches(model, batches), batches, params)

@@ -34,11 +34,14 @@ class Batch:
         Class indices, shape (batch,).
     index : int
         The batch's place in the calibration data, for messages.
+    unread : str
+        What followed the inputs, where it is no labels.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor | None = None
     index: int = 0
+    unread: str = ""
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -55,7 +58,7 @@ class Batch:
         if device is None:
             return self
         labels = None if self.labels is None else self.labels.to(device)
-        return Batch(tuple(value.to(device) for value in self.inputs), labels, self.index)
+        return Batch(tuple(value.to(device) for value in self.inputs), labels, self.index, self.unread)
 
 
 def load_batches(
@@ -81,6 +84,8 @@ def load_batches(
         When there is no batch, or when a batch is empty, of the wrong type or not finite.
     """
     arity = len(example_inputs) if isinstance(example_inputs, tuple) else 1
+    if isinstance(calibration, tuple) and len(calibration) == 2 and arity == 1 and _is_labels(*calibration[::-1]):
+        raise CalibrationError("the calibration data are one pair (inputs, labels), expected batches: pass [(x, y)]")
     source = [calibration] if isinstance(calibration, Tensor) else calibration
     batches = []
     try:
@@ -142,7 +147,12 @@ def _read(raw: Any, arity: int, index: int) -> Batch:  # noqa: ANN401  # users' 
     for position, value in enumerate(elements[:arity]):
         _check(value, f"{who}, input {position}")
     rest = elements[arity:]
-    return Batch(elements[:arity], rest[0] if rest and _is_labels(rest[0], elements[0]) else None, index)
+    if not rest:
+        return Batch(elements[:arity], None, index)
+    if _is_labels(rest[0], elements[0]):
+        return Batch(elements[:arity], rest[0], index)
+    what = f"{rest[0].dtype} of shape {tuple(rest[0].shape)}" if isinstance(rest[0], Tensor) else type(rest[0]).__name__
+    return Batch(elements[:arity], None, index, what)
 
 
 def _is_labels(value: Any, inputs: Tensor) -> bool:  # noqa: ANN401  # as above

@@ -60,11 +60,11 @@ def main() -> None:
         save_file(model.state_dict(), folder / f"{seed}.safetensors")
     options = f"--model {__spec__.name}:network --image-size {_SIDE}"
     files = [str(folder / f"{seed}.safetensors") for seed in range(3)]
-    print(f"c2m3-fl landscape {' '.join(files)} {options} --data {folder}/test -o .gallery/landscape.png")
-    print(f"c2m3-fl barrier {' '.join(files[:2])} {options} --data {folder}/test -o .gallery/barrier.png")
+    print(f"c2m3-fl landscape {' '.join(files)} {options} --data {folder}/test -o {folder}/landscape.png")
+    print(f"c2m3-fl barrier {' '.join(files[:2])} {options} --data {folder}/test -o {folder}/barrier.png")
     print(
         f"c2m3-fl merge {' '.join(files)} {options} --calibration {folder}/calibration -o {folder}/merged.safetensors "
-        "--picture .gallery/agreement.png"
+        "--picture {folder}/agreement.png"
     )
 
 

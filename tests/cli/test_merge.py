@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from c2m3_fl.cli.app import app
-from c2m3_fl.cli.files import load_images, load_network, load_params
+from c2m3_fl.cli.files import load_images, load_network, load_params, size_of
 from c2m3_fl.cli.landscape import _names
 from c2m3_fl.cli.merge import _share_done
 from c2m3_fl.core.result import Step
@@ -170,6 +170,19 @@ def test_torch_files_are_read_and_pickles_refused(tmp_path: Path) -> None:
         load_params(tmp_path / "text.pt")
     with pytest.raises(DataError, match="is no file"):
         load_params(tmp_path / "missing.safetensors")
+
+
+def test_images_are_as_large_as_the_factory_says() -> None:
+    assert [size_of(grey()[1], asked) for asked in (None, 16)] == [8, 16]
+    assert size_of(None, None) == 224
+
+
+def test_folders_named_by_numbers_say_the_class(tmp_path: Path) -> None:
+    for name in ("10", "2"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(tmp_path / name / "0.png")
+    ((_, labels),) = load_images(tmp_path, 8)
+    assert sorted(labels.tolist()) == [2, 10]
 
 
 def failing() -> nn.Module:

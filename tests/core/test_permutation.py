@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import Group, PermutationSpec, Segment, TensorSpec
-from c2m3_fl.errors import SpecError
+from c2m3_fl.errors import ParamsError, SpecError
 from tests.core.networks import ALL, attention, draw, grouped, on
 
 specs = st.sampled_from(list(ALL.values()))
@@ -137,3 +137,12 @@ def test_what_is_no_permutation_is_refused(perm, message):
     spec = PermutationSpec({"g": Group(3)}, {"w": TensorSpec((3,), ((Segment.contiguous("g", 3),),))})
     with pytest.raises(SpecError, match=message):
         permutation.validate(spec, perm)
+
+
+def test_what_is_of_another_network_is_refused() -> None:
+    spec, params = ALL["mlp"], {"x": torch.zeros(2)}
+    identity = permutation.identity(spec)
+    with pytest.raises(ParamsError, match="the state dict is not of this spec: got keys such as 'x'"):
+        permutation.apply(spec, identity, params)
+    with pytest.raises(ParamsError, match=r"the permutation is .* the order is apply\(spec, permutation, "):
+        permutation.apply(spec, params, identity)

@@ -256,6 +256,7 @@ BAD_OPTIONS = {
     "legacy strategy": ({"strategy": LegacyFedAvg()}, ConfigError, "expected an instance of flwr.serverapp.strategy"),
     "outliers": ({"outliers": "keep"}, ConfigError, "outliers is 'keep'"),
     "memory": ({"memory": -1}, ConfigError, "memory is -1"),
+    "refit without data": ({"recalibrate": "refit"}, CalibrationError, "'refit' needs calibration inputs"),
     "recalibrate": ({"recalibrate": "mend"}, ConfigError, "recalibrate is 'mend'"),
     "no inputs": ({"example_inputs": None}, CalibrationError, "neither example_inputs nor calibration"),
     "empty calibration": ({"example_inputs": None, "calibration": []}, CalibrationError, "empty"),

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.errors import CalibrationError
+from c2m3_fl.errors import CalibrationError, ParamsError
 from c2m3_fl.merging.guard import Auto, judge
 from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.repair import Repair
@@ -69,6 +71,12 @@ def test_batch_norm_carries_its_own_moments() -> None:
 def _plain(network: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     _, params = nodes(network, 2)
     return weighted_mean(params), params
+
+
+def test_moments_of_another_network_are_refused() -> None:
+    model, _ = nodes("mlp", 1)
+    with pytest.raises(ParamsError, match="params: keys differ"):
+        channel_moments(model, {}, [CALIBRATION[0]])
 
 
 def test_moments_that_do_not_fit_are_refused() -> None:
@@ -168,3 +176,15 @@ def test_labels_that_are_no_classes_of_the_network_are_refused() -> None:
     labels = torch.arange(32) % 5 + 7
     with pytest.raises(CalibrationError, match="labels from 7 to 11, expected class indices from 0 to 4"):
         merge(model, params, calibration=[(CALIBRATION[0], labels)], recalibrate="auto")
+
+
+@pytest.mark.parametrize(
+    ("rest", "what"),
+    [(torch.zeros(32), r"torch.float32 of shape \(32,\)"), (torch.zeros(9).long(), r"torch.int64 of"), (3, "int")],
+)
+def test_what_is_not_taken_for_labels_is_named(rest: object, what: str) -> None:
+    model, params = nodes("mlp", 2)
+    done = merge(model, params, calibration=[(CALIBRATION[0], rest)], recalibrate="auto").report.recalibration
+    assert done is not None
+    assert done.decision is not None
+    assert re.search(f"what follows the inputs, {what}", done.decision.reason)

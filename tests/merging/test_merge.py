@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from itertools import permutations
 from typing import Any
@@ -15,7 +16,8 @@ from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import C2M3Error, CalibrationError, ConfigError, ParamsError, SpecError, WeightsError
 from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.methods import METHODS, GitReBasin
-from c2m3_fl.merging.recalibrate import SHORT_NAMES
+from c2m3_fl.merging.recalibrate import SHORT_NAMES, Recalibration
+from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import Repair
 from c2m3_fl.models.symmetry import permutation_spec
 from tests.merging.networks import CALIBRATION, NETWORKS, nodes, outputs
@@ -147,10 +149,10 @@ def test_classes_in_place_of_their_instances_are_named() -> None:
         merge(model, [node, node], calibration=[torch.zeros(2, 4)], recalibrate=Repair)  # type: ignore[arg-type]  # too
 
 
-@pytest.mark.parametrize("recalibrate", ["refit", "batchnorm"])
-def test_a_recalibration_that_was_asked_for_is_not_left_out_silently(recalibrate: str) -> None:
+@pytest.mark.parametrize("recalibrate", ["refit", "batchnorm", "auto", Repair(), Refit()], ids=str)
+def test_a_recalibration_that_was_asked_for_is_not_left_out_silently(recalibrate: Recalibration | str) -> None:
     model = torch.nn.Linear(4, 2)
-    with pytest.raises(CalibrationError, match=f"recalibrate='{recalibrate}' needs calibration inputs"):
+    with pytest.raises(CalibrationError, match=f"{re.escape(repr(recalibrate))} needs calibration inputs"):
         merge(model, [model.state_dict()] * 2, example_inputs=torch.zeros(2, 4), recalibrate=recalibrate)
 
 
@@ -184,7 +186,7 @@ def test_a_merge_says_in_a_few_lines_what_it_did() -> None:
     merged = merge(model, params, calibration=[CALIBRATION[0]])
     lines = str(merged.report).splitlines()
     assert lines[0].split() == ["networks", "2,", "in", "the", "basis", "of", "number", str(merged.report.basis)]
-    assert any(line.startswith("recalibration") and line.endswith("repair") for line in lines)
+    assert any(line.startswith("recalibration") and line.endswith("repair, on 32 inputs") for line in lines)
     assert max(map(len, lines)) < 120
     assert str(merged.match).startswith("2 nodes: agreement ")
     assert str(merged) == str(merged.report)
@@ -192,9 +194,16 @@ def test_a_merge_says_in_a_few_lines_what_it_did() -> None:
 
 def test_batch_norm_without_calibration_is_noted() -> None:
     model, params = nodes("batch norm", 2)
-    (note,) = merge(model, params, spec=spec_of("batch norm")).report.notes
+    nothing, note = merge(model, params, spec=spec_of("batch norm")).report.notes
+    assert nothing == "nothing was recalibrated: there are no calibration data"
     assert "BatchNorm statistics" in note
-    assert not merge(*nodes("mlp", 2), spec=spec_of("mlp")).report.notes
+    assert not merge(*nodes("mlp", 2), spec=spec_of("mlp"), calibration=[CALIBRATION[0]]).report.notes
+
+
+def test_one_network_agrees_with_no_other() -> None:
+    model, params = nodes("mlp", 1)
+    report = merge(model, params, spec=spec_of("mlp")).report
+    assert (report.objectives, report.layers) == (None, {})
 
 
 def test_an_iterator_gives_the_merge_all_its_batches() -> None:

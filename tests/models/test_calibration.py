@@ -95,3 +95,8 @@ def test_unusable_calibration_says_what_is_wrong(calibration: Any, message: str)
 def test_a_missing_input_is_named() -> None:
     with pytest.raises(CalibrationError, match="batch 0 has 1 elements, the network takes 2 inputs"):
         load_batches([INPUTS], example_inputs=(INPUTS, INPUTS))
+
+
+def test_one_pair_in_place_of_batches_is_named() -> None:
+    with pytest.raises(CalibrationError, match=r"one pair \(inputs, labels\), expected batches: pass \[\(x, y\)\]"):
+        load_batches((torch.zeros(4, 3), torch.arange(4)))
