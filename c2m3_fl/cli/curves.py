@@ -39,6 +39,7 @@ def draw_landscapes(landscapes: Mapping[str, Landscape], names: Sequence[str], f
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, panels = plt.subplots(1, len(landscapes), figsize=(4.6 * len(landscapes), 4), layout="constrained")
     high = max(float(each.loss.quantile(0.9)) for each in landscapes.values())
@@ -53,7 +54,7 @@ def draw_landscapes(landscapes: Mapping[str, Landscape], names: Sequence[str], f
         panel.set_title(name, loc="left", fontsize=10)
         panel.set_aspect("equal")
         panel.set_xlabel("distance in parameter space")
-    figure.colorbar(drawn, ax=panels, label="loss", format="%.3g")
+    figure.colorbar(drawn, ax=panels, label="loss", ticks=MaxNLocator(6))
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
@@ -70,8 +71,11 @@ def draw_agreement(before: Mapping[str, Sequence[float]], after: Mapping[str, Se
     ends = [[mean(rows[name]) for name in names] for rows in (before, after)]
     places = range(len(names))
     axes.hlines(places, ends[0], ends[1], color=_COLOURS[0], linewidth=1, alpha=0.5)
-    for label, values, colour in zip(("as they are", "in one basis"), ends, _COLOURS, strict=False):
-        axes.plot(values, places, "o", color=colour, label=label, clip_on=False)
+    ring, dot = _COLOURS[:2]  # a dot inside a ring leaves both visible
+    axes.plot(
+        ends[0], places, "o", color=ring, label="as they are", markersize=9, markerfacecolor="none", clip_on=False
+    )
+    axes.plot(ends[1], places, "o", color=dot, label="in one basis", clip_on=False)
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(min(0.0, *ends[0], *ends[1]) - 0.02, 1)

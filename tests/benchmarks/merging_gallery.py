@@ -64,7 +64,7 @@ def main() -> None:
     print(f"c2m3-fl barrier {' '.join(files[:2])} {options} --data {folder}/test -o {folder}/barrier.png")
     print(
         f"c2m3-fl merge {' '.join(files)} {options} --calibration {folder}/calibration -o {folder}/merged.safetensors "
-        "--picture {folder}/agreement.png"
+        f"--picture {folder}/agreement.png"
     )
 
 
