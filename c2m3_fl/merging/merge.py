@@ -17,8 +17,9 @@ from c2m3_fl.core.frank_wolfe import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
+from c2m3_fl.merging.alignment import Alignment, Method, Nodes
 from c2m3_fl.merging.guard import Auto
-from c2m3_fl.merging.methods import Alignment, CycleConsistent, Method, Nodes, resolve_method
+from c2m3_fl.merging.methods import CycleConsistent, resolve_method
 from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
 from c2m3_fl.merging.reports import MergeReport, RecalibrationReport
 from c2m3_fl.merging.setting import canonical_order, check_params, check_types, moved_to, prepare, usable_device

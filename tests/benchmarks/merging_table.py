@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.merging.alignment import Alignment, Method, Nodes
 from c2m3_fl.merging.guard import Auto
 from c2m3_fl.merging.merge import Merge, merge
-from c2m3_fl.merging.methods import METHODS, Alignment, MergeMany, Method, Nodes
+from c2m3_fl.merging.methods import METHODS, MergeMany
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import BatchNormStatistics, Repair

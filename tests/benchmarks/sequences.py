@@ -21,8 +21,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from c2m3_fl.merging.alignment import Method
 from c2m3_fl.merging.merge import merge
-from c2m3_fl.merging.methods import ActivationMatching, CycleConsistent, Mean, Method
+from c2m3_fl.merging.methods import ActivationMatching, CycleConsistent, Mean
 from c2m3_fl.models.symmetry import permutation_spec
 
 RESULTS = Path("results") / "sequences.json"

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from c2m3_fl.core.spec import Group, PermutationSpec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.activations import canonical_map, two_sided_features
+from c2m3_fl.merging.cca import CCA
 from c2m3_fl.merging.linear_maps import folded, mapped, normalised, reading_axes, seen_through, spread_again
 from c2m3_fl.merging.merge import merge
-from c2m3_fl.merging.methods import CCA
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import Repair
