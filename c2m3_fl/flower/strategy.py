@@ -179,7 +179,7 @@ class C2M3(Strategy):
         units = sum(group.size for group in spec.groups.values())
         log(INFO, "\t│\t├── Permutable: %d units in %d groups", units, len(spec.groups))
         log(INFO, "\t│\t├── Alignment: %s | basis: %s", options["alignment"], options["basis"])
-        log(INFO, "\t│\t├── Recalibration: %s", "ON" if self.rounds.calibrated else "OFF (no calibration data)")
+        log(INFO, "\t│\t├── Recalibration: %s", self.rounds.recalibration if self.rounds.calibrated else "OFF")
         log(INFO, "\t│\t└── Device: %s", self.rounds.device)
         self.strategy.summary()
 
