@@ -15,11 +15,10 @@ from c2m3_fl.core.averaging import normalise_weights, weighted_mean
 from c2m3_fl.core.basis import fit
 from c2m3_fl.core.frank_wolfe import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.core.starts import Start
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.merging.alignment import Alignment, Method, Nodes
 from c2m3_fl.merging.guard import Auto
-from c2m3_fl.merging.methods import CycleConsistent, resolve_method
+from c2m3_fl.merging.methods import CycleConsistent, MergeStart, resolve_method
 from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
 from c2m3_fl.merging.reports import MergeReport, RecalibrationReport
 from c2m3_fl.merging.setting import canonical_order, check_params, check_types, moved_to, prepare, usable_device
@@ -63,7 +62,7 @@ def merge(
     method: Method | str = "c2m3",
     basis: int | None = None,
     spec: PermutationSpec | None = None,
-    start: Start = "auto",
+    start: MergeStart = "auto",
     device: torch.device | str | None = None,
 ) -> Merge:
     """Merge networks that were trained apart: permute their units into one universe, average, recalibrate.
@@ -98,7 +97,8 @@ def merge(
         The network's symmetries; by default derived by `permutation_spec`. A given one is proven on the inputs, where
         there are any.
     start : str or sequence of Permutation
-        Where the match of method "c2m3" starts: see `match`. For that method's short name alone.
+        Where the match of method "c2m3" starts: see `match`, or "activations", which compares what units do on the
+        calibration data and gave better merges of deep networks. For that method's short name alone.
     device : torch.device or str, optional
         Where to compute; by default where the first node is.
 
@@ -171,7 +171,7 @@ def merge(
     return Merge(versions, alignment.match, _report(nodes, alignment, report, seconds))
 
 
-def _started(method: Method | str, start: Start) -> Method | str:
+def _started(method: Method | str, start: MergeStart) -> Method | str:
     if method == "c2m3":
         return CycleConsistent(start=start)
     if not (isinstance(start, str) and start == "auto"):

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.core.pairwise import merge_many, pairwise_matching
+from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.result import Callback
 from c2m3_fl.core.starts import Start
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.activations import match_all, match_to
 from c2m3_fl.merging.alignment import Alignment, Method, Nodes, moved
 from c2m3_fl.merging.cca import CCA
+
+MergeStart = Start | Literal["activations"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class CycleConsistent:
     Attributes
     ----------
     start : str or sequence of Permutation
-        Where the search starts.
+        Where the search starts: as `match` takes it, or "activations", where universe-wide activation matching on the
+        calibration data ends. That found higher agreement on deep networks.
     max_steps : int
         Upper limit of Frank-Wolfe steps.
     tolerance : float
@@ -44,7 +49,7 @@ class CycleConsistent:
         Called with a `Step` after every step.
     """
 
-    start: Start = "auto"
+    start: MergeStart = "auto"
     max_steps: int = 100
     tolerance: float = 1e-4
     callback: Callback | None = None
@@ -52,11 +57,14 @@ class CycleConsistent:
     def __call__(self, nodes: Nodes) -> Alignment:
         """Match the nodes, then map each through the universe into the basis."""
         begin = time.perf_counter()
+        start = self.start
+        if start == "activations":
+            start = ActivationMatching(universe=True).moves(nodes)
         found = match(
             nodes.spec,
             nodes.params,
             weights=nodes.weights,
-            start=self.start,
+            start=start,
             max_steps=self.max_steps,
             tolerance=self.tolerance,
             callback=self.callback,
@@ -112,16 +120,18 @@ class ActivationMatching:
     def __call__(self, nodes: Nodes) -> Alignment:
         """Match by what units do."""
         begin = time.perf_counter()
+        return moved(nodes, self.moves(nodes), None, begin)
+
+    def moves(self, nodes: Nodes) -> list[Permutation]:
+        """Each node's map into the basis."""
         features = nodes.features(nodes.programs())
         if not self.universe:
-            moves = [match_to(nodes.spec, features[nodes.basis], each) for each in features]
-            return moved(nodes, moves, None, begin)
+            return [match_to(nodes.spec, features[nodes.basis], each) for each in features]
         share = nodes.weights.tolist()
         ordered = [features[index] for index in nodes.order]
         found = match_all(nodes.spec, ordered, [share[index] for index in nodes.order])
         perms = dict(zip(nodes.order, found, strict=True))
-        moves = [permutation.between(perms[nodes.basis], perms[index]) for index in range(len(features))]
-        return moved(nodes, moves, None, begin)
+        return [permutation.between(perms[nodes.basis], perms[index]) for index in range(len(features))]
 
 
 METHODS: dict[str, Method] = {

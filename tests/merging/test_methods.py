@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
+from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import CalibrationError
+from c2m3_fl.merging.alignment import Nodes
 from c2m3_fl.merging.merge import merge
-from c2m3_fl.merging.methods import METHODS
+from c2m3_fl.merging.methods import METHODS, ActivationMatching
+from c2m3_fl.merging.setting import canonical_order
+from c2m3_fl.models.calibration import load_batches
 from tests.merging.networks import CALIBRATION, nodes, outputs
 from tests.merging.test_merge import SEED, equal, spec_of
 
@@ -74,3 +81,28 @@ def test_activations_need_calibration_data(method: str) -> None:
     model, params = nodes("mlp", 2)
     with pytest.raises(CalibrationError, match="needs calibration data"):
         merge(model, params, spec=spec_of("mlp"), method=method)
+
+
+def test_c2m3_starts_from_activations() -> None:
+    model, params = nodes("mlp", 3)
+    spec = spec_of("mlp")
+    options = {**OPTIONS, "spec": spec, "start": "activations", "weights": [1, 2, 3]}
+    found = merge(model, params, **options)
+    assert found.match is not None
+    moves = ActivationMatching(universe=True).moves(_checked(model, params, spec))
+    matched = match(spec, params, weights=[1, 2, 3], start=moves)
+    assert found.match.objectives[0] == pytest.approx(matched.objectives[0])
+    assert found.match.objectives[-1] >= found.match.objectives[0]
+    turned = merge(model, params[::-1], **{**options, "weights": [3, 2, 1]})
+    assert equal(found.state_dict, turned.state_dict)
+    copies = [params[0], *(permutation.apply(spec, permutation.random(spec, SEED(seed)), params[0]) for seed in (1, 2))]
+    back = merge(model, copies, basis=0, **options).state_dict
+    assert all(torch.allclose(back[name], params[0][name], atol=1e-6) for name in back)
+    with pytest.raises(CalibrationError, match="needs calibration data"):
+        merge(model, params, spec=spec, start="activations")
+
+
+def _checked(model: nn.Module, params: Sequence[dict[str, Tensor]], spec: PermutationSpec) -> Nodes:
+    batches = load_batches(OPTIONS["calibration"])
+    weights = torch.tensor([1, 2, 3]).double() / 6
+    return Nodes(spec, tuple(params), weights, tuple(canonical_order(params, weights)), 2, model, batches)
