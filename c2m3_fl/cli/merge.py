@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -24,7 +24,7 @@ from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError
 from c2m3_fl.merging.merge import Merge
 from c2m3_fl.merging.merge import merge as merge_networks
-from c2m3_fl.merging.methods import METHODS, CycleConsistent, resolve_method
+from c2m3_fl.merging.methods import METHODS, CycleConsistent, MergeStart, resolve_method
 from c2m3_fl.merging.recalibrate import SHORT_NAMES
 from c2m3_fl.merging.scoring import evaluate
 from c2m3_fl.merging.setting import check_params
@@ -40,6 +40,9 @@ def merge(
         Path | None, typer.Option(help="Folder of images; one subfolder per class gives labels.")
     ] = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "c2m3",
+    start: Annotated[
+        str, typer.Option(help="Where the match of method c2m3 starts: auto, activations, identity, barycentre, …")
+    ] = "auto",
     recalibrate: Annotated[str, typer.Option(help=f"One of {', '.join(SHORT_NAMES)}.")] = "repair",
     weights: Annotated[list[float] | None, typer.Option(help="Averaging weight, once per file.")] = None,
     image_size: Annotated[
@@ -65,6 +68,8 @@ def merge(
     for drawing in (each for each in (picture, convergence) if each is not None):
         check_output(drawing, PICTURES)
     resolve_method(method)
+    if start != "auto" and method != "c2m3":
+        raise ConfigError(f"--start is for method 'c2m3', which {method!r} is not")
     steps: list[Step] = []
     network, example = load_network(model, classes)
     nodes = [load_params(file) for file in files]
@@ -75,8 +80,8 @@ def merge(
         if calibration is None
         else load_images(calibration, size_of(example, image_size), channels=channels_of(example), raw=raw)
     )
-    if images is None and method in ("activations", "activations-universe", "cca"):
-        raise ConfigError(f"method {method!r} compares activations: name a folder of images with --calibration")
+    if images is None and (start == "activations" or method in ("activations", "activations-universe", "cca")):
+        raise ConfigError("this method compares activations: name a folder of images with --calibration")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"merging {len(nodes)} networks by {method} …", total=1.0)
@@ -94,7 +99,7 @@ def merge(
             spec=spec,
             weights=weights,
             calibration=images,
-            method=CycleConsistent(callback=tell) if method == "c2m3" else method,
+            method=CycleConsistent(cast("MergeStart", start), callback=tell) if method == "c2m3" else method,
             recalibrate=recalibrate,
         )
         report = {"method": method, **asdict(merged.report)}

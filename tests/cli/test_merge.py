@@ -70,6 +70,9 @@ def test_files_merge_into_one_that_loads(files: list[str], images: str, tmp_path
         (["-o", "nowhere/m.safetensors"], "nowhere is no folder"),
         (["--picture", "p.xyz"], r"p.xyz ends in '.xyz', expected .png or"),
         (["--method", "c3m3"], "method is 'c3m3'"),
+        (["--method", "cca", "--start", "activations"], "--start is for method 'c2m3', which 'cca' is not"),
+        (["--start", "activations"], "compares activations: name a folder of images"),
+        (["--start", "somewhere", "--image-size", "8"], r"start is 'somewhere', expected one of .*'auto'"),
     ],
 )
 def test_what_cannot_be_written_or_done_is_refused_before_the_work(
