@@ -29,7 +29,7 @@ from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.merging.alignment import Alignment, Method, Nodes
 from c2m3_fl.merging.guard import Auto
 from c2m3_fl.merging.merge import Merge, merge
-from c2m3_fl.merging.methods import METHODS, MergeMany
+from c2m3_fl.merging.methods import METHODS, CycleConsistent, MergeMany
 from c2m3_fl.merging.recalibrate import Recalibration
 from c2m3_fl.merging.refit import Refit
 from c2m3_fl.merging.repair import BatchNormStatistics, Repair
@@ -250,8 +250,9 @@ def published_rows(case: Case, seed: int, found: Trained, spec: PermutationSpec)
         mean = statistics.mean(accuracy(found.model, node, found.test) for node in part.nodes)
         yield Row(case.title, seed, f"{count} nodes: mean node", mean, 0.0)
         everything = count == len(found.nodes)
-        for name in METHODS if everything else _PUBLISHED["REPAIR"][1]:
-            orders = [MergeMany(order) for order in range(_ORDERS)] if name == "mergemany" else [METHODS[name]]
+        known = {**METHODS, "c2m3 from activations": CycleConsistent(start="activations")}
+        for name in known if everything else _PUBLISHED["REPAIR"][1]:
+            orders = [MergeMany(order) for order in range(_ORDERS)] if name == "mergemany" else [known[name]]
             methods = [Once(order) for order in orders]
             for column, (recalibrate, wanted) in _PUBLISHED.items():
                 if column == "REPAIR" or (everything and name in wanted):
