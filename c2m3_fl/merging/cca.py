@@ -72,7 +72,7 @@ class CCA:
                 continue
             maps = {name: canonical_map(goal[name], own[name], self.regularisation) for name in spec.groups}
             moved = mapped(spec, maps, given, reads, program)
-            spread_again(program, pairs, spec, maps, given, moved)
+            spread_again(program, pairs, moved)
             aligned.append(moved)
             seen.append((given, seen_through(spec, maps)))
         return Alignment(

@@ -190,19 +190,10 @@ def folded(program: Program, pairs: Sequence[Normalised], params: Params) -> dic
     return result
 
 
-def spread_again(
-    program: Program,
-    pairs: Sequence[Normalised],
-    spec: PermutationSpec,
-    maps: Mapping[str, Tensor],
-    given: Params,
-    moved: dict[str, Tensor],
-) -> None:
-    """Set the spread of folded norms, in place, to that of the mapped units: that of uncorrelated ones."""
-    squares = {name: matrix.square() for name, matrix in maps.items()}
+def spread_again(program: Program, pairs: Sequence[Normalised], moved: dict[str, Tensor]) -> None:
+    """Let folded norms, in place, multiply by one again, at the spread of the mapped units."""
     for pair in pairs:
-        name = pair.norm.weight
-        _spread(program, moved, pair, _along_all(spec.tensors[name], squares, given[name].double().square()))
+        _spread(program, moved, pair, moved[pair.norm.weight].double().square())
 
 
 def _spread(program: Program, params: dict[str, Tensor], pair: Normalised, variance: Tensor) -> None:

@@ -256,7 +256,7 @@ def test_linear_maps_pass_through_batch_norm(kind: str, inner: int) -> None:
     pairs, maps = normalised(program), drawn(spec, 2)
     given = folded(program, pairs, node)
     moved = mapped(spec, maps, given, reading_axes(spec, program), program)
-    spread_again(program, pairs, spec, maps, given, moved)
+    spread_again(program, pairs, moved)
     wanted = outputs(model, node, inputs)
     torch.testing.assert_close(outputs(model, given, inputs), wanted)
     torch.testing.assert_close(outputs(model, moved, inputs), wanted)
