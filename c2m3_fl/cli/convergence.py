@@ -22,6 +22,7 @@ def draw_convergence(steps: Sequence[Step], file: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     numbers = [step.step for step in steps]
     figure, panels = plt.subplots(3, 1, figsize=(6.4, 6.4), sharex=True, layout="constrained")
@@ -38,5 +39,6 @@ def draw_convergence(steps: Sequence[Step], file: Path) -> None:
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#dddddd", linewidth=0.8)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(file, dpi=150)
     plt.close(figure)

@@ -44,7 +44,7 @@ def draw_landscapes(landscapes: Mapping[str, Landscape], names: Sequence[str], f
     figure, panels = plt.subplots(1, len(landscapes), figsize=(4.6 * len(landscapes), 4), layout="constrained")
     high = max(float(each.loss.quantile(0.9)) for each in landscapes.values())
     low = min(float(each.loss.min()) for each in landscapes.values())
-    levels = [low + (high - low) * index / _LEVELS for index in range(_LEVELS + 1)]
+    levels = MaxNLocator(_LEVELS).tick_values(low, high)
     panels = [panels] if len(landscapes) == 1 else list(panels)
     for panel, (name, each) in zip(panels, landscapes.items(), strict=True):
         drawn = panel.contourf(each.x, each.y, each.loss.numpy(), levels=levels, cmap="viridis", extend="both")
@@ -54,7 +54,7 @@ def draw_landscapes(landscapes: Mapping[str, Landscape], names: Sequence[str], f
         panel.set_title(name, loc="left", fontsize=10)
         panel.set_aspect("equal")
         panel.set_xlabel("distance in parameter space")
-    figure.colorbar(drawn, ax=panels, label="loss", ticks=MaxNLocator(6))
+    figure.colorbar(drawn, ax=panels, label="loss", ticks=levels[::3])
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
