@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from c2m3_fl.errors import C2M3Error
     from c2m3_fl.flower.strategy import C2M3
     from c2m3_fl.merging.merge import Merge, merge
-    from c2m3_fl.merging.repair import repair
-    from c2m3_fl.models.symmetry import check_invariance, permutation_spec
+    from c2m3_fl.merging.recalibrate.repair import repair
+    from c2m3_fl.symmetry.discover import check_invariance, permutation_spec
 
 _HOME = {
     "C2M3": "c2m3_fl.flower.strategy",
@@ -26,11 +26,11 @@ _HOME = {
     "PermutationSpec": "c2m3_fl.core.spec",
     "Segment": "c2m3_fl.core.spec",
     "TensorSpec": "c2m3_fl.core.spec",
-    "check_invariance": "c2m3_fl.models.symmetry",
+    "check_invariance": "c2m3_fl.symmetry.discover",
     "match": "c2m3_fl.core.frank_wolfe",
     "merge": "c2m3_fl.merging.merge",
-    "permutation_spec": "c2m3_fl.models.symmetry",
-    "repair": "c2m3_fl.merging.repair",
+    "permutation_spec": "c2m3_fl.symmetry.discover",
+    "repair": "c2m3_fl.merging.recalibrate.repair",
 }
 
 __all__ = [

@@ -51,7 +51,7 @@ def compare(
 
 def _show(console: Console, comparison: Comparison, output: Path) -> None:
     """Table, JSON, Markdown and picture, and where they are."""
-    from c2m3_fl.cli.pictures import draw
+    from c2m3_fl.cli.drawing import draw
     from c2m3_fl.cli.tables import markdown, rounds_table
 
     results, table, picture = output / RESULTS, output / "table.md", output / "accuracy.png"
@@ -66,7 +66,7 @@ def _show(console: Console, comparison: Comparison, output: Path) -> None:
 
 def _serial(runs: list[Settings], report: Report, verbose: bool) -> tuple[Round, ...]:
     """All runs in this process."""
-    from c2m3_fl.flower.serial import SerialGrid
+    from c2m3_fl.flower.serial_grid import SerialGrid
     from simulations.client_app import app
     from simulations.experiment import run_experiment
 

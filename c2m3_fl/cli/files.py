@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from c2m3_fl.errors import ConfigError, DataError, ParamsError
-from c2m3_fl.models.calibration import ExampleInputs
+from c2m3_fl.network.calibration import ExampleInputs
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect

@@ -16,12 +16,12 @@ from torch import nn
 
 from c2m3_fl.cli.files import build_classifier, check_output, classifiers, load_network
 from c2m3_fl.core.describe import coverage
-from c2m3_fl.core.serial import save_spec
 from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.core.spec_json import save_spec
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.models.exporting import ExampleInputs, as_inputs
-from c2m3_fl.models.proof import Prover
-from c2m3_fl.models.symmetry import derive, permutation_spec
+from c2m3_fl.network.exporting import ExampleInputs, as_inputs
+from c2m3_fl.symmetry.discover import derive, permutation_spec
+from c2m3_fl.symmetry.proof import Prover
 
 _IMAGE = 64  # side of the example image; parameters do not depend on it unless a network fixes its own
 _SIDES = {"vit": 224, "maxvit": 224, "inception": 299}

@@ -14,10 +14,10 @@ from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.merging.landscape import landscape as plane
-from c2m3_fl.merging.setting import check_params
-from c2m3_fl.models.calibration import first_inputs
-from c2m3_fl.models.symmetry import permutation_spec
+from c2m3_fl.merging.evaluate.landscape import landscape as plane
+from c2m3_fl.merging.recalibrate.setting import check_params
+from c2m3_fl.network.calibration import first_inputs
+from c2m3_fl.symmetry.discover import permutation_spec
 
 
 def landscape(

@@ -22,14 +22,14 @@ from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, 
 from c2m3_fl.core.basis import fit
 from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError
+from c2m3_fl.merging.align.methods import METHODS, CycleConsistent, MergeStart, resolve_method
+from c2m3_fl.merging.evaluate.scoring import evaluate
 from c2m3_fl.merging.merge import Merge
 from c2m3_fl.merging.merge import merge as merge_networks
-from c2m3_fl.merging.methods import METHODS, CycleConsistent, MergeStart, resolve_method
-from c2m3_fl.merging.recalibrate import SHORT_NAMES
-from c2m3_fl.merging.scoring import evaluate
-from c2m3_fl.merging.setting import check_params
-from c2m3_fl.models.calibration import ExampleInputs, first_inputs, load_batches
-from c2m3_fl.models.symmetry import permutation_spec
+from c2m3_fl.merging.recalibrate.registry import SHORT_NAMES
+from c2m3_fl.merging.recalibrate.setting import check_params
+from c2m3_fl.network.calibration import ExampleInputs, first_inputs, load_batches
+from c2m3_fl.symmetry.discover import permutation_spec
 
 
 def merge(

@@ -23,16 +23,16 @@ from torch import Tensor
 from c2m3_fl.core import permutation
 from c2m3_fl.core.assignment import assignment_pool, oracle
 from c2m3_fl.core.averaging import normalise_weights
-from c2m3_fl.core.images import share_moved
+from c2m3_fl.core.block_ascent import climb
+from c2m3_fl.core.identity_proof import agreement_if_stationary
 from c2m3_fl.core.line_search import best_step
+from c2m3_fl.core.mapped import share_moved
 from c2m3_fl.core.permutation import Permutation
-from c2m3_fl.core.polish import climb
 from c2m3_fl.core.problem import Problem, canonical_order, check_nodes, check_search
 from c2m3_fl.core.result import Callback, Match, Step
 from c2m3_fl.core.running import RunningUniverse
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start, begin, check_start, reheated
-from c2m3_fl.core.stationary import agreement_if_stationary
 from c2m3_fl.core.universe import Universe
 
 __all__ = ["Found", "Limits", "Match", "Step", "Walk", "frank_wolfe", "match", "search"]

@@ -13,8 +13,8 @@ import torch
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.assignment import assignment_pool
+from c2m3_fl.core.block_ascent import BlockAscent
 from c2m3_fl.core.permutation import Permutation
-from c2m3_fl.core.polish import BlockAscent
 from c2m3_fl.core.problem import Problem, check_nodes
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import start_point

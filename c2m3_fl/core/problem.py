@@ -12,7 +12,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.images import Images, inners
+from c2m3_fl.core.mapped import Images, inners
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.terms import Term, compile_terms, matched_names, working_dtype

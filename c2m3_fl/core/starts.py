@@ -10,7 +10,7 @@ from torch import Tensor
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.assignment import assignment_pool
-from c2m3_fl.core.images import Images, Vertex, gather, inner, weighted_sum
+from c2m3_fl.core.mapped import Images, Vertex, gather, inner, weighted_sum
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.profiles import profile_vertex

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.images import Images, Vertex, weighted_sum
 from c2m3_fl.core.line_search import added, power_basis
+from c2m3_fl.core.mapped import Images, Vertex, weighted_sum
 from c2m3_fl.core.problem import Problem
 
 

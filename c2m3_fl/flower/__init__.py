@@ -1,9 +1,9 @@
 """The adapters to Flower: strategies, records, checkpoints, and a federation inside one process."""
 
-from c2m3_fl.flower.answering import answer_statistics
+from c2m3_fl.flower.client_moments import answer_statistics
+from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.resuming import Resumable
-from c2m3_fl.flower.serial import SerialGrid
-from c2m3_fl.flower.statistics import ClientStatistics
+from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 
 __all__ = ["C2M3", "ClientStatistics", "Resumable", "SerialGrid", "answer_statistics"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, load_batches
+from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs, load_batches
 
 
 def check_calibration(model: nn.Module, calibration: Calibration, example_inputs: ExampleInputs | None) -> None:

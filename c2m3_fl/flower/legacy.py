@@ -28,8 +28,8 @@ from c2m3_fl.flower.replies import Dropped, Reply, Sorted, check_finite, check_w
 from c2m3_fl.flower.reports import Numbers, failure
 from c2m3_fl.flower.rounds import Aligned, Rounds
 from c2m3_fl.flower.wrapped import chain, check_instance
-from c2m3_fl.merging.recalibrate import Recalibration
-from c2m3_fl.models.calibration import Calibration, ExampleInputs
+from c2m3_fl.merging.recalibrate.registry import Recalibration
+from c2m3_fl.network.calibration import Calibration, ExampleInputs
 
 Result = tuple[ClientProxy, FitRes]
 

@@ -9,8 +9,8 @@ import torch
 
 from c2m3_fl.core.problem import check_search
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.alignment import Basis, Mode
-from c2m3_fl.merging.setting import usable_device
+from c2m3_fl.flower.aligner import Basis, Mode
+from c2m3_fl.merging.recalibrate.setting import usable_device
 
 
 class Options(TypedDict, total=False):

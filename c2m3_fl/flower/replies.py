@@ -24,7 +24,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.records import Schema, to_params
-from c2m3_fl.merging.setting import digest
+from c2m3_fl.merging.recalibrate.setting import digest
 
 Source = TypeVar("Source")
 Record = TypeVar("Record", ArrayRecord, MetricRecord)

@@ -8,7 +8,7 @@ from logging import DEBUG, ERROR, INFO, WARNING
 from flwr.serverapp.strategy import Result
 from flwr.supercore import log
 
-from c2m3_fl.flower.alignment import Alignment
+from c2m3_fl.flower.aligner import Alignment
 from c2m3_fl.merging.reports import RecalibrationReport
 
 Numbers = dict[str, float | int | list[float] | list[int]]

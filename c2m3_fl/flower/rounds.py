@@ -18,7 +18,8 @@ from torch import nn
 from c2m3_fl.core.permutation import Permutation, identity
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
-from c2m3_fl.flower.alignment import Aligner, with_cpu_fallback
+from c2m3_fl.flower.aligner import Aligner, with_cpu_fallback
+from c2m3_fl.flower.client_repair import ClientStatistics, check_measurable
 from c2m3_fl.flower.inputs import check_calibration
 from c2m3_fl.flower.options import Options, resolved, resolved_device
 from c2m3_fl.flower.replies import Dropped, Reply, Sorted, check_finite, report_dropped
@@ -31,16 +32,15 @@ from c2m3_fl.flower.reports import (
     report_kept,
     report_recalibration,
 )
-from c2m3_fl.flower.statistics import ClientStatistics, check_measurable
 from c2m3_fl.flower.wrapped import ignores_weights, restored, rewinding, typed_like
-from c2m3_fl.merging.guard import Auto
-from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
+from c2m3_fl.merging.recalibrate.auto import Auto
+from c2m3_fl.merging.recalibrate.registry import Recalibration, recalibrated, resolve
+from c2m3_fl.merging.recalibrate.setting import prepare
+from c2m3_fl.merging.recalibrate.shift import OwnMoments, with_own_moments
 from c2m3_fl.merging.reports import Recalibrated
-from c2m3_fl.merging.setting import prepare
-from c2m3_fl.merging.shift import OwnMoments, with_own_moments
-from c2m3_fl.models.calibration import Calibration, ExampleInputs, first_inputs
-from c2m3_fl.models.statistics import Moments
-from c2m3_fl.models.symmetry import permutation_spec
+from c2m3_fl.network.calibration import Calibration, ExampleInputs, first_inputs
+from c2m3_fl.network.moments import Moments
+from c2m3_fl.symmetry.discover import permutation_spec
 
 Metrics = TypeVar("Metrics")
 
@@ -101,7 +101,7 @@ class Rounds:
     calibration : iterable of batches or ClientStatistics, optional
         Inputs for recalibration, or who measures instead.
     recalibrate : str or Recalibration
-        What to do with them: "none", "repair", or any other name or object that `c2m3_fl.merging.recalibrate` knows.
+        What to do with them: "none", "repair", or any other name or object that `resolve` of `merging.recalibrate` knows.
     device : torch.device or str, optional
         Where to compute; by default CUDA when there is one, else the CPU.
     options : Options

@@ -16,16 +16,23 @@ from c2m3_fl.core.basis import fit
 from c2m3_fl.core.frank_wolfe import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
-from c2m3_fl.merging.alignment import Alignment, Method, Nodes
-from c2m3_fl.merging.guard import Auto
-from c2m3_fl.merging.methods import CycleConsistent, MergeStart, resolve_method
-from c2m3_fl.merging.recalibrate import Recalibration, recalibrated, resolve
+from c2m3_fl.merging.align.base import Alignment, Method, Nodes
+from c2m3_fl.merging.align.methods import CycleConsistent, MergeStart, resolve_method
+from c2m3_fl.merging.recalibrate.auto import Auto
+from c2m3_fl.merging.recalibrate.registry import Recalibration, recalibrated, resolve
+from c2m3_fl.merging.recalibrate.setting import (
+    canonical_order,
+    check_params,
+    check_types,
+    moved_to,
+    prepare,
+    usable_device,
+)
+from c2m3_fl.merging.recalibrate.shift import OwnMoments, with_own_moments
 from c2m3_fl.merging.reports import MergeReport, RecalibrationReport
-from c2m3_fl.merging.setting import canonical_order, check_params, check_types, moved_to, prepare, usable_device
-from c2m3_fl.merging.shift import OwnMoments, with_own_moments
-from c2m3_fl.models.calibration import Batch, Calibration, ExampleInputs, first_inputs, load_batches
-from c2m3_fl.models.program import require_runs
-from c2m3_fl.models.symmetry import permutation_spec, require_invariance
+from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs, first_inputs, load_batches
+from c2m3_fl.network.program import require_runs
+from c2m3_fl.symmetry.discover import permutation_spec, require_invariance
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +97,7 @@ def merge(
         Each node's `channel_moments` on its own data, by which "auto" sees whether the calibration data are like them;
         for "auto" alone.
     method : Method or str
-        How the nodes are aligned: an object of `c2m3_fl.merging.methods`, or its short name.
+        How the nodes are aligned: an object of `c2m3_fl.merging.align.methods`, or its short name.
     basis : int, optional
         The node whose order of units the result has; by default the heaviest, ties broken by content.
     spec : PermutationSpec, optional

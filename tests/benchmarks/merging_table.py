@@ -26,18 +26,18 @@ from torch import Tensor, nn
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import PermutationSpec
-from c2m3_fl.merging.alignment import Alignment, Method, Nodes
-from c2m3_fl.merging.guard import Auto
+from c2m3_fl.merging.align.base import Alignment, Method, Nodes
+from c2m3_fl.merging.align.methods import METHODS, CycleConsistent, MergeMany
 from c2m3_fl.merging.merge import Merge, merge
-from c2m3_fl.merging.methods import METHODS, CycleConsistent, MergeMany
-from c2m3_fl.merging.recalibrate import Recalibration
-from c2m3_fl.merging.refit import Refit
-from c2m3_fl.merging.repair import BatchNormStatistics, Repair
+from c2m3_fl.merging.recalibrate.auto import Auto
+from c2m3_fl.merging.recalibrate.refit import Refit
+from c2m3_fl.merging.recalibrate.registry import Recalibration
+from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair
+from c2m3_fl.merging.recalibrate.setting import Setting, prepare
+from c2m3_fl.merging.recalibrate.shift import channel_moments, with_own_moments
 from c2m3_fl.merging.reports import Recalibrated
-from c2m3_fl.merging.setting import Setting, prepare
-from c2m3_fl.merging.shift import channel_moments, with_own_moments
-from c2m3_fl.models.statistics import Moments
-from c2m3_fl.models.symmetry import permutation_spec
+from c2m3_fl.network.moments import Moments
+from c2m3_fl.symmetry.discover import permutation_spec
 from tests.benchmarks.merging_cases import CASES, PUBLISHED, Case, Trained, accuracy, probabilities, trained, validated
 
 RESULTS = Path("results")

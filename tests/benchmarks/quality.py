@@ -26,7 +26,7 @@ from c2m3_fl.core.pairwise import merge_many, pairwise_matching
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.running import RunningUniverse
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.models.symmetry import permutation_spec
+from c2m3_fl.symmetry.discover import permutation_spec
 from simulations.settings import Settings
 from tests.benchmarks.merging_cases import Case, accuracy, trained
 from tests.benchmarks.published import published_match

@@ -27,8 +27,8 @@ from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.core.permutation import apply, random
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.starts import StartName
-from c2m3_fl.models.symmetry import permutation_spec
-from tests.models.families import ZOO
+from c2m3_fl.symmetry.discover import permutation_spec
+from tests.symmetry.families import ZOO
 
 RESULTS = Path("results") / "recovery.json"
 RECOVERED = 1 - 1e-5  # of the agreement of a network with itself

@@ -21,10 +21,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from c2m3_fl.merging.alignment import Method
+from c2m3_fl.merging.align.base import Method
+from c2m3_fl.merging.align.methods import ActivationMatching, CycleConsistent, Mean
 from c2m3_fl.merging.merge import merge
-from c2m3_fl.merging.methods import ActivationMatching, CycleConsistent, Mean
-from c2m3_fl.models.symmetry import permutation_spec
+from c2m3_fl.symmetry.discover import permutation_spec
 
 RESULTS = Path("results") / "sequences.json"
 CALIBRATION = 200  # unlabelled training inputs that recalibrations see

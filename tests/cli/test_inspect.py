@@ -8,9 +8,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from c2m3_fl.cli.app import app
-from c2m3_fl.core.serial import load_spec
+from c2m3_fl.core.spec_json import load_spec
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.models.symmetry import permutation_spec
+from c2m3_fl.symmetry.discover import permutation_spec
 
 _RUNNER = CliRunner()
 

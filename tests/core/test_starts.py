@@ -7,8 +7,8 @@ import torch
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.frank_wolfe import match
-from c2m3_fl.core.images import vertex_of
 from c2m3_fl.core.joining import join
+from c2m3_fl.core.mapped import vertex_of
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.profiles import profiles
 from c2m3_fl.core.starts import begin

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.images import Images
 from c2m3_fl.core.line_search import best_step
+from c2m3_fl.core.mapped import Images
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.starts import start_point
 from c2m3_fl.core.universe import Universe

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from c2m3_fl.flower import rounds
-from c2m3_fl.models.symmetry import permutation_spec
+from c2m3_fl.symmetry.discover import permutation_spec
 
 _SPECS = {}
 

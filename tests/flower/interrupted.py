@@ -6,7 +6,7 @@ from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 
 from c2m3_fl.flower.records import from_params
-from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, accuracy, calibration, digits_app, mlp, normed
 

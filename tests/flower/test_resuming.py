@@ -22,7 +22,7 @@ from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.checkpoint import Folder
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.resuming import Resumable
-from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.serial_grid import SerialGrid
 from tests.flower.federation import digits_app, mlp, same
 from tests.flower.interrupted import STRATEGIES, Killed, c2m3, comparable, run
 

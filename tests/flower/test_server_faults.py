@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from c2m3_fl.errors import CalibrationError, ParamsError
 from c2m3_fl.flower import alignment
-from c2m3_fl.flower.alignment import with_cpu_fallback
+from c2m3_fl.flower.aligner import with_cpu_fallback
 from c2m3_fl.flower.records import to_params
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (

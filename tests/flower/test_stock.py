@@ -24,7 +24,7 @@ from flwr.serverapp.strategy import (
 
 from c2m3_fl.flower.records import from_params, reply_schema, schema_of, to_params
 from c2m3_fl.flower.replies import sort_messages
-from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (
     EXAMPLE,

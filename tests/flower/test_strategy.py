@@ -18,9 +18,9 @@ from flwr.serverapp.strategy import (
 
 from c2m3_fl.core import permutation
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
+from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.records import from_params, schema_of, to_params
-from c2m3_fl.flower.serial import SerialGrid
-from c2m3_fl.flower.statistics import ClientStatistics
+from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (
     EXAMPLE,

@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Bulyan, FedAvg, FedAvgM, FedTrimmedAvg, QFed
 
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.resuming import Resumable
-from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (
     EXAMPLE,

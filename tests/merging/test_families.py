@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.spec import floating
 from c2m3_fl.errors import ConfigError
+from c2m3_fl.merging.align.methods import METHODS
 from c2m3_fl.merging.merge import merge
-from c2m3_fl.merging.methods import METHODS
-from c2m3_fl.merging.refit import Refit
-from c2m3_fl.merging.repair import Repair
-from c2m3_fl.merging.setting import Setting, prepare
-from c2m3_fl.merging.targets import output_moments
-from tests.models.families import SMALL, build, traced
+from c2m3_fl.merging.recalibrate.refit import Refit
+from c2m3_fl.merging.recalibrate.repair import Repair
+from c2m3_fl.merging.recalibrate.setting import Setting, prepare
+from c2m3_fl.merging.recalibrate.targets import output_moments
+from tests.symmetry.families import SMALL, build, traced
 
 RECALIBRATIONS = {"repair": Repair(), "closed form": Repair(closed_form=True), "refit": Refit()}
 RECURRENT = ("lstm", "gru", "rnn")

@@ -14,12 +14,12 @@ from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import C2M3Error, CalibrationError, ConfigError, ParamsError, SpecError, WeightsError
+from c2m3_fl.merging.align.methods import METHODS, GitReBasin
 from c2m3_fl.merging.merge import merge
-from c2m3_fl.merging.methods import METHODS, GitReBasin
-from c2m3_fl.merging.recalibrate import SHORT_NAMES, Recalibration
-from c2m3_fl.merging.refit import Refit
-from c2m3_fl.merging.repair import Repair
-from c2m3_fl.models.symmetry import permutation_spec
+from c2m3_fl.merging.recalibrate.refit import Refit
+from c2m3_fl.merging.recalibrate.registry import SHORT_NAMES, Recalibration
+from c2m3_fl.merging.recalibrate.repair import Repair
+from c2m3_fl.symmetry.discover import permutation_spec
 from tests.merging.networks import CALIBRATION, NETWORKS, nodes, outputs
 
 SEED = torch.Generator().manual_seed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from c2m3_fl.errors import SimulationError
-from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations import client_app, engine
 from simulations.experiment import run_experiment
 from simulations.results import PROGRESS, RESULTS, load, read_lines

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord
 
 from c2m3_fl.errors import SimulationError
 from c2m3_fl.flower.records import from_params, to_params
-from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations import client_app, experiment
 from simulations.grid import PartitionGrid
 from simulations.models import build_model

@@ -6,7 +6,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.errors import SimulationError
-from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations.grid import PARTITION, PartitionGrid
 
 CLIENTS = 5

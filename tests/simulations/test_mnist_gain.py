@@ -11,7 +11,7 @@ from statistics import mean
 
 import pytest
 
-from c2m3_fl.flower.serial import SerialGrid
+from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations import client_app
 from simulations.experiment import run_experiment
 from simulations.presets import PRESETS

@@ -1,0 +1,147 @@
+"""A cheap proof that nodes which share a basis are matched already, without a gradient or an assignment problem.
+
+Let B be the weighted mean of the nodes and node i be B + D. For one group, with rows a, b of everything it carries,
+distances d_ab = |B_a - B_b|, drifts e_a = |D_a| and q_a = <B_a, D_a>, the gradient of node i at the identity obeys
+
+    C_aa + C_bb - 2 C_ab >= (1 - w) d_ab^2 + (q_a - q_b) - 2 d_ab ((1 - w) e_b + w e_a) - w (e_a + e_b)^2,
+
+because the other nodes' sum is (1 - w) B - w D. The antisymmetric q_a - q_b is absorbed by the dual potentials of the
+assignment problem. If the rest is not negative for any a, b, the identity answers the oracle. That takes one Gram
+matrix of the mean per group, where the gradient takes one product per node, and the norms of the drifts. What remains
+grows with d once it is positive and falls with e, so distances over some of the coordinates prove it too, and so do
+each unit's largest drift and weight over the nodes; the whole is computed only where these promise that it may do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.mapped import contract, inner, inners
+from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.terms import Term, compile_terms, densify, matched_names, working_dtype
+
+_AT_A_TIME = 1 << 18  # numbers that are worked on together
+_LENGTHS = (256, 1024)  # coordinates of every term that the first attempts look at
+_HOPE = 2.0  # by how much the squared distances may exceed what some of the coordinates promise
+_ROUNDING = 16  # units of rounding, relative to the squared norms, that a Gram matrix may be off: never in our favour
+
+
+def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weights: Tensor) -> float | None:
+    """The agreement at the identity if the identity is proven stationary by the bound; None where it is not.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The symmetries of the network.
+    nodes : sequence of mappings of str to Tensor
+        State dicts that fit the spec.
+    weights : Tensor of float64, shape (nodes,)
+        Averaging weights, which sum to one; all positive.
+    """
+    names = matched_names(spec, nodes)
+    if not names:
+        return 0.0
+    dtype, device = working_dtype(nodes, names), nodes[0][names[0]].device
+    shares = weights.to(device=device, dtype=dtype)
+    drifts = {
+        name: torch.zeros(len(nodes), group.size, dtype=dtype, device=device) for name, group in spec.groups.items()
+    }
+    mean, agreement, scratch = {}, 0.0, torch.empty(0, dtype=dtype, device=device)
+    for name in names:
+        values = [node[name].detach().to(device=device, dtype=dtype).contiguous() for node in nodes]
+        parts = _portions(values)
+        scratch = scratch if len(scratch) >= parts[0][1].numel() else scratch.new_empty(parts[0][1].numel())
+        centre = values[0].clone()  # of identical nodes it will be the very node
+        for rows, part in parts:
+            apart = torch.sub(part, values[0], out=scratch[: part.numel()].view(part.shape))
+            centre.view(-1).addmv_(apart.view(len(part), -1).T, shares[rows])
+        squares = torch.cat([inners(part, part) for _, part in parts])
+        tiny = squares < values[0].numel() * torch.finfo(dtype).tiny ** 0.8
+        if any(bool(value.any()) for value, flag in zip(values, tiny.tolist(), strict=True) if flag):
+            return None  # squares may underflow
+        agreement += 0.5 * (inner(centre, centre) - float(squares @ shares.double().square()))
+        mean[name] = centre
+        for rows, part in parts:
+            drift = torch.sub(part, centre, out=scratch[: part.numel()].view(part.shape))
+            _add_squares(spec, name, drift, {group: drift_of[rows] for group, drift_of in drifts.items()})
+    terms = compile_terms(spec, [{**nodes[0], **mean}])
+    proven = all(_proven(terms, name, drifts[name].sqrt(), shares) for name in spec.groups)
+    return agreement if proven else None
+
+
+def _proven(terms: Sequence[Term], group: str, drifts: Tensor, shares: Tensor) -> bool:
+    """Whether the bound holds for one group: for all nodes at once on some coordinates, or node by node on all."""
+    if not bool(drifts.any()):
+        return True  # identical nodes
+    largest, ends = drifts.amax(0), torch.stack([shares.amin(), shares.amax()])
+    for length in _LENGTHS:
+        some, promise = _gram(terms, group, drifts, length)
+        if _bound_holds(some, largest, ends):
+            return True
+        if not _bound_holds(_HOPE * promise, largest, ends):
+            return False  # nor would the whole be likely to
+    whole, _ = _gram(terms, group, drifts, None)
+    return all(_bound_holds(whole, drift, share.expand(2)) for drift, share in zip(drifts, shares, strict=True))
+
+
+def _gram(terms: Sequence[Term], group: str, like: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
+    """Inner products of the units over about `length` coordinates of every term, and what they promise for all."""
+    size = like.shape[1]
+    gram, promise = like.new_zeros(size, size), like.new_zeros(size, size)
+    for term in terms:
+        for axis, name in enumerate(term.groups):
+            if name != group:
+                continue
+            part, whole = term.value, term.value[0].numel()
+            for dim in (other for other in range(part.ndim - 1, 0, -1) if other != term.dim(axis)):
+                if length is not None and part[0].numel() > length * size:
+                    apart = -(-part[0].numel() // (length * size))  # spread out: neighbours may all be zero for a unit
+                    places = torch.arange(0, part.shape[dim], min(part.shape[dim], apart), device=part.device)
+                    part = part.index_select(dim, places)
+            own = like.new_zeros(1, size, size)
+            contract(part, part, term.dim(axis), own)
+            gram += own[0]
+            promise.add_(own[0], alpha=whole / part[0].numel())
+    return gram, promise
+
+
+def _portions(values: list[Tensor]) -> list[tuple[slice, Tensor]]:
+    """Which nodes, and their values stacked: small tensors many at a time, large ones one by one."""
+    at_once = max(1, _AT_A_TIME // values[0].numel())
+    slices = [slice(first, first + at_once) for first in range(0, len(values), at_once)]
+    return [(rows, torch.stack(values[rows]) if at_once > 1 else values[rows][0][None]) for rows in slices]
+
+
+def _add_squares(spec: PermutationSpec, name: str, drift: Tensor, into: dict[str, Tensor]) -> None:
+    """Add the squared norms of every unit's part of a stacked tensor."""
+    axes, squares = densify(spec.tensors[name], drift.square_())
+    count, shape = len(squares), squares.shape[1:]
+    for axis, segments in enumerate(axes):
+        if not segments:
+            continue
+        before, after = shape[:axis].numel(), shape[axis + 1 :].numel()
+        along = squares.reshape(count, before, -1)
+        along = along[:, 0] if before == 1 else (squares.new_ones(before) @ along)
+        along = along.view(count, shape[axis], after).sum(2)
+        for segment in segments:
+            positions = torch.from_numpy(segment.positions.ravel()).to(along.device)
+            units = along.index_select(1, positions).view(count, segment.size, -1)
+            into[segment.group].add_(units.sum(2))
+            if segment.slots:
+                blocks = into[segment.slots].shape[1] // segment.inner
+                slots = units.view(count, blocks, -1, segment.inner).sum(2)
+                into[segment.slots].add_(slots.flatten(1))
+
+
+def _bound_holds(gram: Tensor, drift: Tensor, ends: Tensor) -> bool:
+    """Whether the bound holds for drifts up to `drift`, shape (size,), and weights between the two `ends`."""
+    low, high = ends
+    squares = gram.diagonal()
+    sums = squares[:, None] + squares[None, :]
+    distance = (sums - 2 * gram - _ROUNDING * torch.finfo(gram.dtype).eps * sums).clamp_(min=0)
+    first = 2 * distance.sqrt() * ((1 - low) * drift[None, :] + high * drift[:, None])
+    second = high * (drift[:, None] + drift[None, :]).square()
+    return bool(((1 - high) * distance >= (first + second).fill_diagonal_(0)).all())

@@ -1,0 +1,266 @@
+"""Repair without calibration data on the server: the clients measure, the server repairs.
+
+The server sends networks in ``query`` messages; a client runs them on data of its own and returns the mean, the
+spread and the count of every channel, never an activation or an input. The server pools them, which is exact, and
+corrects the merged network operator by operator, asking again before each one because every correction changes
+what the later ones see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from logging import WARNING
+from typing import Literal
+
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore import log
+from torch import Tensor, nn
+
+from c2m3_fl.core.averaging import normalise_weights
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
+from c2m3_fl.flower.client_moments import ACTION
+from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.merging.recalibrate.registry import Recalibration
+from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, rescale, restate
+from c2m3_fl.merging.recalibrate.targets import Target, mean_targets, output_moments
+from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
+from c2m3_fl.network.calibration import Batch
+from c2m3_fl.network.moments import Moments
+from c2m3_fl.network.operators import Operator
+from c2m3_fl.network.program import Program, trace
+
+_MANY = 2**53  # values per channel: beyond it floats do not count any more
+Ask = tuple[int, str, Params]  # whom, about what, and the network to measure
+
+
+@dataclass(frozen=True)
+class ClientStatistics:
+    """Calibrate with what the clients measure; pass it as `calibration`.
+
+    Every client needs one line, `answer_statistics`. A round costs one query for the targets and one for every
+    operator that is corrected. The merged network is always measured on all data: its moments, and so BatchNorm's
+    statistics, are those of the pooled data.
+
+    The targets are another matter. Repair on pooled data runs every endpoint on every client's data, and somebody
+    must hold a network and an input to run the one on the other: without the inputs on the server that takes clients
+    who see each other's networks. Which of the two it shall be is for the federation to decide.
+
+    Attributes
+    ----------
+    endpoints : {"own", "all"}
+        "own" (default): a client measures the merged network and its own aligned reply, two networks whatever the
+        number of clients; nobody sees another client's network. The result is that of a server which holds all data
+        and runs every endpoint on its own client's share of them. Where all shares are alike, that is repair on the
+        pooled data; the less they are, the more it differs.
+        "all": every client measures every aligned reply: exactly repair on the pooled data. It costs as many
+        networks per client as there are clients, and shows them to all.
+    timeout : float
+        Seconds to wait for the answers to a query; who does not answer in time is left out of it.
+    """
+
+    endpoints: Literal["own", "all"] = "own"
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.endpoints not in ("own", "all"):
+            raise ConfigError(f"endpoints is {self.endpoints!r}, expected 'own' or 'all'")
+
+
+def check_measurable(recalibration: Recalibration | None) -> None:
+    """Raise `ConfigError` for a recalibration that needs more than moments."""
+    if not isinstance(recalibration, Repair | BatchNormStatistics | None):
+        raise ConfigError(f"{type(recalibration).__name__} needs inputs, not moments: hold calibration data instead")
+
+
+def repair_by_clients(
+    statistics: ClientStatistics,
+    recalibration: Recalibration,
+    grid: Grid,
+    nodes: Sequence[int],
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    merged: Params,
+    endpoints: Sequence[Params],
+    weights: Sequence[float],
+) -> Recalibrated:
+    """Repair a merged network with the moments that clients measure.
+
+    Parameters
+    ----------
+    statistics : ClientStatistics
+        Who measures what.
+    recalibration : Repair or BatchNormStatistics
+        What to do with it.
+    grid : Grid
+        Where the clients are.
+    nodes : sequence of int
+        Whom to ask, one node per endpoint, in a stable order.
+    model : nn.Module
+        The architecture; not mutated.
+    inputs : tuple of Tensor
+        Example inputs to trace it with.
+    merged : mapping of str to Tensor
+        The merged state dict; not mutated.
+    endpoints : sequence of mappings of str to Tensor
+        The aligned replies.
+    weights : sequence of float
+        Their averaging weights.
+
+    Raises
+    ------
+    CalibrationError
+        When a query gets no usable answer at all.
+    ConfigError
+        For a recalibration that needs more than moments.
+    """
+    check_measurable(recalibration)
+    final = isinstance(recalibration, Repair) and recalibration.final
+    program = trace(model, inputs)
+    params = dict(merged)
+    survey = _Survey(grid, statistics.timeout, program, inputs, params)
+    targets: Mapping[str, Target] = {}
+    if isinstance(recalibration, Repair):
+        targets = _targets(survey, statistics.endpoints == "all", nodes, endpoints, weights)
+    reports = []
+    for place, operator in enumerate(program.operators):
+        if operator.mean:
+            reports.append(restate(program, operator, params, survey.pooled(nodes, place, params, before=True)))
+        elif targets and (final or not operator.final) and not operator.feeds_norm:
+            moments = survey.pooled(nodes, place, params)
+            reports.append(rescale(program, operator, params, moments, targets[operator.name]))
+    method = "repair by the clients' statistics" if targets else "batchnorm by the clients' statistics"
+    return Recalibrated(params, RecalibrationReport(method, tuple(reports), tuple(program.skipped.items())))
+
+
+def own_moments(
+    statistics: ClientStatistics,
+    grid: Grid,
+    nodes: Sequence[int],
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    endpoints: Sequence[Params],
+) -> list[dict[str, Moments]]:
+    """Channel moments of every aligned reply on its own client's data, by which the guard sees a shift.
+
+    Raises
+    ------
+    CalibrationError
+        When a client gives no usable answer: what is known of the others would say nothing of its data.
+    """
+    survey = _Survey(grid, statistics.timeout, trace(model, inputs), inputs, endpoints[0])
+    asks = [(node, str(index), endpoint) for index, (node, endpoint) in enumerate(zip(nodes, endpoints, strict=True))]
+    answers = survey.ask(asks)
+    silent = [node for node, about, _ in asks if (node, about) not in answers]
+    if silent:
+        raise CalibrationError(f"no usable channel moments from nodes {silent}")
+    return [answers[node, about] for node, about, _ in asks]
+
+
+class _Survey:
+    """Asks clients for moments, and believes no answer that is not of the expected form."""
+
+    def __init__(
+        self, grid: Grid, timeout: float, program: Program, inputs: tuple[Tensor, ...], params: Params
+    ) -> None:
+        self._grid = grid
+        self._timeout = timeout
+        self._operators = program.operators
+        with torch.no_grad():  # one pass over the example inputs, to know how many channels to expect
+            seen = output_moments([program], [Batch(inputs)], params)
+        self._channels = {name: len(moments.mean) for name, moments in seen.items()}
+
+    def pooled(self, nodes: Sequence[int], place: int, params: Params, *, before: bool = False) -> Moments:
+        """Moments of one operator over the data of all nodes."""
+        answers = self.ask([(node, "merged", params) for node in nodes], place, before=before)
+        return _combined([answers[node, "merged"] for node in nodes if (node, "merged") in answers])[
+            self._operators[place].name
+        ]
+
+    def ask(
+        self, asks: Iterable[Ask], place: int = -1, *, before: bool = False
+    ) -> dict[tuple[int, str], dict[str, Moments]]:
+        """The usable answers, by node and subject; place -1 asks for every operator's output."""
+        config = ConfigRecord({"place": place, "before": int(before)})
+        messages = [
+            Message(
+                RecordDict({"arrays": from_params(params), "config": config}), node, f"query.{ACTION}", group_id=about
+            )
+            for node, about, params in asks
+        ]
+        asked = {(message.metadata.dst_node_id, message.metadata.group_id) for message in messages}
+        found: dict[tuple[int, str], dict[str, Moments]] = {}
+        failed: list[ParamsError] = []
+        for reply in self._grid.send_and_receive(messages, timeout=self._timeout):
+            node, about = reply.metadata.src_node_id, reply.metadata.group_id
+            try:
+                if (node, about) not in asked or (node, about) in found:
+                    raise ParamsError(f"nobody asked it for an answer about {about!r}, or for a second one")
+                found[node, about] = self._read(reply, place)
+            except ParamsError as error:
+                log(WARNING, "\t> no moments from node %d: %s", node, error)
+                failed.append(error)
+        if not found:
+            first = f" (the first reply: {failed[0]})" if failed else ""
+            raise CalibrationError(
+                f"no client answered the query for channel moments{first}; every client needs it: "
+                "add answer_statistics to its app"
+            )
+        return found
+
+    def _read(self, reply: Message, place: int) -> dict[str, Moments]:
+        if reply.has_error():
+            raise ParamsError(f"the client failed: {reply.error.reason}")
+        records = list(reply.content.array_records.values())
+        if len(records) != 1:
+            raise ParamsError(f"the answer has {len(records)} ArrayRecords, expected exactly one")
+        arrays = to_params(records[0], who="moments")
+        operators = self._operators if place < 0 else [self._operators[place]]
+        return {operator.name: _read_moments(arrays, operator, self._channels[operator.name]) for operator in operators}
+
+
+def _targets(
+    survey: _Survey, exact: bool, nodes: Sequence[int], endpoints: Sequence[Params], weights: Sequence[float]
+) -> dict[str, Target]:
+    """What every channel should do, from each endpoint on its own client's data or on everybody's."""
+    asks = [
+        (node, str(index), endpoint)
+        for index, endpoint in enumerate(endpoints)
+        for node in (nodes if exact else [nodes[index]])
+    ]
+    answers = survey.ask(asks)
+    measured, kept = [], []
+    for index, weight in enumerate(weights):
+        found = [answers[node, str(index)] for node in nodes if (node, str(index)) in answers]
+        if found:
+            measured.append(_combined(found))
+            kept.append(weight)
+    return mean_targets(measured, normalise_weights(kept, len(kept)))
+
+
+def _combined(answers: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
+    """Pooled moments: exactly those of all data together."""
+    if not answers:
+        raise CalibrationError("no usable channel moments for a network that must be measured")
+    total = dict(answers[0])
+    for answer in answers[1:]:
+        total = {name: moments.combine(answer[name]) for name, moments in total.items()}
+    return total
+
+
+def _read_moments(arrays: Params, operator: Operator, channels: int) -> Moments:
+    who = f"moments of operator {operator.name!r} ({operator.module})"
+    try:
+        count, mean, deviation = (arrays[f"{operator.name}/{part}"] for part in ("count", "mean", "deviation"))
+    except KeyError as error:
+        raise ParamsError(f"{who} are missing") from error
+    if count.shape != () or {mean.shape, deviation.shape} != {(channels,)}:
+        raise ParamsError(f"{who} are of shape {tuple(mean.shape)}, expected {(channels,)}")
+    if count.is_floating_point() or not 1 <= int(count) <= _MANY:
+        raise ParamsError(f"{who} are of {count} values, expected a whole number from 1 to {_MANY}")
+    if not bool(torch.isfinite(torch.stack([mean, deviation / count]).float()).all()) or bool((deviation < 0).any()):
+        raise ParamsError(f"{who} are not finite, or negative where they must not be")
+    return Moments(int(count), mean.double(), deviation.double())

@@ -1,0 +1,1 @@
+"""Ways to bring nodes into one basis before they are averaged."""

@@ -1,0 +1,193 @@
+"""What units do on calibration data, and the maps between nodes that follow from it: permutations, and CCA.
+
+For permutations activations are the outputs of the operators, before any nonlinearity, standardised per channel: a unit
+of a group is compared by all operators whose output channels carry the group. For linear maps they are also the inputs
+of all operators that read the group, behind the nonlinearity, and keep their scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.assignment import assignment_pool, oracle
+from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.spec import Axis, Params, PermutationSpec
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.network.calibration import Batch
+from c2m3_fl.network.operators import MADE, Operator
+from c2m3_fl.network.program import Program, Walk
+from c2m3_fl.network.rows import output_rows, sample_positions
+
+_POSITIONS = 4096  # of every operator and batch
+_CONSTANT = 1e-9  # spread of a layer, relative to the other node's, that is rounding
+_ROUNDS = 50  # of the universe-wide search; it ends by itself after a handful
+
+Features = dict[str, Tensor]  # per group, shape (samples, units)
+
+
+def unit_features(
+    spec: PermutationSpec, programs: Sequence[Program], batches: Sequence[Batch], params: Params
+) -> Features:
+    """Standardised outputs of every group's units on the calibration data, shape (samples, units) per group.
+
+    Raises
+    ------
+    ConfigError
+        When no operator's output shows some group, so that its activations cannot be compared.
+    """
+    shown = []
+    for axis, output in _values(spec, programs, batches, params, reads=False):
+        spread = output.std(0, correction=0)
+        shown.append((axis, (output - output.mean(0)) / torch.where(spread > 0, spread, 1.0)))
+    return _by_group(spec, shown)
+
+
+def two_sided_features(
+    spec: PermutationSpec, programs: Sequence[Program], batches: Sequence[Batch], params: Params
+) -> Features:
+    """Units as they are made and as they are read, centred, in their own scale, shape (samples, units) per group.
+
+    A linear map does not commute with the nonlinearity between the two, as a permutation does, so it has to fit on both
+    sides; nor does it commute with a scale per unit, so nothing is standardised. Rows are divided by the square root of
+    their number, by which products of features are sums of covariances: one per operator, side and slot of the units.
+
+    Raises
+    ------
+    ConfigError
+        When no operator makes or reads the units of some group.
+    """
+    shown = [
+        (axis, (value - value.mean(0)) / len(value) ** 0.5)
+        for axis, value in _values(spec, programs, batches, params, reads=True)
+    ]
+    return _by_group(spec, shown)
+
+
+def match_to(spec: PermutationSpec, reference: Features, features: Features) -> Permutation:
+    """The permutation of each group under which units correlate best with the reference's."""
+    gains = {
+        name: (reference[name].T @ features[name])[None].cpu()
+        if name in features
+        else torch.zeros(1, group.size, group.size, dtype=torch.float64)  # blocks follow the units inside them
+        for name, group in spec.groups.items()
+    }
+    with assignment_pool() as pool:
+        return {name: rows[0] for name, rows in oracle(spec, gains, pool).items()}
+
+
+def match_all(spec: PermutationSpec, features: Sequence[Features], weights: Sequence[float]) -> tuple[Permutation, ...]:
+    """Permutations into one universe: each node in turn matched to the weighted sum of the others, to a fixed point.
+
+    The first node's order of units is the universe's; the sum of all pairs' correlations never falls.
+    """
+    perms = [match_to(spec, features[0], each) for each in features]
+    total = {
+        name: sum(
+            (weight * each[name][:, perm[name]] for each, perm, weight in zip(features, perms, weights, strict=True)),
+            torch.zeros_like(features[0][name]),
+        )
+        for name in features[0]
+    }
+    for _ in range(_ROUNDS):
+        changed = False
+        for index in range(1, len(features)):
+            own, weight = features[index], weights[index]
+            others = {name: total[name] - weight * own[name][:, perms[index][name]] for name in own}
+            found = match_to(spec, others, own)
+            if _score(others, own, found) > _score(others, own, perms[index]):
+                perms[index], changed = found, True
+                total = {name: others[name] + weight * own[name][:, found[name]] for name in own}
+        if not changed:
+            break
+    return tuple(perms)
+
+
+def canonical_map(reference: Tensor, features: Tensor, regularisation: float) -> Tensor:
+    """The linear map that takes units of `features` into the basis of `reference`, by regularised CCA.
+
+    With whitened cross-covariance ``U S Vᵀ`` the canonical directions of both sides are put on top of each other:
+    ``features @ mapᵀ`` has the reference's basis (Horoi et al. 2024, arXiv 2407.05385, equation 5). The regularisation
+    is a share of the units' mean variance. Where one side hardly varies the map is the identity.
+    """
+    if hardly_varies(reference, features):
+        return torch.eye(reference.shape[1]).to(reference)
+    root, unroot = _roots(_regularised(reference, regularisation))
+    _, whiten = _roots(_regularised(features, regularisation))
+    left, _, right = torch.linalg.svd(unroot @ (reference.T @ features) @ whiten)
+    result: Tensor = root @ left @ right @ whiten
+    return result
+
+
+def hardly_varies(reference: Tensor, features: Tensor) -> bool:
+    """Whether units vary by rounding alone, beside those of the other node."""
+    low, high = sorted((float(reference.norm()), float(features.norm())))
+    return low <= _CONSTANT * high
+
+
+def _regularised(features: Tensor, share: float) -> Tensor:
+    """Products of units, with a share of their mean square on the diagonal."""
+    products = features.T @ features
+    return products + share * products.diagonal().mean() * torch.eye(len(products)).to(products)
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root of a positive definite matrix, and its inverse."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def _score(others: Mapping[str, Tensor], own: Features, perm: Permutation) -> float:
+    return sum(float((others[name] * own[name][:, perm[name]]).sum()) for name in own)
+
+
+def _values(
+    spec: PermutationSpec, programs: Sequence[Program], batches: Sequence[Batch], params: Params, *, reads: bool
+) -> list[tuple[Axis, Tensor]]:
+    """Outputs of the operators whose channels carry units, and with `reads` such inputs, at drawn positions; one pass.
+
+    Each comes with the segments of its channels, and has one row per position of all batches.
+    """
+    found: dict[tuple[str, int], tuple[Axis, list[Tensor]]] = {}
+    for index, (program, batch) in enumerate(zip(programs, batches, strict=True)):
+        walk = Walk(program, params, batch)
+        for operator in program.operators:
+            if operator.kind not in MADE:
+                continue
+            made = MADE[operator.kind]
+            for side in (1 - made, made) if reads else (made,):
+                axis = spec.tensors[operator.weight].axes[side]
+                if axis:
+                    value = walk.output(operator) if side == made else _input(walk, operator)
+                    rows = output_rows(operator, value, sample_positions(operator, value, _POSITIONS, index))
+                    found.setdefault((operator.name, side), (axis, []))[1].append(rows)
+    return [(axis, torch.cat(rows).double()) for axis, rows in found.values()]
+
+
+def _input(walk: Walk, operator: Operator) -> Tensor:
+    walk.advance(operator.index)
+    result: Tensor = walk.value(operator.input)
+    return result
+
+
+def _by_group(spec: PermutationSpec, shown: Sequence[tuple[Axis, Tensor]]) -> Features:
+    """Rows of all places, put together per group."""
+    rows: dict[str, list[Tensor]] = {}
+    for axis, values in shown:
+        for segment in axis:
+            positions = torch.from_numpy(segment.positions).to(values.device)
+            units = values[:, positions]
+            if segment.slots:  # their order may differ from node to node, what they amount to does not
+                units = units.norm(dim=2, keepdim=True)
+                units -= units.mean(0)
+            rows.setdefault(segment.group, []).append(units.transpose(1, 2).reshape(-1, segment.size))
+    hidden = [name for name in spec.groups if name not in rows and not spec.children(name)]
+    if hidden:
+        raise ConfigError(
+            f"no operator shows the units of group {hidden[0]!r} on its channels, so activations cannot match them; "
+            "use a method that compares weights, such as 'c2m3'"
+        )
+    return {name: torch.cat(rows[name]) for name in spec.groups if name in rows}

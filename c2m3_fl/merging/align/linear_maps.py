@@ -1,0 +1,210 @@
+"""Linear maps of units in place of permutations: onto the axes that make them, inverted onto those that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from c2m3_fl.core.spec import Params, PermutationSpec, Segment, TensorSpec
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.merging.recalibrate.targets import View
+from c2m3_fl.network.operators import LAYOUTS, MADE, RECURRENT, Kind, Operator
+from c2m3_fl.network.program import Program
+
+_EPS = 7  # place of that argument of aten.batch_norm
+_WEIGHTS = 2  # place of that argument of recurrent operators
+_UNKNOWN = -1
+_CONTRACTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "tensordot", "conv")
+
+
+def check_mappable(spec: PermutationSpec) -> None:
+    """Raise `ConfigError` where units are tied in a way that permutations respect and linear maps do not."""
+    for name, group in spec.groups.items():
+        if group.parent is not None:
+            raise ConfigError(
+                f"group {name!r} may be permuted inside the blocks of {group.parent!r} only; a linear map would mix "
+                "them: use a method of permutations, such as 'c2m3'"
+            )
+    for name, tensor in spec.tensors.items():
+        if any(segment.slots for _, segment in tensor.segments):
+            raise ConfigError(
+                f"{name!r} has units of two groups on one axis, which a linear map would mix; "
+                "use a method of permutations, such as 'c2m3'"
+            )
+        if tensor.diagonal > 1 and any(tensor.axes):
+            raise ConfigError(
+                f"{name!r} is a grouped convolution, whose zero blocks a linear map would fill; "
+                "use a method of permutations, such as 'c2m3'"
+            )
+
+
+def reading_axes(spec: PermutationSpec, program: Program) -> dict[str, int]:
+    """The axis of every weight that reads units; all other axes with units make them.
+
+    Raises
+    ------
+    ConfigError
+        Where it cannot be told, or the same axis does both, as with an embedding that is the last layer, too.
+    """
+    found: dict[str, int] = {}
+    for node in program.graph.nodes:
+        name = program.names.get(node.name, "")
+        if not name or not any(spec.tensors[name].axes):
+            continue
+        roles = {_reading_axis(spec.tensors[name], node, value, user) for value, user in _uses(node)}
+        if len(roles) > 1 or _UNKNOWN in roles:
+            raise ConfigError(
+                f"{name!r} both makes and reads units, or is used in a way that does not tell, so no linear map fits "
+                "it: use a method of permutations, such as 'c2m3'"
+            )
+        found |= {each: axis for each in program.all_names(name) for axis in roles if axis is not None}
+    return found
+
+
+def _uses(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The operators where a parameter, or what elementwise operators made of it, meets weights or is contracted."""
+    met, open_nodes = {node}, [node]
+    while open_nodes:
+        value = open_nodes.pop()
+        for user in value.users:
+            if user.target in LAYOUTS or user.target in RECURRENT or _contracts(user):
+                yield value, user
+            elif user not in met:
+                met.add(user)
+                open_nodes.append(user)
+
+
+def _reading_axis(tensor: TensorSpec, node: fx.Node, value: fx.Node, user: fx.Node) -> int | None:
+    """The axis by which one use of a parameter reads units: None where it makes them, -1 where that cannot be told."""
+    layout, direct, vector = LAYOUTS.get(user.target), value is node, len(tensor.shape) == 1
+    if layout is not None:
+        if layout.kind not in MADE or value not in user.args[layout.arguments[1] :][:1] or (vector and not direct):
+            return None  # a scale, or units that another weight reads
+        convolution = layout.kind in (Kind.CONVOLUTION, Kind.TRANSPOSED)
+        axis = 1 - MADE[layout.kind] if direct and (convolution or len(tensor.shape) == 2) else _UNKNOWN
+    elif user.target in RECURRENT:
+        weights = user.args[_WEIGHTS]
+        if vector or not isinstance(weights, Sequence) or value not in weights:
+            return None  # a bias, or an input
+        axis = 1 if direct else _UNKNOWN
+    else:
+        return _UNKNOWN if direct or not vector else None
+    return axis if axis == _UNKNOWN or tensor.axes[axis] else None
+
+
+def _contracts(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "").startswith(_CONTRACTIONS)
+
+
+def mapped(
+    spec: PermutationSpec, maps: Mapping[str, Tensor], params: Params, reads: Mapping[str, int], program: Program
+) -> dict[str, Tensor]:
+    """Apply each group's map to the axes that make its units, and its inverse to those that read them.
+
+    Spreads are mapped as those of uncorrelated units, by the squares: variances of BatchNorm (re-estimate them
+    afterwards), and the scales of norms, which no linear map commutes with.
+    """
+    inverses = {name: torch.linalg.inv(matrix).T for name, matrix in maps.items()}
+    squares = {name: matrix.square() for name, matrix in maps.items()}
+    scales = {name for each in program.operators if not each.linear for name in program.all_names(each.weight)}
+    variances = {name for each in program.operators for name in program.all_names(each.variance)}
+    result = dict(params)
+    for name, value in params.items():
+        tensor, given = spec.tensors[name], value.double()
+        if name in scales:
+            spread = _along_all(tensor, squares, given.square()).sqrt()
+            result[name] = spread.copysign(_along_all(tensor, squares, given)).to(value.dtype)
+        elif value.is_floating_point() and any(tensor.axes):
+            chosen = squares if name in variances else maps
+            for axis, segment in tensor.segments:
+                matrix = inverses if axis == reads.get(name) else chosen
+                given = _along(given, axis, segment, matrix[segment.group])
+            result[name] = given.to(value.dtype)
+    return result
+
+
+def _along_all(tensor: TensorSpec, maps: Mapping[str, Tensor], value: Tensor) -> Tensor:
+    for axis, segment in tensor.segments:
+        value = _along(value, axis, segment, maps[segment.group])
+    return value
+
+
+def seen_through(spec: PermutationSpec, maps: Mapping[str, Tensor]) -> View:
+    """How the outputs of a network are seen in the basis that its units are mapped to."""
+    return partial(_seen, spec, maps)
+
+
+def _seen(spec: PermutationSpec, maps: Mapping[str, Tensor], operator: Operator, value: Tensor) -> Tensor:
+    name = operator.weight or operator.mean
+    tensor = spec.tensors[name]
+    made = MADE.get(operator.kind)
+    sides = tensor.axes if made is None else tensor.axes[made : made + 1]
+    channels = operator.channel_axes({name: torch.empty(tensor.shape, device="meta")})
+    for axis, segments in zip(channels, sides, strict=True):
+        for segment in segments:
+            value = _along(value, axis, segment, maps[segment.group])
+    return value
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """A linear operator, and the BatchNorm with weight and running statistics that alone reads it."""
+
+    producer: Operator
+    norm: Operator
+
+    @property
+    def eps(self) -> float:
+        """What the norm adds to variances."""
+        return float(str(self.norm.node.args[_EPS]))
+
+
+def normalised(program: Program) -> tuple[Normalised, ...]:
+    """The operators of a network whose output a BatchNorm with weight and running statistics takes."""
+    producers = {each.node: each for each in program.operators if each.linear and each.feeds_norm}
+    norms = (each for each in program.operators if each.mean and each.weight and each.input in producers)
+    return tuple(Normalised(producers[norm.input], norm) for norm in norms)
+
+
+def folded(program: Program, pairs: Sequence[Normalised], params: Params) -> dict[str, Tensor]:
+    """The same function with every such norm's scale moved into the operator before it.
+
+    A linear map of units does not commute with a scale per unit; once the norm scales by one, it does. The norm's
+    weight keeps the spread of its output, with a running variance that undoes it, so that statistics may be
+    re-estimated later.
+    """
+    result = dict(params)
+    for pair in pairs:
+        producer, norm = pair.producer, pair.norm
+        scale = params[norm.weight].double()
+        factor = scale / (params[norm.variance].double() + pair.eps).sqrt()
+        program.assign(result, producer.weight, producer.rescaled(params[producer.weight].double(), factor))
+        for name in (producer.bias, norm.mean):
+            if name:
+                program.assign(result, name, params[name].double() * factor.reshape(params[name].shape))
+        _spread(program, result, pair, scale.square())
+    return result
+
+
+def spread_again(program: Program, pairs: Sequence[Normalised], moved: dict[str, Tensor]) -> None:
+    """Let folded norms, in place, multiply by one again, at the spread of the mapped units."""
+    for pair in pairs:
+        _spread(program, moved, pair, moved[pair.norm.weight].double().square())
+
+
+def _spread(program: Program, params: dict[str, Tensor], pair: Normalised, variance: Tensor) -> None:
+    """A norm that multiplies by one, written as the weight sqrt(variance) over a running variance of that size."""
+    variance = variance.clamp_min(pair.eps)
+    program.assign(params, pair.norm.weight, variance.sqrt())
+    program.assign(params, pair.norm.variance, variance - pair.eps)
+
+
+def _along(value: Tensor, axis: int, segment: Segment, matrix: Tensor) -> Tensor:
+    moved = value.movedim(axis, 0).clone()
+    positions = torch.from_numpy(segment.positions).to(value.device)
+    moved[positions] = torch.einsum("uv,vs...->us...", matrix.to(moved), moved[positions])
+    return moved.movedim(0, axis)

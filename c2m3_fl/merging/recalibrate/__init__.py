@@ -1,0 +1,1 @@
+"""What may follow an average: corrections from what the aligned endpoints do on calibration data."""

@@ -1,0 +1,222 @@
+"""Refit: fit every linear operator of the merged network to its aligned endpoints' mean output, in closed form.
+
+REPAIR corrects two numbers per channel. With aligned endpoints there is more to aim at: the weighted mean of their
+outputs at every position. Each operator is fitted to it in forward order, by ridge regression towards its current
+weights, on the inputs that it has in the merged network itself. No labels, no learning rate.
+
+Averaging endpoints shrinks the spread of targets, so every channel's moments are then set as REPAIR sets them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError, ConfigError
+from c2m3_fl.merging.recalibrate.refit_targets import FOLDS, MeanOutputs
+from c2m3_fl.merging.recalibrate.repair import measured, recalibration_report, rescale, restate
+from c2m3_fl.merging.recalibrate.ridge import Evidence, Fit, Rows, Sums, choose
+from c2m3_fl.merging.recalibrate.setting import Setting
+from c2m3_fl.merging.recalibrate.softmax_fit import Classified, Layer, choose_scores
+from c2m3_fl.merging.recalibrate.targets import Front
+from c2m3_fl.merging.reports import FitReport, OperatorReport, Recalibrated
+from c2m3_fl.network.operators import Kind, Operator
+from c2m3_fl.network.rows import from_matrix, input_rows, weight_matrix
+
+_FITTED = (Kind.LINEAR, Kind.CONVOLUTION, Kind.PRODUCT)
+_CHUNK = 4096  # rows whose patches are in memory at once
+_TOO_FEW = f"refit holds every {FOLDS}th calibration input out, so it needs at least {FOLDS}"
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Fit every linear operator to the aligned endpoints' mean outputs, in forward order.
+
+    Norms and transposed convolutions are repaired. Harmful where the calibration data come from elsewhere, and
+    held-out calibration error does not notice: see `Auto` for a guard.
+
+    Attributes
+    ----------
+    positions : int
+        Largest number of positions, over all calibration inputs, that an operator is fitted to.
+    strengths : tuple of float
+        Ridge strengths, relative to the mean variance of an operator's inputs, from which held-out inputs choose;
+        keeping the weights is always a candidate.
+    scores : bool, optional
+        Whether the network's outputs are scores of classes: a last layer that gives them is then fitted to the
+        endpoints' mean probabilities, by softmax regression (see `recalibrate.softmax_fit`), because a mean of scores
+        lets a class that one node never saw veto all others. By default they are where the calibration data carry
+        class labels, which are not read.
+    floor : float
+        Least share of a class in the endpoints' mean probabilities that is believed, relative to equal shares.
+    final_only : bool
+        Fit the operators that give the network's output alone and repair all others.
+    seed : int
+        Decides which positions are drawn.
+
+    Examples
+    --------
+    >>> from c2m3_fl.merging.recalibrate.setting import prepare
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    >>> node = model.state_dict()
+    >>> broken = {**node, "2.weight": torch.zeros(3, 8)}
+    >>> inputs = torch.randn(100, 4)
+    >>> done = Refit()(prepare(model, broken, [node], [inputs]))
+    >>> torch.allclose(done.state_dict["2.weight"], node["2.weight"], atol=0.05)
+    True
+    """
+
+    positions: int = 40_000
+    strengths: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    scores: bool | None = None
+    floor: float = 0.1
+    final_only: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.strengths or any(strength <= 0 for strength in self.strengths):
+            raise ConfigError(f"strengths is {self.strengths!r}, expected at least one number, all above 0")
+        if self.positions < FOLDS:
+            raise ConfigError(f"positions is {self.positions!r}, expected at least {FOLDS}")
+
+    def __call__(self, setting: Setting) -> Recalibrated:
+        """Refit ``setting.merged``."""
+        start = time.perf_counter()
+        with torch.no_grad():
+            outputs = MeanOutputs(
+                setting, self.fits, self.positions, self.seed, self.floor if self._scored(setting) else None
+            )
+            params = dict(setting.merged)
+            front = Front(setting.programs, setting.batches, params)
+            reports = [
+                report
+                for place in range(len(setting.programs[0].operators))
+                for report in self._correct(setting, outputs, front, place, params)
+            ]
+        return Recalibrated(params, recalibration_report("refit", setting, tuple(reports), start))
+
+    def fits(self, operator: Operator) -> bool:
+        """Whether this operator is fitted, not only repaired."""
+        return operator.kind in _FITTED and (operator.final or not self.final_only)
+
+    def _scored(self, setting: Setting) -> bool:
+        labelled = all(batch.labels is not None for batch in setting.batches)
+        return labelled if self.scores is None else self.scores
+
+    def _correct(
+        self, setting: Setting, outputs: MeanOutputs, front: Front, place: int, params: dict[str, Tensor]
+    ) -> list[OperatorReport]:
+        program = setting.programs[0]
+        operator = program.operators[place]
+        reports = []
+        if operator.mean:
+            reports.append(restate(program, operator, params, measured(front, place, params, before=True)))
+        if self.fits(operator):
+            fit = _fit_scores if outputs.scored(operator) else _fit
+            reports.append(fit(setting, self, outputs, front, place, params))
+        if not operator.feeds_norm and operator.weight and not outputs.scored(operator):
+            target = setting.targets[operator.name]
+            reports.append(rescale(program, operator, params, measured(front, place, params), target))
+        return reports
+
+
+def _fit(
+    setting: Setting, options: Refit, outputs: MeanOutputs, front: Front, place: int, params: dict[str, Tensor]
+) -> OperatorReport:
+    """Fit one operator and put its new weight in place; its channels' moments are left to be set."""
+    program = setting.programs[0]
+    operator = program.operators[place]
+    weight = params[operator.weight]
+    matrix = weight_matrix(operator, weight.double())
+    spread = setting.targets[operator.name].std.reshape(len(matrix), -1)
+    solve = partial(_solve, outputs, front, place, params, operator, options.strengths, spread)
+    fit = solve(Rows) if outputs.rows(place) < matrix.shape[1] else solve(Sums)
+    program.assign(params, operator.weight, from_matrix(operator, matrix + fit.change, weight.shape))
+    quality = FitReport(fit.strength, fit.error_before, fit.error)
+    return OperatorReport(operator.name, operator.module, "refit", 0.0, 1.0, fit=quality)
+
+
+def _solve(
+    outputs: MeanOutputs,
+    front: Front,
+    place: int,
+    params: Params,
+    operator: Operator,
+    strengths: Sequence[float],
+    spread: Tensor,
+    kind: type[Evidence],
+) -> Fit:
+    """The best change of one operator's weight."""
+    train, held_out = _gathered(kind, outputs, front, place, params)
+    if not operator.bias and not operator.feeds_norm:
+        train, held_out = train.through_origin(), held_out.through_origin()
+    return choose(train, held_out, strengths, spread)
+
+
+def _fit_scores(
+    setting: Setting, options: Refit, outputs: MeanOutputs, front: Front, place: int, params: dict[str, Tensor]
+) -> OperatorReport:
+    """Fit the layer that gives scores of classes to the endpoints' mean probabilities."""
+    program = setting.programs[0]
+    operator = program.operators[place]
+    weight = params[operator.weight]
+    matrix = weight_matrix(operator, weight.double())
+    bias = params[operator.bias].double() if operator.bias else matrix.new_zeros(matrix.shape[2])
+    train, held_out = _shown(outputs, front, place, params)
+    fit = choose_scores(train, held_out, Layer(matrix[0], bias), options.strengths, bias=bool(operator.bias))
+    program.assign(params, operator.weight, from_matrix(operator, fit.layer.weight[None], weight.shape))
+    if operator.bias:
+        program.assign(params, operator.bias, fit.layer.bias)
+    quality = FitReport(fit.strength, fit.error_before, fit.error)
+    return OperatorReport(operator.name, operator.module, "refit as class scores", 0.0, 1.0, fit=quality)
+
+
+def _shown(outputs: MeanOutputs, front: Front, place: int, params: Params) -> tuple[Classified, Classified]:
+    """Inputs of the last layer and the probabilities to fit, of inputs to fit and of inputs held out."""
+    found: list[Classified | None] = [None, None]
+    for index, (operator, walk) in enumerate(front.before(place)):
+        drawn = outputs.at(place, index)
+        source = walk.value(operator.input)
+        rows = input_rows(operator, source, params[operator.weight], drawn.shape, drawn.positions)[0].double()
+        for held in (0, 1):
+            chosen = drawn.held_out == bool(held)
+            part = Classified(rows[chosen], drawn.rows[chosen])
+            before = found[held]
+            found[held] = part if before is None else before.combine(part)
+    train, held_out = found
+    if train is None or held_out is None or not len(train.x) or not len(held_out.x):
+        raise CalibrationError(_TOO_FEW)
+    return train, held_out
+
+
+def _gathered(
+    kind: type[Evidence], outputs: MeanOutputs, front: Front, place: int, params: Params
+) -> tuple[Evidence, Evidence]:
+    """Evidence of inputs to fit and of inputs held out; residuals are what the current weights leave."""
+    found: list[Evidence | None] = [None, None]
+    for index, (operator, walk) in enumerate(front.before(place)):
+        weight = params[operator.weight]
+        matrix = weight_matrix(operator, weight)
+        bias = params[operator.bias] if operator.bias else None
+        source = walk.value(operator.input)
+        drawn = outputs.at(place, index)
+        for held in (0, 1):
+            for chosen in torch.split(torch.nonzero(drawn.held_out == bool(held))[:, 0], _CHUNK):
+                if not len(chosen):
+                    continue
+                rows = input_rows(operator, source, weight, drawn.shape, drawn.positions[chosen])
+                goal = drawn.rows[chosen] if bias is None else drawn.rows[chosen] - bias
+                residuals = goal.reshape(len(chosen), operator.groups, -1).movedim(1, 0) - rows @ matrix
+                part = kind.of(rows, residuals)
+                before = found[held]
+                found[held] = part if before is None else before.combine(part)
+    train, held_out = found
+    if train is None or held_out is None:
+        raise CalibrationError(_TOO_FEW)
+    return train, held_out

@@ -1,0 +1,210 @@
+"""The setting of a recalibration: an averaged network, its aligned endpoints and calibration batches, checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from c2m3_fl.core.averaging import normalise_weights
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import ConfigError, ParamsError
+from c2m3_fl.merging.recalibrate.targets import Target, View, as_it_is, forecasts, mean_targets, output_moments
+from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs, load_batches
+from c2m3_fl.network.moments import Moments
+from c2m3_fl.network.program import Program, trace_batches
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that a recalibration works with, on one device.
+
+    Attributes
+    ----------
+    programs : tuple of Program
+        The traced network, one entry per batch.
+    batches : tuple of Batch
+        The calibration data.
+    merged : mapping of str to Tensor
+        The averaged state dict.
+    endpoints : tuple of mappings of str to Tensor
+        The averaged networks in canonical order, each aligned or with a view.
+    weights : Tensor of float64, shape (endpoints,)
+        Averaging weights in the same order; they sum to one.
+    model : nn.Module
+        The architecture.
+    order : tuple of int
+        The place at which each endpoint was given.
+    views : tuple of View
+        How each endpoint's outputs are seen in the basis of the average: as they are, unless it was a linear map of
+        an endpoint that was averaged, which computes something else than the endpoint.
+    own : tuple of mappings of str to Moments
+        Each endpoint's channel moments on its own training data, aligned; empty where they are not known.
+    plain : mapping of str to Tensor, optional
+        What would have come out without any alignment: one more candidate for a guard.
+    """
+
+    programs: tuple[Program, ...]
+    batches: tuple[Batch, ...]
+    merged: Params
+    endpoints: tuple[Params, ...]
+    weights: Tensor
+    model: nn.Module
+    order: tuple[int, ...]
+    views: tuple[View, ...]
+    own: tuple[Mapping[str, Moments], ...] = ()
+    plain: Params | None = None
+
+    @cached_property
+    def moments(self) -> list[dict[str, Moments]]:
+        """Each endpoint's channel moments on the calibration data; measured on first use, in one pass each."""
+        with torch.no_grad():
+            pairs = zip(self.endpoints, self.views, strict=True)
+            return [output_moments(self.programs, self.batches, endpoint, view) for endpoint, view in pairs]
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        """Moments that every operator's output should have."""
+        return mean_targets(self.moments, self.weights)
+
+    @cached_property
+    def forecasts(self) -> dict[str, Moments]:
+        """Moments that closed-form REPAIR expects of the averaged network."""
+        with torch.no_grad():
+            return forecasts(self.programs, self.batches, self.endpoints, self.views, self.weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.batches[0].inputs[0].device
+
+    @property
+    def inputs(self) -> int:
+        """Number of calibration inputs."""
+        return sum(len(batch.inputs[0]) for batch in self.batches)
+
+
+def prepare(
+    model: nn.Module,
+    merged: Params,
+    endpoints: Sequence[Params],
+    calibration: Calibration,
+    *,
+    weights: Sequence[float] | Tensor | None = None,
+    example_inputs: ExampleInputs | None = None,
+    device: torch.device | str | None = None,
+    plain: Params | None = None,
+    views: Sequence[View] | None = None,
+) -> Setting:
+    """Check everything, trace the network, and bring it all to one device.
+
+    Raises
+    ------
+    CalibrationError, TraceError, WeightsError, ParamsError
+        When the data, the network, the weights or the state dicts do not fit.
+    """
+    if not endpoints:
+        raise ParamsError("endpoints: got none, expected the state dicts that were averaged")
+    if views is not None and len(views) != len(endpoints):
+        raise ParamsError(f"views: got {len(views)}, expected one for each of {len(endpoints)} endpoints")
+    share = normalise_weights(weights, len(endpoints))
+    for index, endpoint in enumerate(endpoints):
+        check_params(model, endpoint, f"endpoint {index}")
+        check_types(model.state_dict(), endpoint, f"endpoint {index}")
+    for who, params in {"merged": merged, **({} if plain is None else {"plain": plain})}.items():
+        check_params(model, params, who)
+        check_types(model.state_dict(), params, who)
+    place = torch.device(device) if device is not None else next(iter(merged.values())).device
+    batches = load_batches(calibration, example_inputs=example_inputs, device=place)
+    order = canonical_order(endpoints, share)
+    return Setting(
+        programs=tuple(trace_batches(model, batches)),
+        batches=batches,
+        merged=moved_to(merged, place),
+        endpoints=tuple(moved_to(endpoints[index], place) for index in order),
+        weights=share[order],
+        model=model,
+        order=tuple(order),
+        views=(as_it_is,) * len(order) if views is None else tuple(views[index] for index in order),
+        plain=None if plain is None else moved_to(plain, place),
+    )
+
+
+def check_params(model: nn.Module, params: Params, who: str) -> None:
+    """Raise `ParamsError` unless `params` is a finite state dict of `model`."""
+    if isinstance(params, nn.Module):
+        raise ParamsError(f"{who} is the module {type(params).__name__}, expected its state_dict()")
+    if not isinstance(params, Mapping):
+        raise ParamsError(f"{who} is a {type(params).__name__}, expected a state dict: tensors by name")
+    expected = model.state_dict()
+    if not expected:
+        raise ParamsError(f"{who}: {type(model).__name__} has no parameters and no buffers, so there is nothing to do")
+    missing = [name for name in expected if name not in params]
+    extra = [name for name in params if name not in expected]
+    if missing or extra:
+        raise ParamsError(
+            f"{who}: keys differ from those of {type(model).__name__}: missing {missing[:5]}, unexpected {extra[:5]}"
+        )
+    for name, value in expected.items():
+        if not isinstance(params[name], Tensor):
+            raise ParamsError(f"{who}: {name!r} is a {type(params[name]).__name__}, expected a tensor")
+        if params[name].shape != value.shape:
+            raise ParamsError(f"{who}: {name!r} has shape {tuple(params[name].shape)}, expected {tuple(value.shape)}")
+        if params[name].is_floating_point() != value.is_floating_point():
+            raise ParamsError(f"{who}: {name!r} is of type {params[name].dtype}, expected {value.dtype}")
+        if params[name].is_floating_point() and not bool(torch.isfinite(params[name]).all()):
+            raise ParamsError(f"{who}: {name!r} holds NaN or infinite values")
+
+
+def check_types(expected: Params, params: Params, who: str) -> None:
+    """Raise `ParamsError` unless all floating tensors are of the types of `expected`: one network cannot run mixed."""
+    for name, value in expected.items():
+        if value.is_floating_point() and params[name].dtype != value.dtype:
+            raise ParamsError(
+                f"{who}: {name!r} is of type {params[name].dtype}, expected {value.dtype}; "
+                "bring the model and all state dicts to one type"
+            )
+
+
+def digest(params: Params) -> str:
+    """Digest of a state dict's content; the same for equal tensors under equal names."""
+    state = hashlib.sha256()
+    for name in sorted(params):
+        value = params[name].detach().cpu().contiguous()
+        state.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        state.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def canonical_order(nodes: Sequence[Params], weights: Tensor) -> list[int]:
+    """Indices of the nodes in an order that does not depend on the order they came in.
+
+    The heaviest node first, ties by the digest of the content: sums of floats depend on their order, and so
+    would everything that is made of them.
+    """
+    digests = [digest(node) for node in nodes]
+    return sorted(range(len(nodes)), key=lambda index: (-float(weights[index]), digests[index]))
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """A device that can be computed on; raise `ConfigError` for any other."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found).cpu()  # fails on "meta" as well, which has no values to compute with
+    except Exception as error:
+        raise ConfigError(f"device is {device!r}, which cannot be used here: {error}") from error
+    return found
+
+
+def moved_to(params: Params, device: torch.device) -> dict[str, Tensor]:
+    """Return a state dict on another device, without gradients."""
+    return {name: value.detach().to(device) for name, value in params.items()}
+
+
+def same(one: Params, other: Params) -> bool:
+    """Whether two state dicts are equal, bit for bit."""
+    return all(torch.equal(one[name], other[name]) for name in one)

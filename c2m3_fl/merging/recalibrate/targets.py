@@ -1,0 +1,128 @@
+"""What recalibration aims at, the aligned endpoints' channel moments, and the front that walks towards them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.network.calibration import Batch
+from c2m3_fl.network.moments import Moments
+from c2m3_fl.network.operators import Operator
+from c2m3_fl.network.program import Program, Walk
+
+View = Callable[[Operator, Tensor], Tensor]  # an operator's output, or a norm's input, in the basis of the merge
+
+_BUDGET = 4 << 30  # bytes of activations kept alive; batches beyond it run again from the start at every operator
+
+
+@dataclass(frozen=True)
+class Target:
+    """Moments that every channel of an operator's output should have.
+
+    Attributes
+    ----------
+    mean, std : Tensor of float64, shape (channels,)
+        Weighted means of the endpoints' means and of their standard deviations.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+def as_it_is(_: Operator, value: Tensor) -> Tensor:
+    """The view of a network that is in the basis of the merge itself."""
+    return value
+
+
+def output_moments(
+    programs: Sequence[Program], batches: Sequence[Batch], params: Params, view: View = as_it_is
+) -> dict[str, Moments]:
+    """Moments of every operator's output, in one pass over the batches."""
+    found: dict[str, Moments] = {}
+    for program, batch in zip(programs, batches, strict=True):
+        walk = Walk(program, params, batch)
+        for operator in program.operators:
+            moments = Moments.of(view(operator, walk.output(operator)), operator.channel_axes(params))
+            found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
+    return found
+
+
+def forecasts(
+    programs: Sequence[Program],
+    batches: Sequence[Batch],
+    endpoints: Sequence[Params],
+    views: Sequence[View],
+    weights: Tensor,
+) -> dict[str, Moments]:
+    """What every channel of the averaged network would do if it computed the mean of its endpoints, in one pass.
+
+    A channel's variance is then wᵀ C w, with C the covariances between the endpoints' versions of it. For a norm with
+    running statistics the moments are those of its input, for all other operators those of the output.
+    """
+    share = weights.tolist()
+    found: dict[str, Moments] = {}
+    for program, batch in zip(programs, batches, strict=True):
+        walks = [Walk(program, endpoint, batch) for endpoint in endpoints]
+        for operator in program.operators:
+            node = operator.input if operator.mean else operator.node
+            for walk in walks:
+                walk.advance(operator.index)
+            mean = _mean([view(operator, walk.value(node)) for view, walk in zip(views, walks, strict=True)], share)
+            moments = Moments.of(mean, operator.channel_axes(endpoints[0]))
+            found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
+    return found
+
+
+def mean_targets(endpoints: Sequence[Mapping[str, Moments]], weights: Tensor) -> dict[str, Target]:
+    """Weighted mean of the endpoints' means and standard deviations (not variances), per operator."""
+    share = weights.tolist()
+    return {
+        name: Target(
+            _mean([moments[name].mean for moments in endpoints], share),
+            _mean([moments[name].std for moments in endpoints], share),
+        )
+        for name in endpoints[0]
+    }
+
+
+def _mean(values: Sequence[Tensor], share: Sequence[float]) -> Tensor:
+    """Weighted mean as differences from the first value: exact where all values are equal."""
+    total = torch.zeros_like(values[0])
+    for value, weight in zip(values[1:], share[1:], strict=True):
+        total += weight * (value - values[0])
+    return values[0] + total
+
+
+class Front:
+    """All calibration batches, standing before the same operator of one network.
+
+    Parameters
+    ----------
+    programs, batches : sequences of equal length
+        The traced network for every batch.
+    params : mapping of str to Tensor
+        Read while walking, so that later operators see the corrections made to earlier ones.
+    """
+
+    def __init__(self, programs: Sequence[Program], batches: Sequence[Batch], params: Params) -> None:
+        self._programs = programs
+        self._batches = batches
+        self._params = params
+        self._walks = [self._fresh(place) for place in range(len(batches))]
+
+    def before(self, place: int) -> Iterator[tuple[Operator, Walk]]:
+        """Every batch's walk, its inputs of operator number `place` ready and the operator not yet run."""
+        for index, program in enumerate(self._programs):
+            operator = program.operators[place]
+            walk = self._walks[index]
+            walk.advance(operator.index)
+            yield operator, walk
+            if walk.resident * len(self._batches) > _BUDGET:
+                self._walks[index] = self._fresh(index)
+
+    def _fresh(self, index: int) -> Walk:
+        return Walk(self._programs[index], self._params, self._batches[index])

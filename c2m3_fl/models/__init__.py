@@ -1,1 +1,0 @@
-"""Networks: their symmetries, and what their operators compute."""

@@ -1,0 +1,314 @@
+"""A network as a list of operators: exported once, then run node by node with any parameters.
+
+Statistics must be measured, and parameters corrected, at every parameterised operator in forward order, also where
+a network calls an operator without a module of its own (the packed projections of attention). The exported graph
+shows them all; a `Walk` runs it and may stop at any of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError, TraceError
+from c2m3_fl.network.calibration import Batch
+from c2m3_fl.network.exporting import quiet
+from c2m3_fl.network.operators import LAYOUTS, Kind, Layout, Operator, obstacle
+
+_TRAINING = 5  # place of that argument of aten.batch_norm
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A traced network.
+
+    Attributes
+    ----------
+    graph : fx.Graph
+        ATen calls in forward order; placeholders are parameters, buffers, constants and inputs.
+    names : mapping of str to str
+        State-dict name of every placeholder that stands for a parameter or a persistent buffer.
+    constants : mapping of str to Tensor
+        Value of every placeholder that stands for anything else but an input.
+    inputs : tuple of str
+        The placeholders of the network's inputs, in order.
+    operators : tuple of Operator
+        The parameterised operators that can be measured and corrected, in forward order.
+    skipped : mapping of str to str
+        State-dict names of the parameters that belong to no such operator, with the reason.
+    aliases : mapping of str to tuple of str
+        Further state-dict names of tied parameters.
+    last_use : mapping of fx.Node to int
+        Place in the graph after which a value is not needed any more.
+    """
+
+    graph: fx.Graph
+    names: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    inputs: tuple[str, ...]
+    operators: tuple[Operator, ...]
+    skipped: Mapping[str, str]
+    aliases: Mapping[str, tuple[str, ...]]
+    last_use: Mapping[fx.Node, int]
+
+    def assign(self, params: dict[str, Tensor], name: str, value: Tensor) -> None:
+        """Replace a parameter in `params`, under all its names, keeping its dtype."""
+        for alias in self.all_names(name):
+            params[alias] = value.to(params[alias].dtype)
+
+    def all_names(self, name: str) -> tuple[str, ...]:
+        """A parameter's names in the state dict: more than one where it is tied."""
+        return (name, *self.aliases.get(name, ()))
+
+
+class Walk:
+    """One network on one batch, run node by node; values are dropped after their last use.
+
+    Parameters
+    ----------
+    program : Program
+        The traced network.
+    params : mapping of str to Tensor
+        State dict, read whenever a node runs: a correction made meanwhile is seen by all later nodes.
+    batch : Batch
+        Inputs of the shapes that the program was traced with.
+    """
+
+    def __init__(self, program: Program, params: Params, batch: Batch) -> None:
+        self._program = program
+        self._params = params
+        self._nodes = list(program.graph.nodes)
+        self._values: dict[fx.Node, Any] = {}
+        self._next = 0
+        self._batch = batch
+        self._inputs = dict(zip(program.inputs, batch.inputs, strict=True))
+
+    def advance(self, index: int) -> None:
+        """Run every node before place `index`."""
+        while self._next < index:
+            node = self._nodes[self._next]
+            if node.name not in self._program.names:  # parameters are read when they are used
+                self._values[node] = self.value(node)
+            self._next += 1
+            for used in {node, *node.all_input_nodes}:
+                if self._program.last_use[used] < self._next:
+                    self._values.pop(used, None)
+
+    def value(self, node: fx.Node) -> Any:  # noqa: ANN401  # a node's value may be a tensor, a size, a tuple, …
+        """Value of a node; one that has not run yet is computed, its inputs having run, but not kept."""
+        if node.name in self._program.names:
+            return self._params[self._program.names[node.name]]
+        if node in self._values:
+            return self._values[node]
+        if node.op == "placeholder":
+            constant = self._program.constants.get(node.name)
+            return self._inputs[node.name].clone() if constant is None else constant  # in-place operators exist
+        if node.op == "output":
+            return fx.map_arg(node.args[0], self.value)
+        if node.op == "get_attr":
+            return _attribute(self._program.graph, str(node.target))
+        assert callable(node.target)
+        args, kwargs = fx.map_arg(node.args, self.value), fx.map_arg(node.kwargs, self.value)
+        with feeding(self._batch, self._params):
+            return node.target(*args, **kwargs)
+
+    def output(self, operator: Operator) -> Tensor:
+        """Run up to and including an operator; its output."""
+        self.advance(operator.index + 1)
+        result: Tensor = self.value(operator.node)
+        return result
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the activations that are alive."""
+        kept = (value for node, value in self._values.items() if node.op != "placeholder")
+        return sum(value.numel() * value.element_size() for value in kept if isinstance(value, Tensor))
+
+    def finish(self) -> Any:  # noqa: ANN401  # as above
+        """Run to the end and return the network's outputs, flattened."""
+        self.advance(len(self._nodes) - 1)
+        return self.value(self._nodes[-1])
+
+
+@contextlib.contextmanager
+def feeding(batch: Batch, params: Params) -> Iterator[None]:
+    """Turn what a network raises on a calibration batch into a `CalibrationError` that says which batch it was."""
+    try:
+        yield
+    except (CalibrationError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        types = sorted({str(value.dtype) for value in params.values() if value.is_floating_point()})
+        raise CalibrationError(
+            f"calibration batch {batch.index}, inputs of shapes {list(batch.shapes)} and types "
+            f"{[str(given) for given in batch.types]}: the network, of type {', '.join(types) or 'none'}, cannot take "
+            f"it ({error}); pass inputs of the shape and type that the network was trained on"
+        ) from error
+
+
+def require_runs(model: nn.Module, batch: Batch) -> None:
+    """Raise `CalibrationError` unless the network takes a calibration batch."""
+    twin = copy.deepcopy(model).to(batch.inputs[0].device).eval()
+    with torch.no_grad(), feeding(batch, twin.state_dict()):
+        twin(*(value.clone() for value in batch.inputs))
+
+
+def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
+    """Export a network in evaluation mode and find its parameterised operators.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not mutated.
+    inputs : tuple of Tensor
+        Example inputs; the program takes inputs of exactly these shapes, on their device.
+
+    Raises
+    ------
+    TraceError
+        When `torch.export` refuses the network.
+    """
+    twin = copy.deepcopy(model).to(inputs[0].device).eval()
+    try:
+        with quiet(), torch.enable_grad():  # without gradients attention would export its opaque fast path
+            exported = torch.export.export(twin, inputs)
+    except Exception as error:
+        raise TraceError(
+            f"torch.export refused {type(model).__name__} for inputs of shapes {[tuple(x.shape) for x in inputs]}: "
+            f"{error}"
+        ) from error
+    signature = exported.graph_signature
+    persistent = twin.state_dict()
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names = {placeholder: name for placeholder, name in held.items() if name in persistent}
+    loose = {**held, **signature.inputs_to_lifted_tensor_constants}
+    constants = {
+        placeholder: exported.constants[name].detach()
+        for placeholder, name in loose.items()
+        if placeholder not in names
+    }
+    graph = exported.graph
+    operators, skipped = _operators(graph, names)
+    inputs_of = tuple(signature.user_inputs)
+    return Program(graph, names, constants, inputs_of, operators, skipped, _aliases(twin), _last_uses(graph))
+
+
+def trace_batches(model: nn.Module, batches: Sequence[Batch]) -> list[Program]:
+    """One program per batch; batches of the same shapes and types share theirs.
+
+    Raises
+    ------
+    CalibrationError
+        When the network cannot take a batch, or runs other operators on it than on the first.
+    TraceError
+        When `torch.export` refuses the network.
+    """
+    found: dict[tuple[Any, ...], Program] = {}
+    for batch in batches:
+        if (batch.shapes, batch.types) not in found:
+            require_runs(model, batch)
+            found[batch.shapes, batch.types] = trace(model, batch.inputs)
+    programs = [found[batch.shapes, batch.types] for batch in batches]
+    reference = [(operator.name, operator.weight) for operator in programs[0].operators]
+    for batch, program in zip(batches, programs, strict=True):
+        if [(operator.name, operator.weight) for operator in program.operators] != reference:
+            raise CalibrationError(
+                f"inputs of shapes {batch.shapes} run other operators than those of shapes {batches[0].shapes}; "
+                "pass calibration batches of one shape"
+            )
+    return programs
+
+
+def _operators(graph: fx.Graph, names: Mapping[str, str]) -> tuple[tuple[Operator, ...], dict[str, str]]:
+    final = _final_nodes(graph)
+    found: list[Operator] = []
+    skipped: dict[str, str] = {}
+    for index, node in enumerate(graph.nodes):
+        layout = LAYOUTS.get(node.target) if node.op == "call_function" else None
+        operator = None if layout is None else _operator(node, index, layout, names, node in final)
+        used = [names[arg.name] for arg in node.all_input_nodes if arg.name in names]
+        if operator is None:
+            reason = f"used by {node.target} in {_module(node)!r}, which {obstacle(node.target)}"
+            skipped |= dict.fromkeys(used, reason)
+        elif any(len(arg.users) > 1 for arg in node.all_input_nodes if arg.name in names):
+            skipped |= dict.fromkeys(used, "shared by several operators")
+        else:
+            found.append(operator)
+    owned = {name for operator in found for name in (operator.weight, operator.bias)}
+    norms = {each.node for each in found if each.mean}
+    found = [replace(each, feeds_norm=_feeds_norm(each, norms)) for each in found]
+    return tuple(found), {name: reason for name, reason in skipped.items() if name not in owned}
+
+
+def _operator(node: fx.Node, index: int, layout: Layout, names: Mapping[str, str], final: bool) -> Operator | None:
+    def name_of(position: int) -> str:
+        argument = node.args[position] if 0 <= position < len(node.args) else None
+        return names.get(argument.name, "") if isinstance(argument, fx.Node) else ""
+
+    _, weight, bias = layout.arguments
+    statistics = ("", "")
+    if layout.kind is Kind.BATCH_NORM and not node.args[_TRAINING]:
+        statistics = (name_of(3), name_of(4))
+    if not name_of(weight) and not statistics[0]:
+        return None
+    source = node.args[weight] if layout.kind in (Kind.LINEAR, Kind.PRODUCT) else None
+    if isinstance(source, fx.Node) and source.meta["val"].ndim != 2:
+        return None  # a vector makes no channels, and a stack of matrices shares them
+    return Operator(node, index, layout, _module(node), name_of(weight), name_of(bias), *statistics, final)
+
+
+def _feeds_norm(operator: Operator, norms: Collection[fx.Node]) -> bool:
+    user = next(iter(operator.node.users), None)
+    if user is None or len(operator.node.users) > 1 or user.target is not torch.ops.aten.batch_norm.default:
+        return False
+    renewed = user in norms or bool(user.args[_TRAINING])  # statistics of the batch itself are always new
+    return renewed and operator.layout.channel % operator.node.meta["val"].ndim == 1
+
+
+def _module(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _final_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes from which the output is reached without passing an operator (these end the search, inclusive)."""
+    reached: set[fx.Node] = set()
+    open_nodes = [graph.output_node()]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in reached:
+            continue
+        reached.add(node)
+        if node.target not in LAYOUTS:
+            open_nodes.extend(node.all_input_nodes)
+    return reached
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, int]:
+    last: dict[fx.Node, int] = {}
+    for index, node in enumerate(graph.nodes):
+        last[node] = index if node.users else index + 1  # an unused value may still be asked for, once
+        for used in node.all_input_nodes:
+            last[used] = index
+    return last
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    holders: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        holders.setdefault(id(value), []).append(name)
+    return {name: tuple(o for o in names if o != name) for names in holders.values() for name in names}
+
+
+def _attribute(graph: fx.Graph, path: str) -> Any:  # noqa: ANN401  # as above
+    value: Any = graph.owning_module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,1 @@
+"""Which units of a network may move: discovered from its graph, proven on numbers."""

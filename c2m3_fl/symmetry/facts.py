@@ -1,0 +1,126 @@
+"""What tracing learns about a network's units, as plain relations between *atoms*.
+
+Every coordinate of every axis of every parameter is an atom, a unit until proven otherwise; block structures
+(attention heads, channel groups) are atoms of their own. Tracing only ever states four kinds of facts:
+
+    tie       these two coordinates carry the same unit
+    relate    this unit lies in that block: blocks move as wholes
+    gather    these units form a set: they may only be exchanged among themselves
+    pin       this unit stays where it is, for this reason
+
+`c2m3_fl.symmetry.build_spec` turns the facts into groups, once all of them are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Atoms = npt.NDArray[np.int64]
+AxisKey = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why atoms are pinned: the reason, the ATen operator and the path of the module that called it."""
+
+    reason: str
+    operator: str = ""
+    module: str = ""
+
+
+class Structure:
+    """The facts found so far; append-only.
+
+    Attributes
+    ----------
+    size : int
+        Number of atoms.
+    starts : list of int
+        First atom of every array of fresh atoms: atoms of one array have the same origin.
+    axes : dict of (str, int) to ndarray
+        Atoms of every parameter axis, shape (length,).
+    virtuals : dict of str to ndarray
+        Atoms of the virtual axis 1 of block-diagonal weights, shape (blocks * width,).
+    diagonal : dict of str to int
+        Number of diagonal blocks of the weights of grouped convolutions.
+    outputs : dict of (str, int) to None
+        Axes that produce units (rows of a linear layer), in the order of their first use: they name groups.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.starts: list[int] = []
+        self.axes: dict[AxisKey, Atoms] = {}
+        self.virtuals: dict[str, Atoms] = {}
+        self.diagonal: dict[str, int] = {}
+        self.outputs: dict[AxisKey, None] = {}
+        self.ties: list[tuple[Atoms, Atoms]] = []
+        self.relations: list[tuple[Atoms, Atoms]] = []
+        self.sets: dict[bytes, Atoms] = {}
+        self.pins: list[tuple[Atoms, Cause]] = []
+        self.operator = ""
+        self.module = ""
+        self._blocks: dict[tuple[bytes, int], Atoms] = {}
+
+    def fresh(self, *shape: int) -> Atoms:
+        """New atoms that nothing is known about."""
+        count = int(np.prod(shape, dtype=np.int64))
+        self.starts.append(self.size)
+        self.size += count
+        return np.arange(self.size - count, self.size, dtype=np.int64).reshape(shape)
+
+    def axis(self, tensor: str, axis: int, length: int) -> Atoms:
+        """Atoms of a parameter axis, shape (length,), made on the first call."""
+        if (tensor, axis) not in self.axes:
+            self.axes[tensor, axis] = self.fresh(length)
+        return self.axes[tensor, axis]
+
+    def virtual(self, tensor: str, blocks: int, width: int) -> Atoms | None:
+        """Atoms of the virtual axis 1 of a block-diagonal weight, shape (blocks, width).
+
+        None when the same tensor already serves with another number of blocks.
+        """
+        if self.diagonal.get(tensor, blocks) != blocks:
+            return None
+        if tensor not in self.diagonal:
+            self.diagonal[tensor] = blocks
+            self.virtuals[tensor] = self.fresh(blocks * width)
+        return self.virtuals[tensor].reshape(blocks, width)
+
+    def places(self) -> dict[AxisKey, Atoms]:
+        """Atoms of all axes as a spec describes them: axis 1 of a block-diagonal weight is the virtual one."""
+        return {**self.axes, **{(tensor, 1): atoms for tensor, atoms in self.virtuals.items()}}
+
+    def tie(self, a: Atoms, b: Atoms) -> None:
+        """State that the units of two broadcastable arrays are the same, coordinate by coordinate."""
+        if a is not b:
+            a, b = np.broadcast_arrays(a, b)
+            self.ties.append((a.ravel(), b.ravel()))
+
+    def relate(self, children: Atoms, parents: Atoms) -> None:
+        """State that every unit of `children` lies in the block `parents` of the same coordinate."""
+        children, parents = np.broadcast_arrays(children, parents)
+        self.relations.append((children.ravel(), parents.ravel()))
+
+    def gather(self, atoms: Atoms) -> None:
+        """State that these units are a set: together they enter something that ignores their order."""
+        flat = np.ascontiguousarray(atoms).ravel()
+        self.sets.setdefault(flat.tobytes(), flat)
+
+    def blocks(self, rows: Atoms) -> Atoms:
+        """Blocks, shape (n,), that hold the units of each of the n rows; equal rows are one block."""
+        rows = np.ascontiguousarray(rows)
+        key = (rows.tobytes(), rows.shape[0])
+        if key not in self._blocks:
+            unique, inverse = np.unique(rows, axis=0, return_inverse=True)
+            parents = self.fresh(len(unique))[inverse.reshape(-1)]
+            self.relate(rows, parents[:, None])
+            self._blocks[key] = parents
+        return self._blocks[key]
+
+    def pin(self, atoms: Atoms, reason: str) -> None:
+        """State that these units stay where they are."""
+        self.pins.append((np.ascontiguousarray(atoms).ravel(), Cause(reason, self.operator, self.module)))

@@ -1,0 +1,107 @@
+"""Rules of recurrent layers: the gates of a unit move together, and the unit with its place in the hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from c2m3_fl.symmetry.reshape_labels import concatenate, reshape, stack
+from c2m3_fl.symmetry.rules.contraction import produces
+from c2m3_fl.symmetry.rules.registry import Argument, Call, rule
+from c2m3_fl.symmetry.unit_labels import Labels, combine, einsum, permute, select
+
+_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+@rule("aten.lstm")
+def lstm(
+    call: Call, x: Labels, state: Sequence[Labels], params: Sequence[Labels], *args: Argument
+) -> tuple[Labels, ...]:
+    """Long short-term memory: input, forget, cell and output gates; with projections the hidden state is narrower."""
+    hidden, cell = state
+    return _recurrent(call, x, hidden, cell, params, *args)
+
+
+@rule("aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
+def gru(call: Call, x: Labels, hidden: Labels, params: Sequence[Labels], *args: Argument) -> tuple[Labels, ...]:
+    """Gated recurrent unit, or a plain recurrent layer."""
+    return _recurrent(call, x, hidden, None, params, *args)[:2]
+
+
+def _recurrent(
+    call: Call,
+    x: Labels,
+    hidden: Labels,
+    cell: Labels | None,
+    params: Sequence[Labels],
+    has_biases: Argument,
+    layers: Argument,
+    dropout: Argument,
+    train: Argument,
+    bidirectional: Argument,
+    batch_first: Argument = False,
+) -> tuple[Labels, ...]:
+    structure, directions = call.structure, 2 if bidirectional else 1
+    single = x.ndim == 2
+    steps = (
+        reshape(structure, x, (x.shape[0], 1, x.shape[1])) if single else permute(x, [1, 0, 2]) if batch_first else x
+    )
+    count = len(params) // (int(layers) * directions)
+    lasts, cells = [], []
+    for layer in range(int(layers)):
+        outs = []
+        for direction in range(directions):
+            place = layer * directions + direction
+            weights = params[place * count : (place + 1) * count]
+            start = _start(call, hidden, place, single)
+            memory = None if cell is None else _start(call, cell, place, single)
+            out, inner = _layer(call, steps, start, memory, weights, bool(has_biases))
+            outs.append(out)
+            lasts.append(_last(call, out, hidden))
+            cells.append(_last(call, inner, cell or hidden))
+        steps = concatenate(structure, outs, 2)
+    output = reshape(structure, permute(steps, [1, 0, 2]) if batch_first and not single else steps, call.shape)
+    return output, stack(structure, lasts, 0), stack(structure, cells, 0)
+
+
+def _start(call: Call, state: Labels, place: int, single: bool) -> Labels:
+    found = select(call.structure, state, 0, place)
+    return reshape(call.structure, found, (1, *found.shape)) if single else found
+
+
+def _last(call: Call, out: Labels, state: Labels) -> Labels:
+    """Final state (batch, units) of the outputs (time, batch, units)."""
+    return reshape(call.structure, select(call.structure, out, 0, 0), (*state.shape[1:-1], out.shape[-1]))
+
+
+def _layer(
+    call: Call, x: Labels, start: Labels, memory: Labels | None, weights: Sequence[Labels], has_biases: bool
+) -> tuple[Labels, Labels]:
+    """One direction of one layer: hidden states (time, batch, outputs) and units (time, batch, hidden)."""
+    structure = call.structure
+    inward, recurrent, *rest = weights
+    biases = rest[:2] if has_biases else []
+    produces(call, inward, 0)
+    gates = _GATES[call.structure.operator.split(".")[1]]
+    size = inward.shape[0] // gates
+
+    def gated(weight: Labels) -> Labels:
+        return reshape(structure, weight, (gates, size, *weight.shape[1:]))
+
+    pre = einsum(structure, ["tbi", "ghi"], "tbgh", [x, gated(inward)])
+    pre = combine(structure, pre, *(gated(bias) for bias in biases))
+    units = _together(call, pre, gates)
+    if memory is not None:
+        units = combine(structure, units, memory)
+    out = units
+    if len(rest) > len(biases):
+        produces(call, rest[-1], 0)
+        out = einsum(structure, ["tbh", "ph"], "tbp", [units, rest[-1]])
+    out = combine(structure, out, start)
+    back = einsum(structure, ["tbp", "ghp"], "tbgh", [out, gated(recurrent)])
+    units = combine(structure, units, _together(call, combine(structure, pre, back), gates))
+    return out, units
+
+
+def _together(call: Call, pre: Labels, gates: int) -> Labels:
+    """The gates of a unit meet in its state."""
+    return combine(call.structure, *(select(call.structure, pre, 2, gate) for gate in range(gates)))

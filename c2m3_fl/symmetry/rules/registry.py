@@ -1,0 +1,79 @@
+"""The registry of operator rules: one per ATen operator, from the labels of its inputs to those of its outputs.
+
+A rule is called with a `Call` and with the operator's own arguments, tensors replaced by their `Labels`. What has no
+rule is pinned and reported (`unknown`), never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from c2m3_fl.symmetry.facts import Atoms, Structure
+from c2m3_fl.symmetry.unit_labels import Labels, Shape, in_order
+
+Argument = Any  # labels, numbers, strings, or lists of them
+Result = Any  # labels, or a tuple of them for operators with several outputs
+Rule = Callable[..., Result]
+RuleT = TypeVar("RuleT", bound=Rule)
+
+RULES: dict[str, Rule] = {}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator.
+
+    Attributes
+    ----------
+    structure : Structure
+        Where rules state what they find.
+    outputs : tuple of (tuple of int)
+        Shapes of the tensors that the operator returns.
+    values : mapping of int to ndarray
+        For arguments whose content is known at tracing time (constant indices), the values by position.
+    """
+
+    structure: Structure
+    outputs: tuple[Shape, ...]
+    values: dict[int, Atoms]
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the first output."""
+        return self.outputs[0]
+
+
+def rule(*names: str) -> Callable[[RuleT], RuleT]:
+    """Register a rule for ATen operators, whatever their overload."""
+
+    def register(function: RuleT) -> RuleT:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def tensors(args: Iterable[Argument]) -> list[Labels]:
+    """All labels among the arguments, also inside lists."""
+    found: list[Labels] = []
+    for value in args:
+        if isinstance(value, Labels):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found.extend(tensors(value))
+    return found
+
+
+def unknown(call: Call, *args: Argument, **kwargs: Argument) -> Result:
+    """An operator without a rule: its inputs stay where they are."""
+    for x in tensors([*args, *kwargs.values()]):
+        in_order(call.structure, x, range(x.ndim), f"no rule for {call.structure.operator}")
+    return as_output([Labels.ordered(shape) for shape in call.outputs])
+
+
+def as_output(values: list[Labels]) -> Result:
+    """One output as itself, several as a tuple."""
+    return values[0] if len(values) == 1 else tuple(values)

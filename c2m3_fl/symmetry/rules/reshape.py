@@ -1,0 +1,237 @@
+"""Rules of operators that only move, join or pick entries, and of pooling over ordered dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from c2m3_fl.symmetry.facts import Atoms
+from c2m3_fl.symmetry.reshape_labels import concatenate, copies, reshape, stack
+from c2m3_fl.symmetry.rules.contraction import look_up
+from c2m3_fl.symmetry.rules.registry import Argument, Call, rule
+from c2m3_fl.symmetry.unit_labels import Labels, combine, expand, in_order, insert, permute, select, take
+
+
+@rule(
+    "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.ravel", "aten.view_copy"
+)
+@rule("aten.squeeze", "aten.unsqueeze", "aten.view_as", "aten.reshape_as", "aten.atleast_1d", "aten.atleast_2d")
+def view(call: Call, x: Labels, *_: Argument) -> Labels:
+    """Same entries in row-major order; the output's shape says everything."""
+    return reshape(call.structure, x, call.shape)
+
+
+@rule("aten.squeeze")
+def squeeze(call: Call, x: Labels, *dims: Argument) -> Labels:
+    """Dimensions of size 1 disappear."""
+    return reshape(call.structure, x, call.shape)
+
+
+@rule("aten.permute")
+def reorder(call: Call, x: Labels, dims: Sequence[int]) -> Labels:
+    """Dimensions in another order."""
+    return permute(x, dims)
+
+
+@rule("aten.transpose", "aten.swapaxes", "aten.t", "aten.mT", "aten.numpy_T")
+def transpose(call: Call, x: Labels, first: int = -1, second: int = -2) -> Labels:
+    """Two dimensions exchanged."""
+    if x.ndim < 2:
+        return x
+    order = list(range(x.ndim))
+    order[first], order[second] = order[second], order[first]
+    return permute(x, order)
+
+
+@rule("aten.movedim", "aten.moveaxis")
+def movedim(call: Call, x: Labels, source: Argument, target: Argument) -> Labels:
+    """Some dimensions taken to other places."""
+    sources = [x.dim(dim) for dim in (source if isinstance(source, Sequence) else [source])]
+    targets = [x.dim(dim) for dim in (target if isinstance(target, Sequence) else [target])]
+    order = [dim for dim in range(x.ndim) if dim not in sources]
+    for place, dim in sorted(zip(targets, sources, strict=True)):
+        order.insert(place, dim)
+    return permute(x, order)
+
+
+@rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+def broadcast(call: Call, x: Labels, *_: Argument, **__: Argument) -> Labels:
+    """Repeated along dimensions of size 1."""
+    return expand(x, call.shape)
+
+
+@rule("aten.repeat", "aten.tile")
+def repeat(call: Call, x: Labels, repeats: Sequence[int]) -> Labels:
+    """The whole tensor again and again along dimensions."""
+    x = insert(x, range(len(call.shape) - x.ndim))
+    for dim, size in enumerate(call.shape):
+        if size != x.shape[dim]:
+            times = size // x.shape[dim]
+            x = insert(x, [dim])
+            x = expand(x, (*x.shape[:dim], times, *x.shape[dim + 1 :]))
+            x = reshape(call.structure, x, (*x.shape[:dim], size, *x.shape[dim + 2 :]))
+    return x
+
+
+@rule("aten.repeat_interleave")
+def repeat_interleave(call: Call, x: Labels, repeats: Argument, dim: int | None = None, **_: Argument) -> Labels:
+    """Every entry several times in a row."""
+    if not isinstance(repeats, int):
+        in_order(call.structure, x, range(x.ndim), "repeated a varying number of times")
+        return Labels.ordered(call.shape)
+    if dim is None:
+        x, dim = reshape(call.structure, x, (int(np.prod(x.shape)),)), 0
+    dim = x.dim(dim)
+    return copies(call.structure, x, dim, repeats)
+
+
+# ---------------------------------------------------------------------------------------------------- parts of it
+
+
+@rule("aten.select")
+def pick(call: Call, x: Labels, dim: int, index: int) -> Labels:
+    """One entry along a dimension."""
+    return select(call.structure, x, dim, index)
+
+
+@rule("aten.slice")
+def cut(call: Call, x: Labels, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Labels:
+    """Entries at regular places along a dimension."""
+    dim = x.dim(dim)
+    return take(call.structure, x, dim, np.arange(x.shape[dim])[slice(start, end, step)])
+
+
+@rule("aten.narrow")
+def narrow(call: Call, x: Labels, dim: int, start: int, length: int) -> Labels:
+    """A run of entries along a dimension."""
+    dim = x.dim(dim)
+    start = start % x.shape[dim]
+    return take(call.structure, x, dim, np.arange(start, start + length))
+
+
+@rule(
+    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_split", "aten.unsafe_chunk"
+)
+def split(call: Call, x: Labels, sizes: Argument, dim: int = 0) -> tuple[Labels, ...]:
+    """Runs of entries along a dimension; the outputs' shapes say how long."""
+    dim, start, parts = x.dim(dim), 0, []
+    for shape in call.outputs:
+        parts.append(take(call.structure, x, dim, np.arange(start, start + shape[dim])))
+        start += shape[dim]
+    return tuple(parts)
+
+
+@rule("aten.unbind")
+def unbind(call: Call, x: Labels, dim: int = 0) -> tuple[Labels, ...]:
+    """All entries along a dimension."""
+    return tuple(select(call.structure, x, dim, index) for index in range(x.shape[dim]))
+
+
+@rule("aten.flip")
+def flip(call: Call, x: Labels, dims: Sequence[int]) -> Labels:
+    """Entries backwards."""
+    for dim in dims:
+        x = take(call.structure, x, dim, np.arange(x.shape[x.dim(dim)])[::-1])
+    return x
+
+
+@rule("aten.roll")
+def roll(call: Call, x: Labels, shifts: Argument, dims: Argument = ()) -> Labels:
+    """Entries moved along dimensions, those that fall out coming back in."""
+    shifts, dims = ([value] if isinstance(value, int) else list(value) for value in (shifts, dims))
+    if not dims:
+        flat = reshape(call.structure, x, (int(np.prod(x.shape)),))
+        return reshape(call.structure, roll(call, flat, shifts, [0]), x.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        x = take(call.structure, x, dim, np.roll(np.arange(x.shape[x.dim(dim)]), shift))
+    return x
+
+
+@rule("aten.index_select")
+def index_select(call: Call, x: Labels, dim: int, index: Labels) -> Labels:
+    """Entries at the places of an index."""
+    if 2 in call.values:
+        return take(call.structure, x, dim, call.values[2].ravel())
+    dim = x.dim(dim)
+    return look_up(in_order(call.structure, x, [dim], "looked up by its place"), dim, index)
+
+
+@rule("aten.index")
+def index(call: Call, x: Labels, indices: Sequence[Labels | None]) -> Labels:
+    """Entries at the places of one index; several, or masks, read every indexed dimension in order."""
+    used = [dim for dim, value in enumerate(indices) if value is not None]
+    given = [value for value in indices if value is not None]
+    if len(used) == 1 and 1 in call.values and x.shape[used[0]] > 0 and call.values[1].dtype != np.bool_:
+        known: Atoms = call.values[1]
+        taken = take(call.structure, x, used[0], known.ravel() % x.shape[used[0]])
+        return reshape(call.structure, taken, call.shape)
+    x = in_order(call.structure, x, used, "looked up by its place")
+    if len(used) == 1 and len(call.shape) == x.ndim - 1 + given[0].ndim:
+        return look_up(x, used[0], given[0])
+    in_order(call.structure, x, range(x.ndim), "looked up by several indices")
+    return Labels.ordered(call.shape)
+
+
+# ------------------------------------------------------------------------------------------------------ joining it
+
+
+@rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(call: Call, pieces: Sequence[Labels], dim: int = 0) -> Labels:
+    """Joined along a dimension."""
+    return concatenate(call.structure, [x for x in pieces if x.shape != (0,)], dim)
+
+
+@rule("aten.stack")
+def pile(call: Call, pieces: Sequence[Labels], dim: int = 0) -> Labels:
+    """Joined along a new dimension."""
+    return stack(call.structure, pieces, dim)
+
+
+@rule("aten.slice_scatter")
+def slice_scatter(
+    call: Call, x: Labels, source: Labels, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Labels:
+    """Entries at regular places along a dimension replaced by others."""
+    dim = x.dim(dim)
+    places = np.arange(x.shape[dim])[slice(start, end, step)]
+    if not source.factors and not source.fixed and any(factor.shape[dim] > 1 for factor in x.factors):
+        return combine(call.structure, x)  # a constant written over some units: their labels still fit
+    joined = concatenate(call.structure, [x, source], dim)
+    order = np.arange(x.shape[dim])
+    order[places] = x.shape[dim] + np.arange(len(places))
+    return take(call.structure, joined, dim, order)
+
+
+@rule("aten.select_scatter")
+def select_scatter(call: Call, x: Labels, source: Labels, dim: int, index: int) -> Labels:
+    """One entry along a dimension replaced."""
+    dim = x.dim(dim)
+    index = index % x.shape[dim]
+    return slice_scatter(call, x, insert(source, [dim]), dim, index, index + 1)
+
+
+@rule("aten.constant_pad_nd", "aten.pad", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad2d")
+@rule("aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad3d")
+def pad(call: Call, x: Labels, widths: Sequence[int], mode: Argument = "constant", *_: Argument) -> Labels:
+    """A margin: constant next to units, ordered content elsewhere."""
+    structure = call.structure
+    labelled = {dim for factor in x.factors for dim, size in enumerate(factor.shape) if size > 1}
+    for place in range(len(widths) // 2):
+        dim, (before, after) = x.ndim - 1 - place, widths[2 * place : 2 * place + 2]
+        if (before, after) == (0, 0):
+            continue
+        size = x.shape[dim] + before + after
+        wide = (*x.shape[:dim], size, *x.shape[dim + 1 :])
+        if dim in labelled and min(before, after) >= 0 and (not isinstance(mode, str) or mode == "constant"):
+            margin = Labels((*x.shape[:dim], before + after, *x.shape[dim + 1 :]))
+            joined = concatenate(structure, [margin, x], dim)
+            order = np.arange(size)
+            order = np.concatenate([order[:before], order[before + after :], order[before : before + after]])
+            x = take(structure, joined, dim, order)
+        elif dim in labelled and max(before, after) <= 0:
+            x = take(structure, x, dim, np.arange(x.shape[dim])[-before : x.shape[dim] + after])
+        else:
+            x = in_order(structure, x, [dim])
+            x = Labels(wide, x.factors, x.fixed | {dim})
+    return x

@@ -1,0 +1,231 @@
+"""Walk a functional ATen graph once, applying one rule per operator to the labels of its tensors."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from c2m3_fl.network.exporting import aliases
+from c2m3_fl.symmetry.facts import Atoms, Structure
+from c2m3_fl.symmetry.rules.elementwise import constant, elementwise
+from c2m3_fl.symmetry.rules.registry import RULES, Call, Result, Rule, unknown
+from c2m3_fl.symmetry.unit_labels import Labels, Shape, combine, in_order
+
+_FOLDED = 2**22  # constants beyond this many entries are not evaluated, only taken as ordered
+
+
+def trace(program: ExportedProgram, model: nn.Module, structure: Structure) -> set[str]:
+    """Add all facts that one exported forward pass reveals to `structure`.
+
+    Returns
+    -------
+    set of str
+        State-dict names, without further names of tied tensors, of the tensors that the pass uses.
+    """
+    return _Walk(program, model, structure).run()
+
+
+def is_plain(program: ExportedProgram) -> bool:
+    """Whether every operator has a rule, and those that write in place write what a later reader may see.
+
+    ``relu_`` keeps the units of every coordinate. ``x += y`` does, too, where `x` is computed from parameters or
+    inputs, not a constant: what meets is tied, so the labels of `x` and of its views stay true.
+    """
+    constants = {
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind not in (InputKind.USER_INPUT, InputKind.PARAMETER)
+    }
+    computed: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            return False
+        if node.op == "placeholder" and node.name not in constants:
+            computed.add(node)
+        if node.op != "call_function" or node.target is operator.getitem:
+            computed.update(node for source in node.all_input_nodes if source in computed)
+            continue
+        name = _rule_name(node)
+        if name not in RULES:
+            return False
+        if RULES[name] is not constant and any(source in computed for source in node.all_input_nodes):
+            computed.add(node)
+        if _in_place(node) and not (RULES[name] is elementwise and set(node.all_input_nodes) <= computed):
+            return False
+    return True
+
+
+def _in_place(node: fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _rule_name(node: fx.Node) -> str:
+    """Name of an operator's rule: without overload, that of the functional operator for one in place."""
+    name = ".".join(str(node.target).split(".")[:2])
+    return name.removesuffix("_") if _in_place(node) else name
+
+
+class _Walk:
+    """Interpreter of one graph; `labels` and, for constants, `values` are kept per node."""
+
+    def __init__(self, program: ExportedProgram, model: nn.Module, structure: Structure) -> None:
+        self.program = program
+        self.structure = structure
+        self.labels: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.used: set[str] = set()
+        self._first_name = aliases(model)
+        self._state: Mapping[str, Tensor] = model.state_dict()
+        self._inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+
+    def run(self) -> set[str]:
+        """Walk all nodes in order."""
+        for node in self.program.graph.nodes:
+            self._locate(node)
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "output":
+                self._output(node)
+        return self.used
+
+    def _locate(self, node: fx.Node) -> None:
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        self.structure.module = stack[-1][0] if stack else ""
+        self.structure.operator = str(node.target).removesuffix(".default") if node.op == "call_function" else ""
+
+    # ------------------------------------------------------------------------------------------------------ inputs
+
+    def _placeholder(self, node: fx.Node) -> None:
+        spec = self._inputs[node.name]
+        if spec.kind is InputKind.USER_INPUT:
+            value = node.meta.get("val")
+            self.labels[node] = Labels.ordered(value.shape) if isinstance(value, Tensor) else value
+            return
+        name = str(spec.target)
+        if name not in self._state:
+            self._constant(node, self._content(name))
+            return
+        tensor, name = self._state[name], self._first_name.get(name, name)
+        if node.users:
+            self.used.add(name)
+        if not tensor.is_floating_point():
+            self._constant(node, tensor)
+            for dim, size in enumerate(tensor.shape):
+                self.structure.pin(self.structure.axis(name, dim, size), "holds integers, not units")
+            return
+        self.labels[node] = self._parameter(name, tensor)
+        if spec.kind is InputKind.BUFFER and not _running_statistics(node):
+            for dim in varying(tensor):
+                self.structure.pin(self.structure.axis(name, dim, tensor.shape[dim]), "buffer with content of its own")
+
+    def _content(self, name: str) -> Tensor:
+        constants: Mapping[str, Any] = self.program.constants
+        return constants[name] if name in constants else dict(self.program.named_buffers())[name]
+
+    def _parameter(self, name: str, tensor: Tensor) -> Labels:
+        factors = []
+        for dim, size in enumerate(tensor.shape):
+            atoms = self.structure.axis(name, dim, size)
+            if size > 1:
+                factors.append(atoms.reshape([size if other == dim else 1 for other in range(tensor.ndim)]))
+        return Labels(tuple(tensor.shape), tuple(factors), frozenset(), name)
+
+    def _constant(self, node: fx.Node, value: Tensor) -> None:
+        self.values[node] = value
+        self.labels[node] = Labels(tuple(value.shape), (), frozenset(varying(value)))
+
+    # ------------------------------------------------------------------------------------------------------- calls
+
+    def _call(self, node: fx.Node) -> None:
+        if node.target is operator.getitem:
+            (source,), index = node.all_input_nodes, node.args[1]
+            self.labels[node] = self.labels[source][index]
+            if source in self.values:
+                self.values[node] = self.values[source][index]
+        elif not _shapes(node):
+            self.labels[node] = node.meta.get("val")
+        elif not self._fold(node):
+            self.labels[node] = self._apply(node)
+
+    def _fold(self, node: fx.Node) -> bool:
+        """Evaluate an operator whose inputs are constants."""
+        if any(source not in self.values for source in node.all_input_nodes):
+            return False
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if random or not callable(node.target) or sum(int(np.prod(shape)) for shape in _shapes(node)) > _FOLDED:
+            return False
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        with torch.no_grad():
+            result = node.target(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self._constant(node, result)
+        else:
+            self.values[node] = result
+            self.labels[node] = tuple(
+                Labels(tuple(value.shape), (), frozenset(varying(value))) if isinstance(value, Tensor) else value
+                for value in result
+            )
+        return True
+
+    def _apply(self, node: fx.Node) -> Result:
+        name = _rule_name(node)
+        call = Call(self.structure, _shapes(node), self._known(node))
+        args = fx.map_arg(node.args, self.labels.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.labels.__getitem__)
+        apply: Rule = RULES.get(name, unknown)
+        result = apply(call, *args, **kwargs)
+        if _in_place(node):
+            self.labels[node.all_input_nodes[0]] = result  # the first argument is the tensor that is written to
+        return result
+
+    def _known(self, node: fx.Node) -> dict[int, Atoms]:
+        """Integer arguments whose content is known, by position; the first index of a list of indices."""
+        known = {}
+        for place, value in enumerate(node.args):
+            found = [x for x in value if x is not None] if isinstance(value, list | tuple) else [value]
+            if len(found) == 1 and isinstance(found[0], fx.Node) and isinstance(self.values.get(found[0]), Tensor):
+                known[place] = self.values[found[0]].cpu().numpy()
+        return known
+
+    def _output(self, node: fx.Node) -> None:
+        outputs = node.args[0]
+        assert isinstance(outputs, list | tuple)  # one entry per output, by the format of exported programs
+        for spec, value in zip(self.program.graph_signature.output_specs, outputs, strict=True):
+            found = self.labels.get(value) if isinstance(value, fx.Node) else None
+            if not isinstance(found, Labels):
+                continue
+            if spec.kind is OutputKind.BUFFER_MUTATION and spec.target in self._state:
+                name = self._first_name.get(spec.target, spec.target)
+                combine(self.structure, found, self._parameter(name, self._state[spec.target]))
+            elif spec.kind is OutputKind.USER_OUTPUT:
+                in_order(self.structure, found, range(found.ndim), "network output")
+
+
+def _shapes(node: fx.Node) -> tuple[Shape, ...]:
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(tuple(int(size) for size in x.shape) for x in values if isinstance(x, Tensor))
+
+
+def _running_statistics(node: fx.Node) -> bool:
+    """Whether a buffer holds the running statistics of a normalisation."""
+    return any("batch_norm" in str(user.target) or "instance_norm" in str(user.target) for user in node.users)
+
+
+def varying(tensor: Tensor) -> list[int]:
+    """Dimensions along which a tensor is not constant."""
+    return [
+        dim
+        for dim, size in enumerate(tensor.shape)
+        if size > 1 and not torch.equal(tensor, tensor.narrow(dim, 0, 1).expand_as(tensor))
+    ]

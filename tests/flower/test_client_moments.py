@@ -1,0 +1,69 @@
+"""What a client answers: moments of the network that it was asked about, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from c2m3_fl.errors import CalibrationError
+from c2m3_fl.flower import answering as answering_module
+from c2m3_fl.flower.client_moments import ACTION, answer_statistics
+from c2m3_fl.flower.client_repair import ClientStatistics, repair_by_clients
+from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.serial_grid import SerialGrid
+from c2m3_fl.merging.recalibrate.repair import Repair
+from c2m3_fl.merging.recalibrate.shift import channel_moments
+from c2m3_fl.network.program import trace
+from tests.flower.federation import EXAMPLE, answering, mlp, normed, pooled, share
+
+NODES = 3
+
+
+def test_clients_return_moments_and_nothing_else():
+    grid = SerialGrid(answering(), 1)
+    content = {"arrays": from_params(mlp().state_dict()), "config": ConfigRecord({"place": -1, "before": 0})}
+    message = Message(RecordDict(content), 1, f"query.{ACTION}")
+    (answer,) = grid.send_and_receive([message])
+    assert list(answer.content) == ["moments"]
+    arrays = to_params(answer.content["moments"])
+    assert {name.rsplit("/", 1)[1] for name in arrays} == {"count", "mean", "deviation"}
+    assert {tuple(value.shape) for value in arrays.values()} == {(), (32,), (10,)}
+
+
+class Switching(nn.Module):
+    """Two networks of one class and the same tensors."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.first, self.second, self.activation = nn.Linear(64, 8), nn.Linear(8, 8), activation
+
+    def forward(self, x):
+        return self.second(self.activation(self.first(x)))
+
+
+def test_a_traced_network_does_not_serve_another_one_of_the_same_shapes(monkeypatch):
+    activations, traced = iter([torch.relu, torch.tanh, torch.relu, torch.relu]), []
+    monkeypatch.setattr(answering_module, "trace", lambda *given: traced.append(1) or trace(*given))
+    app = ClientApp()
+    answer_statistics(app, model=lambda context: Switching(next(activations)), calibration=share)
+    params = Switching(torch.relu).state_dict()
+    content = {"arrays": from_params(params), "config": ConfigRecord({"place": -1, "before": 0})}
+    grid, counts = SerialGrid(app, 1), []
+    for activation in (torch.relu, torch.tanh, torch.relu, torch.relu):
+        (answer,) = grid.send_and_receive([Message(RecordDict(content), 1, f"query.{ACTION}")])
+        found = to_params(answer.content["moments"])
+        expected = channel_moments(Switching(activation), params, [pooled()[0]])
+        for name, moments in expected.items():
+            torch.testing.assert_close(found[f"{name}/mean"], moments.mean)
+        counts.append(len(traced))
+    shapes = counts[0]
+    assert counts == [shapes, 2 * shapes, 3 * shapes, 3 * shapes], "the same network again is not traced again"
+
+
+def test_a_client_measures_only_networks_that_fit_its_own():
+    grid, sent = SerialGrid(answering(normed), NODES), mlp().state_dict()
+    with pytest.raises(CalibrationError):
+        repair_by_clients(ClientStatistics(), Repair(), grid, [1], mlp(), (EXAMPLE,), sent, [sent], [1.0])

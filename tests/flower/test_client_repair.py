@@ -1,0 +1,297 @@
+"""Repair by what the clients measure: the same as with their data pooled on the server."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from torch import nn
+
+from c2m3_fl.errors import CalibrationError, ConfigError
+from c2m3_fl.flower.client_moments import ACTION, answer_statistics
+from c2m3_fl.flower.client_repair import ClientStatistics, repair_by_clients
+from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.serial_grid import SerialGrid
+from c2m3_fl.flower.strategy import C2M3
+from c2m3_fl.merging.recalibrate.refit import Refit
+from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, repair
+from c2m3_fl.merging.recalibrate.setting import prepare
+from c2m3_fl.merging.recalibrate.shift import channel_moments
+from tests.flower.federation import (
+    EXAMPLE,
+    accuracy,
+    answering,
+    calibration,
+    digits,
+    digits_app,
+    mlp,
+    normed,
+    pooled,
+    same,
+    share,
+)
+
+NODES = 3
+
+
+def convolutional(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 6, 3, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 5, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(80, 10),
+        )
+
+
+def measured_by_clients(make, endpoints, merged, statistics, recalibration=None):
+    return repair_by_clients(
+        statistics,
+        recalibration or Repair(),
+        SerialGrid(answering(make), NODES),
+        list(range(1, NODES + 1)),
+        make(),
+        (EXAMPLE,),
+        merged,
+        endpoints,
+        [1.0, 2.0, 3.0],
+    ).state_dict
+
+
+def networks(make):
+    endpoints = [{name: value.clone() for name, value in make(seed).state_dict().items()} for seed in range(NODES)]
+    merged = {
+        name: sum(endpoint[name] for endpoint in endpoints) / NODES if value.is_floating_point() else value
+        for name, value in endpoints[0].items()
+    }
+    return endpoints, merged
+
+
+@pytest.mark.parametrize("make", [mlp, normed, convolutional])
+def test_it_is_the_repair_that_the_pooled_data_give(make):
+    endpoints, merged = networks(make)
+    found = measured_by_clients(make, endpoints, merged, ClientStatistics(endpoints="all"))
+    expected = repair(make(), merged, endpoints, pooled(), weights=[1.0, 2.0, 3.0], example_inputs=EXAMPLE).state_dict
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(found[name], merged[name]) for name in merged)
+
+
+@pytest.mark.parametrize("make", [mlp, normed, convolutional])
+def test_batch_norm_statistics_are_those_of_the_pooled_data(make):
+    endpoints, merged = networks(make)
+    found = measured_by_clients(make, endpoints, merged, ClientStatistics(), BatchNormStatistics())
+    setting = prepare(make(), merged, endpoints, pooled(), example_inputs=EXAMPLE)
+    for name, value in BatchNormStatistics()(setting).state_dict.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def with_the_data_on_the_server(make, endpoints, merged, recalibration=None):
+    """What a server does that holds all data: each endpoint on its client's share, the merged network on all."""
+    setting = prepare(make(), merged, endpoints, pooled(), weights=[1.0, 2.0, 3.0], example_inputs=EXAMPLE)
+    own = [channel_moments(make(), params, [data]) for params, data in zip(endpoints, pooled(), strict=True)]
+    vars(setting)["moments"] = [own[index] for index in setting.order]
+    return (recalibration or Repair())(setting).state_dict
+
+
+@pytest.mark.parametrize("make", [mlp, normed, convolutional])
+@pytest.mark.parametrize("recalibration", [Repair(), Repair(final=False)])
+def test_by_default_it_is_what_a_server_with_all_data_does_with_each_endpoint_on_its_own_share(make, recalibration):
+    endpoints, merged = networks(make)
+    found = measured_by_clients(make, endpoints, merged, ClientStatistics(), recalibration)
+    expected = with_the_data_on_the_server(make, endpoints, merged, recalibration)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(found[name], merged[name]) for name in merged)
+
+
+@pytest.mark.parametrize("make", [mlp, normed, convolutional])
+def test_where_all_shares_are_alike_the_default_is_the_repair_that_the_pooled_data_give(make):
+    app = ClientApp()
+    answer_statistics(app, model=lambda context: make(), calibration=lambda context: calibration())
+    endpoints, merged = networks(make)
+    grid, ids, weights = SerialGrid(app, NODES), list(range(1, NODES + 1)), [1.0, 2.0, 3.0]
+    found = repair_by_clients(
+        ClientStatistics(), Repair(), grid, ids, make(), (EXAMPLE,), merged, endpoints, weights
+    ).state_dict
+    everything = calibration() * NODES
+    expected = repair(make(), merged, endpoints, everything, weights=weights, example_inputs=EXAMPLE).state_dict
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_strategy_with_client_statistics_ends_like_one_that_holds_all_data():
+    """From the first message to the result, by Flower's own loop."""
+    data = [share(SimpleNamespace(node_config={"partition-id": partition})) for partition in range(NODES)]
+    pooled_loader = [batch for part in data for batch in part]
+    app = answering(app=digits_app(independent=True, epochs=3))
+    found = run(SerialGrid(app, NODES), calibration=ClientStatistics(endpoints="all"), rounds=1)
+    expected = run(SerialGrid(app, NODES), calibration=pooled_loader, rounds=1)
+    assert found.train_metrics_clientapp[1]["c2m3-repaired"] == 1
+    for name, value in to_params(expected.arrays).items():
+        torch.testing.assert_close(to_params(found.arrays)[name], value, rtol=1e-5, atol=1e-5)
+
+
+def listening(seen, make=mlp):
+    """A federation whose clients note what they are sent in queries."""
+
+    class Grid(SerialGrid):
+        def push_messages(self, messages):
+            messages = list(messages)
+            seen.extend(each for each in messages if each.metadata.message_type == f"query.{ACTION}")
+            return super().push_messages(messages)
+
+    return Grid(answering(make, digits_app(make, independent=True, epochs=5)), 4)
+
+
+def test_nobody_is_sent_another_clients_network_unless_asked_for():
+    for endpoints, subjects in (("own", 2), ("all", 5)):
+        seen: list[Message] = []
+        strategy = C2M3(
+            FedAvg(fraction_evaluate=0.0),
+            model=mlp(),
+            example_inputs=EXAMPLE,
+            calibration=ClientStatistics(endpoints=endpoints),
+        )
+        strategy.start(listening(seen), from_params(mlp().state_dict()), num_rounds=1)
+        assert len({each.metadata.group_id for each in seen if each.metadata.dst_node_id == 1}) == subjects
+
+
+def run(grid, rounds=2, **options):
+    strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, **options)
+    return strategy.start(grid, from_params(mlp().state_dict()), num_rounds=rounds)
+
+
+def test_a_federation_without_calibration_data_on_the_server_is_repaired():
+    app = answering(app=digits_app(independent=True, epochs=5))
+    result = run(SerialGrid(app, 4), calibration=ClientStatistics())
+    assert [metrics["c2m3-repaired"] for metrics in result.train_metrics_clientapp.values()] == [1, 1]
+    assert accuracy(mlp, result.arrays) > 0.8
+
+
+def of_another_subject(replies):
+    """Node 2 answers about the endpoint of another client, which nobody asked it for."""
+    for each in replies:
+        about = each.metadata.group_id
+        if each.metadata.message_type == f"query.{ACTION}" and each.metadata.src_node_id == 2 and about != "merged":
+            each.metadata.__dict__["_group_id"] = str((int(about) + 1) % 4)
+    return replies
+
+
+def test_an_answer_that_nobody_asked_for_is_not_believed(caplog):
+    app = answering(app=digits_app(independent=True, epochs=3))
+    result = run(SerialGrid(app, 4, transit=of_another_subject), calibration=ClientStatistics())
+    assert result.train_metrics_clientapp[1]["c2m3-repaired"] == 1
+    assert any("no moments from node 2: nobody asked it" in text for text in caplog.messages)
+
+
+def test_clients_without_the_handler_cost_the_repair_not_the_round(caplog):
+    app = digits_app(independent=True, epochs=2)
+    result = run(SerialGrid(app, 4), calibration=ClientStatistics())
+    assert [metrics["c2m3-repaired"] for metrics in result.train_metrics_clientapp.values()] == [0, 0]
+    assert any(
+        "add answer_statistics to its app" in text and "the first reply: the client failed" in text
+        for text in caplog.messages
+    )
+    assert same(result.arrays, run(SerialGrid(app, 4)).arrays)
+
+
+def corrupt(harm):
+    """Break every answer of node 2 to a query."""
+
+    def transit(replies):
+        for each in replies:
+            if each.metadata.message_type == f"query.{ACTION}" and each.metadata.src_node_id == 2:
+                arrays = to_params(each.content["moments"])
+                each.content["moments"] = from_params({name: harm(name, value) for name, value in arrays.items()})
+        return replies
+
+    return transit
+
+
+HARM = {
+    "NaN": lambda name, value: value * math.nan if name.endswith("mean") else value,
+    "negative spread": lambda name, value: value - 1e9 if name.endswith("deviation") else value,
+    "no inputs": lambda name, value: value * 0 if name.endswith("count") else value,
+    "more inputs than can be": lambda name, value: value * 0 + 2**60 if name.endswith("count") else value,
+    "a count in floats": lambda name, value: value * 1e300 if name.endswith("count") else value,
+    "a mean beyond float32": lambda name, value: value * 1e200 if name.endswith("mean") else value,
+    "other shape": lambda name, value: value[:1] if value.ndim else value,
+}
+
+
+@pytest.mark.parametrize("harm", HARM.values(), ids=HARM.keys())
+def test_answers_that_are_no_moments_are_left_out(harm, caplog):
+    def app():
+        return answering(app=digits_app(independent=True, epochs=3))
+
+    result = run(SerialGrid(app(), 4, transit=corrupt(harm)), calibration=ClientStatistics())
+    assert result.train_metrics_clientapp[1]["c2m3-repaired"] == 1
+    assert any("no moments from node 2" in text for text in caplog.messages)
+    assert all(torch.isfinite(value).all() for value in to_params(result.arrays).values())
+
+
+def test_answers_that_go_missing_are_left_out():
+    def transit(replies):
+        query = [each for each in replies if each.metadata.message_type == f"query.{ACTION}"]
+        return [each for each in replies if each not in query[:1]]
+
+    app = answering(app=digits_app(independent=True, epochs=3))
+    result = run(SerialGrid(app, 4, transit=transit), calibration=ClientStatistics())
+    assert result.train_metrics_clientapp[2]["c2m3-repaired"] == 1
+
+
+def test_what_moments_cannot_give_is_refused_at_once():
+    with pytest.raises(ConfigError, match="Refit needs inputs, not moments"):
+        C2M3(model=mlp(), example_inputs=EXAMPLE, calibration=ClientStatistics(), recalibrate=Refit())
+    with pytest.raises(ConfigError, match="endpoints is 'some'"):
+        ClientStatistics(endpoints="some")
+    with pytest.raises(CalibrationError, match="neither example_inputs nor calibration"):
+        C2M3(model=mlp(), calibration=ClientStatistics())
+
+
+def test_the_result_does_not_depend_on_the_order_of_the_answers():
+    def run_in(order):
+        app = answering(app=digits_app(independent=True, epochs=3))
+        return run(SerialGrid(app, 4, transit=order), calibration=ClientStatistics()).arrays
+
+    assert same(run_in(list), run_in(lambda replies: replies[::-1]))
+
+
+def guarded(data, app=None, **options):
+    """The round's metrics of a federation whose server holds `data` and lets the guard decide."""
+    app = app or answering(app=digits_app(independent=True, epochs=5))
+    return run(SerialGrid(app, 4), rounds=1, calibration=[data], recalibrate="auto", **options).train_metrics_clientapp[
+        1
+    ]
+
+
+def test_the_clients_own_moments_show_the_guard_whether_the_servers_data_are_like_theirs():
+    data = digits()[0][:400]
+    unknown, like, unlike = guarded(data), *(guarded(each, moments=ClientStatistics()) for each in (data, 3 - 3 * data))
+    assert "c2m3-guard-shift" not in unknown
+    assert like["c2m3-guard-shift"] < 0.2 < 0.8 < unlike["c2m3-guard-shift"]
+    assert [metrics.get("c2m3-guard-kept/refit") for metrics in (unknown, like, unlike)] == [None, 1, None]
+
+
+def test_where_a_client_gives_no_moments_the_guard_holds_back(caplog):
+    data = digits()[0][:400]
+    metrics = guarded(data, digits_app(independent=True, epochs=5), moments=ClientStatistics())
+    assert (metrics["c2m3-repaired"], metrics["c2m3-guard-kept/repair"]) == (1, 1)
+    assert any("nothing shows a shift" in text for text in caplog.messages)
+
+
+def test_moments_without_calibration_data_to_compare_them_with_are_refused():
+    for held in (None, ClientStatistics()):
+        with pytest.raises(ConfigError, match="pass calibration"):
+            C2M3(model=mlp(), example_inputs=EXAMPLE, calibration=held, moments=ClientStatistics())

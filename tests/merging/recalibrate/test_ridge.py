@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from c2m3_fl.merging.recalibrate.ridge import Rows, Sums, choose
+
+
+def _data(count: int, seed: int, noise: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    rows = 1 + torch.randn(2, count, 4, generator=generator, dtype=torch.float64)
+    residuals = rows @ truth + 5 + noise * torch.randn(2, count, 3, generator=generator, dtype=torch.float64)
+    return rows, residuals, truth
+
+
+def test_sums_of_parts_combine_to_those_of_the_whole() -> None:
+    rows, residuals, _ = _data(30, 0)
+    whole, parts = Sums.of(rows, residuals), Sums.of(rows[:, :7], residuals[:, :7])
+    parts = parts.combine(Sums.of(rows[:, 7:], residuals[:, 7:]))
+    torch.testing.assert_close(parts.gram, whole.gram)
+    torch.testing.assert_close(parts.cross, whole.cross)
+
+
+def test_without_ridge_the_solution_is_least_squares_with_an_intercept() -> None:
+    rows, residuals, _ = _data(50, 0)
+    design = torch.cat([rows, torch.ones(2, 50, 1, dtype=torch.float64)], -1)
+    wanted = torch.linalg.lstsq(design, residuals).solution
+    sums = Sums.of(rows, residuals)
+    change = sums.solve(0.0)
+    torch.testing.assert_close(change, wanted[:, :-1])
+    torch.testing.assert_close(sums.offset(change), wanted[:, -1])
+
+
+def test_the_ridge_solution_is_stationary() -> None:
+    sums = Sums.of(*_data(50, 0)[:2])
+    strength = 0.3
+    scale = sums.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    change = sums.solve(strength)
+    torch.testing.assert_close(sums.gram @ change + strength * scale * change, sums.cross)
+
+
+def test_the_error_of_a_change_is_that_of_its_predictions() -> None:
+    rows, residuals, truth = _data(40, 1)
+    offset = torch.arange(6, dtype=torch.float64).reshape(2, 3)
+    wanted = (residuals - rows @ truth - offset[:, None]).square().mean(1)
+    torch.testing.assert_close(Sums.of(rows, residuals).error(truth, offset), wanted)
+
+
+def test_through_the_origin_there_is_no_intercept() -> None:
+    rows, residuals, _ = _data(50, 0)
+    sums = Sums.of(rows, residuals).through_origin()
+    change = sums.solve(0.0)
+    torch.testing.assert_close(change, torch.linalg.lstsq(rows, residuals).solution)
+    assert sums.offset(change).eq(0).all()
+
+
+def test_held_out_rows_choose_a_weak_ridge_for_a_signal_and_keep_the_weights_for_noise() -> None:
+    spread = torch.ones(2, 3, dtype=torch.float64)
+    train, held_out = (Sums.of(*_data(40, seed)[:2]) for seed in (0, 1))
+    fit = choose(train, held_out, (1e-6, 1e-3, 1.0, 1e3), spread)
+    assert fit.strength <= 1e-3
+    assert fit.error < 0.1 < fit.error_before
+    generator = torch.Generator().manual_seed(2)
+    noise = [torch.randn(2, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2)]
+    blind = [Sums.of(rows, torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)) for rows in noise]
+    kept = choose(blind[0], blind[1], (1e-6, 1e-3), spread)
+    assert kept.strength == float("inf")
+    assert kept.change.eq(0).all()
+
+
+def test_a_singular_problem_has_a_finite_solution() -> None:
+    rows = torch.ones(1, 8, 4, dtype=torch.float64)
+    assert Sums.of(rows, rows[..., :2]).solve(1e-6).isfinite().all()
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_rows_and_their_sums_give_the_same_fit(intercept: bool) -> None:
+    (train, held_out), spread = (_data(count, count)[:2] for count in (3, 9)), torch.ones(2, 3, dtype=torch.float64)
+    fits = []
+    for kind in (Sums, Rows):
+        evidence = [kind.of(*part) for part in (train, held_out)]
+        one, two = evidence if intercept else [each.through_origin() for each in evidence]
+        fits.append(choose(one, two, (1e-2, 1.0), spread))  # three rows of four inputs: fewer than inputs
+        torch.testing.assert_close(one.offset(fits[-1].change), one.offset(fits[0].change))
+    assert fits[0].strength == fits[1].strength
+    torch.testing.assert_close(fits[1].change, fits[0].change)
+    assert fits[1].error == pytest.approx(fits[0].error)

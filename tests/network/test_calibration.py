@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from c2m3_fl.errors import CalibrationError
+from c2m3_fl.network.calibration import first_inputs, load_batches
+
+INPUTS = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(10)
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        INPUTS,
+        [INPUTS[:4], INPUTS[4:]],
+        [(INPUTS[:4],), (INPUTS[4:],)],
+        [[INPUTS[:4], LABELS[:4]], [INPUTS[4:], LABELS[4:]]],
+        DataLoader(TensorDataset(INPUTS, LABELS), batch_size=4),
+        (part for part in INPUTS.split(3)),
+    ],
+    ids=["tensor", "tensors", "tuples", "with labels", "loader", "generator"],
+)
+def test_every_kind_of_batch_yields_the_same_inputs(calibration: Any) -> None:
+    batches = load_batches(calibration)
+    assert torch.equal(torch.cat([batch.inputs[0] for batch in batches]), INPUTS)
+
+
+def test_labels_are_kept_apart() -> None:
+    (batch,) = load_batches([(INPUTS, LABELS)])
+    assert len(batch.inputs) == 1
+    assert batch.labels is not None
+    assert torch.equal(batch.labels, LABELS)
+
+
+def test_targets_that_are_no_class_indices_are_no_labels() -> None:
+    (batch,) = load_batches([(INPUTS, INPUTS)])
+    assert batch.labels is None
+
+
+def test_a_tuple_of_example_inputs_says_how_many_inputs_there_are() -> None:
+    (batch,) = load_batches([(INPUTS, INPUTS + 1, LABELS)], example_inputs=(INPUTS, INPUTS))
+    assert len(batch.inputs) == 2
+    assert batch.labels is not None
+
+
+def test_example_inputs_default_to_the_first_batch() -> None:
+    assert torch.equal(first_inputs([(INPUTS[:2], LABELS[:2]), (INPUTS[2:], LABELS[2:])], None)[0], INPUTS[:2])
+    assert torch.equal(first_inputs(None, INPUTS)[0], INPUTS)
+    with pytest.raises(CalibrationError, match="neither example_inputs nor calibration"):
+        first_inputs(None, None)
+
+
+def test_an_iterator_would_lose_the_batch_that_is_shown() -> None:
+    data = iter([INPUTS[:2], INPUTS[2:]])
+    for example_inputs in (None, INPUTS):
+        with pytest.raises(CalibrationError, match=r"list_iterator, which is exhausted .* pass a list or a DataLoader"):
+            first_inputs(data, example_inputs)
+    assert len(load_batches(data)) == 2
+
+
+def test_every_batch_knows_its_place() -> None:
+    assert [batch.to("cpu").index for batch in load_batches(list(INPUTS.split(4)))] == [0, 1, 2]
+
+
+def _raising() -> Iterator[torch.Tensor]:
+    yield INPUTS
+    raise OSError("disk on fire")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "the calibration data are empty"),
+        ([INPUTS[:0]], r"batch 0, input 0 is empty: shape \(0, 3\)"),
+        ([INPUTS, INPUTS.to(torch.uint8)], "batch 1, input 0 is of type torch.uint8, expected floats"),
+        ([INPUTS > 0], "of type torch.bool"),
+        ([INPUTS.log()], "NaN or infinite"),
+        ([{"image": INPUTS}], "batch 0 is a dict, expected a tensor"),
+        ([INPUTS.numpy()], "batch 0 is a ndarray"),
+        ([("a", INPUTS)], "input 0 is a str"),
+        (_raising(), "failed after 1 batches: disk on fire"),
+    ],
+)
+def test_unusable_calibration_says_what_is_wrong(calibration: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        load_batches(calibration)
+
+
+def test_a_missing_input_is_named() -> None:
+    with pytest.raises(CalibrationError, match="batch 0 has 1 elements, the network takes 2 inputs"):
+        load_batches([INPUTS], example_inputs=(INPUTS, INPUTS))
+
+
+def test_one_pair_in_place_of_batches_is_named() -> None:
+    with pytest.raises(CalibrationError, match=r"one pair \(inputs, labels\), expected batches: pass \[\(x, y\)\]"):
+        load_batches((torch.zeros(4, 3), torch.arange(4)))
