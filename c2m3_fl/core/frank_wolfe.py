@@ -28,11 +28,12 @@ from c2m3_fl.core.identity_proof import agreement_if_stationary
 from c2m3_fl.core.line_search import best_step
 from c2m3_fl.core.mapped import share_moved
 from c2m3_fl.core.permutation import Permutation
-from c2m3_fl.core.problem import Problem, canonical_order, check_nodes, check_search
+from c2m3_fl.core.problem import Problem, check_nodes, check_search
 from c2m3_fl.core.result import Callback, Match, Step
 from c2m3_fl.core.running import RunningUniverse
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start, begin, check_start, reheated
+from c2m3_fl.core.state_dicts import order_by_units
 from c2m3_fl.core.universe import Universe
 
 __all__ = ["Found", "Limits", "Match", "Step", "Walk", "frank_wolfe", "match", "search"]
@@ -124,7 +125,7 @@ def match(
     share = normalise_weights(weights, len(nodes))
     check_start(spec, start, len(nodes))
     check_search(max_steps, tolerance, together)
-    order = canonical_order(spec, nodes, share, None if isinstance(start, str) else start)
+    order = order_by_units(spec, nodes, share, None if isinstance(start, str) else start)
     heavy = [i for i in order if share[i] > 0]
     if not isinstance(start, str) and all(permutation.is_identity(perm) for perm in start):
         start = "identity"

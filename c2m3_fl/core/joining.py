@@ -17,11 +17,12 @@ from c2m3_fl.core.assignment import assignment_pool
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.frank_wolfe import Found, Limits, match, search
 from c2m3_fl.core.permutation import Permutation
-from c2m3_fl.core.problem import Problem, canonical_order, check_nodes, check_search
+from c2m3_fl.core.problem import Problem, check_nodes, check_search
 from c2m3_fl.core.result import Callback, Match
 from c2m3_fl.core.running import RunningUniverse
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start, begin, check_start
+from c2m3_fl.core.state_dicts import order_by_units
 from c2m3_fl.errors import ConfigError, ParamsError, WeightsError
 
 
@@ -75,7 +76,7 @@ def join(
     share = normalise_weights([together, *own], len(nodes) + 1)
     if not bool((share > 0).all()):
         raise WeightsError(f"weights are {own} and the universe's {together}, expected all of them positive")
-    order = canonical_order(spec, nodes, share[1:], None if isinstance(start, str) else start)
+    order = order_by_units(spec, nodes, share[1:], None if isinstance(start, str) else start)
     with torch.no_grad(), assignment_pool() as pool:
         ordered = [nodes[i] for i in order]
         problem = Problem.of(spec, [universe, *ordered], share[[0, *(i + 1 for i in order)]], frozen=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.mapped import Images, inners
-from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.terms import Term, compile_terms, matched_names, working_dtype
 from c2m3_fl.errors import ConfigError, ParamsError
@@ -113,47 +110,9 @@ def check_search(max_steps: int, tolerance: float, together: int | None = None) 
         raise ConfigError(f"together is {together}, expected how many nodes step at once, or None for all of them")
 
 
-def canonical_order(
-    spec: PermutationSpec, nodes: Sequence[Params], weights: Tensor, start: Sequence[Permutation] | None = None
-) -> tuple[int, ...]:
-    """The nodes sorted by what they bring: the same whichever order they arrive in.
-
-    The first key is a checksum of every tensor's values that does not depend on the order of its units either, so that
-    permuting a node changes nothing. Only nodes that it cannot tell apart are sorted by their bytes.
-    """
-    keys = [
-        (*(_checksum(node[name]) for name in spec.tensors), float(w)) for node, w in zip(nodes, weights, strict=True)
-    ]
-    twins = {key for key, count in Counter(keys).items() if count > 1}
-
-    def key(index: int) -> tuple[tuple[float, ...], str]:
-        if keys[index] not in twins:
-            return keys[index], ""
-        digest = hashlib.sha256()
-        for name in spec.tensors:
-            digest.update(_bytes(nodes[index][name]))
-        if start is not None:
-            for name in spec.groups:
-                digest.update(_bytes(start[index][name]))
-        return keys[index], digest.hexdigest()
-
-    return tuple(sorted(range(len(nodes)), key=key))
-
-
 def _balancing(spec: PermutationSpec, nodes: Sequence[Params]) -> dict[str, float]:
     """For every matched tensor one over its mean squared norm, so that each weighs the same; 1 where it is zero."""
     squares = {
         name: sum(float(node[name].double().square().sum()) for node in nodes) for name in matched_names(spec, nodes)
     }
     return {name: len(nodes) / square if square > 0 else 1.0 for name, square in squares.items()}
-
-
-def _checksum(value: Tensor) -> int:
-    """Sum of the values' bit patterns, modulo a power of two: exact, so it does not depend on their order."""
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(value.element_size(), torch.int64)
-    bits = value.detach().contiguous().view(width)
-    return int(bits.sum(dtype=torch.int64 if bits.element_size() < 4 else width))
-
-
-def _bytes(value: Tensor) -> memoryview:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

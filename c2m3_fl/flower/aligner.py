@@ -19,6 +19,7 @@ from c2m3_fl.core.frank_wolfe import Match, match
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.result import Step
 from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.memory import Memory
 
@@ -220,11 +221,6 @@ class Aligner:
             log(WARNING, "\t> node %s did not reply: this round ends in the basis of the last global model", self.basis)
             return list(moves)
         return [permutation.between(moves[chosen], move) for move in moves]
-
-
-def to_device(params: Params, device: torch.device) -> Params:
-    """The tensors on a device; the very same ones when they are there already."""
-    return {name: value.to(device) for name, value in params.items()}
 
 
 def with_cpu_fallback(compute: Callable[[torch.device], Value], device: torch.device, what: str) -> tuple[Value, bool]:

@@ -20,11 +20,12 @@ from flwr.supercore import log
 from torch import nn
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.privacy import check_privacy
 from c2m3_fl.flower.records import Schema, read_npy, reply_schema, schema_of_params
-from c2m3_fl.flower.replies import Dropped, Reply, Sorted, check_finite, check_weight, content_of
+from c2m3_fl.flower.replies import Dropped, Reply, Sorted, check_weight, content_of
 from c2m3_fl.flower.reports import Numbers, failure
 from c2m3_fl.flower.rounds import Aligned, Rounds
 from c2m3_fl.flower.wrapped import chain, check_instance

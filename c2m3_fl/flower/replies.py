@@ -16,15 +16,14 @@ from logging import WARNING
 from time import perf_counter
 from typing import Generic, TypeVar
 
-import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import check_finite, digest
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.records import Schema, to_params
-from c2m3_fl.merging.recalibrate.setting import digest
 
 Source = TypeVar("Source")
 Record = TypeVar("Record", ArrayRecord, MetricRecord)
@@ -99,15 +98,6 @@ def sort_evaluations(messages: Iterable[Message], *, weighted_by: str) -> Sorted
 def content_of(params: Params, metrics: Mapping[str, object]) -> str:
     """Tells replies apart by what they hold, whoever sent them."""
     return f"{digest(params)} {sorted(metrics.items())!r}"
-
-
-def check_finite(params: Params, who: str = "") -> None:
-    """Raise `ParamsError` naming the first floating tensor that holds NaN or an infinity."""
-    for name, value in params.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            count = int((~torch.isfinite(value)).sum())
-            prefix = f"{who}: " if who else ""
-            raise ParamsError(f"{prefix}{name!r} has {count} values that are NaN or infinite, expected finite numbers")
 
 
 def check_weight(value: object, key: str) -> float:

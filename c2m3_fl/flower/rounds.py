@@ -17,12 +17,13 @@ from torch import nn
 
 from c2m3_fl.core.permutation import Permutation, identity
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower.aligner import Aligner, with_cpu_fallback
 from c2m3_fl.flower.client_repair import ClientStatistics, check_measurable
 from c2m3_fl.flower.inputs import check_calibration
 from c2m3_fl.flower.options import Options, resolved, resolved_device
-from c2m3_fl.flower.replies import Dropped, Reply, Sorted, check_finite, report_dropped
+from c2m3_fl.flower.replies import Dropped, Reply, Sorted, report_dropped
 from c2m3_fl.flower.reports import (
     KEPT,
     Numbers,
@@ -101,7 +102,7 @@ class Rounds:
     calibration : iterable of batches or ClientStatistics, optional
         Inputs for recalibration, or who measures instead.
     recalibrate : str or Recalibration
-        What to do with them: "none", "repair", or any other name or object that `resolve` of `merging.recalibrate` knows.
+        What to do with them: "none", "repair", or any other name or object that `merge` takes.
     device : torch.device or str, optional
         Where to compute; by default CUDA when there is one, else the CPU.
     options : Options

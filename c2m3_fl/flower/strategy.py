@@ -18,12 +18,13 @@ from flwr.supercore import log
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.flower.client_repair import ClientStatistics, own_moments, repair_by_clients
 from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.privacy import check_privacy
 from c2m3_fl.flower.records import from_params, reply_schema, schema_of, to_params
-from c2m3_fl.flower.replies import Reply, check_finite, report_dropped, sort_evaluations, sort_messages
+from c2m3_fl.flower.replies import Reply, report_dropped, sort_evaluations, sort_messages
 from c2m3_fl.flower.reports import Numbers, failure, report_idle
 from c2m3_fl.flower.rounds import Aligned, Finish, Rounds
 from c2m3_fl.flower.wrapped import chain, check_instance
@@ -56,7 +57,7 @@ class C2M3(Strategy):
         Inputs that the server holds, labels or none, for recalibration; or `ClientStatistics()`, to let the
         clients measure on theirs.
     recalibrate : str or Recalibration
-        What to do with them: "none", "repair", or any other name or object that `resolve` of `merging.recalibrate` knows.
+        What to do with them: "none", "repair", or any other name or object that `merge` takes.
     moments : ClientStatistics, optional
         For `recalibrate="auto"` with calibration data on the server: also ask every client for the channel moments
         of its own reply on its own data, which show whether the server's data are like theirs.

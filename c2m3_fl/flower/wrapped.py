@@ -11,8 +11,8 @@ from torch import Tensor
 
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import ConfigError, ParamsError
-from c2m3_fl.flower.replies import check_finite
 
 Wrapping = TypeVar("Wrapping")
 

@@ -15,16 +15,15 @@ from c2m3_fl.core.averaging import normalise_weights, weighted_mean
 from c2m3_fl.core.basis import fit
 from c2m3_fl.core.frank_wolfe import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.state_dicts import order_by_weight, to_device
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.merging.align.base import Alignment, Method, Nodes
 from c2m3_fl.merging.align.methods import CycleConsistent, MergeStart, resolve_method
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.registry import Recalibration, recalibrated, resolve
 from c2m3_fl.merging.recalibrate.setting import (
-    canonical_order,
     check_params,
     check_types,
-    moved_to,
     prepare,
     usable_device,
 )
@@ -147,10 +146,10 @@ def merge(
     spec = _proven(model, spec, batches, example_inputs)
     home = next(iter(state_dicts[0].values())).device
     place = home if device is None else usable_device(device)
-    order = canonical_order(state_dicts, share)
+    order = order_by_weight(state_dicts, share)
     nodes = Nodes(
         spec,
-        tuple(moved_to(node, place) for node in state_dicts),
+        tuple(to_device(node, place) for node in state_dicts),
         share,
         tuple(order),
         order[0] if basis is None else basis,
@@ -174,7 +173,7 @@ def merge(
         merged, report = done.state_dict, done.report
     seconds = time.perf_counter() - begin
     versions = model.state_dict()  # some modules ask a state dict for its version when they load it
-    versions.update(moved_to(merged, home))
+    versions.update(to_device(merged, home))
     return Merge(versions, alignment.match, _report(nodes, alignment, report, seconds))
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from c2m3_fl.cli import pictures
+from c2m3_fl.cli import drawing
 from c2m3_fl.cli.tables import markdown, rounds_table
 from simulations.results import Comparison, Round
 from simulations.settings import TITLES, Settings
@@ -40,7 +40,7 @@ def test_several_seeds_give_mean_and_sample_deviation():
 
 def test_every_strategy_has_a_line_of_its_own_colour_beside_the_references():
     axes = Figure().subplots()
-    pictures._lines(axes, _comparison(tuple(TITLES)))
+    drawing._lines(axes, _comparison(tuple(TITLES)))
     labels = [line.get_label() for line in axes.lines]
     assert labels == ["ensemble of the clients", "best client", *TITLES.values()]
     assert len({line.get_color() for line in axes.lines[2:]}) == len(TITLES)
@@ -49,12 +49,12 @@ def test_every_strategy_has_a_line_of_its_own_colour_beside_the_references():
 
 def test_a_single_round_is_drawn_as_bars():
     axes = Figure().subplots()
-    pictures._bars(axes, _comparison(rounds=1, seeds=(0, 1)))
+    drawing._bars(axes, _comparison(rounds=1, seeds=(0, 1)))
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.11, 0.11])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["FedAvg", "C2M3"]
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_the_picture_is_written(tmp_path, rounds):
-    pictures.draw(_comparison(rounds=rounds, seeds=(0, 1)), tmp_path / "accuracy.png")
+    drawing.draw(_comparison(rounds=rounds, seeds=(0, 1)), tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import same
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.align.activations import canonical_map, hardly_varies
 from c2m3_fl.merging.align.base import Alignment, Nodes
@@ -21,7 +22,6 @@ from c2m3_fl.merging.align.linear_maps import (
     seen_through,
     spread_again,
 )
-from c2m3_fl.merging.recalibrate.setting import same
 from c2m3_fl.merging.recalibrate.targets import View, as_it_is
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from c2m3_fl.core.state_dicts import same
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair
-from c2m3_fl.merging.recalibrate.setting import Setting, same
+from c2m3_fl.merging.recalibrate.setting import Setting
 from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import order_by_weight, to_device
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.merging.recalibrate.targets import Target, View, as_it_is, forecasts, mean_targets, output_moments
 from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs, load_batches
@@ -120,17 +120,17 @@ def prepare(
         check_types(model.state_dict(), params, who)
     place = torch.device(device) if device is not None else next(iter(merged.values())).device
     batches = load_batches(calibration, example_inputs=example_inputs, device=place)
-    order = canonical_order(endpoints, share)
+    order = order_by_weight(endpoints, share)
     return Setting(
         programs=tuple(trace_batches(model, batches)),
         batches=batches,
-        merged=moved_to(merged, place),
-        endpoints=tuple(moved_to(endpoints[index], place) for index in order),
+        merged=to_device(merged, place),
+        endpoints=tuple(to_device(endpoints[index], place) for index in order),
         weights=share[order],
         model=model,
         order=tuple(order),
         views=(as_it_is,) * len(order) if views is None else tuple(views[index] for index in order),
-        plain=None if plain is None else moved_to(plain, place),
+        plain=None if plain is None else to_device(plain, place),
     )
 
 
@@ -170,26 +170,6 @@ def check_types(expected: Params, params: Params, who: str) -> None:
             )
 
 
-def digest(params: Params) -> str:
-    """Digest of a state dict's content; the same for equal tensors under equal names."""
-    state = hashlib.sha256()
-    for name in sorted(params):
-        value = params[name].detach().cpu().contiguous()
-        state.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        state.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
-
-
-def canonical_order(nodes: Sequence[Params], weights: Tensor) -> list[int]:
-    """Indices of the nodes in an order that does not depend on the order they came in.
-
-    The heaviest node first, ties by the digest of the content: sums of floats depend on their order, and so
-    would everything that is made of them.
-    """
-    digests = [digest(node) for node in nodes]
-    return sorted(range(len(nodes)), key=lambda index: (-float(weights[index]), digests[index]))
-
-
 def usable_device(device: torch.device | str) -> torch.device:
     """A device that can be computed on; raise `ConfigError` for any other."""
     try:
@@ -198,13 +178,3 @@ def usable_device(device: torch.device | str) -> torch.device:
     except Exception as error:
         raise ConfigError(f"device is {device!r}, which cannot be used here: {error}") from error
     return found
-
-
-def moved_to(params: Params, device: torch.device) -> dict[str, Tensor]:
-    """Return a state dict on another device, without gradients."""
-    return {name: value.detach().to(device) for name, value in params.items()}
-
-
-def same(one: Params, other: Params) -> bool:
-    """Whether two state dicts are equal, bit for bit."""
-    return all(torch.equal(one[name], other[name]) for name in one)

@@ -11,11 +11,11 @@ from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.core.state_dicts import order_by_weight
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.align.base import Nodes
 from c2m3_fl.merging.align.methods import METHODS, ActivationMatching
 from c2m3_fl.merging.merge import merge
-from c2m3_fl.merging.recalibrate.setting import canonical_order
 from c2m3_fl.network.calibration import load_batches
 from tests.merging.networks import CALIBRATION, nodes, outputs
 from tests.merging.test_merge import SEED, equal, spec_of
@@ -105,4 +105,4 @@ def test_c2m3_starts_from_activations() -> None:
 def _checked(model: nn.Module, params: Sequence[dict[str, Tensor]], spec: PermutationSpec) -> Nodes:
     batches = load_batches(OPTIONS["calibration"])
     weights = torch.tensor([1, 2, 3]).double() / 6
-    return Nodes(spec, tuple(params), weights, tuple(canonical_order(params, weights)), 2, model, batches)
+    return Nodes(spec, tuple(params), weights, tuple(order_by_weight(params, weights)), 2, model, batches)
