@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.flower import answering as answering_module
+from c2m3_fl.flower import client_moments as answering_module
 from c2m3_fl.flower.client_moments import ACTION, answer_statistics
 from c2m3_fl.flower.client_repair import ClientStatistics, repair_by_clients
 from c2m3_fl.flower.records import from_params, to_params

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from c2m3_fl.errors import CalibrationError, ParamsError
-from c2m3_fl.flower import alignment
+from c2m3_fl.flower import aligner
 from c2m3_fl.flower.aligner import with_cpu_fallback
 from c2m3_fl.flower.records import to_params
 from c2m3_fl.flower.strategy import C2M3
@@ -119,14 +119,14 @@ def test_out_of_memory_on_the_accelerator_falls_back_to_the_cpu(monkeypatch, cap
     expected, _ = aggregate(good())
     strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
     strategy.rounds.aligner.device = torch.device("cuda")
-    moves = alignment.to_device
+    moves = aligner.to_device
 
     def scarce(params, device):
         if device.type == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return moves(params, device)
 
-    monkeypatch.setattr(alignment, "to_device", scarce)
+    monkeypatch.setattr(aligner, "to_device", scarce)
     arrays, metrics = aggregate(good(), strategy)
     assert same(arrays, expected)
     assert metrics["c2m3-on-cpu"] == 1

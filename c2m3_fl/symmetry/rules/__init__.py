@@ -1,1 +1,8 @@
-"""One rule per ATen operator, one file per family of operators: how the axes of inputs and outputs correspond."""
+"""One rule per ATen operator, one file per family of operators: how the axes of inputs and outputs correspond.
+
+Importing the package registers all of them.
+"""
+
+from c2m3_fl.symmetry.rules import contraction, elementwise, pooling, recurrent, reshape
+
+__all__ = ["contraction", "elementwise", "pooling", "recurrent", "reshape"]
