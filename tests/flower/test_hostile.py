@@ -6,7 +6,6 @@ from statistics import fmean
 
 import pytest
 
-from c2m3_fl.flower import aligner
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, accuracy, mlp, reply, send
 from tests.flower.hostile import ATTACKS, STRATEGIES, WIDTH, attacked, honest, merged
@@ -64,7 +63,7 @@ def test_scaled_clients_do_not_dictate_where_the_others_go(factor, clients, monk
     aligner = C2M3(model=mlp(0, WIDTH), example_inputs=EXAMPLE, memory=0).rounds.aligner
     alone = agreement(aligner.align(list(range(7)), clients[:7], [1.0] * 7, sent).params)
     beside = agreement(aligner.align(list(range(10)), parties, [1.0] * 10, sent).params[:7])
-    monkeypatch.setattr(aligner, "bounded_weights", lambda spec, nodes, weights: weights)
+    monkeypatch.setattr("c2m3_fl.flower.aligner.bounded_weights", lambda spec, nodes, weights: weights)
     unprotected = agreement(aligner.align(list(range(10)), parties, [1.0] * 10, sent).params[:7])
     assert beside > 0.85 * alone
     assert beside > unprotected
