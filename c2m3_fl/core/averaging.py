@@ -93,6 +93,22 @@ def weighted_mean(nodes: Sequence[Params], weights: Sequence[float] | Tensor | N
     return {name: _mean(name, [node[name] for node in nodes], share) for name in nodes[0]}
 
 
+def mean_from_first(values: Sequence[Tensor], share: Sequence[float]) -> Tensor:
+    """Weighted mean as differences from the first value, in the values' dtype: exact where all values are equal.
+
+    Parameters
+    ----------
+    values : sequence of Tensor
+        At least one; not mutated.
+    share : sequence of float
+        One weight per value; the weights sum to one.
+    """
+    total = torch.zeros_like(values[0])
+    for value, weight in zip(values[1:], share[1:], strict=True):
+        total += weight * (value - values[0])
+    return values[0] + total
+
+
 def _mean(name: str, values: list[Tensor], share: list[float]) -> Tensor:
     first = values[0]
     for index, value in enumerate(values):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from c2m3_fl.core.averaging import mean_from_first
 from c2m3_fl.merging.recalibrate.setting import Setting
 from c2m3_fl.merging.recalibrate.softmax_fit import balance
 from c2m3_fl.network.operators import Kind, Operator
@@ -112,7 +113,7 @@ class MeanOutputs:
         shape = tuple(outputs[0].shape)
         axis = operator.layout.channel % len(shape)
         owner = input_of(positions, shape[:axis] + shape[axis + 1 :], len(held_out))
-        return Drawn(positions, held_out[owner.clamp_max(len(held_out) - 1)], self._mean(rows), shape)
+        return Drawn(positions, held_out[owner.clamp_max(len(held_out) - 1)], mean_from_first(rows, self._share), shape)
 
     def _balance(self, floor: float) -> None:
         """Balance the mean probabilities of every operator that gives scores."""
@@ -121,10 +122,3 @@ class MeanOutputs:
             if sums is not None:
                 even = drawn.rows / balance(sums / self.rows(place), self._setting.weights, floor)
                 self._drawn[place, batch] = replace(drawn, rows=even / even.sum(-1, keepdim=True))
-
-    def _mean(self, rows: Sequence[Tensor]) -> Tensor:
-        """Weighted mean as differences from the first: exact where all are equal."""
-        total = torch.zeros_like(rows[0])
-        for each, weight in zip(rows[1:], self._share[1:], strict=True):
-            total += weight * (each - rows[0])
-        return rows[0] + total

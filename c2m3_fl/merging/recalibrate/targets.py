@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from c2m3_fl.core.averaging import mean_from_first
 from c2m3_fl.core.spec import Params
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.moments import Moments
@@ -71,7 +72,9 @@ def forecasts(
             node = operator.input if operator.mean else operator.node
             for walk in walks:
                 walk.advance(operator.index)
-            mean = _mean([view(operator, walk.value(node)) for view, walk in zip(views, walks, strict=True)], share)
+            mean = mean_from_first(
+                [view(operator, walk.value(node)) for view, walk in zip(views, walks, strict=True)], share
+            )
             moments = Moments.of(mean, operator.channel_axes(endpoints[0]))
             found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
     return found
@@ -82,19 +85,11 @@ def mean_targets(endpoints: Sequence[Mapping[str, Moments]], weights: Tensor) ->
     share = weights.tolist()
     return {
         name: Target(
-            _mean([moments[name].mean for moments in endpoints], share),
-            _mean([moments[name].std for moments in endpoints], share),
+            mean_from_first([moments[name].mean for moments in endpoints], share),
+            mean_from_first([moments[name].std for moments in endpoints], share),
         )
         for name in endpoints[0]
     }
-
-
-def _mean(values: Sequence[Tensor], share: Sequence[float]) -> Tensor:
-    """Weighted mean as differences from the first value: exact where all values are equal."""
-    total = torch.zeros_like(values[0])
-    for value, weight in zip(values[1:], share[1:], strict=True):
-        total += weight * (value - values[0])
-    return values[0] + total
 
 
 class Front:
