@@ -263,7 +263,7 @@ class Branching(nn.Module):
 
 def test_control_flow_on_data_is_refused_with_its_line_and_a_remedy() -> None:
     line = Branching.forward.__code__.co_firstlineno + 1
-    with pytest.raises(TraceError, match=rf"test_symmetry\.py:{line}.*torch\.where"):
+    with pytest.raises(TraceError, match=rf"test_discover\.py:{line}.*torch\.where"):
         permutation_spec(Branching(), noise(2, 4))
 
 
