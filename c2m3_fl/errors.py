@@ -38,3 +38,7 @@ class DataError(C2M3Error, RuntimeError):
 
 class SimulationError(C2M3Error, RuntimeError):
     """A simulated federation did not finish: a client raised, or Flower's engine did not run."""
+
+
+class MissingExtraError(C2M3Error, ImportError):
+    """A package that only an extra of this one installs is missing; the message names the pip command."""
