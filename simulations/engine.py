@@ -25,6 +25,7 @@ from pathlib import Path
 
 import simulations
 from c2m3_fl.errors import SimulationError
+from c2m3_fl.extras import require
 from simulations.settings import OUTPUT, Settings, Value
 
 _STARTING = 90.0  # seconds that a SuperLink may take to answer
@@ -117,9 +118,12 @@ def flower_engine() -> Iterator[FlowerEngine]:
 
     Raises
     ------
+    MissingExtraError
+        When Ray is not installed.
     SimulationError
         When the SuperLink does not start.
     """
+    require("simulation", "ray")
     home = Path(tempfile.mkdtemp(prefix="c2m3-"))
     port = _free_port()
     environment = {**os.environ, **_ENVIRONMENT, "FLWR_HOME": str(home)}
