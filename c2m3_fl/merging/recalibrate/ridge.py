@@ -21,8 +21,8 @@ class Sums:
 
     Attributes
     ----------
-    count : int
-        Number of rows.
+    count : float
+        Number of rows; whole unless the rows are weighted.
     x : Tensor, shape (groups, inputs)
         Sum of rows.
     r : Tensor, shape (groups, outputs)
@@ -35,7 +35,7 @@ class Sums:
         Sum of squared residuals, per output.
     """
 
-    count: int
+    count: float
     x: Tensor
     r: Tensor
     xx: Tensor

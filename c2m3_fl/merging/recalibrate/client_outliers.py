@@ -1,0 +1,61 @@
+"""Sums that clients answer with: which of them do not fit the others', and how much each may weigh.
+
+Outliers are left out and the rest is summed, because a sum of Gram matrices is positive semidefinite and an
+entrywise median of them need not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.merging.recalibrate.ridge import Sums
+
+_SWAY = 10.0  # times the median number of examples: the largest weight of one client
+
+
+def far_from_others(values: Sequence[Tensor], *, limit: float, floor: float) -> list[int]:
+    """Indices of the values that are far from the values' entrywise median.
+
+    A value is far when its distance from the median exceeds both `limit` times the median distance and `floor` times
+    the norm of the median. The second bound keeps a client that is a little odd among clients that are all alike.
+    Of two values the larger counts as the odd one.
+
+    Parameters
+    ----------
+    values : sequence of Tensor
+        One per client, of equal shapes; finite.
+    limit, floor : float
+        See above.
+    """
+    if len(values) < 2:
+        return []
+    stacked = torch.stack([value.double().flatten() for value in values])
+    stacked = stacked / stacked.abs().max().clamp_min(torch.finfo(torch.float64).tiny)  # squares must not overflow
+    median = stacked.median(0).values  # the lower one of an even number: of two clients the smaller
+    distance = _norms(stacked - median)
+    bound = torch.maximum(limit * distance.median(), floor * _norms(median[None])[0])
+    return [index for index, value in enumerate(distance.tolist()) if value > float(bound)]
+
+
+def capped(counts: Sequence[float]) -> list[float]:
+    """The counts, none of them above ten times their (lower) median: no client outweighs all others by a claim."""
+    bound = _SWAY * float(torch.tensor(counts, dtype=torch.float64).median())
+    return [min(count, bound) for count in counts]
+
+
+def scaled(sums: Sums, factor: float) -> Sums:
+    """The sums of the same rows, each counted `factor` times."""
+    if factor == 1.0:
+        return sums
+    parts = {name: factor * value for name, value in vars(sums).items()}
+    return replace(sums, **parts)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Euclidean norm of every row, without overflow or underflow of the squares."""
+    largest = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    return largest[:, 0] * (rows / largest).norm(dim=1)

@@ -1,0 +1,82 @@
+"""Which examples are held out: decided by their content, so that a shuffling loader changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.errors import CalibrationError, ConfigError
+from c2m3_fl.network.calibration import Batch
+
+
+def held_out(batches: Sequence[Batch], every: int) -> list[Tensor]:
+    """Mask of the examples that are held out, one bool tensor of shape (batch,) per batch.
+
+    Examples are ordered by a digest of their inputs and label, and every `every`-th one in that order is held out:
+    the same examples whatever the order in which, and the batches in which, they come. All positions of an example
+    are on the same side.
+
+    Parameters
+    ----------
+    batches : sequence of Batch
+        Axis 0 of the first input counts the examples.
+    every : int
+        At least 2.
+
+    Raises
+    ------
+    ConfigError
+        When `every` is no whole number, or smaller.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 2:
+        raise ConfigError(f"holdout is {every!r}, expected a whole number, at least 2: one example in so many")
+    names = [(_digest(batch, row), place, row) for place, batch in enumerate(batches) for row in range(_size(batch))]
+    masks = [torch.zeros(_size(batch), dtype=torch.bool) for batch in batches]
+    for _, place, row in sorted(names)[every - 1 :: every]:
+        masks[place][row] = True
+    return [mask.to(batch.inputs[0].device) for mask, batch in zip(masks, batches, strict=True)]
+
+
+def split_batches(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
+    """The batches without, and the batches of, the examples that `held_out` names.
+
+    Parameters
+    ----------
+    batches : sequence of Batch
+        All inputs count the examples on axis 0.
+    every : int
+        One example in so many is held out.
+
+    Raises
+    ------
+    CalibrationError
+        When an input does not count the examples on axis 0.
+    """
+    kept, held = [], []
+    for batch, mask in zip(batches, held_out(batches, every), strict=True):
+        if any(len(value) != len(mask) for value in batch.inputs):
+            raise CalibrationError(f"calibration batch {batch.index}: inputs of shapes {batch.shapes} cannot be split")
+        kept.append(_rows(batch, ~mask))
+        held.append(_rows(batch, mask))
+    return [batch for batch in kept if _size(batch)], [batch for batch in held if _size(batch)]
+
+
+def _rows(batch: Batch, mask: Tensor) -> Batch:
+    labels = None if batch.labels is None else batch.labels[mask.to(batch.labels.device)]
+    return replace(batch, inputs=tuple(value[mask] for value in batch.inputs), labels=labels)
+
+
+def _size(batch: Batch) -> int:
+    return len(batch.inputs[0])
+
+
+def _digest(batch: Batch, row: int) -> bytes:
+    state = hashlib.blake2b(digest_size=16)
+    for value in (*batch.inputs, *(() if batch.labels is None else (batch.labels,))):
+        if value.ndim and len(value) == _size(batch):
+            state.update(value[row].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.digest()
