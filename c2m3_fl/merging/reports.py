@@ -98,6 +98,53 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class ScoreQuality:
+    """How good a layer's class scores are on held-out examples.
+
+    Attributes
+    ----------
+    accuracy : float
+        Share of the examples that are classified correctly.
+    nll, ece : float
+        Mean negative log-likelihood, and expected calibration error, of the scores as they are.
+    temperature : float
+        The temperature of the grid at which the negative log-likelihood is least.
+    nll_tempered, ece_tempered : float
+        The same with the scores divided by it.
+    """
+
+    accuracy: float
+    nll: float
+    ece: float
+    temperature: float
+    nll_tempered: float
+    ece_tempered: float
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """A last layer that was fitted to labels.
+
+    Attributes
+    ----------
+    before, after : ScoreQuality
+        The layer that was there before, and the one fitted without the held-out examples, on them.
+    clients : int
+        How many clients' sums it was fitted to; 0 for data that the server holds.
+    examples : float
+        How many labelled examples they have.
+    dropped : tuple of (int, str)
+        Nodes whose answers were left out, and why.
+    """
+
+    before: ScoreQuality
+    after: ScoreQuality
+    clients: int
+    examples: float
+    dropped: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class RecalibrationReport:
     """What recalibration did.
 
@@ -115,6 +162,8 @@ class RecalibrationReport:
         Wall-clock time.
     decision : Decision, optional
         What a guard decided, where there was one.
+    head : HeadReport, optional
+        How the last layer was fitted to labels, where it was.
     """
 
     method: str
@@ -123,6 +172,7 @@ class RecalibrationReport:
     inputs: int = 0
     seconds: float = 0.0
     decision: Decision | None = None
+    head: HeadReport | None = None
 
 
 @dataclass(frozen=True)
