@@ -7,14 +7,9 @@ entrywise median of them need not be.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
-
-from c2m3_fl.merging.recalibrate.ridge import Sums
-
-_SWAY = 10.0  # times the median number of examples: the largest weight of one client
 
 
 def far_from_others(values: Sequence[Tensor], *, limit: float, floor: float) -> list[int]:
@@ -41,18 +36,10 @@ def far_from_others(values: Sequence[Tensor], *, limit: float, floor: float) -> 
     return [index for index, value in enumerate(distance.tolist()) if value > float(bound)]
 
 
-def capped(counts: Sequence[float]) -> list[float]:
-    """The counts, none of them above ten times their (lower) median: no client outweighs all others by a claim."""
-    bound = _SWAY * float(torch.tensor(counts, dtype=torch.float64).median())
+def capped(counts: Sequence[float], limit: float = 10.0) -> list[float]:
+    """The counts, none of them above `limit` times their (lower) median, so that no claim outweighs all others."""
+    bound = limit * float(torch.tensor(counts, dtype=torch.float64).median())
     return [min(count, bound) for count in counts]
-
-
-def scaled(sums: Sums, factor: float) -> Sums:
-    """The sums of the same rows, each counted `factor` times."""
-    if factor == 1.0:
-        return sums
-    parts = {name: factor * value for name, value in vars(sums).items()}
-    return replace(sums, **parts)
 
 
 def _norms(rows: Tensor) -> Tensor:

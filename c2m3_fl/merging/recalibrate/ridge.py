@@ -59,6 +59,11 @@ class Sums:
             self.rr + other.rr,
         )
 
+    def scaled(self, factor: float) -> Sums:
+        """Sums of the same rows, each counted `factor` times."""
+        tensors = (self.x, self.r, self.xx, self.xr, self.rr)
+        return Sums(factor * self.count, *(factor * value for value in tensors))
+
     def through_origin(self) -> Sums:
         """The sums for a fit without intercept: nothing is centred."""
         return replace(self, x=torch.zeros_like(self.x), r=torch.zeros_like(self.r))
