@@ -64,6 +64,19 @@ class Sums:
         tensors = (self.x, self.r, self.xx, self.xr, self.rr)
         return Sums(factor * self.count, *(factor * value for value in tensors))
 
+    def against(self, change: Tensor, offset: Tensor) -> Sums:
+        """The sums whose residuals are ``r - changeᵀ x - offset``; shapes as of `solve` and `offset`."""
+        fitted_x = (self.x[:, None, :] @ change)[:, 0, :]
+        xx_change = self.xx @ change
+        rr = self.rr - 2 * (change * self.xr).sum(1) + (change * xx_change).sum(1)
+        rr = rr - 2 * offset * (self.r - fitted_x) + self.count * offset.square()
+        return replace(
+            self,
+            r=self.r - fitted_x - self.count * offset,
+            xr=self.xr - xx_change - self.x[:, :, None] * offset[:, None, :],
+            rr=rr,
+        )
+
     def through_origin(self) -> Sums:
         """The sums for a fit without intercept: nothing is centred."""
         return replace(self, x=torch.zeros_like(self.x), r=torch.zeros_like(self.r))

@@ -1,0 +1,223 @@
+"""What clients are asked for a refit: per operator its role, its size in bytes, and the exchange it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import fx
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.network.operators import LAYOUTS, Kind, Operator
+from c2m3_fl.network.program import Program
+from c2m3_fl.network.rows import weight_matrix
+
+FITTED = (Kind.LINEAR, Kind.CONVOLUTION, Kind.PRODUCT)
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+_IDENTITIES = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)  # in evaluation mode
+_COUNT = 8  # bytes of a count, and of every number of channel moments
+
+
+class Role(Enum):
+    """What clients answer about an operator."""
+
+    FIT = "fit"  # sums of its inputs in the merged network and of the residuals to the own network's output
+    MOMENTS = "moments"  # channel moments of its output, in the merged and in the own network
+    STATISTICS = "statistics"  # channel moments of a BatchNorm's input in the merged network
+    GRAM = "gram"  # second moments of its inputs in the own network
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator that clients are asked about.
+
+    Attributes
+    ----------
+    place : int
+        Its number among the program's operators.
+    role : Role
+        What they answer.
+    size : int
+        Bytes of one client's answer.
+    """
+
+    place: int
+    role: Role
+    size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that clients are asked.
+
+    Attributes
+    ----------
+    exchanges : tuple of tuples of Step
+        In forward order; the operators of one exchange are measured under one merged network.
+    too_large : tuple of str
+        Names of the operators whose sums exceed the limit; their channel moments are repaired instead.
+    kept_back : tuple of str
+        Names of the operators that read the network's input, whose second moments are not asked for.
+    """
+
+    exchanges: tuple[tuple[Step, ...], ...]
+    too_large: tuple[str, ...]
+    kept_back: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of one client's answers over all exchanges."""
+        return sum(step.size for exchange in self.exchanges for step in exchange)
+
+
+def plan_refit(
+    program: Program, params: Params, *, exchanges: int | None, width: int, max_bytes: int, first_layer: bool
+) -> Plan:
+    """Decide every operator's role and exchange.
+
+    Parameters
+    ----------
+    program : Program
+        The traced network.
+    params : mapping of str to Tensor
+        A state dict of it, for the shapes.
+    exchanges : int, optional
+        Largest number of exchanges; one per operator by default.
+    width : int
+        Bytes of a number in sums: 4 or 8.
+    max_bytes : int
+        Limit of one client's sums over all exchanges: the largest operators are left out of the fit until the rest
+        stays below it.
+    first_layer : bool
+        Whether the second moments of the network's input are asked for.
+    """
+    candidates = {
+        place: fit_size(program, operator, params, width)
+        for place, operator in enumerate(program.operators)
+        if operator.kind in FITTED and (first_layer or not reads_input(program, operator))
+    }
+    fitted, too_large = _below(candidates, max_bytes)
+    folded = {norm.name for place in fitted if (norm := norm_behind(program, program.operators[place]))}
+    steps = []
+    for place, operator in enumerate(program.operators):
+        if place in fitted:
+            steps.append(Step(place, Role.FIT, fitted[place]))
+        elif operator.mean and operator.name not in folded:
+            steps.append(Step(place, Role.STATISTICS, _moments_size(program, operator)))
+        elif not operator.mean and operator.weight and not operator.feeds_norm:
+            steps.append(Step(place, Role.MOMENTS, 2 * _moments_size(program, operator)))
+    names = tuple(program.operators[place].name for place in too_large)
+    return Plan(_chunks(steps, exchanges), names, _kept_back(program, first_layer))
+
+
+def plan_gram(program: Program, params: Params, *, width: int, max_bytes: int, first_layer: bool) -> Plan:
+    """As `plan_refit` for second moments of each network's own inputs, in one exchange."""
+    candidates = {
+        place: gram_size(operator, params, width)
+        for place, operator in enumerate(program.operators)
+        if operator.kind in FITTED and (first_layer or not reads_input(program, operator))
+    }
+    asked, too_large = _below(candidates, max_bytes)
+    steps = [Step(place, Role.GRAM, size) for place, size in asked.items()]
+    names = tuple(program.operators[place].name for place in too_large)
+    return Plan(_chunks(steps, 1), names, _kept_back(program, first_layer))
+
+
+def fit_size(program: Program, operator: Operator, params: Params, width: int) -> int:
+    """Bytes of the sums of one operator, of examples to fit and of examples held out."""
+    groups, inputs, outputs = weight_matrix(operator, params[operator.weight]).shape
+    targets = 1 if skip_beside(program, operator) is None else 2
+    numbers = inputs + triangle(inputs) + targets * (2 * outputs + inputs * outputs)
+    return 2 * (groups * numbers * width + _COUNT)
+
+
+def gram_size(operator: Operator, params: Params, width: int) -> int:
+    """Bytes of the second moments of one operator's inputs."""
+    groups, inputs, _ = weight_matrix(operator, params[operator.weight]).shape
+    return groups * (inputs + triangle(inputs)) * width + _COUNT
+
+
+def triangle(inputs: int) -> int:
+    """Number of entries of a symmetric matrix on and below its diagonal."""
+    return inputs * (inputs + 1) // 2
+
+
+def norm_behind(program: Program, operator: Operator) -> Operator | None:
+    """The BatchNorm with running statistics that alone reads an operator's output: both are one linear operator."""
+    if not operator.feeds_norm:
+        return None
+    user = next(iter(operator.node.users))
+    return next((each for each in program.operators if each.node is user and each.mean), None)
+
+
+def skip_beside(program: Program, operator: Operator) -> fx.Node | None:
+    """The other summand, where the output goes into a residual addition alone and the other summand is there first."""
+    norm = norm_behind(program, operator)
+    node = operator.node if norm is None else norm.node
+    while True:
+        user = next(iter(node.users), None)
+        if user is None or len(node.users) != 1:
+            return None
+        if user.target not in _IDENTITIES:
+            break
+        node = user
+    if user.target not in _ADDITIONS or user.kwargs.get("alpha", 1) != 1:
+        return None
+    others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not node]
+    if len(others) != 1 or others[0].op == "placeholder" or others[0].meta["val"].shape != node.meta["val"].shape:
+        return None
+    before = list(program.graph.nodes)[: operator.index]
+    return others[0] if others[0] in before else None
+
+
+def reads_input(program: Program, operator: Operator) -> bool:
+    """Whether an operator's input is reached from the network's input without passing another operator."""
+    open_nodes, seen = [operator.input], set()
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in seen or node.target in LAYOUTS:
+            continue
+        seen.add(node)
+        if node.op == "placeholder" and node.name in program.inputs:
+            return True
+        open_nodes.extend(node.all_input_nodes)
+    return False
+
+
+def _kept_back(program: Program, first_layer: bool) -> tuple[str, ...]:
+    if first_layer:
+        return ()
+    return tuple(each.name for each in program.operators if each.kind in FITTED and reads_input(program, each))
+
+
+def _moments_size(program: Program, operator: Operator) -> int:
+    shape = operator.node.meta["val"].shape
+    normalised = operator.kind is Kind.NORM and operator.layout.channel == -1
+    channels = torch.Size(_normalised(operator)) if normalised else torch.Size([shape[operator.layout.channel]])
+    return _COUNT * (1 + 2 * channels.numel())
+
+
+def _normalised(operator: Operator) -> Sequence[int]:
+    found = operator.node.args[operator.layout.arguments[1]]
+    assert isinstance(found, fx.Node)  # it has a weight
+    shape: Sequence[int] = found.meta["val"].shape
+    return shape
+
+
+def _below(sizes: Mapping[int, int], limit: int) -> tuple[dict[int, int], list[int]]:
+    """Leave out the largest until the rest is within the limit."""
+    kept, left_out = dict(sizes), []
+    while kept and sum(kept.values()) > limit:
+        largest = max(kept, key=kept.__getitem__)
+        left_out.append(largest)
+        del kept[largest]
+    return kept, sorted(left_out)
+
+
+def _chunks(steps: Sequence[Step], exchanges: int | None) -> tuple[tuple[Step, ...], ...]:
+    """Evenly many consecutive steps per exchange."""
+    count = len(steps) if exchanges is None else min(exchanges, len(steps))
+    bounds = [len(steps) * index // count for index in range(count + 1)] if count else []
+    return tuple(tuple(steps[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False))

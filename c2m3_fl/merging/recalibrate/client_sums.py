@@ -1,0 +1,284 @@
+"""What one client measures for a refit: sums over its own data, never a row of them.
+
+The merged network gives the inputs x of an operator, the client's own aligned network the output to aim at. The
+residuals r = own output - output of the merged network's current weights, and so the sums say how those weights
+should change. A convolution and the BatchNorm behind it count as one linear operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError
+from c2m3_fl.merging.recalibrate.client_plan import Role, norm_behind, skip_beside
+from c2m3_fl.merging.recalibrate.held_out import held_out
+from c2m3_fl.merging.recalibrate.ridge import Sums
+from c2m3_fl.network.calibration import Batch
+from c2m3_fl.network.moments import Moments
+from c2m3_fl.network.operators import Operator
+from c2m3_fl.network.program import Program, Walk
+from c2m3_fl.network.rows import input_of, input_rows, output_rows, sample_positions, weight_matrix
+
+_CHUNK = 4096  # rows that are in memory at once
+_EPSILON = 7  # place of that argument of aten.batch_norm
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Which rows count.
+
+    Attributes
+    ----------
+    positions : int
+        Largest number of positions of an operator's output, over all of a client's data.
+    holdout : int
+        Every so many-th example is held out.
+    seed : int
+        Decides which positions are drawn.
+    """
+
+    positions: int
+    holdout: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class FitAnswer:
+    """Sums of one operator.
+
+    Attributes
+    ----------
+    train, held_out : Sums
+        Over the examples to fit and the examples held out.
+    sum_train, sum_held_out : Sums, optional
+        Before a residual addition: the same with the residuals to "own sum - merged skip".
+    """
+
+    train: Sums
+    held_out: Sums
+    sum_train: Sums | None = None
+    sum_held_out: Sums | None = None
+
+    def combine(self, other: FitAnswer) -> FitAnswer:
+        """Sums over both sets of rows."""
+        alternative = (_both(self.sum_train, other.sum_train), _both(self.sum_held_out, other.sum_held_out))
+        return FitAnswer(self.train.combine(other.train), self.held_out.combine(other.held_out), *alternative)
+
+
+@dataclass(frozen=True)
+class MomentsAnswer:
+    """Channel moments of one operator in the merged network, and in the own one where they are wanted."""
+
+    merged: Moments
+    own: Moments | None = None
+
+    def combine(self, other: MomentsAnswer) -> MomentsAnswer:
+        """Moments of both sets of values."""
+        own = None if self.own is None or other.own is None else self.own.combine(other.own)
+        return MomentsAnswer(self.merged.combine(other.merged), own)
+
+
+@dataclass(frozen=True)
+class GramAnswer:
+    """Sums of one operator's inputs in the own network; their residuals have no outputs."""
+
+    sums: Sums
+
+    def combine(self, other: GramAnswer) -> GramAnswer:
+        """Sums over both sets of rows."""
+        return GramAnswer(self.sums.combine(other.sums))
+
+
+Answer = FitAnswer | MomentsAnswer | GramAnswer
+
+
+def measure(
+    programs: Sequence[Program],
+    batches: Sequence[Batch],
+    merged: Params,
+    own: Params,
+    roles: Mapping[int, Role],
+    drawing: Drawing,
+) -> dict[str, Answer]:
+    """One client's answers about several operators, by operator name, in one pass over its data.
+
+    Parameters
+    ----------
+    programs, batches : sequences of equal length
+        The traced network for every batch of the client's data.
+    merged, own : mappings of str to Tensor
+        The merged network so far and the client's own aligned network.
+    roles : mapping of int to Role
+        The operators' numbers, and what is wanted about each.
+    drawing : Drawing
+        Which rows count.
+
+    Raises
+    ------
+    CalibrationError
+        When there are too few examples to hold one out, or the network cannot take a batch.
+    """
+    masks = _held_out(batches, drawing.holdout)
+    examples = sum(len(batch.inputs[0]) for batch in batches)
+    found: dict[str, Answer] = {}
+    with torch.no_grad():
+        for index, (program, batch) in enumerate(zip(programs, batches, strict=True)):
+            count = max(1, -(-drawing.positions * len(batch.inputs[0]) // examples))
+            pair = _Pair(program, Walk(program, merged, batch), Walk(program, own, batch), merged, own)
+            for place in sorted(roles):
+                seed = drawing.seed + 1009 * place + 1_000_003 * index
+                answer = pair.answer(place, roles[place], count, seed, masks[index])
+                name = program.operators[place].name
+                found[name] = _joined(found[name], answer) if name in found else answer
+    return found
+
+
+def _held_out(batches: Sequence[Batch], every: int) -> list[Tensor]:
+    masks = held_out(batches, every)
+    if not any(bool(mask.any()) for mask in masks):
+        examples = sum(len(mask) for mask in masks)
+        raise CalibrationError(
+            f"the data have {examples} examples, expected at least {every}: every {every}th is held out"
+        )
+    return masks
+
+
+def effective(operator: Operator, norm: Operator | None, params: Params) -> tuple[Tensor, Tensor]:
+    """Matrices (groups, inputs, outputs) and offsets (groups, outputs) of an operator and the BatchNorm behind it."""
+    matrix = weight_matrix(operator, params[operator.weight].double())
+    shape = (len(matrix), matrix.shape[2])
+    offset = params[operator.bias].double().reshape(shape) if operator.bias else matrix.new_zeros(shape)
+    if norm is None:
+        return matrix, offset
+    gain, mean, bias = (each.reshape(shape) for each in affine(norm, params))
+    return matrix * gain[:, None, :], (offset - mean) * gain + bias
+
+
+def affine(norm: Operator, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+    """Gain, mean and bias of a BatchNorm in evaluation mode: ``(x - mean) * gain + bias``."""
+    mean = params[norm.mean].double()
+    weight = params[norm.weight].double() if norm.weight else torch.ones_like(mean)
+    bias = params[norm.bias].double() if norm.bias else torch.zeros_like(mean)
+    return weight / spread_of(norm, params), mean, bias
+
+
+def spread_of(norm: Operator, params: Params) -> Tensor:
+    """What a BatchNorm divides by."""
+    return (params[norm.variance].double() + epsilon(norm)).sqrt()
+
+
+def epsilon(norm: Operator) -> float:
+    """What a BatchNorm adds to its variance."""
+    return float(str(norm.node.args[_EPSILON]))
+
+
+class _Pair:
+    """The merged and the own network on one batch."""
+
+    def __init__(self, program: Program, merged: Walk, own: Walk, merged_params: Params, own_params: Params) -> None:
+        self._program = program
+        self._merged, self._own = merged, own
+        self._merged_params, self._own_params = merged_params, own_params
+
+    def answer(self, place: int, role: Role, count: int, seed: int, mask: Tensor) -> Answer:
+        """What is wanted about one operator; places are asked for in forward order."""
+        operator = self._program.operators[place]
+        if role is Role.FIT:
+            return self._fit(operator, count, seed, mask)
+        if role is Role.GRAM:
+            return self._gram(operator, count, seed)
+        axes = operator.channel_axes(self._merged_params) if operator.weight else (operator.layout.channel,)
+        self._merged.advance(operator.index)
+        if role is Role.STATISTICS:
+            return MomentsAnswer(Moments.of(self._merged.value(operator.input), axes))
+        own = Moments.of(self._own.output(operator), axes)
+        return MomentsAnswer(Moments.of(self._merged.output(operator), axes), own)
+
+    def _gram(self, operator: Operator, count: int, seed: int) -> GramAnswer:
+        shape = tuple(operator.node.meta["val"].shape)
+        self._own.advance(operator.index)
+        source, weight = self._own.value(operator.input), self._own_params[operator.weight]
+        positions = sample_positions(operator, operator.node.meta["val"], count, seed).to(source.device)
+        total: Sums | None = None
+        for chosen in positions.split(_CHUNK):
+            rows = input_rows(operator, source, weight, shape, chosen)
+            part = Sums.of(rows, rows[:, :, :0])
+            total = part if total is None else total.combine(part)
+        assert total is not None  # at least one position is drawn
+        return GramAnswer(total)
+
+    def _fit(self, operator: Operator, count: int, seed: int, mask: Tensor) -> FitAnswer:
+        norm, skip = norm_behind(self._program, operator), skip_beside(self._program, operator)
+        output = self._own.output(operator if norm is None else norm)
+        self._merged.advance(operator.index)
+        positions = sample_positions(operator, output, count, seed)
+        goal = output_rows(operator, output, positions)
+        detour = None if skip is None else self._detour(operator, skip, positions)
+        shape = tuple(output.shape)
+        axis = operator.layout.channel % len(shape)
+        owner = input_of(positions, shape[:axis] + shape[axis + 1 :], len(mask))
+        held = mask[owner.clamp_max(len(mask) - 1)]
+        parts = []
+        for chosen in (~held, held):
+            drawn = None if detour is None else detour[chosen]
+            parts.append(self._sums(operator, norm, shape, positions[chosen], goal[chosen], drawn))
+        (train, sum_train), (held_sums, sum_held) = parts
+        return FitAnswer(train, held_sums, sum_train, sum_held)
+
+    def _detour(self, operator: Operator, skip: fx.Node, positions: Tensor) -> Tensor:
+        """By how much the own summand beside an operator's output exceeds the merged one."""
+        own, merged = (output_rows(operator, walk.value(skip), positions) for walk in (self._own, self._merged))
+        return own.double() - merged.double()
+
+    def _sums(
+        self,
+        operator: Operator,
+        norm: Operator | None,
+        shape: tuple[int, ...],
+        positions: Tensor,
+        goal: Tensor,
+        detour: Tensor | None,
+    ) -> tuple[Sums, Sums | None]:
+        """Sums over some positions: of the residuals, and of those to the sum behind a residual addition."""
+        source, weight = self._merged.value(operator.input), self._merged_params[operator.weight]
+        matrix, offset = effective(operator, norm, self._merged_params)
+        total, beside = _nothing(matrix), None if detour is None else _nothing(matrix)
+        for chosen in torch.arange(len(positions), device=positions.device).split(_CHUNK):
+            rows = input_rows(operator, source, weight, shape, positions[chosen]).double()
+            fitted = rows @ matrix + offset[:, None, :]
+            residuals = _grouped(goal[chosen].double(), len(matrix)) - fitted
+            part = Sums.of(rows, residuals)
+            total = total.combine(part)
+            if detour is not None and beside is not None:
+                further = residuals + _grouped(detour[chosen], len(matrix))
+                beside = beside.combine(
+                    replace(part, r=further.sum(1), xr=rows.mT @ further, rr=further.square().sum(1))
+                )
+        return total, beside
+
+
+def _grouped(rows: Tensor, groups: int) -> Tensor:
+    return rows.reshape(len(rows), groups, -1).movedim(1, 0)
+
+
+def _nothing(matrix: Tensor) -> Sums:
+    rows = matrix.new_zeros(len(matrix), 0, matrix.shape[1])
+    return Sums.of(rows, matrix.new_zeros(len(matrix), 0, matrix.shape[2]))
+
+
+def _both(one: Sums | None, other: Sums | None) -> Sums | None:
+    return None if one is None or other is None else one.combine(other)
+
+
+def _joined(one: Answer, other: Answer) -> Answer:
+    if isinstance(one, FitAnswer) and isinstance(other, FitAnswer):
+        return one.combine(other)
+    if isinstance(one, MomentsAnswer) and isinstance(other, MomentsAnswer):
+        return one.combine(other)
+    assert isinstance(one, GramAnswer) and isinstance(other, GramAnswer)  # one operator has one role
+    return one.combine(other)
