@@ -45,4 +45,5 @@ def capped(counts: Sequence[float], limit: float = 10.0) -> list[float]:
 def _norms(rows: Tensor) -> Tensor:
     """Euclidean norm of every row, without overflow or underflow of the squares."""
     largest = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    return largest[:, 0] * (rows / largest).norm(dim=1)
+    norms: Tensor = largest[:, 0] * (rows / largest).square().sum(1).sqrt()
+    return norms

@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import CalibrationError, ConfigError
-from c2m3_fl.merging.recalibrate.client_outliers import capped
+from c2m3_fl.merging.recalibrate.label_sums import LabelSums, one_hot_sums
 from c2m3_fl.merging.recalibrate.last_layer import NO_HEAD, labelled_inputs, last_layer, with_head
 from c2m3_fl.merging.recalibrate.reliability import Reliability, quality
 from c2m3_fl.merging.recalibrate.repair import recalibration_report
@@ -36,81 +34,7 @@ TEMPERATURES = tuple(float(10 ** (step / 12)) for step in range(-24, 13))  # .01
 METHOD = "head from labels"
 
 
-@dataclass(frozen=True)
-class LabelSums:
-    """What a client knows of the last layer's inputs and their labels: targets are one-hot rows.
-
-    Attributes
-    ----------
-    train, held_out : Sums
-        Of the examples to fit, and of those held out. `r` is the number of examples per class, `xr` the sum of the
-        inputs per class.
-    """
-
-    train: Sums
-    held_out: Sums
-
-    @property
-    def total(self) -> Sums:
-        """Of all examples."""
-        return self.train.combine(self.held_out)
-
-    @property
-    def classes(self) -> Tensor:
-        """Number of examples per class, shape (classes,)."""
-        return (self.train.r + self.held_out.r)[0]
-
-    @property
-    def count(self) -> float:
-        """Number of examples."""
-        return self.train.count + self.held_out.count
-
-    def combine(self, other: LabelSums) -> LabelSums:
-        """Sums over both sets of examples."""
-        return LabelSums(self.train.combine(other.train), self.held_out.combine(other.held_out))
-
-    def scaled(self, factor: float) -> LabelSums:
-        """The sums of the same examples, each counted `factor` times."""
-        return LabelSums(self.train.scaled(factor), self.held_out.scaled(factor))
-
-
-def one_hot_sums(gram: Tensor, by_class: Tensor, classes: Tensor) -> Sums:
-    """Sums of rows and one-hot targets, of which everything else follows.
-
-    Parameters
-    ----------
-    gram : Tensor of float64, shape (inputs, inputs)
-        Sum of x xᵀ.
-    by_class : Tensor of float64, shape (inputs, classes)
-        Sum of x per class.
-    classes : Tensor, shape (classes,)
-        Number of rows per class.
-    """
-    shares = classes.double()[None]
-    return Sums(float(shares.sum()), by_class.sum(1)[None], shares, gram[None], by_class[None], shares)
-
-
-def write_sums(sums: Sums, part: str) -> dict[str, Tensor]:
-    """Sums of one-hot targets as tensors under names that start with `part`; the Gram as its upper triangle."""
-    inputs = sums.xx.shape[1]
-    upper = torch.triu_indices(inputs, inputs)
-    return {
-        f"{part}/classes": sums.r[0].round().long(),
-        f"{part}/by-class": sums.xr[0],
-        f"{part}/gram": sums.xx[0, upper[0], upper[1]],
-    }
-
-
-def read_sums(tensors: Params, part: str) -> Sums:
-    """The inverse of `write_sums`."""
-    by_class, packed = tensors[f"{part}/by-class"], tensors[f"{part}/gram"]
-    upper = torch.triu_indices(len(by_class), len(by_class))
-    gram = packed.new_zeros(len(by_class), len(by_class))
-    gram[upper[0], upper[1]] = packed
-    return one_hot_sums(gram + gram.triu(1).T, by_class, tensors[f"{part}/classes"])
-
-
-def label_sums(programs: Sequence[Program], params: Params, batches: Sequence[Batch], every: int) -> LabelSums:
+def measure_labels(programs: Sequence[Program], params: Params, batches: Sequence[Batch], every: int) -> LabelSums:
     """Sums over labelled batches of the inputs that the last layer has in the network with these parameters.
 
     Parameters
@@ -156,7 +80,7 @@ def reliability(
     Parameters
     ----------
     programs, params, batches, every
-        As for `label_sums`.
+        As for `measure_labels`.
     layer : Layer
         The last layer.
     temperatures : sequence of float
@@ -175,34 +99,6 @@ def reliability(
     for one, other in found[1:]:
         before, after = before.combine(one), after.combine(other)
     return before, after
-
-
-def pool(answers: Sequence[LabelSums], *, equally: bool = False) -> LabelSums:
-    """Sums over all clients' examples; the same bits in whatever order the clients come.
-
-    Parameters
-    ----------
-    answers : sequence of LabelSums
-        One per client, at least one.
-    equally : bool
-        Whether every client counts the same; otherwise as many times as it has examples, but at most ten times
-        their median.
-    """
-    ordered = sorted(answers, key=_content)
-    counts = [each.count for each in ordered]
-    weights = [1.0] * len(counts) if equally else capped(counts)
-    total: LabelSums | None = None
-    for each, weight in zip(ordered, weights, strict=True):
-        part = each.scaled(weight / each.count)
-        total = part if total is None else total.combine(part)
-    if total is None:
-        raise CalibrationError("label sums: got none, expected those of at least one client")
-    return total
-
-
-def _content(answer: LabelSums) -> str:
-    parts = {"train": answer.train, "held-out": answer.held_out}
-    return digest({f"{who}/{name}": getattr(part, name) for who, part in parts.items() for name in ("r", "xr", "xx")})
 
 
 @dataclass(frozen=True)
@@ -294,7 +190,7 @@ class FitHead:
             raise ConfigError(f"strengths is {self.strengths!r}, expected at least one number, all above 0")
         if 1.0 not in self.temperatures or any(not temperature > 0 for temperature in self.temperatures):
             raise ConfigError(f"temperatures is {self.temperatures!r}, expected numbers above 0, 1.0 among them")
-        if isinstance(self.holdout, bool) or not isinstance(self.holdout, int) or self.holdout < 2:
+        if type(self.holdout) is not int or self.holdout < 2:
             raise ConfigError(
                 f"holdout is {self.holdout!r}, expected a whole number, at least 2: one example in so many"
             )
@@ -304,7 +200,7 @@ class FitHead:
         start = time.perf_counter()
         programs, params, batches = setting.programs, setting.merged, setting.batches
         operator = last_layer(programs[0])
-        sums = label_sums(programs, params, batches, self.holdout)
+        sums = measure_labels(programs, params, batches, self.holdout)
         fitted = fit_head(sums, self.strengths, bias=bool(operator.bias))
         before, after = reliability(programs, params, fitted.unseen, batches, self.holdout, self.temperatures)
         head = HeadReport(quality(before, self.temperatures), quality(after, self.temperatures), 0, sums.count)

@@ -32,7 +32,7 @@ def held_out(batches: Sequence[Batch], every: int) -> list[Tensor]:
     ConfigError
         When `every` is no whole number, or smaller.
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 2:
+    if type(every) is not int or every < 2:
         raise ConfigError(f"holdout is {every!r}, expected a whole number, at least 2: one example in so many")
     names = [(_digest(batch, row), place, row) for place, batch in enumerate(batches) for row in range(_size(batch))]
     masks = [torch.zeros(_size(batch), dtype=torch.bool) for batch in batches]

@@ -57,6 +57,21 @@ def _has_bias(operator: Operator) -> bool:
     return 0 <= position < len(operator.node.args) and operator.node.args[position] is not None
 
 
+def reads_input(program: Program, operator: Operator) -> bool:
+    """Whether an operator's input is made of the network's inputs without passing another operator."""
+    passed = {each.node for each in program.operators}
+    reached, open_nodes = set(), [operator.input]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in reached or node in passed:
+            continue
+        if node.name in program.inputs:
+            return True
+        reached.add(node)
+        open_nodes.extend(node.all_input_nodes)
+    return False
+
+
 def labelled_inputs(
     programs: Sequence[Program], params: Params, batches: Sequence[Batch], every: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
