@@ -3,7 +3,8 @@
 #   make demo    FedAvg, C2M3 and C2M3 + REPAIR on Flower's simulation engine; table, JSON and picture in results/demo
 #   make test    lint, types, floors and the fast tests
 #   make slow    the marked tests: slow ones, real Flower processes, data sets where they are found
-#   make bench   the benchmarks
+#   make flwr-newest   the adapters' tests with the newest release of Flower that they are known to pass with
+#   make bench   all benchmarks: tables on the terminal, JSON in results/; hours, most of them training for the last two
 #   make mnist   the MNIST comparison of the README, three seeds (needs C2M3_DATA or a download)
 
 PYTHON ?= python3
@@ -11,10 +12,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := c2m3_fl simulations tests
+NEWEST_FLWR := 1.42.0# raise it with every release of Flower; .ci/constraints.txt has the oldest that is supported
+BENCH := $(BIN)/python -m tests.benchmarks
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types floors fast slow bench mnist wheel clean
+.PHONY: demo test lint types floors fast slow flwr-newest bench mnist wheel clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml .ci/constraints.txt
@@ -44,13 +47,27 @@ fast: $(READY)
 slow: $(READY)
 	$(BIN)/pytest -m 'slow or data or process' -rs
 
+# Flower alone, in a folder that comes before the environment's packages: its own requirements stay as they are pinned.
+flwr-newest: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/newest flwr==$(NEWEST_FLWR)
+	PYTHONPATH=$(VENV)/newest $(BIN)/python -c 'import flwr; assert flwr.__version__ == "$(NEWEST_FLWR)"'
+	PYTHONPATH=$(VENV)/newest $(BIN)/pytest tests/flower -m 'not slow and not data and not process'
+
 bench: $(READY)
 	$(BIN)/pytest tests/benchmarks --benchmark-only
-	$(BIN)/python -m tests.benchmarks.solver
-	$(BIN)/python -m tests.benchmarks.solver --growth
-	$(BIN)/python -m tests.benchmarks.rounds --identity --many 100
-	$(BIN)/python -m tests.benchmarks.rounds --many 1000 --network mlp
-	$(BIN)/python -m tests.benchmarks.quality
+	$(BENCH).solver
+	$(BENCH).solver --growth
+	$(BENCH).rounds --identity --many 100
+	$(BENCH).rounds --many 1000 --network mlp
+	$(BENCH).recovery
+	$(BENCH).quality                # from here on networks are trained, on scikit-learn's digits
+	$(BENCH).sequences
+	$(BENCH).merging_gallery results/gallery
+	$(BENCH).merging_cases          # needs C2M3_DATA; trains what the four tables below merge
+	$(BENCH).merging_table --table recalibration
+	$(BENCH).merging_table --table methods
+	$(BENCH).merging_table --table shift
+	$(BENCH).merging_table --table published
 
 mnist: $(READY)
 	$(BIN)/c2m3-fl compare --preset mnist --partition iid --seeds 0,1,2 --output results/mnist-iid
