@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from c2m3_fl.core.frank_wolfe import Match, match
+    from c2m3_fl.core.match import match
+    from c2m3_fl.core.result import Match
     from c2m3_fl.core.spec import Group, PermutationSpec, Segment, TensorSpec
     from c2m3_fl.errors import C2M3Error
     from c2m3_fl.flower.strategy import C2M3
@@ -21,13 +22,13 @@ _HOME = {
     "C2M3": "c2m3_fl.flower.strategy",
     "C2M3Error": "c2m3_fl.errors",
     "Group": "c2m3_fl.core.spec",
-    "Match": "c2m3_fl.core.frank_wolfe",
+    "Match": "c2m3_fl.core.result",
     "Merge": "c2m3_fl.merging.merge",
     "PermutationSpec": "c2m3_fl.core.spec",
     "Segment": "c2m3_fl.core.spec",
     "TensorSpec": "c2m3_fl.core.spec",
     "check_invariance": "c2m3_fl.symmetry.discover",
-    "match": "c2m3_fl.core.frank_wolfe",
+    "match": "c2m3_fl.core.match",
     "merge": "c2m3_fl.merging.merge",
     "permutation_spec": "c2m3_fl.symmetry.discover",
     "repair": "c2m3_fl.merging.recalibrate.repair",

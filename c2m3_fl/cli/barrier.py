@@ -11,7 +11,7 @@ from rich.console import Console
 from c2m3_fl.cli.curves import draw_segments
 from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
 from c2m3_fl.core import permutation
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from c2m3_fl.merging.evaluate.barrier import barrier as segment
 from c2m3_fl.merging.recalibrate.setting import check_params
 from c2m3_fl.network.calibration import first_inputs

@@ -12,7 +12,7 @@ from rich.console import Console
 from c2m3_fl.cli.curves import draw_landscapes
 from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
 from c2m3_fl.core import permutation
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.evaluate.landscape import landscape as plane
 from c2m3_fl.merging.recalibrate.setting import check_params

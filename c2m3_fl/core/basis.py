@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.core.mapped import inner, inners
+from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 

@@ -1,71 +1,73 @@
 """Block-coordinate ascent: one node and one family of groups at a time against the universe of the others.
 
-The agreement is linear in one node's permutation of one group (as long as no tensor carries the group twice), so the
-oracle's answer is the best this block can do: from a soft point a sweep ends at permutations and loses nothing, from
-permutations it climbs until no block can improve, where the duality gap of Frank-Wolfe is zero. Where a tensor carries
-a family twice the answer is a proposal, only true improvements are accepted, and a gap may remain. Families that share
-no term do not see each other, so each node moves whole *colours* of families at a time.
+A *family* is a group without a parent together with the groups nested in it. The agreement is linear in one node's
+permutation of one family as long as no tensor carries the family on two axes; then the oracle's answer is the best for
+this block. From a soft point a sweep then ends at permutations without loss; from permutations it climbs until no block
+can improve, where the duality gap of Frank-Wolfe is zero. Where a tensor carries a family twice, the answer is a
+proposal: it is accepted only if it raises the agreement, and a gap may remain. Families that share no term do not
+affect each other, so each node moves a *colour* of several families at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from c2m3_fl.core.assignment import oracle
 from c2m3_fl.core.mapped import contract, gather, inner, share_moved, vertex_of
-from c2m3_fl.core.result import Callback, Step
+from c2m3_fl.core.problem import work_of
+from c2m3_fl.core.result import Callback, Course, Limits, Step
 from c2m3_fl.core.spec import Group, PermutationSpec
 from c2m3_fl.core.terms import Term
 from c2m3_fl.core.universe import Universe
-
-if TYPE_CHECKING:
-    from c2m3_fl.core.frank_wolfe import Walk
 
 _TAIL = 0.1  # sweeps go on below the tolerance: their gains shrink slowly and add up
 _ROUNDING = 4  # gains below this many units of rounding are no improvement
 
 
 def climb(
-    universe: Universe,
-    walk: Walk,
-    pool: Executor,
-    *,
-    polish: bool,
-    tolerance: float,
-    callback: Callback | None = None,
-) -> tuple[dict[str, Tensor], tuple[float, ...], float]:
-    """From the end of a walk to permutations, and up from there until a sweep gains next to nothing.
+    universe: Universe, course: Course, pool: Executor, limits: Limits, callback: Callback | None = None
+) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+    """From the end of a Frank-Wolfe ascent to permutations, and up from there until a sweep gains next to nothing.
+
+    Parameters
+    ----------
+    universe : Universe
+        Where the ascent ended; its mapped tensors move along.
+    course : Course
+        The course of the ascent.
+    pool : Executor
+        Where assignment problems are solved.
+    limits : Limits
+        The tolerance, and whether to go on from the first permutations.
+    callback : callable, optional
+        Called with a `Step` after every sweep.
 
     Returns
     -------
     vertex : dict of str to Tensor, shape (nodes, size)
         The permutations.
     objectives : tuple of float
-        The walk's, continued with one for every sweep.
-    gap : float
-        What the last sweep gained, relative to the problem's unit; the walk's gap where there was no polish.
+        Those of the course, continued with one for every sweep.
     """
     ascent = BlockAscent(universe, pool)
-    problem, objectives, gap = universe.problem, list(walk.objectives), walk.gap
+    problem, objectives, least = universe.problem, list(course.objectives), _TAIL * limits.tolerance
     soft = not ascent.at_vertex
-    moves = soft or (polish and not (walk.still and gap <= _TAIL * tolerance))
+    moves = soft or (limits.polish and not (course.still and course.gap <= least))
     while moves:
         before = {name: index.clone() for name, index in ascent.vertex.items()}
         moves = ascent.sweep()
         objectives.append(universe.objective())
-        gained = max(objectives[-1] - objectives[-2], 0.0) / problem.unit
-        if not soft:
-            gap = gained
-            moves &= gained > _TAIL * tolerance
-        soft, moves = False, moves and polish
+        gain = problem.gain(objectives)
+        moves &= limits.polish and (soft or gain > least)
+        soft = False
         if callback is not None:
-            callback(Step(len(objectives) - 1, objectives[-1], gained, 1.0, share_moved(ascent.vertex, before)))
-    return ascent.vertex, tuple(objectives), gap
+            moved = share_moved(ascent.vertex, before)
+            callback(Step(len(objectives) - 1, objectives[-1], None, gain, 1.0, moved, problem.count, universe.work))
+    return ascent.vertex, tuple(objectives)
 
 
 class BlockAscent:
@@ -74,25 +76,26 @@ class BlockAscent:
     Parameters
     ----------
     universe : Universe
-        Where the ascent starts; its images move along, its point does not.
+        Where the ascent starts; its mapped tensors move along, its point does not.
     pool : Executor
         Where assignment problems are solved.
     """
 
     def __init__(self, universe: Universe, pool: Executor) -> None:
-        problem, point, images = universe.problem, universe.point, universe.images
+        problem, point, mapped = universe.problem, universe.point, universe.mapped
         spec, weights = problem.spec, problem.weights
         self._pool, self._weights, self._soft, self._frozen = pool, weights.tolist(), point, problem.frozen
         self.vertex = universe.vertex(slice(0, problem.count))
         self._rounded = [
             vertex_of({name: matrices[i] for name, matrices in point.items()}) is not None for i in range(len(weights))
         ]
-        self._terms = [image.term for image in images]
-        self._maps = [image.maps for image in images]
+        self._universe = universe
+        self._terms = [each.term for each in mapped]
+        self._maps = [each.maps for each in mapped]
         self._means = universe.means
         self._colours = [_Colour(spec, roots, self._terms) for roots in _colouring(spec, self._terms)]
         self._clock = 0
-        self._changed = [0] * len(images)
+        self._changed = [0] * len(mapped)
         self._best_since: dict[tuple[int, int], int] = {}
 
     @property
@@ -110,7 +113,7 @@ class BlockAscent:
                     continue  # nothing that these blocks see has changed since they were last best
                 here = self._move(node, colour)
                 moved |= here
-                if not (here and colour.twice):  # a family that meets itself may have more to gain from where it is now
+                if not (here and colour.twice):  # families on two axes of a tensor: the gain was not linear, look again
                     self._best_since[node, number] = self._clock
             self._rounded[node] = True
         return moved
@@ -118,6 +121,7 @@ class BlockAscent:
     def _move(self, node: int, colour: _Colour) -> bool:
         """Move one node's blocks of one colour to where they are best; whether any of them moved."""
         weight = self._weights[node]
+        self._universe.work += colour.work
         others = {t: torch.sub(self._means[t], self._maps[t][-1][node], alpha=weight) for t in colour.touched}
         gains = self._gains(node, colour, others)
         proposal = _vertex(oracle(colour.spec, {name: gain[None] for name, gain in gains.items()}, self._pool))
@@ -197,7 +201,7 @@ class BlockAscent:
             self.vertex[name][node] = proposal[name]
 
     def _mapped(self, t: int, node: int, family: Sequence[str], proposal: Mapping[str, Tensor]) -> list[Tensor]:
-        """One node's images of a term after its family has moved to `proposal`."""
+        """One node's mapped tensors of a term after its family has moved to `proposal`."""
         term, maps = self._terms[t], self._maps[t]
         result = [maps[0][node]]
         for mask in range(1, len(maps)):
@@ -219,6 +223,7 @@ class _Colour:
         self.touched = [t for touched in self.touched_by.values() for t in touched]
         groups: dict[str, Group] = {name: spec.groups[name] for family in self.families.values() for name in family}
         self.spec = PermutationSpec(groups, {})
+        self.work = work_of(groups, [terms[t] for t in self.touched])
         self.twice = {  # families that some term carries on more than one axis
             root
             for root, family in self.families.items()

@@ -8,8 +8,9 @@ distances d_ab = |B_a - B_b|, drifts e_a = |D_a| and q_a = <B_a, D_a>, the gradi
 because the other nodes' sum is (1 - w) B - w D. The antisymmetric q_a - q_b is absorbed by the dual potentials of the
 assignment problem. If the rest is not negative for any a, b, the identity answers the oracle. That takes one Gram
 matrix of the mean per group, where the gradient takes one product per node, and the norms of the drifts. What remains
-grows with d once it is positive and falls with e, so distances over some of the coordinates prove it too, and so do
-each unit's largest drift and weight over the nodes; the whole is computed only where these promise that it may do.
+grows with d once it is positive and falls with e, so distances over some of the coordinates are enough for a proof, and
+so are each unit's largest drift and weight over the nodes. All coordinates are used only where a sample of them
+suggests that the bound holds.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from c2m3_fl.core.mapped import contract, inner, inners
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.terms import Term, compile_terms, densify, matched_names, working_dtype
 
-_AT_A_TIME = 1 << 18  # numbers that are worked on together
+_AT_A_TIME = 1 << 18  # elements per chunk, so that temporaries stay in cache
 _LENGTHS = (256, 1024)  # coordinates of every term that the first attempts look at
-_HOPE = 2.0  # by how much the squared distances may exceed what some of the coordinates promise
-_ROUNDING = 16  # units of rounding, relative to the squared norms, that a Gram matrix may be off: never in our favour
+_SLACK = 2.0  # give up early unless the sampled squared distances, times this, satisfy the bound
+_ROUNDING = 16  # units of rounding, relative to the squared norms, that are taken off every squared distance
 
 
-def agreement_if_stationary(spec: PermutationSpec, nodes: Sequence[Params], weights: Tensor) -> float | None:
-    """The agreement at the identity if the identity is proven stationary by the bound; None where it is not.
+def prove_identity(spec: PermutationSpec, nodes: Sequence[Params], weights: Tensor) -> float | None:
+    """The agreement at the identity where the bound proves the identity stationary; None where it does not.
 
     Parameters
     ----------
@@ -78,19 +79,19 @@ def _proven(terms: Sequence[Term], group: str, drifts: Tensor, shares: Tensor) -
         return True  # identical nodes
     largest, ends = drifts.amax(0), torch.stack([shares.amin(), shares.amax()])
     for length in _LENGTHS:
-        some, promise = _gram(terms, group, drifts, length)
+        some, scaled = _gram(terms, group, drifts, length)
         if _bound_holds(some, largest, ends):
             return True
-        if not _bound_holds(_HOPE * promise, largest, ends):
-            return False  # nor would the whole be likely to
+        if not _bound_holds(_SLACK * scaled, largest, ends):
+            return False  # all coordinates are unlikely to satisfy it either
     whole, _ = _gram(terms, group, drifts, None)
     return all(_bound_holds(whole, drift, share.expand(2)) for drift, share in zip(drifts, shares, strict=True))
 
 
 def _gram(terms: Sequence[Term], group: str, like: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
-    """Inner products of the units over about `length` coordinates of every term, and what they promise for all."""
+    """Inner products of the units over about `length` coordinates of every term, and scaled up to all of them."""
     size = like.shape[1]
-    gram, promise = like.new_zeros(size, size), like.new_zeros(size, size)
+    gram, scaled = like.new_zeros(size, size), like.new_zeros(size, size)
     for term in terms:
         for axis, name in enumerate(term.groups):
             if name != group:
@@ -104,8 +105,8 @@ def _gram(terms: Sequence[Term], group: str, like: Tensor, length: int | None) -
             own = like.new_zeros(1, size, size)
             contract(part, part, term.dim(axis), own)
             gram += own[0]
-            promise.add_(own[0], alpha=whole / part[0].numel())
-    return gram, promise
+            scaled.add_(own[0], alpha=whole / part[0].numel())
+    return gram, scaled
 
 
 def _portions(values: list[Tensor]) -> list[tuple[slice, Tensor]]:

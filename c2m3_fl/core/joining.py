@@ -1,7 +1,7 @@
-"""New nodes in a known universe, and more nodes than memory holds.
+"""New nodes in a known universe, and matches of more nodes than fit into memory.
 
-The nodes that are known take part only through their weighted mean, which stays where it is: one frozen node that has
-their weight. Joining costs what matching the new nodes costs, and leaves the others' permutations as they are.
+The known nodes enter only through their weighted mean, a frozen node of their total weight that stays where it is.
+Joining costs as much as a match of the new nodes alone, and leaves the others' permutations as they are.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 from c2m3_fl.core import permutation
 from c2m3_fl.core.assignment import assignment_pool
 from c2m3_fl.core.averaging import normalise_weights
-from c2m3_fl.core.frank_wolfe import Found, Limits, match, search
+from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.problem import Problem, check_nodes, check_search
-from c2m3_fl.core.result import Callback, Match
+from c2m3_fl.core.result import Callback, Limits, Match
 from c2m3_fl.core.running import RunningUniverse
+from c2m3_fl.core.search import duality_gap, search
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start, begin, check_start
 from c2m3_fl.core.state_dicts import order_by_units
@@ -77,15 +78,16 @@ def join(
     if not bool((share > 0).all()):
         raise WeightsError(f"weights are {own} and the universe's {together}, expected all of them positive")
     order = order_by_units(spec, nodes, share[1:], None if isinstance(start, str) else start)
+    first = start if isinstance(start, str) else [start[i] for i in order]
     with torch.no_grad(), assignment_pool() as pool:
         ordered = [nodes[i] for i in order]
         problem = Problem.of(spec, [universe, *ordered], share[[0, *(i + 1 for i in order)]], frozen=1)
-        point, passed = begin(problem, start if isinstance(start, str) else [start[i] for i in order], generator)
-        found: Found = search(problem, point, pool, Limits(max_steps, tolerance, polish), callback)
+        point, passed = begin(problem, first, generator, pool)
+        found = search(problem, point, pool, Limits(max_steps, tolerance, polish), callback)
+        gap = duality_gap(problem, found.permutations, pool)
     perms = dict(zip(order, found.permutations[1:], strict=True))
     in_order = tuple(perms[i] for i in range(len(nodes)))
-    objectives = (*passed, *found.objectives)
-    return Match(in_order, objectives, found.gap, found.gap <= tolerance, found.steps, order)
+    return Match(in_order, (*passed, *found.objectives), gap, found.gain, gap <= tolerance, found.steps, order)
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,9 @@ def match_in_batches(
 ) -> BatchMatch:
     """Match any number of nodes, `batch` of them in memory at a time.
 
-    The first batch is matched by itself; every further one joins the universe of those before it. Each more pass lets
-    every batch join again, against the universe of all the others. Besides a batch (and what `match` needs for it) two
-    models are held: the running sum and the running mean. The nodes are taken in the order in which they come.
+    The first batch is matched by itself; every further one joins the universe of those before it. In each further pass
+    every batch joins again, against the universe of all the others. Besides a batch (and what `match` needs for it) two
+    models are held: the running sum and the running mean. The nodes are taken in the given order.
 
     Parameters
     ----------

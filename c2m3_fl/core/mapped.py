@@ -1,13 +1,13 @@
 """The parameters of all nodes on their way into the universe: what the agreement is computed from.
 
-Every term keeps the *images* of its parameters: for each subset Q of its grouped axes (a bit mask) the tensor X_Q with
-just the axes in Q mapped. X_0 is the node's own tensor, the full image is U, the node in the universe, and the image
-on all axes but one is what the gradient along that axis multiplies. Towards a vertex (permutations S) all images move
+Every term keeps its *mapped tensors*: for each subset Q of its grouped axes (a bit mask) the tensor X_Q with just the
+axes in Q mapped. X_0 is the node's own tensor, X with all axes mapped is U, the node in the universe, and X with all
+axes but one mapped is what the gradient along that axis multiplies. Towards a vertex (permutations S) all of them move
 as polynomials,
 
     X_Q(t) = sum_{T in Q} (1 - t)^|Q - T| t^|T| S_T(X_{Q - T}),
 
-whose coefficients are gathers; the only matrix products are the contractions of the gradient. Images change in
+whose coefficients are gathers; the only matrix products are the contractions of the gradient. Mapped tensors change in
 place and a few nodes at a time: fresh memory of their size costs more than the arithmetic.
 """
 
@@ -21,15 +21,15 @@ from torch import Tensor
 
 from c2m3_fl.core.terms import Term
 
-_AT_A_TIME = 1 << 18  # numbers that intermediate results may hold on a CPU: they stay in memory that is at hand
-_ROW = 1024  # numbers that inner products add up in the working dtype before they go on in float64
+_AT_A_TIME = 1 << 18  # elements per chunk on a CPU, so that temporaries stay in cache
+_ROW = 1024  # products that are added up in the working dtype before the sum goes on in float64
 
 Vertex = Mapping[str, Tensor]  # per group the index forms of all nodes, shape (nodes, size)
 Point = Mapping[str, Tensor]  # per group the matrix forms of all nodes, shape (nodes, size, size)
 
 
-class Images:
-    """A term and its images at the current point of the search; `maps[Q]` has the axes in bit mask Q mapped.
+class Mapped:
+    """A term and its mapped tensors at the current point of a search; `maps[Q]` has the axes in bit mask Q mapped.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ class Images:
         return self.maps[-1]
 
     def own(self) -> None:
-        """Give every image memory of its own, ready to be changed node by node."""
+        """Give every mapped tensor memory of its own, so that it can be changed node by node."""
         for mask in range(1, len(self.maps)):
             if self.maps[mask] is self.maps[0]:
                 self.maps[mask] = self.maps[0].clone()
@@ -113,17 +113,17 @@ class Images:
     def advance(self, block: slice, vertex: Vertex, step_size: float) -> None:
         """Move a block of nodes towards a vertex, in place."""
         for mask in sorted(range(1, len(self.maps)), key=int.bit_count, reverse=True):
-            image, degree = self.maps[mask], mask.bit_count()
+            mapped, degree = self.maps[mask], mask.bit_count()
             for nodes in self._portions(block):
                 here = slice(nodes.start - block.start, nodes.stop - block.start)
                 moves = {group: index[here] for group, index in vertex.items()}
                 if step_size == 1.0:
-                    image[nodes] = self._coefficient(mask, degree, moves, nodes)
+                    mapped[nodes] = self._coefficient(mask, degree, moves, nodes)
                     continue
                 parts = [self._coefficient(mask, power, moves, nodes) for power in range(1, degree + 1)]
-                image[nodes] *= (1 - step_size) ** degree
+                mapped[nodes] *= (1 - step_size) ** degree
                 for power, part in enumerate(parts, start=1):
-                    image[nodes].add_(part, alpha=(1 - step_size) ** (degree - power) * step_size**power)
+                    mapped[nodes].add_(part, alpha=(1 - step_size) ** (degree - power) * step_size**power)
 
     def gradient(self, block: slice, weights: Tensor, others: Tensor, into: Mapping[str, Tensor]) -> None:
         """Add the term's gradient for a block of nodes, each divided by its node's own weight.
@@ -146,11 +146,11 @@ class Images:
             rest = others[None] if alone else torch.addcmul(mean, shares, self.universe[nodes], value=-1)
             target = slice(nodes.start - block.start, nodes.stop - block.start)
             for axis, group in enumerate(term.groups):
-                image = self.maps[(len(self.maps) - 1) & ~(1 << axis)][nodes]
-                contract(rest, image, term.dim(axis), into[group][target])
+                mapped = self.maps[(len(self.maps) - 1) & ~(1 << axis)][nodes]
+                contract(rest, mapped, term.dim(axis), into[group][target])
 
     def _coefficient(self, mask: int, power: int, vertex: Vertex, nodes: slice) -> Tensor:
-        """What belongs to ``(1 - t)^(|Q| - power) t^power`` in the image with the axes in `mask` mapped."""
+        """The coefficient of ``(1 - t)^(|Q| - power) t^power`` in the tensor with the axes in `mask` mapped."""
         total: Tensor | None = None
         for subset in range(mask + 1):
             if subset & ~mask or subset.bit_count() != power:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import isfinite
@@ -10,8 +10,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.mapped import Images, inners
-from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.mapped import Mapped, inners
+from c2m3_fl.core.spec import Group, Params, PermutationSpec
 from c2m3_fl.core.terms import Term, compile_terms, matched_names, working_dtype
 from c2m3_fl.errors import ConfigError, ParamsError
 
@@ -35,7 +35,7 @@ class Problem:
     like : Tensor
         An empty tensor of the dtype and on the device of the computation.
     frozen : int
-        How many nodes, the first ones, stay where they are: they are in the universe already.
+        How many nodes, the first ones, stay where they are because they are in the universe already.
     """
 
     spec: PermutationSpec
@@ -56,9 +56,23 @@ class Problem:
         *,
         balance: bool = False,
     ) -> Problem:
-        """Compile; the nodes must have been checked. See `match` for `balance`."""
+        """Compile the nodes into terms.
+
+        Parameters
+        ----------
+        spec : PermutationSpec
+            The symmetries of the network.
+        nodes : sequence of mappings of str to Tensor
+            State dicts that `check_nodes` has checked; not mutated.
+        weights : Tensor of float64, shape (nodes,)
+            Averaging weights, which sum to one.
+        frozen : int
+            How many nodes, the first ones, stay where they are.
+        balance : bool
+            See `match`.
+        """
         terms = compile_terms(spec, nodes, _balancing(spec, nodes) if balance else None)
-        constant = sum(float(Images(term).agreement(weights)[0]) for term in terms if not term.groups)
+        constant = sum(float(Mapped(term).agreement(weights)[0]) for term in terms if not term.groups)
         moving = tuple(term for term in terms if term.groups)
         squares = sum((inners(term.value, term.value).cpu() for term in moving), torch.zeros(len(nodes)))
         norms = squares.sqrt().tolist()
@@ -71,7 +85,7 @@ class Problem:
 
     @property
     def unit(self) -> float:
-        """What gaps and gains are measured in: `scale`, or where that is zero something that hides no gain."""
+        """The unit of gaps and gains: `scale`, or a tiny number where that is zero, so that no gain is hidden."""
         return self.scale if self.scale > 0 else torch.finfo(torch.float64).tiny
 
     @property
@@ -79,9 +93,32 @@ class Problem:
         """Number of nodes."""
         return len(self.weights)
 
-    def objective(self, images: Sequence[Images]) -> float:
+    def objective(self, mapped: Sequence[Mapped]) -> float:
         """The weighted agreement over all pairs of nodes."""
-        return self.constant + sum(float(image.agreement(self.weights)[0]) for image in images)
+        return self.constant + sum(float(each.agreement(self.weights)[0]) for each in mapped)
+
+    def gain(self, objectives: Sequence[float]) -> float:
+        """What the last step of a course gained, in the unit of gaps: not negative, and zero for a course of none."""
+        return max(objectives[-1] - objectives[-2], 0.0) / self.unit if len(objectives) > 1 else 0.0
+
+
+def work_of(groups: Mapping[str, Group], terms: Sequence[Term]) -> int:
+    """Work of one node's gradient and of the assignment problems for it, for some groups.
+
+    Counted, not timed, so that what depends on it can be reproduced: entries times units for every product of the
+    gradient, units cubed, its bound, for every assignment problem.
+
+    Parameters
+    ----------
+    groups : mapping of str to Group
+        The groups that move.
+    terms : sequence of Term
+        The terms that they touch.
+    """
+    products = sum(
+        term.value[0].numel() * groups[group].size for term in terms for group in term.groups if group in groups
+    )
+    return products + sum(group.size**3 for group in groups.values())
 
 
 def check_nodes(spec: PermutationSpec, nodes: Sequence[Params]) -> None:
@@ -103,7 +140,7 @@ def check_nodes(spec: PermutationSpec, nodes: Sequence[Params]) -> None:
 
 
 def check_search(max_steps: int, tolerance: float, together: int | None = None) -> None:
-    """Raise `ConfigError` for limits that no search can keep."""
+    """Raise `ConfigError` for limits that make no sense."""
     if max_steps < 0 or not tolerance >= 0:
         raise ConfigError(f"max_steps is {max_steps}, tolerance is {tolerance}; both must not be negative")
     if together is not None and together < 1:

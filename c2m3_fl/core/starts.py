@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.assignment import assignment_pool
-from c2m3_fl.core.mapped import Images, Vertex, gather, inner, weighted_sum
+from c2m3_fl.core.mapped import Mapped, Vertex, gather, inner, weighted_sum
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.profiles import profile_vertex
@@ -37,20 +37,33 @@ def check_start(spec: PermutationSpec, start: Start, count: int) -> None:
 
 
 def begin(
-    problem: Problem, start: Start, generator: torch.Generator | None
+    problem: Problem, start: Start, generator: torch.Generator | None, pool: Executor
 ) -> tuple[dict[str, Tensor], tuple[float, ...]]:
-    """The point to start from, and the agreement of the nodes as they stand where "auto" left it for a better one."""
+    """The point to start from, and the agreement of the nodes as they stand where "auto" chose a better one.
+
+    Parameters
+    ----------
+    problem : Problem
+        What is to be matched.
+    start : str or sequence of Permutation
+        See `match`; permutations are those of the nodes that are not frozen, in the order of the problem.
+    generator : torch.Generator, optional
+        Source of the "sinkhorn" and "random" starts; by default one with seed 0.
+    pool : Executor
+        Where assignment problems are solved.
+    """
+    if isinstance(start, str) and start == "profiles":
+        return _at_vertex(problem, profile_vertex(problem, pool)), ()
     if start != "auto":
         return start_point(problem, start, generator), ()
-    with assignment_pool() as pool:
-        vertex = profile_vertex(problem, pool)
+    vertex = profile_vertex(problem, pool)
     if _sum_square(problem, vertex) <= _sum_square(problem, {}):
         return start_point(problem, "identity", generator), ()
-    return _at_vertex(problem, vertex), (problem.objective([Images(term) for term in problem.terms]),)
+    return _at_vertex(problem, vertex), (problem.objective([Mapped(term) for term in problem.terms]),)
 
 
 def _sum_square(problem: Problem, vertex: Vertex) -> float:
-    """Squared norm of the nodes' weighted sum at a vertex ({}: as they stand), all of the agreement that may change."""
+    """Squared norm of the nodes' weighted sum at a vertex ({}: as they stand), the part of the agreement that moves."""
     total = 0.0
     for term in problem.terms:
         value = term.value
@@ -63,7 +76,21 @@ def _sum_square(problem: Problem, vertex: Vertex) -> float:
 
 
 def start_point(problem: Problem, start: Start, generator: torch.Generator | None) -> dict[str, Tensor]:
-    """The doubly stochastic matrices of a start but "auto", shape (nodes, size, size); frozen nodes at the identity."""
+    """The doubly stochastic matrices of a start that takes no assignment problem; frozen nodes at the identity.
+
+    Parameters
+    ----------
+    problem : Problem
+        What is to be matched.
+    start : {"identity", "barycentre", "sinkhorn", "random"} or sequence of Permutation
+        See `begin`.
+    generator : torch.Generator, optional
+        See `begin`.
+
+    Returns
+    -------
+    dict of str to Tensor, shape (nodes, size, size)
+    """
     spec, count = problem.spec, problem.count - problem.frozen
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     here = [permutation.identity(spec)] * problem.frozen
@@ -71,22 +98,29 @@ def start_point(problem: Problem, start: Start, generator: torch.Generator | Non
         return _at_perms(problem, [*here, *start])
     if start == "identity":
         return _at_perms(problem, [permutation.identity(spec)] * problem.count)
-    if start == "profiles":
-        with assignment_pool() as pool:
-            return _at_vertex(problem, profile_vertex(problem, pool))
     if start == "random":
         return _at_perms(problem, [*here, *(permutation.random(spec, generator) for _ in range(count))])
     if start == "barycentre":
         # With every node at the exact barycentre all rows of the gradient are equal and nothing moves; the agreement
-        # does not change when the universe is permuted, so one node's gauge may be fixed.
+        # is invariant under permutations of the universe, so one node's gauge may be fixed.
         positive = {name: torch.ones(problem.count, group.size, group.size) for name, group in spec.groups.items()}
         return _fixed(_soft(problem, positive), max(1, problem.frozen))
     noise = {name: _noise(problem.count, group.size, generator) for name, group in spec.groups.items()}
     return _fixed(_soft(problem, noise), problem.frozen)
 
 
-def reheated(problem: Problem, perms: Sequence[Permutation], warmth: float) -> dict[str, Tensor]:
-    """The point that lies the share `warmth` of the way from permutations to the barycentre; frozen nodes stay."""
+def soften(problem: Problem, perms: Sequence[Permutation], warmth: float) -> dict[str, Tensor]:
+    """The point at the share `warmth` of the way from permutations to the barycentre; frozen nodes stay.
+
+    Parameters
+    ----------
+    problem : Problem
+        What is matched.
+    perms : sequence of Permutation
+        One per node, those of frozen nodes included.
+    warmth : float
+        Between 0, the permutations, and 1, the barycentre.
+    """
     point = _at_perms(problem, perms)
     for matrices in point.values():
         matrices[problem.frozen :].mul_(1 - warmth).add_(warmth / matrices.shape[1])

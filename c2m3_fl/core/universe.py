@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.line_search import added, power_basis
-from c2m3_fl.core.mapped import Images, Vertex, weighted_sum
-from c2m3_fl.core.problem import Problem
+from c2m3_fl.core.mapped import Mapped, Vertex, weighted_sum
+from c2m3_fl.core.problem import Problem, work_of
 
 
 class Universe:
-    """The images of every term at the current point of a search, and their weighted sums; changed in place.
+    """The mapped tensors of every term at the current point of a search, and their weighted sums; changed in place.
 
     Parameters
     ----------
@@ -32,54 +32,62 @@ class Universe:
         What is to be matched.
     point : mapping of str to Tensor, shape (nodes, size, size)
         Doubly stochastic matrices: where the search stands. They move along.
+
+    Attributes
+    ----------
+    work : int
+        Work so far: that of every gradient and of the assignment problems that it poses; see `work_of`.
     """
 
     def __init__(self, problem: Problem, point: dict[str, Tensor]) -> None:
         self.problem, self.point = problem, point
+        self.work = 0
         self._weights = problem.weights.to(problem.like.device)
-        self.images = [Images(term, point) for term in problem.terms]
-        for image in self.images:
-            image.own()
-        self.means = [weighted_sum(image.universe, self._weights) for image in self.images]
+        self._node_work = work_of(problem.spec.groups, problem.terms)
+        self.mapped = [Mapped(term, point) for term in problem.terms]
+        for each in self.mapped:
+            each.own()
+        self.means = [weighted_sum(each.universe, self._weights) for each in self.mapped]
 
     def objective(self) -> float:
         """The weighted agreement over all pairs of nodes; the sums are added up anew, which keeps rounding small."""
         total = self._weights.new_tensor(self.problem.constant)
-        for image, mean in zip(self.images, self.means, strict=True):
-            part, fresh = image.agreement(self._weights)
+        for each, mean in zip(self.mapped, self.means, strict=True):
+            part, fresh = each.agreement(self._weights)
             total += part
             mean.copy_(fresh)
         return float(total)
 
     def vertex(self, block: slice) -> dict[str, Tensor]:
-        """Where the units of a block are for the most part, shape (nodes of the block, size)."""
+        """Where most of the mass of each unit of a block is, shape (nodes of the block, size)."""
         return {name: matrices[block].argmax(-1) for name, matrices in self.point.items()}
 
     def others(self, block: slice) -> list[Tensor]:
         """For every term the weighted sum of the nodes outside a block."""
         weights = self._weights[block]
         return [
-            torch.sub(mean, weighted_sum(image.universe[block], weights))
-            for image, mean in zip(self.images, self.means, strict=True)
+            torch.sub(mean, weighted_sum(each.universe[block], weights))
+            for each, mean in zip(self.mapped, self.means, strict=True)
         ]
 
     def gradient(self, block: slice, others: Sequence[Tensor]) -> dict[str, Tensor]:
         """Per group, shape (nodes of the block, size, size); every node's own weight, a common factor, is left out."""
         problem = self.problem
+        self.work += (block.stop - block.start) * self._node_work
         into = {
             name: problem.like.new_zeros(block.stop - block.start, group.size, group.size)
             for name, group in problem.spec.groups.items()
         }
-        for image, rest in zip(self.images, others, strict=True):
-            image.gradient(block, self._weights, rest, into)
+        for each, rest in zip(self.mapped, others, strict=True):
+            each.gradient(block, self._weights, rest, into)
         return into
 
     def course(self, block: slice, others: Sequence[Tensor], vertex: Vertex) -> list[float]:
         """The agreement on the way of a block to a vertex: coefficients of t^0, t^1, ..., up to a constant."""
         parts = [
             part
-            for image, rest in zip(self.images, others, strict=True)
-            for part in image.course(block, vertex, self._weights, rest)
+            for each, rest in zip(self.mapped, others, strict=True)
+            for part in each.course(block, vertex, self._weights, rest)
         ]
         if not parts:
             return added([])
@@ -89,9 +97,9 @@ class Universe:
     def advance(self, block: slice, others: Sequence[Tensor], vertex: Vertex, step_size: float) -> None:
         """Move a block of nodes towards a vertex."""
         weights = self._weights
-        for image, rest, mean in zip(self.images, others, self.means, strict=True):
-            image.advance(block, vertex, step_size)
-            torch.add(rest, weighted_sum(image.universe[block], weights[block]), out=mean)
+        for each, rest, mean in zip(self.mapped, others, self.means, strict=True):
+            each.advance(block, vertex, step_size)
+            torch.add(rest, weighted_sum(each.universe[block], weights[block]), out=mean)
         for name, matrices in self.point.items():
             weight = matrices.new_tensor(step_size).expand(*vertex[name].shape, 1)
             matrices[block].mul_(1 - step_size).scatter_add_(2, vertex[name][..., None], weight)

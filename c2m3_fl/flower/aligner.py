@@ -15,9 +15,9 @@ from torch import Tensor
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.basis import Fit, bounded_weights, closest, fit, into_basis
-from c2m3_fl.core.frank_wolfe import Match, match
+from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import Permutation
-from c2m3_fl.core.result import Step
+from c2m3_fl.core.result import Match, Step
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import ConfigError

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import normalise_weights, weighted_mean
 from c2m3_fl.core.basis import fit
-from c2m3_fl.core.frank_wolfe import Match
+from c2m3_fl.core.result import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import order_by_weight, to_device
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError

@@ -21,7 +21,7 @@ import torch
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from c2m3_fl.core.pairwise import merge_many, pairwise_matching
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.running import RunningUniverse

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from c2m3_fl.cli.inspect import build_classifier, example_image
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import apply, random
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.starts import StartName

@@ -18,8 +18,8 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.core.joining import match_in_batches
+from c2m3_fl.core.match import match
 from tests.benchmarks.networks import mlp, related_nodes, resnet20, resnet50, vgg16
 
 T = TypeVar("T")

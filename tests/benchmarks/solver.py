@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.assignment import assignment_pool, oracle
-from c2m3_fl.core.frank_wolfe import Limits, frank_wolfe, match
+from c2m3_fl.core.frank_wolfe import frank_wolfe
 from c2m3_fl.core.line_search import best_step
+from c2m3_fl.core.match import match
 from c2m3_fl.core.problem import Problem
+from c2m3_fl.core.result import Limits
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.starts import start_point
 from c2m3_fl.core.universe import Universe
@@ -125,7 +127,7 @@ def measure(case: str, steps: int) -> Row:
         for name, slope in own.items()
     ]
     timed = [one_pass(universe) for _ in range(5)]
-    needed = stalled(_walk(problem, 100)[0])
+    needed = stalled(_course(problem, 100)[0])
     per_step = statistics.median(published_steps)
     measured = per_step * needed <= _WHOLE
     if measured:
@@ -133,7 +135,7 @@ def measure(case: str, steps: int) -> Row:
         yardstick = published_match(spec, nodes)
         published_seconds, published_value = time.process_time() - start, yardstick.objectives[-1]
     else:
-        published_seconds, published_value = per_step * needed, _walk(problem, needed)[1]
+        published_seconds, published_value = per_step * needed, _course(problem, needed)[1]
     found = []
     seconds = cpu(lambda: found.append(match(spec, nodes)))
     own = [second for second, _ in timed]
@@ -157,14 +159,14 @@ def measure(case: str, steps: int) -> Row:
     )
 
 
-def _walk(problem: Problem, steps: int) -> tuple[tuple[float, ...], float]:
+def _course(problem: Problem, steps: int) -> tuple[tuple[float, ...], float]:
     """The published iteration in O(nodes) and with exact steps: its course, and its last point rounded."""
     with assignment_pool() as pool:
         universe = Universe(problem, start_point(problem, "identity", None))
-        walk = frank_wolfe(universe, pool, Limits(steps, 1e-6, polish=False, together=None))
+        course = frank_wolfe(universe, pool, Limits(steps, 1e-6, polish=False, together=None))
         rounded = oracle(problem.spec, universe.point, pool)
         perms = [{name: index[i] for name, index in rounded.items()} for i in range(problem.count)]
-        return walk.objectives, Universe(problem, start_point(problem, perms, None)).objective()
+        return course.objectives, Universe(problem, start_point(problem, perms, None)).objective()
 
 
 def table(rows: list[Row]) -> str:

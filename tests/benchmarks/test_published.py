@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.starts import start_point
 from c2m3_fl.core.universe import Universe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from c2m3_fl.cli.convergence import draw_convergence
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from tests.core.networks import mlp, planted
 
 

@@ -7,7 +7,7 @@ import torch
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.assignment import assignment_pool, oracle
-from c2m3_fl.core.identity_proof import _bound_holds, agreement_if_stationary
+from c2m3_fl.core.identity_proof import _bound_holds, prove_identity
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.spec import Group, PermutationSpec, TensorSpec
 from c2m3_fl.core.starts import start_point
@@ -32,7 +32,7 @@ def test_what_is_proven_is_stationary(spec):
     for seed in range(10):
         for drift in (0.0, 0.03, 0.1, 0.3, 1.0):
             nodes, weights = drifted(spec, 3, drift, seed), [0.5, 0.2, 0.3]
-            value = agreement_if_stationary(spec, nodes, torch.tensor(weights, dtype=torch.float64))
+            value = prove_identity(spec, nodes, torch.tensor(weights, dtype=torch.float64))
             if value is None:
                 continue
             proven += 1
@@ -57,7 +57,7 @@ def test_clients_that_drift_little_from_one_network_are_proven_at_once():
     # Units of a random network are about 1.4 norms apart; drifts of a tenth of a norm are far inside the bound.
     spec = mlp(32, 64, 64, 10)
     for dtype in (torch.float32, torch.float64):
-        assert agreement_if_stationary(spec, drifted(spec, 10, 0.1, 0, dtype), torch.full((10,), 0.1)) is not None
+        assert prove_identity(spec, drifted(spec, 10, 0.1, 0, dtype), torch.full((10,), 0.1)) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -67,14 +67,14 @@ def test_nodes_in_different_orders_are_not_proven_at_any_scale(dtype, scale, com
     spec = mlp(8, 16, 16, 4)
     nodes, _ = planted(spec, 3, 0.1, seed=0)
     nodes = [{name: (value * scale + common).to(dtype) for name, value in node.items()} for node in nodes]
-    assert agreement_if_stationary(spec, nodes, torch.full((3,), 1 / 3, dtype=torch.float64)) is None
+    assert prove_identity(spec, nodes, torch.full((3,), 1 / 3, dtype=torch.float64)) is None
 
 
 def test_small_drifts_are_proven_too():
     """The proof must not hold for identical nodes alone."""
     spec = mlp(8, 16, 16, 4)
     weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
-    proven = [agreement_if_stationary(spec, drifted(spec, 3, 0.03, seed), weights) is not None for seed in range(10)]
+    proven = [prove_identity(spec, drifted(spec, 3, 0.03, seed), weights) is not None for seed in range(10)]
     assert all(proven)
 
 
@@ -122,7 +122,7 @@ def test_identical_nodes_with_identical_units_are_proven(spec):
     (node,) = draws(spec, 1, seed=3, dtype=torch.float32)
     same = {name: torch.ones_like(value) if torch.is_floating_point(value) else value for name, value in node.items()}
     for count in (2, 3, 5, 7, 10):
-        assert agreement_if_stationary(spec, [same] * count, torch.full((count,), 1 / count)) is not None
+        assert prove_identity(spec, [same] * count, torch.full((count,), 1 / count)) is not None
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-20, 1e-23, 1e-30])
@@ -130,21 +130,21 @@ def test_squares_that_underflow_prove_nothing(scale):
     spec = mlp(8, 16, 16, 4)
     nodes, _ = planted(spec, 3, 0.1, seed=0)
     nodes = [{name: (value * scale).float() for name, value in node.items()} for node in nodes]
-    assert agreement_if_stationary(spec, nodes, torch.full((3,), 1 / 3, dtype=torch.float64)) is None
+    assert prove_identity(spec, nodes, torch.full((3,), 1 / 3, dtype=torch.float64)) is None
 
 
 def test_how_the_values_lie_in_memory_does_not_matter():
     spec = PermutationSpec({"c": Group(6)}, {"w": TensorSpec((6, 6, 3, 3), (on("c", 6), (), (), ()))})
     nodes = drifted(spec, 3, 0.05, 0)
     weights = torch.full((3,), 1 / 3, dtype=torch.float64)
-    value = agreement_if_stationary(spec, nodes, weights)
+    value = prove_identity(spec, nodes, weights)
     turned = [{"w": node["w"].to(memory_format=torch.channels_last)} for node in nodes]
     assert value is not None
-    assert agreement_if_stationary(spec, turned, weights) == pytest.approx(value, rel=1e-12)
+    assert prove_identity(spec, turned, weights) == pytest.approx(value, rel=1e-12)
 
 
 @pytest.mark.parametrize("blocks", [2, 200])
 def test_units_with_units_for_slots_are_proven_too(blocks):
     """Whichever coordinates are looked at first: those of most blocks are zero for a unit."""
     spec, weights = shared_keys(blocks), torch.full((3,), 1 / 3, dtype=torch.float64)
-    assert agreement_if_stationary(spec, drifted(spec, 3, 0.001, 0), weights) is not None
+    assert prove_identity(spec, drifted(spec, 3, 0.001, 0), weights) is not None

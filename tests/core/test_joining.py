@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.core.joining import join, match_in_batches
+from c2m3_fl.core.match import match
 from c2m3_fl.core.running import RunningUniverse
 from c2m3_fl.errors import ConfigError, ParamsError, WeightsError
 from tests.core.networks import ALL, draws, mlp, pairwise_agreement, planted

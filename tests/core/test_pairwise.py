@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from c2m3_fl.core.pairwise import merge_many, pairwise_matching, weight_matching
 from tests.core.networks import ALL, draws, mlp, pairwise_agreement, planted
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from tests.core.networks import ALL, draws, mlp, planted
 
 each_spec = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
@@ -15,7 +15,7 @@ each_spec = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
 def cold(monkeypatch, spec, nodes, **options):
     """A match that does not reheat."""
     with monkeypatch.context() as patch:
-        patch.setattr("c2m3_fl.core.frank_wolfe._WARMTHS", ())
+        patch.setattr("c2m3_fl.core.search.WARMTHS", ())
         return match(spec, nodes, **options)
 
 
@@ -45,7 +45,7 @@ def test_reheating_leaves_local_optima(monkeypatch):
 def test_a_start_that_no_step_improves_is_not_reheated(monkeypatch):
     spec = mlp(12, 24, 24, 6)
     nodes, perms = planted(spec, 5, 0.05, seed=0)
-    monkeypatch.setattr("c2m3_fl.core.frank_wolfe.reheated", lambda *_: pytest.fail("reheated"))
+    monkeypatch.setattr("c2m3_fl.core.search.soften", lambda *_: pytest.fail("reheated"))
     found = match(spec, nodes, start=perms)
     assert found.steps == 0
     for perm, wanted in zip(found.permutations, perms, strict=True):

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.assignment import assignment_pool
 from c2m3_fl.core.joining import join
 from c2m3_fl.core.mapped import vertex_of
+from c2m3_fl.core.match import match
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.profiles import profiles
 from c2m3_fl.core.starts import begin
@@ -24,7 +25,8 @@ def same(left, right):
 def started(spec, nodes, start="profiles", frozen=0):
     """The start as permutations, one for every node."""
     problem = Problem.of(spec, nodes, torch.full((len(nodes),), 1 / len(nodes), dtype=torch.float64), frozen)
-    vertex = vertex_of(begin(problem, start, None)[0])
+    with assignment_pool() as pool:
+        vertex = vertex_of(begin(problem, start, None, pool)[0])
     return [{name: rows[i] for name, rows in vertex.items()} for i in range(len(nodes))]
 
 

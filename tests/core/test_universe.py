@@ -7,7 +7,7 @@ import torch
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.line_search import best_step
-from c2m3_fl.core.mapped import Images
+from c2m3_fl.core.mapped import Mapped
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.starts import start_point
 from c2m3_fl.core.universe import Universe
@@ -88,9 +88,9 @@ def test_the_gradient_is_that_of_autograd(spec, block):
     point = start_point(problem, "sinkhorn", torch.Generator().manual_seed(3))
     leaves = {name: matrices.clone().requires_grad_() for name, matrices in point.items()}
     total = torch.zeros((), dtype=torch.float64)
-    for images in [Images(term, leaves) for term in problem.terms]:
-        mean = torch.einsum("n,n...->...", problem.weights, images.universe)
-        own = torch.einsum("n,n...->", problem.weights.square(), images.universe.square())
+    for mapped in [Mapped(term, leaves) for term in problem.terms]:
+        mean = torch.einsum("n,n...->...", problem.weights, mapped.universe)
+        own = torch.einsum("n,n...->", problem.weights.square(), mapped.universe.square())
         total = total + 0.5 * (mean.square().sum() - own)
     total.backward()
     universe = at_point(problem, point)
@@ -100,11 +100,11 @@ def test_the_gradient_is_that_of_autograd(spec, block):
 
 
 @each_spec
-def test_images_at_matrices_and_at_permutations_agree(spec):
+def test_mapped_tensors_at_matrices_and_at_permutations_agree(spec):
     _, problem = make(spec)
     perms = random_perms(spec)
     nearly = {name: 0.5 * matrices for name, matrices in start_point(problem, perms, None).items()}  # no permutations
-    for hard, soft in zip(at_perms(problem, perms).images, at_point(problem, nearly).images, strict=True):
+    for hard, soft in zip(at_perms(problem, perms).mapped, at_point(problem, nearly).mapped, strict=True):
         for mask, (left, right) in enumerate(zip(hard.maps, soft.maps, strict=True)):
             torch.testing.assert_close(0.5 ** mask.bit_count() * left, right)
 
@@ -115,8 +115,8 @@ def test_the_universe_is_the_action_of_the_permutations(spec):
     perms = random_perms(spec)
     moved = [permutation.apply(spec, perm, node) for perm, node in zip(perms, nodes, strict=True)]
     there = Problem.of(spec, moved, problem.weights)
-    for images, expected in zip(at_perms(problem, perms).images, there.terms, strict=True):
-        assert torch.equal(images.universe, expected.value)
+    for mapped, expected in zip(at_perms(problem, perms).mapped, there.terms, strict=True):
+        assert torch.equal(mapped.universe, expected.value)
 
 
 @each_spec
@@ -131,7 +131,7 @@ def test_the_course_is_the_segment_between_point_and_vertex(spec, block, step_si
     others, before = moved.others(block), moved.objective()
     course = moved.course(block, others, vertex)
     moved.advance(block, others, vertex, step_size)
-    for left, right in zip(moved.images, expected.images, strict=True):
+    for left, right in zip(moved.mapped, expected.mapped, strict=True):
         for one, other in zip(left.maps, right.maps, strict=True):
             torch.testing.assert_close(one, other)
     for left, right in zip(moved.means, expected.means, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from c2m3_fl.core.describe import coverage
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import apply, random
 from c2m3_fl.network.exporting import as_inputs
 from c2m3_fl.symmetry.discover import derive

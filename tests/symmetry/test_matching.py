@@ -8,8 +8,8 @@ from torch import Tensor
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.core.frank_wolfe import match
 from c2m3_fl.core.line_search import best_step
+from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.spec import Params, PermutationSpec

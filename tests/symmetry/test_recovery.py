@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import apply, random
 from c2m3_fl.core.spec import Params, PermutationSpec
 from tests.benchmarks import recovery

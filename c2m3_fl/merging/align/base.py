@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.frank_wolfe import Match
 from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.result import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.align.activations import Features, two_sided_features, unit_features

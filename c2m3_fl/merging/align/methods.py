@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from c2m3_fl.core.pairwise import merge_many, pairwise_matching
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.result import Callback

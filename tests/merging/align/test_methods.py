@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.state_dicts import order_by_weight
 from c2m3_fl.errors import CalibrationError

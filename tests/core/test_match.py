@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.frank_wolfe import match
+from c2m3_fl.core.match import match
 from c2m3_fl.core.spec import Group, PermutationSpec, TensorSpec
 from c2m3_fl.errors import ConfigError, ParamsError, SpecError, WeightsError
 from tests.core.networks import ALL, attention, convolutional, draws, mlp, on, pairwise_agreement, planted, recurrent
@@ -25,8 +25,9 @@ def same(left, right):
 @pytest.mark.parametrize("start", STARTS)
 def test_ascent_is_monotone_and_ends_at_permutations(spec, start):
     nodes = draws(spec, 4, seed=5)
-    steps = []
-    result = match(spec, nodes, start=start, callback=steps.append)
+    told = []
+    result = match(spec, nodes, start=start, callback=told.append)
+    steps = [step for step in told if not step.trial]
     for perm in result.permutations:
         permutation.validate(spec, perm)
     climbed = torch.tensor(result.objectives, dtype=torch.float64).diff() >= -1e-12 * abs(result.objectives[-1])
@@ -35,7 +36,14 @@ def test_ascent_is_monotone_and_ends_at_permutations(spec, start):
     assert result.objectives[-1] == pytest.approx(pairwise_agreement(spec, nodes, result.permutations, [0.25] * 4))
     assert [step.step for step in steps] == list(range(1, len(result.objectives)))
     assert 0 <= result.steps < len(result.objectives)
-    assert all(step.gap >= 0 and 0 < step.step_size <= 1 and 0 <= step.share_moved <= 1 for step in steps)
+    for step in told:
+        assert step.gain >= 0
+        assert 0 < step.step_size <= 1
+        assert 0 <= step.share_moved <= 1
+        assert step.nodes == 4
+    assert all(step.gap >= 0 for step in steps[: result.steps])
+    assert all(step.gap is None for step in steps[result.steps :])
+    assert [step.work for step in told] == sorted(step.work for step in told)
     assert [step.objective for step in steps] == list(result.objectives[1:])
 
 
