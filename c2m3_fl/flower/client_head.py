@@ -16,7 +16,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
-from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
@@ -29,7 +28,7 @@ from c2m3_fl.merging.recalibrate.label_sums import LabelSums, pool_sums, read_su
 from c2m3_fl.merging.recalibrate.last_layer import last_layer, with_head
 from c2m3_fl.merging.recalibrate.reliability import BINS, Reliability, pool_reliability, quality
 from c2m3_fl.merging.reports import HeadReport, Recalibrated, RecalibrationReport
-from c2m3_fl.network.program import Program, trace
+from c2m3_fl.network.program import Program
 from c2m3_fl.network.rows import weight_matrix
 
 Answer = TypeVar("Answer")
@@ -85,27 +84,26 @@ def resolve_head(head: Head | str | None) -> Head | None:
     raise ConfigError(f"head is {head!r}, expected 'labels', Head(...) or None")
 
 
-def check_head(model: nn.Module, inputs: tuple[Tensor, ...], options: Head) -> None:
+def check_head(program: Program, params: Params, options: Head) -> None:
     """Raise `CalibrationError` where a model has no last layer that can be fitted to labels within `max_bytes`.
 
     Parameters
     ----------
-    model : nn.Module
-        The architecture; not mutated.
-    inputs : tuple of Tensor
-        Example inputs to trace it with.
+    program : Program
+        The traced network.
+    params : mapping of str to Tensor
+        Its state dict.
     options : Head
         Says how many bytes a client may be asked for.
     """
-    _Wire.of(trace(model, inputs), model.state_dict(), options)
+    _Wire.of(program, params, options)
 
 
 def head_by_clients(
     options: Head,
     grid: Grid,
     nodes: Sequence[int],
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
+    program: Program,
     merged: Params,
     *,
     equally: bool = False,
@@ -120,15 +118,13 @@ def head_by_clients(
         Where the clients are.
     nodes : sequence of int
         Whom to ask, in a stable order.
-    model : nn.Module
-        The architecture; not mutated.
-    inputs : tuple of Tensor
-        Example inputs to trace it with.
+    program : Program
+        The traced network.
     merged : mapping of str to Tensor
         State dict of the model to be deployed; not mutated.
     equally : bool
         Whether every client counts the same, for strategies that ignore weights. Otherwise every example does, but
-        a client at most as ten times the clients' median.
+        a client at most as ten times the clients' median number.
 
     Raises
     ------
@@ -136,7 +132,6 @@ def head_by_clients(
         When the outputs are not class scores, no client gives a usable answer, or labels cannot be predicted.
     """
     start = time.perf_counter()
-    program = trace(model, inputs)
     wire = _Wire.of(program, merged, options)
     query = {"arrays": from_params(merged)}
     sums, dropped = _ask(options, grid, nodes, "sums", query, wire.read_sums)

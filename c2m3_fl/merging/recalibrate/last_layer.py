@@ -101,13 +101,20 @@ def labelled_inputs(
             walk.advance(operator.index)
             rows = walk.value(operator.input)
             scores = walk.output(operator)
-            yield rows, scores, _labels(batch, scores), mask
+            yield rows, scores, class_labels(batch, scores), mask
 
 
-def _labels(batch: Batch, scores: Tensor) -> Tensor:
+def class_labels(batch: Batch, scores: Tensor) -> Tensor:
+    """Class indices of a batch, on the device of its scores (batch, classes).
+
+    Raises
+    ------
+    CalibrationError
+        When there are none, not one per row of scores, or out of range.
+    """
     if batch.labels is None:
         unread = f": what follows the inputs, {batch.unread}, is not one class index for each" if batch.unread else ""
-        raise CalibrationError(f"batch {batch.index} has no labels{unread}; a head needs batches (inputs, labels)")
+        raise CalibrationError(f"batch {batch.index} has no labels{unread}; expected batches (inputs, labels)")
     labels = batch.labels.to(scores.device).long()
     if len(scores) != len(labels):
         raise CalibrationError(f"batch {batch.index}: {len(scores)} rows of scores for {len(labels)} labels")

@@ -1,0 +1,204 @@
+"""Whether another network may replace the aggregate: by paired losses, and so that no single voter decides for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError
+from c2m3_fl.merging.recalibrate.client_outliers import capped
+from c2m3_fl.merging.recalibrate.last_layer import class_labels
+from c2m3_fl.network.calibration import Batch
+from c2m3_fl.network.program import Program, Walk
+
+_FAR = 10.0  # times the median size of the gains: what counts of a larger one
+_DEVIATIONS = 2.0  # standard errors by which a gain on labelled data must be positive
+_LIKELIHOOD = "negative log-likelihood"
+_LEAST = 2  # voters: each of them must gain where the other is left out
+
+
+@dataclass(frozen=True)
+class Vote:
+    """Losses of the candidates at one voter.
+
+    Attributes
+    ----------
+    losses : mapping of str to float
+        By candidate; smaller is better. Candidates that it did not answer for, or not with a finite number, are
+        missing.
+    weight : float
+        Positive and finite.
+    """
+
+    losses: Mapping[str, float]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One of the networks that were compared.
+
+    Attributes
+    ----------
+    name : str
+        Short name.
+    loss : float, optional
+        Weighted mean over the voters that answered; None where none did.
+    gain : float, optional
+        Weighted mean of aggregate's loss - own loss over the voters that answered for both; None for the aggregate.
+    robust_gain : float, optional
+        The smallest such mean when any one voter is left out; None with fewer than two.
+    voters : int
+        How many answered for both; of labelled data the number of examples.
+    """
+
+    name: str
+    loss: float | None
+    gain: float | None
+    robust_gain: float | None
+    voters: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which network shall be deployed, and on what evidence.
+
+    Attributes
+    ----------
+    chosen : str
+        Short name of the candidate.
+    reason : str
+        Why.
+    key : str
+        The metric that was compared; "" where nothing was.
+    candidates : tuple of Judged
+        The aggregate first.
+    judged : bool
+        Whether there was a comparison at all; otherwise the aggregate is chosen.
+    """
+
+    chosen: str
+    reason: str
+    key: str
+    candidates: tuple[Judged, ...]
+    judged: bool
+
+
+def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> Verdict:
+    """Replace the aggregate by the candidate of largest robust gain, if that is positive.
+
+    A candidate's pooled paired gain must stay positive when any one voter is left out. One voter that lies can
+    therefore veto a candidate but not install it: without its answers the others' pooled gain would have to be
+    positive. With two voters both must gain. One voter alone decides nothing, and the aggregate stays.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Candidates, the aggregate first.
+    votes : sequence of Vote
+        A vote counts in a comparison if it has both losses. Gains count up to ten times their median size, weights up
+        to ten times their median.
+    key : str
+        What was compared, for the reason.
+    """
+    found = tuple(_judged(name, names[0], votes) for name in names)
+    gains = {each.name: each.robust_gain for each in found if each.robust_gain is not None}
+    aggregate = names[0]
+    if not gains:
+        most = max((each.voters for each in found[1:]), default=0)
+        reason = f"{most} voters answered for {aggregate!r} and another candidate, expected at least {_LEAST}"
+        return Verdict(aggregate, f"{reason}: {aggregate!r} stays", key, found, judged=False)
+    best = max(gains, key=gains.__getitem__)
+    if not gains[best] > 0:
+        reason = f"no candidate lowers {key!r} of {aggregate!r} whichever voter is left out (best: {best!r}"
+        return Verdict(aggregate, f"{reason}, {gains[best]:.3g})", key, found, judged=True)
+    reason = f"it lowers {key!r} of {aggregate!r} by at least {gains[best]:.3g} whichever voter is left out"
+    return Verdict(best, reason, key, found, judged=True)
+
+
+def _judged(name: str, aggregate: str, votes: Sequence[Vote]) -> Judged:
+    heard = [vote for vote in votes if name in vote.losses]
+    told = sorted((vote.losses[name], vote.weight) for vote in heard)
+    loss = _mean([each for each, _ in told], capped([weight for _, weight in told])) if told else None
+    if name == aggregate:
+        return Judged(name, loss, None, None, len(heard))
+    pairs = sorted(
+        (vote.losses[aggregate] - vote.losses[name], vote.weight) for vote in heard if aggregate in vote.losses
+    )
+    pairs = [(gain, weight) for gain, weight in pairs if math.isfinite(gain)]
+    if not pairs:
+        return Judged(name, loss, None, None, 0)
+    gains, weights = _clipped([gain for gain, _ in pairs]), capped([weight for _, weight in pairs])
+    robust = None
+    if len(pairs) >= _LEAST:
+        rest = [[index for index in range(len(pairs)) if index != left_out] for left_out in range(len(pairs))]
+        robust = min(_mean([gains[index] for index in kept], [weights[index] for index in kept]) for kept in rest)
+    return Judged(name, loss, _mean(gains, weights), robust, len(pairs))
+
+
+def _clipped(gains: Sequence[float]) -> list[float]:
+    sizes = sorted(abs(gain) for gain in gains if gain)
+    bound = _FAR * sizes[(len(sizes) - 1) // 2] if sizes else 0.0  # the lower median of an even number
+    return [max(-bound, min(bound, gain)) for gain in gains]
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    total = math.fsum(weight / max(weights) for weight in weights)
+    shares = [weight / max(weights) / total for weight in weights]
+    return sum(share * value for share, value in zip(shares, values, strict=True))
+
+
+def judge_by_labels(programs: Sequence[Program], candidates: Mapping[str, Params], batches: Sequence[Batch]) -> Verdict:
+    """Judge by labelled data that the server holds, and that no candidate was fitted to (see `split_batches`).
+
+    The aggregate is replaced by the candidate of largest robust gain in negative log-likelihood, if that is positive:
+    the mean over the examples less two standard errors.
+
+    Parameters
+    ----------
+    programs : sequence of Program
+        The traced network, one per batch.
+    candidates : mapping of str to Params
+        State dicts by name, the aggregate first.
+    batches : sequence of Batch
+        With labels.
+
+    Raises
+    ------
+    CalibrationError
+        When labels are missing or out of range, or the outputs are not class scores.
+    """
+    names = list(candidates)
+    losses = {name: _likelihoods(programs, params, batches) for name, params in candidates.items()}
+    aggregate = losses[names[0]]
+    found, count = [Judged(names[0], float(aggregate.mean()), None, None, len(aggregate))], len(aggregate)
+    for name in names[1:]:
+        gains = aggregate - losses[name]
+        robust = float(gains.mean() - _DEVIATIONS * gains.std() / count**0.5) if count > 1 else None
+        found.append(Judged(name, float(losses[name].mean()), float(gains.mean()), robust, count))
+    sure = {each.name: each.robust_gain for each in found if each.robust_gain is not None and each.robust_gain > 0}
+    if not sure:
+        reason = f"no candidate lowers the loss of {names[0]!r} on {count} labelled examples beyond chance"
+        return Verdict(names[0], reason, _LIKELIHOOD, tuple(found), judged=count > 1)
+    best = max(sure, key=sure.__getitem__)
+    reason = f"it lowers the loss of {names[0]!r} on {count} labelled examples by at least {sure[best]:.3g}"
+    return Verdict(best, reason, _LIKELIHOOD, tuple(found), judged=True)
+
+
+def _likelihoods(programs: Sequence[Program], params: Params, batches: Sequence[Batch]) -> Tensor:
+    """Negative log-likelihood of every example's label."""
+    found = []
+    with torch.no_grad():
+        for program, batch in zip(programs, batches, strict=True):
+            outputs = Walk(program, params, batch).finish()
+            scores = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
+            if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[1] < 2:
+                raise CalibrationError("the network's output is not one tensor of class scores, (batch, classes)")
+            labels = class_labels(batch, scores)
+            found.append(-scores.double().log_softmax(1).gather(1, labels[:, None])[:, 0])
+    return torch.cat(found)
