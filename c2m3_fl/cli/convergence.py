@@ -9,7 +9,9 @@ from c2m3_fl.core.result import Step
 
 
 def draw_convergence(steps: Sequence[Step], file: Path) -> None:
-    """Agreement, duality gap and step size against the steps that a callback has collected.
+    """Agreement, duality gap or gain, and step size against the steps that a callback has collected.
+
+    Steps of reheatings that were tried are left out; one that gained is a step of its own.
 
     Parameters
     ----------
@@ -24,14 +26,19 @@ def draw_convergence(steps: Sequence[Step], file: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
+    steps = [step for step in steps if not step.trial]
     numbers = [step.step for step in steps]
     figure, panels = plt.subplots(3, 1, figsize=(6.4, 6.4), sharex=True, layout="constrained")
     panels[0].plot(numbers, [step.objective for step in steps], ".-", color="#0072B2")
     panels[0].set_ylabel("agreement")
-    positive = [(step.step, step.gap) for step in steps if step.gap > 0]
-    if positive:
-        panels[1].semilogy(*zip(*positive, strict=True), ".-", color="#D55E00")
-    panels[1].set_ylabel("relative gap")
+    gaps = [(step.step, step.gap) for step in steps if step.gap is not None and step.gap > 0]
+    gains = [(step.step, step.gain) for step in steps if step.gain > 0]
+    for points, mark, colour, label in ((gaps, ".-", "#D55E00", "gap before"), (gains, "x", "#009E73", "gain")):
+        if points:
+            panels[1].semilogy(*zip(*points, strict=True), mark, color=colour, label=label)
+    panels[1].set_ylabel("relative to the scale")
+    if gaps or gains:
+        panels[1].legend(frameon=False)
     panels[2].plot(numbers, [step.step_size for step in steps], ".", color="#333333", label="step size")
     panels[2].plot(numbers, [step.share_moved for step in steps], "-", color="#CC79A7", label="share of units moved")
     panels[2].set(xlabel="step", ylim=(-0.02, 1.05))

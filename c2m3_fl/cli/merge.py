@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -20,6 +18,7 @@ from c2m3_fl.cli.convergence import draw_convergence
 from c2m3_fl.cli.curves import draw_agreement
 from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
 from c2m3_fl.core.basis import fit
+from c2m3_fl.core.progress import Estimate
 from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError
 from c2m3_fl.merging.align.methods import METHODS, CycleConsistent, MergeStart, resolve_method
@@ -71,6 +70,7 @@ def merge(
     if start != "auto" and method != "c2m3":
         raise ConfigError(f"--start is for method 'c2m3', which {method!r} is not")
     steps: list[Step] = []
+    estimate = Estimate(CycleConsistent.tolerance)
     network, example = load_network(model, classes)
     nodes = [load_params(file) for file in files]
     for file, node in zip(files, nodes, strict=True):
@@ -88,8 +88,9 @@ def merge(
 
         def tell(step: Step) -> None:
             steps.append(step)
-            text = f"step {step.step}, agreement {step.objective:.5g}, gap {step.gap:.0e}"
-            progress.update(task, description=text, completed=_share_done(steps))
+            left = f"gain {step.gain:.0e}" if step.gap is None else f"gap {step.gap:.0e}"
+            text = f"{'reheating, ' if step.trial else ''}step {step.step}, agreement {step.objective:.5g}, {left}"
+            progress.update(task, description=text, completed=estimate.add(step))
 
         inputs = first_inputs(images, _example(example, size_of(example, image_size)) if images is None else None)
         spec = permutation_spec(network, inputs)
@@ -129,12 +130,6 @@ def merge(
 def _example(given: ExampleInputs | None, size: int) -> ExampleInputs:
     """Inputs to trace with where there are no images: the factory's own, or an image of the stated size."""
     return torch.zeros(2, 3, size, size) if given is None else given
-
-
-def _share_done(steps: Sequence[Step], tolerance: float = CycleConsistent.tolerance) -> float:
-    """How far the gap has once fallen from its first value to the tolerance, in orders of magnitude."""
-    first, last = max(steps[0].gap, 2 * tolerance), max(tolerance, min(step.gap for step in steps))
-    return math.log(first / min(first, last)) / math.log(first / tolerance)
 
 
 def _print(merged: Merge, report: dict[str, Any], output: Path) -> None:

@@ -24,7 +24,7 @@ from c2m3_fl.core.spec import Group, PermutationSpec
 from c2m3_fl.core.terms import Term
 from c2m3_fl.core.universe import Universe
 
-_TAIL = 0.1  # sweeps go on below the tolerance: their gains shrink slowly and add up
+TAIL = 0.1  # sweeps go on below the tolerance: their gains shrink slowly and add up
 _ROUNDING = 4  # gains below this many units of rounding are no improvement
 
 
@@ -54,7 +54,7 @@ def climb(
         Those of the course, continued with one for every sweep.
     """
     ascent = BlockAscent(universe, pool)
-    problem, objectives, least = universe.problem, list(course.objectives), _TAIL * limits.tolerance
+    problem, objectives, least = universe.problem, list(course.objectives), TAIL * limits.tolerance
     soft = not ascent.at_vertex
     moves = soft or (limits.polish and not (course.still and course.gap <= least))
     while moves:

@@ -1,11 +1,11 @@
-"""Bringing the replies of a round into one basis: what the current and the legacy strategy share."""
+"""Bring the replies of a round into one basis: shared by the current and the legacy dialect."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from logging import DEBUG, WARNING
+from logging import WARNING
 from typing import Literal, TypeVar
 
 import torch
@@ -17,11 +17,12 @@ from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.basis import Fit, bounded_weights, closest, fit, into_basis
 from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import Permutation
-from c2m3_fl.core.result import Match, Step
+from c2m3_fl.core.result import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.memory import Memory
+from c2m3_fl.flower.progress import MatchLog
 
 Mode = Literal["joint", "separate"]
 Basis = Literal["global", "largest", "client"] | int
@@ -29,7 +30,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
-class Alignment:
+class RoundMatch:
     """The replies of a round in one basis.
 
     Attributes
@@ -44,6 +45,8 @@ class Alignment:
         Agreement before and after the match.
     gap : float
         Relative duality gap where the solver stopped; the largest one when replies are aligned separately.
+    gain : float
+        What the solver's last step, sweep or reheating gained; the largest one when replies are aligned separately.
     steps : int
         Steps of the solver.
     seconds : float
@@ -57,6 +60,7 @@ class Alignment:
     fit: Fit
     objectives: tuple[float, float]
     gap: float
+    gain: float
     steps: int
     seconds: float
     on_cpu: bool
@@ -74,6 +78,7 @@ class _Found:
     moves: Sequence[Permutation]
     objectives: tuple[float, float]
     gap: float
+    gain: float
     steps: int
 
 
@@ -124,7 +129,7 @@ class Aligner:
 
     def align(
         self, nodes: Sequence[int], params: Sequence[Params], weights: Sequence[float], sent: Params
-    ) -> Alignment:
+    ) -> RoundMatch:
         """Bring the replies of `nodes` into one basis, and remember it.
 
         Parameters
@@ -151,7 +156,9 @@ class Aligner:
         aligned = tuple(_moved(self.spec, move, reply) for move, reply in zip(moves, params, strict=True))
         fits = fit(self.spec, aligned, weights)
         seconds = time.perf_counter() - started
-        return Alignment(aligned, tuple(moves), fits, found.objectives, found.gap, found.steps, seconds, on_cpu)
+        return RoundMatch(
+            aligned, tuple(moves), fits, found.objectives, found.gap, found.gain, found.steps, seconds, on_cpu
+        )
 
     def own_basis(self, node: int, params: Params) -> Params:
         """The global model in the basis in which a node was last found."""
@@ -175,7 +182,7 @@ class Aligner:
         located = [_moved(self.spec, start, reply) for start, reply in zip(starts, params, strict=True)]
         pulls = bounded_weights(self.spec, located, weights)
         found = self._match(located, pulls)
-        numbers = ((found.objectives[0], found.objectives[-1]), found.gap, found.steps)
+        numbers = ((found.objectives[0], found.objectives[-1]), found.gap, found.gain, found.steps)
         universe = [_moved(self.spec, perm, reply) for perm, reply in zip(found.permutations, located, strict=True)]
         onto = self._into(sent, weighted_mean(universe, pulls))
         maps = [permutation.compose(onto, perm) for perm in found.permutations]
@@ -192,7 +199,8 @@ class Aligner:
         ]
         before, after = (sum(each.objectives[end] for each in found) for end in (0, -1))
         moves = [permutation.compose(each.between(0, 1), start) for each, start in zip(found, starts, strict=True)]
-        return _Found(moves, (before, after), max(each.gap for each in found), sum(each.steps for each in found))
+        gap, gain = max(each.gap for each in found), max(each.gain for each in found)
+        return _Found(moves, (before, after), gap, gain, sum(each.steps for each in found))
 
     def _match(self, nodes: Sequence[Params], weights: Sequence[float] | None) -> Match:
         return match(
@@ -201,7 +209,7 @@ class Aligner:
             weights=weights,
             max_steps=self.max_steps,
             tolerance=self.tolerance,
-            callback=_tell,
+            callback=MatchLog(self.tolerance),
         )
 
     def _into(self, sent: Params, params: Params) -> dict[str, Tensor]:
@@ -234,12 +242,6 @@ def with_cpu_fallback(compute: Callable[[torch.device], Value], device: torch.de
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return compute(torch.device("cpu")), True
-
-
-def _tell(step: Step) -> None:
-    """A log line for every step of a match."""
-    text = "\t> match: step %d, agreement %.6g, gap %.1e, step size %.2f, %.0f %% of units moved"
-    log(DEBUG, text, step.step, step.objective, step.gap, step.step_size, 100 * step.share_moved)
 
 
 def _moved(spec: PermutationSpec, perm: Permutation, params: Params) -> Params:

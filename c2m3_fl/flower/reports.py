@@ -8,20 +8,21 @@ from logging import DEBUG, ERROR, INFO, WARNING
 from flwr.serverapp.strategy import Result
 from flwr.supercore import log
 
-from c2m3_fl.flower.aligner import Alignment
+from c2m3_fl.flower.aligner import RoundMatch
 from c2m3_fl.merging.reports import RecalibrationReport
 
 Numbers = dict[str, float | int | list[float] | list[int]]
 KEPT = "c2m3-kept-previous"  # the metric that says whether a round left the global model as it was
 
 
-def aligned_numbers(nodes: Sequence[int], alignment: Alignment, odd: Sequence[int]) -> Numbers:
+def aligned_numbers(nodes: Sequence[int], alignment: RoundMatch, odd: Sequence[int]) -> Numbers:
     """The match in numbers, per round and per node."""
     moved = alignment.share_moved
     return {
         "c2m3-objective-before": alignment.objectives[0],
         "c2m3-objective-after": alignment.objectives[1],
         "c2m3-gap": alignment.gap,
+        "c2m3-gain": alignment.gain,
         "c2m3-steps": alignment.steps,
         "c2m3-share-moved": sum(moved) / len(moved),
         "c2m3-match-seconds": alignment.seconds,
@@ -34,19 +35,21 @@ def aligned_numbers(nodes: Sequence[int], alignment: Alignment, odd: Sequence[in
     }
 
 
-def report_alignment(nodes: Sequence[int], alignment: Alignment, odd: Sequence[int]) -> None:
+def report_alignment(nodes: Sequence[int], alignment: RoundMatch, odd: Sequence[int]) -> None:
     """Log the match, and every node that does not fit the others."""
     before, after = alignment.objectives
     moved = alignment.share_moved
     log(
         INFO,
-        "\t> C2M3: %d replies aligned in %.2fs: agreement %.6g -> %.6g, %.1f%% of units moved, gap %.1e after %d steps",
+        "\t> C2M3: %d replies aligned in %.2fs: agreement %.6g -> %.6g, %.1f%% of units moved, "
+        "duality gap %.1e and last gain %.1e after %d steps",
         len(nodes),
         alignment.seconds,
         before,
         after,
         100 * sum(moved) / len(moved),
         alignment.gap,
+        alignment.gain,
         alignment.steps,
     )
     for index in odd:

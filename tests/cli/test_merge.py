@@ -14,8 +14,6 @@ from typer.testing import CliRunner
 from c2m3_fl.cli.app import app
 from c2m3_fl.cli.files import load_images, load_network, load_params, size_of
 from c2m3_fl.cli.landscape import _names
-from c2m3_fl.cli.merge import _share_done
-from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError, DataError, ParamsError
 
 MODEL = "tests.cli.test_merge:network"
@@ -124,16 +122,6 @@ def test_a_match_without_a_course_says_so(files: list[str], tmp_path: Path) -> N
     assert found.exit_code == 0
     assert "c.png is not drawn: the match ended where it began" in found.stderr
     assert not (tmp_path / "c.png").exists()
-
-
-def test_a_bar_shows_how_far_the_gap_has_fallen() -> None:
-    course = [Step(number, 1.0, gap, 1.0, 0.5) for number, gap in enumerate([1e-1, 1e-2, 3e-3, 0.0], start=1)]
-    shares = [_share_done(course[: count + 1], 1e-4) for count in range(4)]
-    assert shares[0] == 0
-    assert shares == sorted(shares)
-    assert shares[1] == pytest.approx(1 / 3)
-    assert shares[-1] == pytest.approx(1)
-    assert _share_done([Step(1, 1.0, 0.0, 1.0, 0.0)], 1e-4) == pytest.approx(1)
 
 
 def test_the_report_is_also_json(files: list[str], tmp_path: Path) -> None:
