@@ -2,49 +2,148 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor, nn
 
+from c2m3_fl.core.spec import Params
+from c2m3_fl.flower.client_moments import answer_statistics
 from c2m3_fl.flower.records import from_params, to_params
-from simulations.data import derived_seed, federated_data
-from simulations.grid import PARTITION
+from simulations.data import Images, derived_seed, federated_data
 from simulations.models import build_model
+from simulations.partition_grid import PARTITION, play_partition
 from simulations.settings import Settings
-from simulations.training import default_device, train
-
-app = ClientApp()
+from simulations.training import default_device, log_probabilities, score, train
 
 _INITIALISATION, _BATCHES = 2, 3  # which of a seed's independent streams; the data use 0 and 1
+_BATCH = 250  # images that a client measures at once
 
 
-@app.train()
-def fit(message: Message, context: Context) -> Message:
-    """Train for the local epochs; the reply carries the state dict, the number of images and the last loss.
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """What one client does in one round.
 
-    With independent initialisations a client ignores what it is sent in round 1. All that is random is
-    decided by the seed, the client and the round.
+    Attributes
+    ----------
+    settings : Settings
+        The federation.
+    client : int
+        Who trains.
+    round : int
+        From 1.
+    params : mapping of str to Tensor
+        Where training starts, in the types of the network.
+    proximal : float
+        Strength of FedProx's pull towards `params`.
     """
-    settings = Settings.from_run_config(context.run_config)
-    config = message.content["config"]
-    arrays = message.content["arrays"]
+
+    settings: Settings
+    client: int
+    round: int
+    params: Params
+    proximal: float
+
+
+Trained = tuple[dict[str, Tensor], float]  # the state dict and the last epoch's loss
+Trainer = Callable[[Assignment], Trained]
+
+
+def train_locally(assignment: Assignment) -> Trained:
+    """Train for the local epochs; all that is random is decided by the seed, the client and the round."""
+    settings, client = assignment.settings, assignment.client
+    model = _network(settings).to(default_device())
+    model.load_state_dict(assignment.params)
+    images = federated_data(settings).training_share(client)
+    seed = derived_seed(settings.seed, _BATCHES, client, assignment.round)
+    loss = train(model, images, settings, seed, proximal=assignment.proximal)
+    return {name: value.cpu() for name, value in model.state_dict().items()}, loss
+
+
+def build_app(trainer: Trainer = train_locally) -> ClientApp:
+    """A client app whose clients train, evaluate and answer the server's queries for statistics.
+
+    Parameters
+    ----------
+    trainer : callable
+        Does the training; another one may remember what it did.
+    """
+    app = ClientApp(mods=[play_partition])
+    answer_statistics(app, model=_architecture, data=_own_data)
+
+    @app.train()
+    def fit(message: Message, context: Context) -> Message:
+        """The reply carries the state dict, the number of images and the last loss."""
+        settings, client = _who(context)
+        arrays, config = _read(message)
+        assignment = Assignment(
+            settings,
+            client,
+            round=_integer(config["server-round"]),
+            params=_start(settings, client, _integer(config["server-round"]), arrays),
+            proximal=float(str(config.get("proximal-mu", 0.0))),
+        )
+        params, loss = trainer(assignment)
+        count = len(federated_data(settings).training_share(client))
+        metrics = MetricRecord({"num-examples": count, "train-loss": loss})
+        return Message(RecordDict({"arrays": from_params(params), "metrics": metrics}), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        """Loss and accuracy of the network sent, on images that this client does not train on."""
+        settings, client = _who(context)
+        arrays, _ = _read(message)
+        images: Images = federated_data(settings).evaluation_share(client)
+        model = _network(settings).to(default_device())
+        found = score(log_probabilities(model, to_params(arrays), images.inputs), images.labels)
+        metrics = MetricRecord({"num-examples": len(images), "loss": found.loss, "accuracy": found.accuracy})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def _start(settings: Settings, client: int, current: int, arrays: ArrayRecord) -> Params:
+    """What a client trains: what it is sent or, with independent initialisations in round 1, its own network."""
+    if settings.initialisation == "independent" and current == 1:
+        return _network(settings, derived_seed(settings.seed, _INITIALISATION, client)).state_dict()
+    model = _network(settings)
+    model.load_state_dict(to_params(arrays))
+    return model.state_dict()
+
+
+def _network(settings: Settings, seed: int = 0) -> nn.Module:
+    data = federated_data(settings)
+    return build_model(settings, data.shape, data.classes, seed)
+
+
+def _architecture(context: Context) -> nn.Module:
+    return _network(_who(context)[0])
+
+
+def _own_data(context: Context) -> list[tuple[Tensor, Tensor]]:
+    settings, client = _who(context)
+    images = federated_data(settings).training_share(client)
+    return list(zip(torch.split(images.inputs, _BATCH), torch.split(images.labels, _BATCH), strict=True))
+
+
+def _who(context: Context) -> tuple[Settings, int]:
+    return Settings.from_run_config(context.run_config), _integer(context.node_config[PARTITION])
+
+
+def _read(message: Message) -> tuple[ArrayRecord, ConfigRecord]:
+    config, arrays = message.content["config"], message.content["arrays"]
     if not isinstance(config, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise TypeError("expected a ConfigRecord 'config' and an ArrayRecord 'arrays'")
-    client = _integer(config.get(PARTITION, context.node_config.get("partition-id", 0)))
-    current = _integer(config["server-round"])
-
-    data = federated_data(settings)
-    images = data.share(client)
-    own = derived_seed(settings.seed, _INITIALISATION, client)
-    model = build_model(settings, data.shape, data.classes, own).to(default_device())
-    if settings.initialisation == "shared" or current > 1:
-        model.load_state_dict(to_params(arrays))
-    loss = train(model, images, settings, derived_seed(settings.seed, _BATCHES, client, current))
-
-    metrics = MetricRecord({"num-examples": len(images), "train-loss": loss})
-    return Message(RecordDict({"arrays": from_params(model.state_dict()), "metrics": metrics}), reply_to=message)
+    return arrays, config
 
 
 def _integer(value: object) -> int:
     if not isinstance(value, int):
         raise TypeError(f"expected an integer, got {value!r}")
     return value
+
+
+app = build_app()

@@ -27,6 +27,9 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, rows: slice) -> Images:
+        return Images(self.inputs[rows], self.labels[rows])
+
 
 @dataclass(frozen=True)
 class FederatedData:
@@ -46,6 +49,8 @@ class FederatedData:
         Rows of `train` that the server holds, without labels; no client has them.
     test_rows : ndarray
         Rows of `test` on which every model is evaluated.
+    holdout : float
+        Share of its images that a client evaluates on and does not train on.
     """
 
     kind: Kind
@@ -55,6 +60,7 @@ class FederatedData:
     parts: tuple[Indices, ...]
     calibration_rows: Indices
     test_rows: Indices
+    holdout: float = 0.0
 
     @property
     def classes(self) -> int:
@@ -77,9 +83,26 @@ class FederatedData:
         """The test images."""
         return self._images(self.test, self.test_rows)
 
-    def share(self, client: int) -> Images:
-        """The training images of one client."""
-        return self._images(self.train, self.parts[client])
+    def training_share(self, client: int) -> Images:
+        """The images that one client trains on."""
+        return self._share(client)[0]
+
+    def evaluation_share(self, client: int) -> Images:
+        """The images that one client holds out; all of them where they are too few to hold one out."""
+        return self._share(client)[1]
+
+    def _share(self, client: int) -> tuple[Images, Images]:
+        if client not in self._decoded:
+            images = self._images(self.train, self.parts[client])
+            held = round(self.holdout * len(images))
+            first = len(images) - held
+            self._decoded[client] = (images[:first], images[first:] if held else images)
+        return self._decoded[client]
+
+    @cached_property
+    def _decoded(self) -> dict[int, tuple[Images, Images]]:
+        """Shares that were asked for, because a client trains in every round."""
+        return {}
 
     def _images(self, source: Source, rows: Indices) -> Images:
         inputs = torch.from_numpy(source.pixels(rows)).permute(0, 3, 1, 2).float() / 255
@@ -119,6 +142,7 @@ def federated_data(settings: Settings) -> FederatedData:
         parts=tuple(rows[part] for part in parts),
         calibration_rows=calibration,
         test_rows=np.arange(len(test.labels))[: settings.test_size or None],
+        holdout=settings.holdout,
     )
 
 

@@ -1,4 +1,4 @@
-"""The networks of the comparisons: MLP, small CNN, LeNet, VGG and ResNet20, for any image size and number of classes.
+"""The networks of the comparisons: MLP, small CNN, LeNet, VGG and ResNet, for any image size and number of classes.
 
 They are ordinary ``torch.nn`` code; nothing in them knows of permutations.
 """
@@ -65,8 +65,8 @@ def _build(settings: Settings, shape: Shape, classes: int) -> nn.Module:
         return lenet(shape, scaled, classes)
     if name.startswith("vgg"):
         return vgg(_VGG[name.removesuffix("-bn")], shape[0], scaled, classes, normalised=name.endswith("-bn"))
-    norm = nn.BatchNorm2d if name == "resnet20-bn" else ChannelNorm
-    return ResNet20(shape[0], scaled(16), classes, norm)
+    norm = ChannelNorm if name.endswith("-ln") else nn.BatchNorm2d
+    return ResNet(shape[0], scaled(16), classes, norm, blocks=1 if name.startswith("resnet8") else 3)
 
 
 def mlp(shape: Shape, widths: Sequence[int], classes: int) -> nn.Sequential:
@@ -147,8 +147,8 @@ class Block(nn.Module):
         return torch.relu(self.norm2(self.conv2(hidden)) + self.shortcut(images))
 
 
-class ResNet20(nn.Module):
-    """The CIFAR ResNet of twenty layers (He et al. 2016, section 4.2), with a norm of choice.
+class ResNet(nn.Module):
+    """The CIFAR ResNet of 6 blocks + 2 layers (He et al. 2016, section 4.2), with a norm of choice.
 
     Parameters
     ----------
@@ -160,9 +160,13 @@ class ResNet20(nn.Module):
         Width of the output.
     norm : callable
         From a number of channels to a norm over them.
+    blocks : int
+        Blocks of each of the three stages: 1 for ResNet8, 3 for ResNet20.
     """
 
-    def __init__(self, inputs: int, width: int, classes: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, inputs: int, width: int, classes: int, norm: Callable[[int], nn.Module], *, blocks: int = 3
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
         self.norm = norm(width)
@@ -171,7 +175,7 @@ class ResNet20(nn.Module):
             *(
                 Block(before if position == 0 else after, after, stride if position == 0 else 1, norm)
                 for before, after, stride in stages
-                for position in range(3)
+                for position in range(blocks)
             )
         )
         self.head = nn.Linear(4 * width, classes)

@@ -8,7 +8,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from c2m3_fl.errors import ConfigError
-from simulations.experiment import run_experiment
+from simulations.comparison import run_comparison
 from simulations.results import PROGRESS, RESULTS, Comparison, Round, append, save
 from simulations.settings import OUTPUT, Settings
 
@@ -30,6 +30,6 @@ def main(grid: Grid, context: Context) -> None:
         if folder is not None:
             append([scored], folder / PROGRESS)
 
-    rounds = run_experiment(grid, settings, report)
+    rounds = run_comparison(grid, settings, report)
     if folder is not None:
         save(Comparison(settings.to_run_config(), rounds), folder / RESULTS)

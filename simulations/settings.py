@@ -15,12 +15,20 @@ from c2m3_fl.errors import ConfigError
 
 Value = str | int | float
 
-TITLES = {  # the strategies that can be run, and what they are called in tables and pictures
+TITLES = {  # the functions of simulations/strategies.py, and what tables and pictures call them
     "fedavg": "FedAvg",
     "fedavgm": "FedAvgM",
+    "fedadam": "FedAdam",
+    "fedprox": "FedProx",
     "fedmedian": "FedMedian",
+    "feddf": "FedDF",
     "c2m3": "C2M3",
+    "c2m3+default": "C2M3, default",
     "c2m3+repair": "C2M3 + REPAIR",
+    "c2m3+refit": "C2M3 + refit",
+    "c2m3-fedavgm": "C2M3 (FedAvgM)",
+    "c2m3-fedadam": "C2M3 (FedAdam)",
+    "c2m3-fedprox": "C2M3 (FedProx)",
 }
 OUTPUT = "output"  # a run-config key of the app that decides nothing: where the server writes its results
 
@@ -60,7 +68,18 @@ class Settings:
     model: str = _option(
         "mlp",
         "network",
-        choices=("mlp", "cnn", "lenet", "vgg11", "vgg11-bn", "vgg16", "vgg16-bn", "resnet20-bn", "resnet20-ln"),
+        choices=(
+            "mlp",
+            "cnn",
+            "lenet",
+            "vgg11",
+            "vgg11-bn",
+            "vgg16",
+            "vgg16-bn",
+            "resnet8-bn",
+            "resnet20-bn",
+            "resnet20-ln",
+        ),
     )
     hidden_widths: str = _option("256,256", "hidden widths of the MLP, separated by commas")
     width: float = _option(1.0, "factor on the channels of convolutional networks", above=0)
@@ -80,6 +99,9 @@ class Settings:
     momentum: float = _option(0.9, "momentum of SGD", at_least=0, at_most=1)
     weight_decay: float = _option(0.0, "weight decay of the clients", at_least=0)
     batch_size: int = _option(32, "batch size of the clients", at_least=1)
+    holdout: float = _option(
+        0.0, "share of its images that a client evaluates on and does not train on", at_least=0, at_most=0.5
+    )
     strategy: str = _option("fedavg,c2m3,c2m3+repair", "strategies to run one after the other, separated by commas")
     calibration_size: int = _option(200, "unlabelled training images kept by the server for REPAIR", at_least=1)
     seed: int = _option(0, "seed of partition, initialisations and batches", at_least=0)

@@ -1,31 +1,142 @@
-"""The strategies that a comparison can run, by name."""
+"""The strategies of the comparisons and the experiments: one function per name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from flwr.serverapp.strategy import FedAvg, FedAvgM, FedMedian, Strategy
-from torch import nn
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, Strategy
+from torch import Tensor, nn
 
 from c2m3_fl.flower.strategy import C2M3
 from simulations.data import FederatedData
+from simulations.distillation import FedDF
 from simulations.settings import TITLES, check_choice
 
-_STOCK: dict[str, Callable[..., Strategy]] = {"fedavg": FedAvg, "fedavgm": FedAvgM, "fedmedian": FedMedian}
+
+@dataclass(frozen=True, eq=False)
+class Server:
+    """What the server of a federation has.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The architecture.
+    calibration : list of Tensor
+        Unlabelled images.
+    clients : int
+        How many clients there are; all of them train in every round.
+    """
+
+    model: nn.Module
+    calibration: list[Tensor]
+    clients: int
+
+    @property
+    def everyone(self) -> dict[str, Any]:
+        """Options of Flower's strategies: train on all clients, leave evaluation to the server."""
+        return {"fraction_evaluate": 0.0, "min_train_nodes": self.clients, "min_available_nodes": self.clients}
+
+
+def fedavg(server: Server) -> FedAvg:
+    """McMahan et al. 2017."""
+    return FedAvg(**server.everyone)
+
+
+def fedavgm(server: Server) -> FedAvgM:
+    """Server momentum: Hsu et al. 2019."""
+    return FedAvgM(**server.everyone, server_momentum=0.5)
+
+
+def fedadam(server: Server) -> FedAdam:
+    """Adam on the server: Reddi et al. 2021."""
+    return FedAdam(**server.everyone, eta=0.01)
+
+
+def fedprox(server: Server) -> FedProx:
+    """Clients are pulled towards the model they were sent: Li et al. 2020."""
+    return FedProx(**server.everyone, proximal_mu=0.1)
+
+
+def fedmedian(server: Server) -> FedMedian:
+    """Coordinate-wise median: Yin et al. 2018."""
+    return FedMedian(**server.everyone)
+
+
+def feddf(server: Server) -> FedDF:
+    """Distil the clients' ensemble into their average: Lin et al. 2020."""
+    return FedDF(model=server.model, inputs=server.calibration, **server.everyone)
+
+
+def c2m3(server: Server) -> C2M3:
+    """Alignment alone: the server has no data, nothing is recalibrated."""
+    return C2M3(fedavg(server), model=server.model, example_inputs=server.calibration[0][:2])
+
+
+def c2m3_default(server: Server) -> C2M3:
+    """The one line of the README."""
+    return C2M3(fedavg(server), model=server.model, calibration=server.calibration)
+
+
+def c2m3_repair(server: Server) -> C2M3:
+    """REPAIR on the server's images."""
+    return C2M3(fedavg(server), model=server.model, calibration=server.calibration, recalibrate="repair")
+
+
+def c2m3_refit(server: Server) -> C2M3:
+    """Refit on the server's images."""
+    return C2M3(fedavg(server), model=server.model, calibration=server.calibration, recalibrate="refit")
+
+
+def c2m3_fedavgm(server: Server) -> C2M3:
+    """The default around FedAvgM."""
+    return C2M3(fedavgm(server), model=server.model, calibration=server.calibration)
+
+
+def c2m3_fedadam(server: Server) -> C2M3:
+    """The default around FedAdam."""
+    return C2M3(fedadam(server), model=server.model, calibration=server.calibration)
+
+
+def c2m3_fedprox(server: Server) -> C2M3:
+    """The default around FedProx."""
+    return C2M3(fedprox(server), model=server.model, calibration=server.calibration)
+
+
+STRATEGIES: Mapping[str, Callable[[Server], Strategy]] = {
+    "fedavg": fedavg,
+    "fedavgm": fedavgm,
+    "fedadam": fedadam,
+    "fedprox": fedprox,
+    "fedmedian": fedmedian,
+    "feddf": feddf,
+    "c2m3": c2m3,
+    "c2m3+default": c2m3_default,
+    "c2m3+repair": c2m3_repair,
+    "c2m3+refit": c2m3_refit,
+    "c2m3-fedavgm": c2m3_fedavgm,
+    "c2m3-fedadam": c2m3_fedadam,
+    "c2m3-fedprox": c2m3_fedprox,
+}
 
 
 def build_strategy(name: str, model: nn.Module, data: FederatedData) -> Strategy:
-    """The strategy `name`, training on all clients and leaving evaluation to the server.
+    """The strategy `name` for a federation.
+
+    Parameters
+    ----------
+    name : str
+        One of `STRATEGIES`.
+    model : nn.Module
+        The architecture.
+    data : FederatedData
+        Who holds which images.
 
     Raises
     ------
     ConfigError
-        For a name that is not among `TITLES`.
+        For another name.
     """
     check_choice("strategy", name, tuple(TITLES))
-    clients = len(data.parts)
-    wrapped = _STOCK.get(name, FedAvg)(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
-    if name in _STOCK:
-        return wrapped
-    calibration = data.calibration if name == "c2m3+repair" else None
-    return C2M3(wrapped, model=model, example_inputs=data.calibration[0][:2], calibration=calibration)
+    return STRATEGIES[name](Server(model, data.calibration, len(data.parts)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,16 +27,30 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def train(model: nn.Module, images: Images, settings: Settings, seed: int) -> float:
+def train(model: nn.Module, images: Images, settings: Settings, seed: int, *, proximal: float = 0.0) -> float:
     """Train `model` in place for the local epochs of the settings; mean loss of the last epoch.
 
-    The order of the batches is decided by `seed` alone. A last batch of one image is left out: it has no
-    batch statistics.
+    A last batch of one image is left out: it has no batch statistics.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Trained in place.
+    images : Images
+        What it is trained on.
+    settings : Settings
+        Optimiser, batches and epochs.
+    seed : int
+        Decides the order of the batches.
+    proximal : float
+        FedProx's µ: half of it times the squared distance to the start is added to every batch's loss
+        (Li et al. 2020, equation 2), but not to the loss that is returned.
     """
     device = next(model.parameters()).device
     inputs, labels = images.inputs.to(device), images.labels.to(device)
     generator = torch.Generator().manual_seed(seed)
     optimiser = _optimiser(model, settings)
+    start = [value.detach().clone() for value in model.parameters()]
     model.train()
     total = torch.zeros((), device=device)
     steps = 0
@@ -48,9 +62,18 @@ def train(model: nn.Module, images: Images, settings: Settings, seed: int) -> fl
             optimiser.zero_grad()
             loss = nn.functional.cross_entropy(model(inputs[rows]), labels[rows])
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            if proximal:
+                _pull(model, start, proximal)
             optimiser.step()
             total, steps = total + loss.detach(), steps + 1
     return float(total / max(steps, 1))
+
+
+def _pull(model: nn.Module, start: Sequence[Tensor], proximal: float) -> None:
+    """Add the gradient of the proximal term."""
+    for value, before in zip(model.parameters(), start, strict=True):
+        if value.grad is not None:
+            value.grad.add_(value.detach() - before, alpha=proximal)
 
 
 def _optimiser(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:

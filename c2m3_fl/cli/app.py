@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _COMMANDS = {  # a command is the function of that name in the module of that name
     "barrier": "Draw how much worse the networks between two given ones are.",
     "compare": "Compare strategies on one simulated federation: table, JSON and picture.",
+    "experiment": "Measure a written-down experiment, or the rest of it, and draw it.",
     "inspect": "Show what may be permuted in a network, and what may not and why.",
     "landscape": "Draw the loss across the plane through three networks.",
     "merge": "Merge files of weights into one, with a report of what was done.",

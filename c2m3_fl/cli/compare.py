@@ -16,9 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from c2m3_fl.errors import ConfigError
-from simulations.presets import PRESETS
-from simulations.results import PROGRESS, RESULTS, Comparison, Round, load, read_lines, save
-from simulations.settings import TITLES, Settings, Value, check_choice
+
+try:
+    from simulations.presets import PRESETS
+    from simulations.results import PROGRESS, RESULTS, Comparison, Round, load, read_lines, save
+    from simulations.settings import TITLES, Settings, Value, check_choice
+except ModuleNotFoundError as error:
+    if error.name != "simulations":
+        raise
+    message = "compare needs a checkout of the repository: the wheel holds c2m3_fl alone, not the package 'simulations'"
+    raise ConfigError(message) from error
 
 _ENGINES = ("serial", "flwr")
 _WIDE = 120  # columns of a table that goes to a file or a log
@@ -68,13 +75,13 @@ def _serial(runs: list[Settings], report: Report, verbose: bool) -> tuple[Round,
     """All runs in this process."""
     from c2m3_fl.flower.serial_grid import SerialGrid
     from simulations.client_app import app
-    from simulations.experiment import run_experiment
+    from simulations.comparison import run_comparison
 
     rounds: list[Round] = []
     with _flower_log(logging.NOTSET if verbose else logging.ERROR):  # after the imports: one of them sets the level
         for settings in runs:
             grid = SerialGrid(app, settings.clients, run_config=settings.to_run_config())
-            rounds += run_experiment(grid, settings, report)
+            rounds += run_comparison(grid, settings, report)
     return tuple(rounds)
 
 

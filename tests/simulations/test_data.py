@@ -29,9 +29,23 @@ def test_sizes_are_those_asked_for():
     assert data.shape == (1, 16, 16)
 
 
+def test_what_a_client_holds_out_it_does_not_train_on():
+    whole, split = federated_data(Settings(clients=2)), federated_data(Settings(clients=2, holdout=0.2))
+    for client in range(2):
+        parts = [split.training_share(client), split.evaluation_share(client)]
+        assert len(parts[1]) == round(0.2 * len(whole.parts[client]))
+        joined = torch.cat([part.inputs for part in parts])
+        assert torch.equal(joined, whole.training_share(client).inputs)
+
+
+def test_a_client_that_holds_nothing_out_evaluates_on_all_its_images():
+    data = federated_data(Settings(clients=2))
+    assert torch.equal(data.training_share(1).inputs, data.evaluation_share(1).inputs)
+
+
 def test_pixels_are_standardised():
     data = federated_data(Settings(clients=2))
-    pixels = torch.cat([data.share(client).inputs for client in range(2)])
+    pixels = torch.cat([data.training_share(client).inputs for client in range(2)])
     assert abs(float(pixels.mean())) < 0.02
     assert abs(float(pixels.std()) - 1) < 0.02
 

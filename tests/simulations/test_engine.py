@@ -13,7 +13,7 @@ import pytest
 from c2m3_fl.errors import SimulationError
 from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations import client_app, engine
-from simulations.experiment import run_experiment
+from simulations.comparison import run_comparison
 from simulations.results import PROGRESS, RESULTS, load, read_lines
 from simulations.settings import OUTPUT, Settings
 
@@ -69,7 +69,7 @@ def test_flowers_engine_measures_what_the_serial_one_does_and_leaves_nothing_beh
     assert not home.exists()
 
     grid = SerialGrid(client_app.app, SETTINGS.clients, run_config=SETTINGS.to_run_config())
-    expected = run_experiment(grid, SETTINGS, lambda _scored: None)
+    expected = run_comparison(grid, SETTINGS, lambda _scored: None)
     found = load(tmp_path / RESULTS).rounds
     for one, two in zip(_summary(found), _summary(expected), strict=True):
         assert one[:2] == two[:2]

@@ -13,7 +13,7 @@ import pytest
 
 from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations import client_app
-from simulations.experiment import run_experiment
+from simulations.comparison import run_comparison
 from simulations.presets import PRESETS
 from simulations.settings import Settings
 
@@ -36,7 +36,7 @@ def _means(**options) -> Means:
     for seed in SEEDS:
         settings = Settings(**{**PRESETS["mnist"], **options, "seed": seed})
         grid = SerialGrid(client_app.app, settings.clients, run_config=settings.to_run_config())
-        rounds += run_experiment(grid, settings, lambda _scored: None)
+        rounds += run_comparison(grid, settings, lambda _scored: None)
     accuracies = [mean(e.accuracy for e in rounds if e.strategy == name) for name in ("fedavg", "c2m3", "c2m3+repair")]
     return Means(*accuracies, mean(e.mean_client for e in rounds), mean(e.best_client for e in rounds))
 

@@ -16,6 +16,7 @@ MODELS = {  # name: number of permutation groups that a reader of the network wo
     "vgg11-bn": 8,
     "vgg16": 13,
     "vgg16-bn": 13,
+    "resnet8-bn": 6,
     "resnet20-bn": 12,  # one per block, and one residual stream per stage
     "resnet20-ln": 12,
 }

@@ -58,6 +58,7 @@ def test_strategies_are_listed_once_and_in_order():
         ("alpha", float("nan"), "expected a finite number"),
         ("alpha", "high", "'high', expected a number"),
         ("momentum", 1.5, "expected at most 1"),
+        ("holdout", 0.6, "expected at most 0.5"),
         ("learning-rate", -0.1, "expected more than 0"),
         ("hidden-widths", "256,-1", "expected positive integers"),
         ("hidden-widths", "wide", "expected positive integers"),

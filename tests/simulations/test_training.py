@@ -46,6 +46,27 @@ def test_a_batch_of_one_is_left_to_no_batch_norm():
     assert math.isfinite(train(model, Images(torch.rand(9, 1, 8, 8), torch.arange(9)), settings, seed=0))
 
 
+def test_the_proximal_term_has_the_gradient_of_half_the_squared_distance():
+    # one batch of plain SGD per epoch: the second step starts away from the start, where the term pulls
+    settings = Settings(hidden_widths="16", local_epochs=2, momentum=0.0, batch_size=500, learning_rate=0.1)
+    images, proximal = federated_data(SETTINGS).held_out, 0.7
+    pulled, expected = _model(), _model()
+    train(pulled, images, settings, seed=0, proximal=proximal)
+
+    start = [value.detach().clone() for value in expected.parameters()]
+    optimiser = torch.optim.SGD(expected.parameters(), 0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        distance = sum(
+            ((value - before) ** 2).sum() for value, before in zip(expected.parameters(), start, strict=True)
+        )
+        loss = torch.nn.functional.cross_entropy(expected(images.inputs), images.labels)
+        (loss + proximal / 2 * distance).backward()
+        optimiser.step()
+    for one, two in zip(pulled.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_score_counts_hits_and_averages_the_surprise():
     predicted = torch.log(torch.tensor([[0.7, 0.3], [0.4, 0.6], [0.9, 0.1], [0.2, 0.8]]))
     result = score(predicted, torch.tensor([0, 1, 1, 1]))

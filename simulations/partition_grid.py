@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import SimulationError
+from c2m3_fl.flower.records import to_params
 
 PARTITION = "partition-id"
 
@@ -18,7 +21,7 @@ class PartitionGrid(Grid):
 
     Simulated clients keep nothing between rounds, so a SuperNode can play several of them: Flower starts two
     unless told otherwise, and a comparison must not depend on that, nor on the random node ids and order of
-    replies. Replies come back in the order of the clients, and are kept until the next round.
+    replies. Replies come back in the order of the clients, and what they trained is kept until the next round.
 
     Parameters
     ----------
@@ -29,7 +32,7 @@ class PartitionGrid(Grid):
     """
 
     def __init__(self, grid: Grid, clients: int) -> None:
-        self.replies: tuple[Message, ...] = ()
+        self.networks: tuple[Params, ...] = ()
         self._grid = grid
         self._clients = clients
 
@@ -69,7 +72,8 @@ class PartitionGrid(Grid):
         Raises
         ------
         SimulationError
-            When a client raised or did not answer: a comparison without it would mislead.
+            When a client that was to train raised or did not answer: a comparison without it would mislead. Other
+            messages go to clients that may refuse them.
         """
         nodes = sorted(self._grid.get_node_ids())
         if not nodes:
@@ -77,29 +81,50 @@ class PartitionGrid(Grid):
         sent = [_outgoing(message, nodes) for message in messages]
         if not sent:
             return []
+        training = all(message.metadata.message_type == MessageType.TRAIN for message in sent)
         answers = [_incoming(reply) for reply in self._grid.send_and_receive(sent, timeout=timeout)]
-        answers.sort(key=lambda reply: reply.metadata.src_node_id)
-        for reply in answers:
-            if reply.has_error():
-                raise SimulationError(f"client {reply.metadata.src_node_id - 1} failed: {reply.error.reason}")
-        if len(answers) < len(sent):
-            raise SimulationError(f"{len(sent) - len(answers)} of {len(sent)} clients did not answer")
-        self.replies = tuple(answers)
-        return self.replies
+        answers.sort(key=lambda reply: (reply.metadata.src_node_id, reply.metadata.group_id))
+        if training:
+            check_answers(answers, len(sent))
+            self.networks = networks(answers)
+        return answers
+
+
+def networks(answers: Sequence[Message]) -> tuple[Params, ...]:
+    """The state dicts that replies carry, read before a strategy gets them: FedMedian empties their records."""
+    return tuple(to_params(record) for reply in answers for record in reply.content.array_records.values())
+
+
+def check_answers(answers: Sequence[Message], expected: int) -> None:
+    """Raise `SimulationError` when a client failed, or fewer than expected answered."""
+    failed = [reply for reply in answers if reply.has_error()]
+    if failed:
+        first = min(failed, key=lambda reply: reply.metadata.src_node_id)
+        raise SimulationError(f"client {first.metadata.src_node_id - 1} failed: {first.error.reason}")
+    if len(answers) < expected:
+        raise SimulationError(f"{expected - len(answers)} of {expected} clients did not answer")
+
+
+def play_partition(message: Message, context: Context, call: ClientAppCallable) -> Message:
+    """Let a client app play the partition that the message names; a mod for `ClientApp`."""
+    told = message.content.pop(PARTITION, None)
+    if isinstance(told, ConfigRecord):
+        context.node_config[PARTITION] = int(str(told[PARTITION]))
+    return call(message, context)
 
 
 def _outgoing(message: Message, nodes: list[int]) -> Message:
-    """The same content to a SuperNode, the partition in its config, the client's id as its group."""
+    """The same content to a SuperNode, with the partition it is to play; the group says which client that is."""
     client = message.metadata.dst_node_id
-    records = dict(message.content)
-    config = records.get("config")
-    known = dict(config) if isinstance(config, ConfigRecord) else {}
-    records["config"] = ConfigRecord({**known, PARTITION: client - 1})
+    records = {**message.content, PARTITION: ConfigRecord({PARTITION: client - 1})}
     node = nodes[(client - 1) % len(nodes)]
-    return Message(RecordDict(records), node, message.metadata.message_type, group_id=str(client))
+    group = f"{client}/{message.metadata.group_id}"
+    return Message(RecordDict(records), node, message.metadata.message_type, group_id=group)
 
 
 def _incoming(reply: Message) -> Message:
     """The reply, as if the client's id were the SuperNode's."""
-    reply.metadata.__dict__["_src_node_id"] = int(reply.metadata.group_id)
+    client, _, group = reply.metadata.group_id.partition("/")
+    reply.metadata.__dict__["_src_node_id"] = int(client)
+    reply.metadata.__dict__["_group_id"] = group
     return reply

@@ -10,9 +10,9 @@ from flwr.app import ConfigRecord
 from c2m3_fl.errors import SimulationError
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
-from simulations import client_app, experiment
-from simulations.grid import PartitionGrid
+from simulations import client_app, comparison
 from simulations.models import build_model
+from simulations.partition_grid import PartitionGrid
 from simulations.results import Comparison, append, load, read_lines, save
 from simulations.settings import Settings
 
@@ -21,7 +21,7 @@ SETTINGS = Settings(hidden_widths="48,48", clients=3, rounds=2, partition="diric
 
 def _run(settings, nodes=None, report=lambda _scored: None):
     grid = SerialGrid(client_app.app, nodes or settings.clients, run_config=settings.to_run_config())
-    return experiment.run_experiment(grid, settings, report)
+    return comparison.run_comparison(grid, settings, report)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,11 @@ def test_every_round_of_every_strategy_is_there_in_order(rounds):
     assert [(each.strategy, each.round) for each in rounds] == [
         (name, number) for name in ("fedavg", "c2m3", "c2m3+repair") for number in (1, 2)
     ]
+
+
+def test_a_strategy_that_empties_the_replies_leaves_the_clients_to_be_scored(rounds):
+    (median, *_) = _run(replace(SETTINGS, strategy="fedmedian", rounds=1))
+    assert median.clients == rounds[0].clients
 
 
 def test_rounds_are_reported_as_they_happen(rounds):
@@ -84,7 +89,7 @@ def _replies(settings, number):
     model = build_model(settings, (1, 8, 8), 10, seed=0)
     zeros = from_params({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
     grid = Keeper(SerialGrid(client_app.app, settings.clients, run_config=settings.to_run_config()), settings.clients)
-    strategy = experiment.build_strategy("fedavg", model, experiment.federated_data(settings))
+    strategy = comparison.build_strategy("fedavg", model, comparison.federated_data(settings))
     sent = list(strategy.configure_train(number, zeros, ConfigRecord(), grid))
     list(grid.send_and_receive(sent))
     return kept
@@ -107,8 +112,8 @@ def test_independent_clients_start_from_different_weights():
     assert not torch.allclose(two, three)
 
 
-def test_a_failing_client_ends_the_experiment(monkeypatch):
-    def broken(*_args):
+def test_a_failing_client_ends_the_comparison(monkeypatch):
+    def broken(*_args, **_options):
         raise MemoryError("no more")
 
     monkeypatch.setattr(client_app, "train", broken)
@@ -117,9 +122,9 @@ def test_a_failing_client_ends_the_experiment(monkeypatch):
 
 
 def test_results_come_back_from_json(tmp_path, rounds):
-    comparison = Comparison(SETTINGS.to_run_config(), rounds)
-    save(comparison, tmp_path / "results.json")
-    assert load(tmp_path / "results.json") == comparison
+    stored = Comparison(SETTINGS.to_run_config(), rounds)
+    save(stored, tmp_path / "results.json")
+    assert load(tmp_path / "results.json") == stored
     row = json.loads((tmp_path / "results.json").read_text())["rounds"][0]
     assert row["best_client"] == max(row["clients"])
 

@@ -12,8 +12,8 @@ from flwr.serverapp import Grid
 from c2m3_fl.errors import SimulationError
 from c2m3_fl.flower.records import from_params, to_params
 from simulations.data import derived_seed, federated_data
-from simulations.grid import PartitionGrid
 from simulations.models import build_model
+from simulations.partition_grid import PartitionGrid
 from simulations.results import Round
 from simulations.settings import Settings
 from simulations.strategies import build_strategy
@@ -24,7 +24,7 @@ Report = Callable[[Round], None]
 _SERVER_MODEL = 4  # which of the seed's independent streams initialises the server's model
 
 
-def run_experiment(grid: Grid, settings: Settings, report: Report) -> tuple[Round, ...]:
+def run_comparison(grid: Grid, settings: Settings, report: Report) -> tuple[Round, ...]:
     """All strategies of the settings, one after the other, from the same seeds and partitions.
 
     Parameters
@@ -76,11 +76,7 @@ class _Examiner:
             return None
         images = self._data.held_out
         merged = score(log_probabilities(self._model, to_params(arrays), images.inputs), images.labels)
-        predictions = [
-            log_probabilities(self._model, to_params(record), images.inputs)
-            for reply in self._grid.replies
-            for record in reply.content.array_records.values()
-        ]
+        predictions = [log_probabilities(self._model, params, images.inputs) for params in self._grid.networks]
         now = time.perf_counter()
         scored = Round(
             strategy=self._strategy,

@@ -7,22 +7,29 @@ from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.errors import SimulationError
 from c2m3_fl.flower.serial_grid import SerialGrid
-from simulations.grid import PARTITION, PartitionGrid
+from simulations.partition_grid import PARTITION, PartitionGrid, play_partition
 
 CLIENTS = 5
 
 
 def _app(fails: int | None = None) -> ClientApp:
     """Answers with the partition that it was asked to play."""
-    app = ClientApp()
+    app = ClientApp(mods=[play_partition])
 
     @app.train()
-    def train(message: Message, _context: Context) -> Message:
-        partition = message.content["config"][PARTITION]
+    def train(message: Message, context: Context) -> Message:
+        partition = context.node_config[PARTITION]
         if partition == fails:
             raise ValueError("out of patience")
         metrics = MetricRecord({"num-examples": 1, "partition": partition})
         return Message(RecordDict({"arrays": ArrayRecord(), "metrics": metrics}), reply_to=message)
+
+    @app.query("share")
+    def share(message: Message, context: Context) -> Message:
+        if context.node_config[PARTITION] == fails:
+            raise ValueError("no answer")
+        records = [*message.content, str(context.node_config[PARTITION])]
+        return Message(RecordDict({"heard": ConfigRecord({"records": records})}), reply_to=message)
 
     return app
 
@@ -33,7 +40,7 @@ def _answers(nodes: int, fails: int | None = None, transit=None) -> list[tuple[i
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=CLIENTS, min_available_nodes=CLIENTS)
     sent = strategy.configure_train(1, ArrayRecord(), ConfigRecord({"lr": 0.1}), grid)
     replies = list(grid.send_and_receive(sent))
-    assert tuple(replies) == grid.replies
+    assert len(grid.networks) == CLIENTS
     return [(reply.metadata.src_node_id, reply.content["metrics"]["partition"]) for reply in replies]
 
 
@@ -52,6 +59,30 @@ def test_what_the_strategy_sends_is_not_changed():
     message = grid.create_message(RecordDict({"arrays": ArrayRecord(), "config": config}), "train", 3, "")
     list(grid.send_and_receive([message]))
     assert (dict(config), message.metadata.dst_node_id) == ({"server-round": 1}, 3)
+
+
+def _query(grid: PartitionGrid, groups: str) -> list[Message]:
+    asked = [
+        grid.create_message(RecordDict({"question": ConfigRecord()}), "query.share", client + 1, group)
+        for client in range(CLIENTS)
+        for group in groups
+    ]
+    return list(grid.send_and_receive(asked))
+
+
+def test_a_query_reaches_the_client_it_is_for_and_comes_back_with_its_group():
+    answers = _query(PartitionGrid(SerialGrid(_app(), 2, transit=lambda replies: replies[::-1]), CLIENTS), "ab")
+    assert [(each.metadata.src_node_id, each.metadata.group_id) for each in answers] == [
+        (client + 1, group) for client in range(CLIENTS) for group in "ab"
+    ]
+    assert [each.content["heard"]["records"] for each in answers] == [
+        ["question", str(client)] for client in range(CLIENTS) for _ in "ab"
+    ]
+
+
+def test_a_client_may_refuse_a_query():
+    answers = _query(PartitionGrid(SerialGrid(_app(fails=1), CLIENTS), CLIENTS), "a")
+    assert [each.has_error() for each in answers] == [False, True, False, False, False]
 
 
 def test_a_client_that_raises_ends_the_run_with_its_reason():

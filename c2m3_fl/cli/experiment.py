@@ -1,0 +1,116 @@
+"""``c2m3-fl experiment``: a written-down experiment, measured where it is not yet measured, and drawn."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from c2m3_fl.errors import ConfigError
+
+try:
+    import simulations
+    from simulations.design import Design, load_design, names
+    from simulations.ledger import Measurement, load
+    from simulations.runner import Watch, result_file, run_design
+    from simulations.settings import TITLES
+except ModuleNotFoundError as error:
+    if error.name != "simulations":
+        raise
+    message = (
+        "experiment needs a checkout of the repository: the wheel holds c2m3_fl alone, not the package 'simulations'"
+    )
+    raise ConfigError(message) from error
+
+_FOLDER = Path(simulations.__file__).parent
+_WIDE = 120  # columns of what goes to a file or a log
+
+
+def experiment(
+    name: Annotated[str, typer.Argument(help=f"Which one: {', '.join(names())}.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The reduced form, for a look and for tests.")] = False,
+    seeds: Annotated[str, typer.Option(help="Seeds in place of the experiment's own, separated by commas.")] = "",
+    workers: Annotated[int, typer.Option(help="Processes, with one thread each.", min=1)] = 2,
+    output: Annotated[Path, typer.Option(help="Folder for NAME.json, NAME.md and NAME.png.")] = _FOLDER / "results",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is already measured.")] = False,
+    draw: Annotated[bool, typer.Option("--draw", help="Only draw, from NAME.json.")] = False,
+) -> None:
+    """Run an experiment of simulations/experiments, or the rest of it after it was ended."""
+    design = load_design(name, quick=quick, seeds=_seeds(seeds))
+    console = Console(width=None if sys.stdout.isatty() else _WIDE)
+    if not draw:
+        console.print(f"{design.title}: {len(design.cells)} cells x {len(design.seeds)} seeds, {workers} workers")
+        with _progress(console) as watch:
+            run_design(design, output, workers=workers, fresh=fresh, watch=watch)
+    _draw(design, output, console)
+
+
+def _draw(design: Design, output: Path, console: Console) -> None:
+    """Tables and picture beside the JSON, and the tables in the page where they are this checkout's results."""
+    from simulations import grid_pictures, grid_tables
+
+    file = result_file(design, output)
+    record = load(file)
+    table, picture = file.with_suffix(".md"), file.with_suffix(".png")
+    written = grid_tables.markdown(record)
+    table.write_text(written)
+    grid_pictures.draw(record, picture)
+    readme = output.parent / "README.md"
+    if output.resolve() == (_FOLDER / "results").resolve() and readme.exists():
+        readme.write_text(grid_tables.page(readme.read_text(), design.name, written))
+    for meaning, path in (("results", file), ("tables", table), ("picture", picture)):
+        console.print(f"{meaning:>8}: {path.resolve()}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Watch]:
+    """A bar over all measurements, a line for each one that is made, and the estimated rest."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("starting", total=None)
+        seen: set[str] = set()
+        before, since = -1, time.monotonic()
+
+        def watch(found: Sequence[Measurement], total: int) -> None:
+            nonlocal before
+            if before < 0:  # what an earlier run has left
+                before = len(found)
+                seen.update(each.key for each in found)
+            rest = _rest(len(found) - before, total - len(found), time.monotonic() - since)
+            for each in found:
+                if each.key not in seen:
+                    seen.add(each.key)
+                    progress.console.print(_line(each, len(found), total, rest), highlight=False, soft_wrap=True)
+            progress.update(bar, total=total, completed=len(found), description=rest)
+
+        yield watch
+
+
+def _line(each: Measurement, done: int, total: int, rest: str) -> str:
+    accuracy = each.accuracy[-1] if each.accuracy[-1] is not None else float("nan")
+    return (
+        f"{done}/{total}  {', '.join(each.cell.values())}, seed {each.seed}  {TITLES[each.method]}  "
+        f"accuracy {accuracy:.3f}  ({each.seconds:.1f} s; {rest})"
+    )
+
+
+def _rest(done: int, left: int, seconds: float) -> str:
+    """Remaining time, from the mean of what this run has measured."""
+    if done == 0:
+        return "remaining time not known yet"
+    minutes, seconds = divmod(round(left * seconds / done), 60)
+    return f"about {minutes:.0f}:{seconds:02.0f} min left"
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+    except ValueError as error:
+        raise ConfigError(f"seeds is {text!r}, expected integers separated by commas, such as '0,1,2'") from error

@@ -1,0 +1,129 @@
+"""An experiment as Markdown, from its record alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from statistics import mean
+
+from simulations.ledger import Measurement, Record
+from simulations.settings import TITLES
+from simulations.verdict import Pair, accuracies, at, cells, compare, losses, methods, spread
+
+Labels = Mapping[str, str]
+
+
+def markdown(record: Record) -> str:
+    """Accuracy and loss of every method on every cell, the acceptance rule, and where the numbers come from."""
+    everywhere, somewhere = _split(record)
+    parts = [
+        _caption(record),
+        "Accuracy after the last round:",
+        _table(record, everywhere, _accuracy),
+        f"{_title(record, 'judged')} against {_title(record, 'baseline')}, paired over seeds:",
+        _rule(record),
+        "Gain over FedAvg, mean and least over seeds:",
+        _table(record, [name for name in everywhere if name != _named(record, "baseline")], _gains(record)),
+        "Loss after the last round:",
+        _table(record, everywhere, _loss),
+        "The last round's clients:",
+        _table(record, [_named(record, "baseline")], _clients),
+    ]
+    if somewhere:
+        parts += ["Strategies that run on some cells only, accuracy:", _table(record, somewhere, _accuracy)]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(text: str, name: str, table: str) -> str:
+    """A page with the table in place of what stands between the marks of that name; unchanged without them."""
+    begin, end = f"<!-- results: {name} -->", f"<!-- end: {name} -->"
+    if begin not in text or end not in text:
+        return text
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n\n{table}\n{end}{rest.split(end, 1)[1]}"
+
+
+def _split(record: Record) -> tuple[list[str], list[str]]:
+    """Methods that ran on all cells, and the others."""
+    everything, where = methods(record), cells(record)
+    full = [name for name in everything if all(at(record, cell, name) for cell in where)]
+    return full, [name for name in everything if name not in full]
+
+
+def _table(record: Record, names: Sequence[str], write: Callable[[tuple[Measurement, ...]], str]) -> str:
+    where = [cell for cell in cells(record) if any(at(record, cell, name) for name in names)]
+    axes = list(where[0])
+    rows = [[*axes, *(TITLES.get(name, name) for name in names)], ["---"] * (len(axes) + len(names))]
+    rows += [[*(cell[axis] for axis in axes), *(write(at(record, cell, name)) for name in names)] for cell in where]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _accuracy(found: tuple[Measurement, ...]) -> str:
+    return spread(accuracies(found)) if found else ""
+
+
+def _loss(found: tuple[Measurement, ...]) -> str:
+    values = losses(found)
+    return "" if not found else spread(values) if all(map(isfinite, values)) else "not finite"
+
+
+def _clients(found: tuple[Measurement, ...]) -> str:
+    if not found:
+        return ""
+    return (
+        f"mean {mean(mean(each.clients) for each in found):.3f}, best {mean(max(each.clients) for each in found):.3f}, "
+        f"ensemble {mean(each.ensemble for each in found):.3f}"
+    )
+
+
+def _gains(record: Record) -> Callable[[tuple[Measurement, ...]], str]:
+    def write(found: tuple[Measurement, ...]) -> str:
+        pair = compare(record, found[0].cell, found[0].method, _named(record, "baseline")) if found else None
+        return "" if pair is None else f"{pair.mean:+.3f} ({pair.least:+.3f})"
+
+    return write
+
+
+def _rule(record: Record) -> str:
+    """The acceptance rule, cell by cell, and how often it holds."""
+    where = cells(record)
+    axes = list(where[0])
+    rows = [[*axes, "mean", "least", "loss ratio", "accepted"], ["---"] * (len(axes) + 4)]
+    verdicts = []
+    for cell in where:
+        pair = compare(record, cell, _named(record, "judged"), _named(record, "baseline"))
+        if pair is None:
+            continue
+        verdicts.append(pair)
+        ratio = f"{pair.loss_ratio:.3f}" if isfinite(pair.loss_ratio) else "not finite"
+        rows.append([*(cell[axis] for axis in axes), f"{pair.mean:+.3f}", f"{pair.least:+.3f}", ratio, _verdict(pair)])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    accepted = sum(not pair.broken for pair in verdicts)
+    return f"{table}\n\nThe rule (mean ≥ −.01, every seed ≥ −.03, loss ≤ 1.05) holds on {accepted} of {len(verdicts)}."
+
+
+def _verdict(pair: Pair) -> str:
+    return f"no: {', '.join(pair.broken)}" if pair.broken else "yes"
+
+
+def _named(record: Record, key: str) -> str:
+    design = record.about["design"]
+    return str(design[key]) if isinstance(design, Mapping) else ""
+
+
+def _title(record: Record, key: str) -> str:
+    return TITLES.get(_named(record, key), _named(record, key))
+
+
+def _caption(record: Record) -> str:
+    seeds = sorted({each.seed for each in record.measurements})
+    measured, machine = record.about["measured"], record.about["machine"]
+    date = str(measured["to"])[:10] if isinstance(measured, Mapping) else ""
+    cores = machine["cores"] if isinstance(machine, Mapping) else "?"
+    name, seconds = str(record.about["name"]), float(str(record.about["seconds"]))
+    command = f"{name.removesuffix('-quick')} --quick" if name.endswith("-quick") else name
+    return (
+        f"{record.about['title']}. Seeds {', '.join(map(str, seeds))}; {date}; {cores} cores; "
+        f"{seconds / 60:.0f} minutes of one core. `c2m3-fl experiment {command} --draw` writes these tables from "
+        f"`simulations/results/{name}.json`."
+    )

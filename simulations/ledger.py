@@ -1,0 +1,181 @@
+"""What an experiment measured: one line per method, cell and seed while it runs, one JSON file in the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from c2m3_fl.errors import DataError
+
+_PACKAGES = ("c2m3-fl", "flwr", "torch", "numpy", "scipy")
+_SEQUENCES = ("accuracy", "loss", "clients", "moved")  # fields that JSON holds as lists
+_DIGITS = 5  # significant ones that are kept of an accuracy or a loss
+
+Number = float | None  # None where a loss is not finite, which JSON cannot hold
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One method on one cell from one seed.
+
+    Attributes
+    ----------
+    cell : mapping of str to str
+        The cell's level on every axis.
+    seed : int
+        Of data, initialisations and batches.
+    method : str
+        A name of `simulations.settings.TITLES`.
+    accuracy, loss : tuple of float
+        Of the model that the strategy returned, on the test images, round by round.
+    clients : tuple of float
+        Accuracy of every client's reply in the last round.
+    ensemble : float
+        Accuracy of their mean probabilities.
+    metrics : mapping
+        The strategy's own numbers in the last round.
+    moved : tuple of float
+        Share of units that moved, round by round; empty for strategies without alignment.
+    trained : int
+        Local trainings that no earlier method of the cell had already done.
+    seconds : float
+        Wall-clock time, their training included.
+    date : str
+        When it ended, in UTC.
+    key : str
+        Digest of the settings and the method: a changed experiment does not take it for its own.
+    """
+
+    cell: Mapping[str, str]
+    seed: int
+    method: str
+    accuracy: tuple[Number, ...]
+    loss: tuple[Number, ...]
+    clients: tuple[float, ...]
+    ensemble: float
+    metrics: Mapping[str, Number] = field(default_factory=dict)
+    moved: tuple[float, ...] = ()
+    trained: int = 0
+    seconds: float = 0.0
+    date: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished experiment.
+
+    Attributes
+    ----------
+    about : mapping
+        Configuration, versions, dates and machine.
+    measurements : tuple of Measurement
+        In the order of the design.
+    """
+
+    about: Mapping[str, object]
+    measurements: tuple[Measurement, ...]
+
+
+def finite(value: float) -> Number:
+    """The number at the precision that is kept; None where it is not finite."""
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+
+
+def now() -> str:
+    """Date and time in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def append(measurement: Measurement, file: Path) -> None:
+    """Add one line with one write, so that processes may share the file and a kill leaves no half lines before it."""
+    line = json.dumps(asdict(measurement), separators=(",", ":")) + "\n"
+    target = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        if _torn(file):
+            line = "\n" + line
+        os.write(target, line.encode())
+        os.fsync(target)
+    finally:
+        os.close(target)
+
+
+def _torn(file: Path) -> bool:
+    """Whether the file ends within a line."""
+    with file.open("rb") as stream:
+        stream.seek(0, os.SEEK_END)
+        if stream.tell() == 0:
+            return False
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) != b"\n"
+
+
+def read_lines(file: Path) -> tuple[Measurement, ...]:
+    """Measurements that `append` has completely written; none while there is no file."""
+    if not file.exists():
+        return ()
+    found = []
+    for line in file.read_text().splitlines():
+        try:
+            found.append(_measurement(json.loads(line)))
+        except (ValueError, TypeError, KeyError):  # half a line, written when the machine went down
+            continue
+    return tuple(found)
+
+
+def save(record: Record, file: Path) -> None:
+    """Write as JSON, one line per measurement, in one step: a reader never sees half a file."""
+    rows = ",\n".join("  " + json.dumps(asdict(each), separators=(",", ":")) for each in record.measurements)
+    text = json.dumps(dict(record.about), indent=1)[:-2] + ',\n "measurements": [\n' + rows + "\n ]\n}\n"
+    beside = file.with_suffix(".partial")
+    beside.write_text(text)
+    beside.replace(file)
+
+
+def load(file: Path) -> Record:
+    """Read what `save` wrote.
+
+    Raises
+    ------
+    DataError
+        When there is no such file.
+    """
+    if not file.exists():
+        raise DataError(f"{file} does not exist: run the experiment before drawing it")
+    stored = json.loads(file.read_text())
+    rows = stored.pop("measurements")
+    return Record(stored, tuple(_measurement(row) for row in rows))
+
+
+def surroundings() -> dict[str, object]:
+    """Versions and machine, for the record."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "machine": {"cores": os.cpu_count(), "architecture": platform.machine()},
+    }
+
+
+def ordered(measurements: Sequence[Measurement], keys: Sequence[str]) -> tuple[Measurement, ...]:
+    """The measurement of every key, in the order of the keys."""
+    known = {each.key: each for each in measurements}
+    return tuple(known[key] for key in keys if key in known)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _measurement(row: Mapping[str, Any]) -> Measurement:
+    known: dict[str, Any] = {name: row[name] for name in Measurement.__dataclass_fields__}
+    return Measurement(**{**known, **{name: tuple(known[name]) for name in _SEQUENCES}})

@@ -1,0 +1,197 @@
+"""One cell of an experiment: all its methods as the real strategies, on clients whose training is remembered.
+
+A strategy that only deploys a corrected model sends its clients what FedAvg sends them, so most methods of a cell ask
+for the same local trainings. A training is decided by the client, the round and the model that was sent: done once,
+it serves all methods that ask for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord
+from flwr.serverapp.strategy import Result
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import digest
+from c2m3_fl.errors import SimulationError
+from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.serial_grid import SerialGrid
+from simulations.client_app import Assignment, Trained, Trainer, build_app, train_locally
+from simulations.data import FederatedData, derived_seed, federated_data
+from simulations.ledger import Measurement, finite, now
+from simulations.models import build_model
+from simulations.partition_grid import check_answers, networks
+from simulations.settings import Settings
+from simulations.strategies import build_strategy
+from simulations.training import Score, ensemble, log_probabilities, score
+
+SERVER_MODEL = 4  # which of the seed's independent streams initialises the server's model
+_MOVED = "c2m3-share-moved"
+
+
+@dataclass(eq=False)
+class Memory:
+    """A trainer that remembers what it did.
+
+    Attributes
+    ----------
+    trainer : callable
+        Does what is not known.
+    trained : int
+        How often it did.
+    """
+
+    trainer: Trainer = train_locally
+    trained: int = 0
+    _known: dict[tuple[object, ...], Trained] = field(default_factory=dict)
+
+    def __call__(self, assignment: Assignment) -> Trained:
+        """The state dict that the training ends with, and its loss."""
+        who = (assignment.settings, assignment.client, assignment.round, assignment.proximal)
+        key = (*who, digest(assignment.params))
+        if key not in self._known:
+            self._known[key] = self.trainer(assignment)
+            self.trained += 1
+        return self._known[key]
+
+
+def key_of(settings: Settings, method: str) -> str:
+    """Digest of all that decides a measurement but the code."""
+    decided = {name: value for name, value in settings.to_run_config().items() if name != "strategy"}
+    return hashlib.sha256(json.dumps([decided, method], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_cell(
+    labels: dict[str, str],
+    settings: Settings,
+    methods: Sequence[str],
+    report: Callable[[Measurement], None],
+    *,
+    trainer: Trainer | None = None,
+) -> None:
+    """Run all methods on one federation.
+
+    Parameters
+    ----------
+    labels : dict of str to str
+        What the cell is called.
+    settings : Settings
+        The federation, its seed included.
+    methods : sequence of str
+        Names of strategies.
+    report : callable
+        Gets every measurement as soon as it is made.
+    trainer : callable, optional
+        Trains the clients; by default a `Memory` that all methods share.
+
+    Raises
+    ------
+    C2M3Error
+        When the data are missing, the settings do not fit them, or a client failed to train.
+    """
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    memory = Memory() if trainer is None else trainer
+    examiner = _Examiner(settings)
+    for method in methods:
+        before, since = getattr(memory, "trained", 0), time.perf_counter()
+        found = _run_method(settings, method, memory, examiner)
+        report(
+            Measurement(
+                cell=labels,
+                seed=settings.seed,
+                method=method,
+                accuracy=tuple(finite(each.accuracy) for each in found.scores),
+                loss=tuple(finite(each.loss) for each in found.scores),
+                clients=found.clients,
+                ensemble=found.ensemble,
+                metrics=_numbers(found.result),
+                moved=_moved(found.result),
+                trained=getattr(memory, "trained", 0) - before,
+                seconds=round(time.perf_counter() - since, 2),
+                date=now(),
+                key=key_of(settings, method),
+            )
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    result: Result
+    scores: tuple[Score, ...]
+    clients: tuple[float, ...]
+    ensemble: float
+
+
+def _run_method(settings: Settings, method: str, trainer: Trainer, examiner: _Examiner) -> _Found:
+    data = federated_data(settings)
+    model = build_model(settings, data.shape, data.classes, derived_seed(settings.seed, SERVER_MODEL))
+    strategy = build_strategy(method, model, data)
+    last: list[Params] = []
+
+    def keep(answers: list[Message]) -> Iterable[Message]:
+        if answers and all(each.metadata.message_type == MessageType.TRAIN for each in answers):
+            answers = sorted(answers, key=lambda reply: reply.metadata.src_node_id)
+            check_answers(answers, settings.clients)
+            last[:] = networks(answers)
+            return _in_order(answers)
+        return answers
+
+    grid = SerialGrid(build_app(trainer), settings.clients, run_config=settings.to_run_config(), transit=keep)
+    scores: list[Score] = []
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round == 0:
+            return None
+        scores.append(examiner.score(to_params(arrays)))
+        return MetricRecord({"accuracy": scores[-1].accuracy, "loss": scores[-1].loss})
+
+    result = strategy.start(grid, from_params(model.state_dict()), settings.rounds, evaluate_fn=evaluate)
+    if len(scores) < settings.rounds:
+        raise SimulationError(f"strategy {method!r} returned {len(scores)} models in {settings.rounds} rounds")
+    return _Found(result, tuple(scores), *examiner.score_clients(last))
+
+
+def _in_order(replies: Sequence[Message]) -> list[Message]:
+    """The replies in the order in which C2M3 hands them on: sums of floats depend on it, and so do later trainings."""
+    return sorted(replies, key=lambda reply: [digest(params) for params in networks([reply])])
+
+
+class _Examiner:
+    """Evaluates models on the test images, each one once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._data: FederatedData = federated_data(settings)
+        self._model = build_model(settings, self._data.shape, self._data.classes, seed=0)
+        self._known: dict[str, Score] = {}
+
+    def score(self, params: Params) -> Score:
+        """Accuracy and loss of one model."""
+        name = digest(params)
+        if name not in self._known:
+            images = self._data.held_out
+            self._known[name] = score(log_probabilities(self._model, params, images.inputs), images.labels)
+        return self._known[name]
+
+    def score_clients(self, replies: Sequence[Params]) -> tuple[tuple[float, ...], float]:
+        """Accuracy of every network, and of their mean probabilities."""
+        images = self._data.held_out
+        predictions = [log_probabilities(self._model, each, images.inputs) for each in replies]
+        alone = tuple(round(score(each, images.labels).accuracy, 5) for each in predictions)
+        return alone, round(score(ensemble(predictions), images.labels).accuracy, 5)
+
+
+def _numbers(result: Result) -> dict[str, float | None]:
+    """The strategy's scalar metrics of the last round."""
+    last = result.train_metrics_clientapp.get(max(result.train_metrics_clientapp, default=0), MetricRecord())
+    return {key: finite(value) for key, value in last.items() if isinstance(value, int | float)}
+
+
+def _moved(result: Result) -> tuple[float, ...]:
+    rounds = [result.train_metrics_clientapp[number] for number in sorted(result.train_metrics_clientapp)]
+    return tuple(round(float(str(each[_MOVED])), 5) for each in rounds if _MOVED in each)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from simulations.grid_tables import markdown, page
+from simulations.ledger import Measurement, Record
+
+ABOUT = {
+    "name": "small",
+    "title": "A small one",
+    "measured": {"from": "2026-01-02 03:04:05", "to": "2026-01-03 03:04:05"},
+    "seconds": 600,
+    "machine": {"cores": 2},
+    "design": {
+        "axes": {"start": {"shared": {}, "own": {}}},
+        "baseline": "fedavg",
+        "judged": "c2m3",
+        "drawn": ["fedavg"],
+    },
+}
+
+
+def _measured(start, seed, method, accuracy, loss=1.0):
+    return Measurement({"start": start}, seed, method, (0.1, accuracy), (2.0, loss), (0.25, 0.75), 0.5)
+
+
+RECORD = Record(
+    ABOUT,
+    (
+        *(_measured("own", seed, "fedavg", 0.4) for seed in (0, 1)),
+        *(_measured("own", seed, "c2m3", 0.6 + 0.2 * seed) for seed in (0, 1)),
+        *(_measured("shared", seed, "fedavg", 0.4) for seed in (0, 1)),
+        *(_measured("shared", seed, "c2m3", 0.3, None) for seed in (0, 1)),
+        *(_measured("own", seed, "fedadam", 0.55) for seed in (0, 1)),
+    ),
+)
+
+
+def _rows(start, text=None):
+    return [line for line in (text or markdown(RECORD)).splitlines() if line.startswith(f"| {start} |")]
+
+
+def test_a_table_shows_mean_and_spread_over_seeds():
+    assert _rows("own")[0] == "| own | 0.400 ± 0.000 | 0.700 ± 0.141 |"
+
+
+def test_the_rule_is_shown_cell_by_cell_with_what_breaks_it():
+    assert "| shared | -0.100 | -0.100 | not finite | no: mean, seed, loss |" in markdown(RECORD)
+    assert "| own | +0.300 | +0.200 | 1.000 | yes |" in markdown(RECORD)
+    assert "holds on 1 of 2" in markdown(RECORD)
+
+
+def test_methods_of_some_cells_have_a_table_of_their_own():
+    text = markdown(RECORD)
+    assert "FedAdam" not in text.split("some cells only")[0]
+    assert _rows("own", text.split("some cells only")[1]) == ["| own | 0.550 ± 0.000 |"]
+
+
+def test_a_table_says_seeds_date_cores_and_command():
+    caption = markdown(RECORD).splitlines()[0]
+    for part in ("A small one", "Seeds 0, 1", "2026-01-03", "2 cores", "c2m3-fl experiment small --draw"):
+        assert part in caption
+
+
+def test_a_page_takes_the_table_between_its_marks_and_nothing_else_changes():
+    text = "before\n<!-- results: small -->\nold\n<!-- end: small -->\nafter\n"
+    once = page(text, "small", "| new |\n")
+    assert once == "before\n<!-- results: small -->\n\n| new |\n\n<!-- end: small -->\nafter\n"
+    assert page(once, "small", "| new |\n") == once
+    assert page(text, "other", "| new |\n") == text

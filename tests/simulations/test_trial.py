@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from c2m3_fl.errors import SimulationError
+from simulations import client_app
+from simulations.client_app import train_locally
+from simulations.settings import Settings
+from simulations.trial import Memory, key_of, run_cell
+
+SETTINGS = Settings(
+    hidden_widths="16,16", clients=3, rounds=3, local_epochs=1, partition="dirichlet", initialisation="shared"
+)
+EVERY_TRAINING = SETTINGS.clients * SETTINGS.rounds
+
+
+def _run(settings, methods, trainer=None):
+    found = []
+    run_cell({"cell": "one"}, settings, methods, found.append, trainer=trainer)
+    return found
+
+
+def _numbers(measurement):
+    return (measurement.method, measurement.accuracy, measurement.loss, measurement.clients, measurement.ensemble)
+
+
+def test_methods_with_one_trajectory_train_once():
+    first, second = _run(SETTINGS, ["fedavg", "c2m3"])
+    assert second.moved == (0.0, 0.0, 0.0)  # nothing to align, so C2M3 sends what FedAvg sends
+    assert (first.trained, second.trained) == (EVERY_TRAINING, 0)
+    assert first.accuracy == second.accuracy
+
+
+def test_methods_that_send_other_models_train_for_themselves():
+    first, second = _run(SETTINGS, ["fedavg", "fedadam"])
+    assert first.trained == EVERY_TRAINING
+    assert second.trained == EVERY_TRAINING - SETTINGS.clients  # the first round starts from the same model
+
+
+def test_a_pull_towards_the_model_sent_is_another_training():
+    _, second = _run(SETTINGS, ["fedavg", "fedprox"])
+    assert second.trained == EVERY_TRAINING
+
+
+@pytest.mark.parametrize("start", ["shared", "independent"])
+def test_remembered_trainings_change_no_result(start):
+    settings = replace(SETTINGS, initialisation=start)
+    methods = ["fedavg", "c2m3", "c2m3+repair", "fedprox"]
+    with_memory = _run(settings, methods)
+    without = _run(settings, methods, trainer=train_locally)
+    assert [_numbers(each) for each in with_memory] == [_numbers(each) for each in without]
+
+
+def test_what_is_remembered_is_not_changed_by_who_gets_it():
+    memory, seen = Memory(), []
+
+    def watching(assignment):
+        params, loss = memory(assignment)
+        seen.append((params, {name: value.clone() for name, value in params.items()}))
+        return params, loss
+
+    _run(SETTINGS, ["fedavg", "c2m3+repair", "feddf"], trainer=watching)
+    assert all(torch.equal(now[name], then[name]) for now, then in seen for name in now)
+
+
+def test_every_round_is_scored_and_the_last_rounds_clients():
+    (found,) = _run(SETTINGS, ["fedavg"])
+    assert len(found.accuracy) == len(found.loss) == 3
+    assert len(found.clients) == 3
+    assert 0 <= min(found.clients) <= max(found.clients) <= 1
+
+
+def test_a_key_tells_settings_and_methods_apart_but_not_the_list_of_strategies():
+    keys = {key_of(SETTINGS, "fedavg"), key_of(replace(SETTINGS, seed=1), "fedavg"), key_of(SETTINGS, "c2m3")}
+    assert len(keys) == 3
+    assert key_of(replace(SETTINGS, strategy="fedmedian"), "fedavg") == key_of(SETTINGS, "fedavg")
+
+
+def test_a_failing_client_ends_the_cell(monkeypatch):
+    def broken(*_args, **_options):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(client_app, "train", broken)
+    with pytest.raises(SimulationError, match="client 0 failed: MemoryError: no more"):
+        _run(SETTINGS, ["fedavg"])
