@@ -1,115 +1,127 @@
-"""What a client adds to answer the server's queries for channel moments.
+"""What a client adds to its app to answer the server's queries, and the answers with channel moments.
 
-The answers hold the count, the mean and the summed squared deviation of every channel, in float64: never an
-activation or an input.
+These hold the count, the mean and the summed squared deviation of every channel, in float64: never an activation
+or an input. Sums and labels are answered in `client_sums` and `client_head`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.flower.records import from_params, schema_of_params, to_params
-from c2m3_fl.merging.recalibrate.setting import check_params
-from c2m3_fl.network.calibration import Batch, Calibration, load_batches
+from c2m3_fl.flower.client_answers import Traced, read_data, read_network
+from c2m3_fl.flower.client_labels import ACTION as LABELS
+from c2m3_fl.flower.client_labels import answer_head
+from c2m3_fl.flower.client_sums import ACTION as SUMS
+from c2m3_fl.flower.client_sums import answer_sums
+from c2m3_fl.flower.records import from_params
+from c2m3_fl.network.calibration import Batch, Calibration
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator
-from c2m3_fl.network.program import Program, Walk, trace
+from c2m3_fl.network.program import Program, Walk
 
 ACTION = "c2m3_statistics"
-_ROUNDING = 1e-5  # of the largest output: other kernels for the same network differ by less
 
 
 def answer_statistics(
     app: ClientApp,
     *,
     model: Callable[[Context], nn.Module],
-    calibration: Callable[[Context], Calibration],
+    data: Callable[[Context], Calibration],
+    min_examples: int = 32,
+    first_layer: bool = False,
 ) -> None:
-    """Let a client app answer the server's queries for channel moments.
+    """Let a client app answer the server's queries: for channel moments, for sums, and for sums by label.
+
+    What each answer reveals about the client's data:
+
+    - Channel moments (`ClientStatistics`): per operator and channel the count, the mean and the spread.
+    - Sums (`ClientRefit`, `RegMean`): per linear operator the mean and the second moments of its inputs, and their
+      products with the own network's outputs. Second moments of fewer rows than columns fix the rows up to a
+      rotation, those of one row the row itself. Behind the first layer the rows are activations, from which inputs
+      may be reconstructed by whoever holds the network, as the server does.
+    - Sums by label (`Head`): the number of examples per class, the mean of the last layer's inputs over each class,
+      and their second moments. The mean over a class with one example is that example's features.
+
+    All of these are exact, and of one client each. Neither noise nor secure aggregation protects them.
 
     Parameters
     ----------
     app : ClientApp
-        Gets one more query handler.
+        Gets three more query handlers.
     model : callable
         From the context to the architecture, as the server has it.
-    calibration : callable
-        From the context to batches of the client's own data; labels are ignored.
+    data : callable
+        From the context to batches of the client's own data, with labels if it has any; the same ones in every
+        call, without random augmentation, in any order.
+    min_examples : int
+        With fewer examples the client does not answer. One example in five, as a rule, is held out, and its sums
+        are apart.
+    first_layer : bool
+        Whether to answer with second moments of the network's input itself.
 
     Examples
     --------
     >>> app = ClientApp()
-    >>> answer_statistics(app, model=lambda context: Net(), calibration=lambda context: load_data(context))
+    >>> answer_statistics(app, model=lambda context: Net(), data=lambda context: load_data(context))
     """
-    traced = _Traced()
+    traced = Traced()
 
     @app.query(ACTION)
-    def measure(message: Message, context: Context) -> Message:
-        network = model(context)
-        (arrays,), (config,) = message.content.array_records.values(), message.content.config_records.values()
-        params = to_params(arrays, schema_of_params(network.state_dict()), "query")
-        check_params(network, params, "query")
-        batches = load_batches(calibration(context))
-        place, before = int(str(config["place"])), bool(config["before"])
-        found: dict[str, Moments] = {}
-        with torch.no_grad():
-            for batch, program in zip(batches, traced.programs(network, params, batches), strict=True):
-                walk = Walk(program, params, batch)
-                for operator in program.operators if place < 0 else [program.operators[place]]:
-                    moments = _measured(walk, operator, params, before)
-                    found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
-        return Message(RecordDict({"moments": _to_record(found)}), reply_to=message)
+    def moments(message: Message, context: Context) -> Message:
+        return answer_moments(message, model(context), data(context), min_examples=min_examples, programs=traced)
+
+    @app.query(SUMS)
+    def sums(message: Message, context: Context) -> Message:
+        limits = {"min_examples": min_examples, "first_layer": first_layer}
+        return answer_sums(message, model(context), data(context), **limits, programs=traced)
+
+    @app.query(LABELS)
+    def labels(message: Message, context: Context) -> Message:
+        limits = {"min_examples": min_examples, "first_layer": first_layer}
+        return answer_head(message, model(context), data(context), **limits, programs=traced)
 
 
-class _Traced:
-    """Programs of earlier queries, because tracing takes longer than running.
+def answer_moments(
+    message: Message,
+    network: nn.Module,
+    data: Calibration,
+    *,
+    min_examples: int = 32,
+    programs: Callable[[nn.Module, Params, Sequence[Batch]], Sequence[Program]],
+) -> Message:
+    """A client's answer to a query for channel moments.
 
-    They are looked up by the network's class, tensors and inputs, which do not say what a network does with them;
-    so one is used again only where it gives the outputs that the network gives.
+    Parameters
+    ----------
+    message : Message
+        The query: a network, and the operator's number or -1 for all.
+    network : nn.Module
+        The architecture, as the server has it.
+    data : iterable of batches
+        The client's own; labels are ignored.
+    min_examples : int
+        With fewer examples the client does not answer.
+    programs : callable
+        From network, parameters and batches to one traced program per batch.
     """
-
-    def __init__(self) -> None:
-        self._known: dict[Hashable, Program] = {}
-
-    def programs(self, network: nn.Module, params: Params, batches: Sequence[Batch]) -> list[Program]:
-        """The traced network for every batch."""
-        looks = (type(network), *((name, value.dtype, value.shape) for name, value in params.items()))
-        proven: dict[Hashable, Program] = {}
-        for batch in batches:
-            kind = (batch.shapes, batch.types)
-            if kind in proven:
-                continue
-            known = self._known.get((looks, kind))
-            if known is None or not _computes(known, network, params, batch):
-                known = self._known[looks, kind] = trace(network, batch.inputs)
-            proven[kind] = known
-        return [proven[batch.shapes, batch.types] for batch in batches]
-
-
-def _computes(program: Program, network: nn.Module, params: Params, batch: Batch) -> bool:
-    """Whether a program gives a network's outputs, up to rounding."""
-    expected = tree_leaves(functional_call(deepcopy(network).eval(), dict(params), batch.inputs))
-    found = tree_leaves(Walk(program, params, batch).finish())
-    return len(found) == len(expected) and all(map(_alike, found, expected))
-
-
-def _alike(found: object, expected: object) -> bool:
-    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
-        return type(found) is type(expected)
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    return torch.allclose(
-        found, expected, rtol=0, atol=_ROUNDING * float(expected.abs().amax() if len(expected) else 0)
-    )
+    (arrays,), (config,) = message.content.array_records.values(), message.content.config_records.values()
+    params = read_network(network, arrays)
+    batches = read_data(network, data, min_examples)
+    place, before = int(str(config["place"])), bool(config["before"])
+    found: dict[str, Moments] = {}
+    with torch.no_grad():
+        for batch, program in zip(batches, programs(network, params, batches), strict=True):
+            walk = Walk(program, params, batch)
+            for operator in program.operators if place < 0 else [program.operators[place]]:
+                moments = _measured(walk, operator, params, before)
+                found[operator.name] = found[operator.name].combine(moments) if operator.name in found else moments
+    return Message(RecordDict({"moments": _to_record(found)}), reply_to=message)
 
 
 def _measured(walk: Walk, operator: Operator, params: Params, before: bool) -> Moments:

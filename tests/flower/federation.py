@@ -198,5 +198,5 @@ def pooled(count: int = 3) -> list[Tensor]:
 def answering(make: Callable[[], nn.Module] = mlp, app: ClientApp | None = None) -> ClientApp:
     """A client app that answers queries for channel moments."""
     app = app or ClientApp()
-    answer_statistics(app, model=lambda context: make(), calibration=share)
+    answer_statistics(app, model=lambda context: make(), data=share)
     return app

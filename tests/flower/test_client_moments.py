@@ -9,14 +9,14 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.flower import client_moments as answering_module
+from c2m3_fl.flower import client_answers as answering_module
 from c2m3_fl.flower.client_moments import ACTION, answer_statistics
 from c2m3_fl.flower.client_repair import ClientStatistics, repair_by_clients
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.merging.recalibrate.repair import Repair
 from c2m3_fl.merging.recalibrate.shift import channel_moments
-from c2m3_fl.network.program import trace
+from c2m3_fl.network.program import export_program
 from tests.flower.federation import EXAMPLE, answering, mlp, normed, pooled, share
 
 NODES = 3
@@ -46,9 +46,9 @@ class Switching(nn.Module):
 
 def test_a_traced_network_does_not_serve_another_one_of_the_same_shapes(monkeypatch):
     activations, traced = iter([torch.relu, torch.tanh, torch.relu, torch.relu]), []
-    monkeypatch.setattr(answering_module, "trace", lambda *given: traced.append(1) or trace(*given))
+    monkeypatch.setattr(answering_module, "export_program", lambda *given: traced.append(1) or export_program(*given))
     app = ClientApp()
-    answer_statistics(app, model=lambda context: Switching(next(activations)), calibration=share)
+    answer_statistics(app, model=lambda context: Switching(next(activations)), data=share)
     params = Switching(torch.relu).state_dict()
     content = {"arrays": from_params(params), "config": ConfigRecord({"place": -1, "before": 0})}
     grid, counts = SerialGrid(app, 1), []

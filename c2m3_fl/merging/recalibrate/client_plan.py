@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 import torch
 from torch import fx
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.network.operators import LAYOUTS, Kind, Operator
+from c2m3_fl.merging.recalibrate.last_layer import reads_input
+from c2m3_fl.network.operators import Kind, Operator
 from c2m3_fl.network.program import Program
 from c2m3_fl.network.rows import weight_matrix
 
@@ -172,20 +174,6 @@ def skip_beside(program: Program, operator: Operator) -> fx.Node | None:
     return others[0] if others[0] in before else None
 
 
-def reads_input(program: Program, operator: Operator) -> bool:
-    """Whether an operator's input is reached from the network's input without passing another operator."""
-    open_nodes, seen = [operator.input], set()
-    while open_nodes:
-        node = open_nodes.pop()
-        if node in seen or node.target in LAYOUTS:
-            continue
-        seen.add(node)
-        if node.op == "placeholder" and node.name in program.inputs:
-            return True
-        open_nodes.extend(node.all_input_nodes)
-    return False
-
-
 def _kept_back(program: Program, first_layer: bool) -> tuple[str, ...]:
     if first_layer:
         return ()
@@ -220,4 +208,4 @@ def _chunks(steps: Sequence[Step], exchanges: int | None) -> tuple[tuple[Step, .
     """Evenly many consecutive steps per exchange."""
     count = len(steps) if exchanges is None else min(exchanges, len(steps))
     bounds = [len(steps) * index // count for index in range(count + 1)] if count else []
-    return tuple(tuple(steps[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False))
+    return tuple(tuple(steps[start:stop]) for start, stop in pairwise(bounds))

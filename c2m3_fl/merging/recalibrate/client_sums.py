@@ -280,5 +280,6 @@ def _joined(one: Answer, other: Answer) -> Answer:
         return one.combine(other)
     if isinstance(one, MomentsAnswer) and isinstance(other, MomentsAnswer):
         return one.combine(other)
-    assert isinstance(one, GramAnswer) and isinstance(other, GramAnswer)  # one operator has one role
-    return one.combine(other)
+    if isinstance(one, GramAnswer) and isinstance(other, GramAnswer):
+        return one.combine(other)
+    raise CalibrationError("one operator cannot have two roles in one query")

@@ -1,0 +1,260 @@
+"""Refit without calibration data on the server: clients answer sums over their own data, the server solves.
+
+In forward order the server sends every client its own aligned network and the network merged so far; a client answers,
+per linear operator, the second moments of the inputs and their products with what its own network gives beyond the
+merged one. The server pools these and solves, and sends the corrected network before it asks about later operators.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from logging import INFO, WARNING
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore import log
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError, ParamsError
+from c2m3_fl.flower.client_refit_options import ClientRefit, Price, RegMean, asks_clients, plan_of, price
+from c2m3_fl.flower.client_sums import ACTION
+from c2m3_fl.flower.records import Entry, from_params, to_params
+from c2m3_fl.merging.recalibrate.client_fit import fit_operator
+from c2m3_fl.merging.recalibrate.client_packing import expected, expected_channels, unpack
+from c2m3_fl.merging.recalibrate.client_plan import Plan, Role, Step, norm_behind
+from c2m3_fl.merging.recalibrate.client_pool import outlying, pool_fits, pool_moments, shares_of
+from c2m3_fl.merging.recalibrate.client_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer, effective
+from c2m3_fl.merging.recalibrate.correction import rescale, restate
+from c2m3_fl.merging.recalibrate.regmean import assign_regression_mean, shrunk
+from c2m3_fl.merging.recalibrate.targets import Target
+from c2m3_fl.merging.reports import OperatorReport, Recalibrated, RecalibrationReport
+from c2m3_fl.network.operators import Operator
+from c2m3_fl.network.program import Program
+
+__all__ = ["ClientRefit", "Price", "RegMean", "asks_clients", "price", "refit_by_clients"]
+
+_SILENT = "no client gave a usable answer about it"
+_NO_HOLDOUT = 5  # where all examples count alike
+_CLIENTS, _SEEDS = 100_003, 2**31  # every client draws positions of its own
+
+
+def refit_by_clients(
+    options: ClientRefit | RegMean,
+    grid: Grid,
+    nodes: Sequence[int],
+    program: Program,
+    merged: Params,
+    endpoints: Sequence[Params],
+    weights: Sequence[float],
+    *,
+    equally: bool = False,
+) -> Recalibrated:
+    """Refit a merged network with the sums that clients answer.
+
+    Parameters
+    ----------
+    options : ClientRefit or RegMean
+        What to ask, and what to do with it.
+    grid : Grid
+        Where the clients are.
+    nodes : sequence of int
+        Whom to ask, one node per endpoint, in a stable order.
+    program : Program
+        The traced network.
+    merged : mapping of str to Tensor
+        The merged state dict; not mutated.
+    endpoints : sequence of mappings of str to Tensor
+        The aligned replies of these nodes.
+    weights : sequence of float
+        The strategy's averaging weights; none counts more than ten times the median.
+    equally : bool
+        Whether the strategy ignores the weights.
+
+    Raises
+    ------
+    CalibrationError
+        When an exchange gets no usable answer at all.
+    """
+    start = time.perf_counter()
+    plan = plan_of(options, program, merged)
+    _log_price(options, price(options, program, merged))
+    clients = _Clients(options, grid, nodes, program, endpoints, weights, equally)
+    params = dict(merged)
+    reports: list[OperatorReport] = []
+    reasons = {**program.skipped, **_left_out(options, program, plan)}
+    with torch.no_grad():
+        for exchange in plan.exchanges:
+            answers = clients.ask(exchange, params)
+            layers = {step.place: _layer(program, step, params) for step in exchange}
+            for step in exchange:
+                operator = program.operators[step.place]
+                kept = clients.trusted(operator, answers, layers[step.place])
+                if kept:
+                    reports += clients.correct(step, kept, params)
+                else:
+                    reasons |= dict.fromkeys(filter(None, (operator.weight, operator.bias)), _SILENT)
+    method = "refit by the clients" if isinstance(options, ClientRefit) else "regression mean by the clients"
+    seconds = time.perf_counter() - start
+    return Recalibrated(params, RecalibrationReport(method, tuple(reports), tuple(reasons.items()), seconds=seconds))
+
+
+class _Clients:
+    """Asks clients, reads what can be read of their answers, and corrects operators with it."""
+
+    def __init__(
+        self,
+        options: ClientRefit | RegMean,
+        grid: Grid,
+        nodes: Sequence[int],
+        program: Program,
+        endpoints: Sequence[Params],
+        weights: Sequence[float],
+        equally: bool,
+    ) -> None:
+        self._options, self._grid, self._program, self._equally = options, grid, program, equally
+        self._nodes = list(nodes)
+        self._own = dict(zip(nodes, endpoints, strict=True))
+        self._weights = dict(zip(nodes, weights, strict=True))
+
+    def ask(self, exchange: Sequence[Step], params: Params) -> dict[str, dict[int, Answer]]:
+        """The usable answers, by operator name and node in the order of the nodes."""
+        read: dict[int, dict[str, Answer]] = {}
+        failed: list[str] = []
+        for reply in self._grid.send_and_receive(self._messages(exchange, params), timeout=self._options.timeout):
+            node = reply.metadata.src_node_id
+            try:
+                if node not in self._own or node in read:
+                    raise ParamsError("nobody asked it for an answer, or for a second one")
+                read[node] = self._read(reply, exchange, params)
+            except ParamsError as error:
+                log(WARNING, "\t> no sums from node %d: %s", node, error)
+                failed.append(str(error))
+        found: dict[str, dict[int, Answer]] = {}
+        for node in self._nodes:
+            for name, answer in read.get(node, {}).items():
+                found.setdefault(name, {})[node] = answer
+        if not found:
+            first = f" (the first reply: {failed[0]})" if failed else ""
+            raise CalibrationError(
+                f"no client answered the query for sums{first}; every client needs it: add answer_statistics to its app"
+            )
+        return found
+
+    def trusted(
+        self, operator: Operator, answers: Mapping[str, Mapping[int, Answer]], layer: tuple[Tensor, Tensor] | None
+    ) -> dict[int, Answer]:
+        """The answers about one operator that fit each other."""
+        found = answers.get(operator.name, {})
+        odd = outlying(found, layer)
+        for node, reason in odd.items():
+            log(WARNING, "\t> node %d's sums of %s are left out: %s", node, operator.module or operator.name, reason)
+        return {node: answer for node, answer in found.items() if node not in odd}
+
+    def correct(self, step: Step, answers: Mapping[int, Answer], params: dict[str, Tensor]) -> list[OperatorReport]:
+        """Put an operator's correction in place."""
+        operator = self._program.operators[step.place]
+        shares = shares_of([self._weights[node] for node in answers], equally=self._equally)
+        if isinstance(self._options, RegMean):
+            grams = [_gram(answer, self._options.shrink) for answer in answers.values()]
+            own = [self._own[node] for node in answers]
+            return [assign_regression_mean(self._program, operator, params, own, grams, shares)]
+        if step.role is Role.FIT:
+            fits = [answer for answer in answers.values() if isinstance(answer, FitAnswer)]
+            return fit_operator(self._program, operator, params, pool_fits(fits, shares), self._options.strengths)
+        moments = [answer for answer in answers.values() if isinstance(answer, MomentsAnswer)]
+        merged = pool_moments([each.merged for each in moments], shares)
+        if step.role is Role.STATISTICS:
+            return [restate(self._program, operator, params, merged)]
+        own_moments = pool_moments([each.own for each in moments if each.own is not None], shares)
+        target = Target(own_moments.mean, own_moments.std)
+        return [rescale(self._program, operator, params, merged, target)]
+
+    def _messages(self, exchange: Sequence[Step], params: Params) -> list[Message]:
+        options = self._options
+        shared = {} if isinstance(options, RegMean) else {"merged": from_params(params)}
+        found = []
+        for index, node in enumerate(self._nodes):
+            config = ConfigRecord(
+                {
+                    "places": [step.place for step in exchange],
+                    "roles": [step.role.value for step in exchange],
+                    "positions": options.positions,
+                    "holdout": _NO_HOLDOUT if isinstance(options, RegMean) else options.holdout,
+                    "seed": (options.seed * _CLIENTS + index) % _SEEDS,
+                    "double": int(options.double),
+                }
+            )
+            content = RecordDict({"own": from_params(self._own[node]), **shared, "config": config})
+            found.append(Message(content, node, f"query.{ACTION}"))
+        return found
+
+    def _read(self, reply: Message, exchange: Sequence[Step], params: Params) -> dict[str, Answer]:
+        """A client's answers by operator name; what cannot be read of it is left out, operator by operator."""
+        record = _record(reply)
+        node, found, failed = reply.metadata.src_node_id, {}, []
+        for step in exchange:
+            operator = self._program.operators[step.place]
+            try:
+                found[operator.name] = self._read_one(record, step, params)
+            except ParamsError as error:
+                failed.append(str(error))
+                log(WARNING, "\t> no sums of %s from node %d: %s", operator.module or operator.name, node, error)
+        if not found:
+            raise ParamsError(f"nothing of it can be read: {failed[0]}")
+        return found
+
+    def _read_one(self, record: ArrayRecord, step: Step, params: Params) -> Answer:
+        operator = self._program.operators[step.place]
+        channels = expected_channels(operator, params)
+        shapes = expected(self._program, operator, params, step.role, channels, self._options.double)
+        prefix = f"{operator.name}/"
+        own = ArrayRecord({name: record[name] for name in record if name.startswith(prefix)})
+        schema = {prefix + name: Entry(*entry) for name, entry in shapes.items()}
+        tensors = to_params(own, schema, "sums")
+        return unpack({name.removeprefix(prefix): value for name, value in tensors.items()}, step.role)
+
+
+def _layer(program: Program, step: Step, params: Params) -> tuple[Tensor, Tensor] | None:
+    """The layer to which an answer's residuals refer."""
+    operator = program.operators[step.place]
+    return effective(operator, norm_behind(program, operator), params) if step.role is Role.FIT else None
+
+
+def _gram(answer: Answer, shrink: float) -> Tensor:
+    assert isinstance(answer, GramAnswer)  # as it was read for this role
+    return shrunk(answer.sums.xx / answer.sums.count, shrink)
+
+
+def _record(reply: Message) -> ArrayRecord:
+    if reply.has_error():
+        raise ParamsError(f"the client failed: {reply.error.reason}")
+    records = list(reply.content.array_records.values())
+    if len(records) != 1:
+        raise ParamsError(f"the answer has {len(records)} ArrayRecords, expected exactly one")
+    return records[0]
+
+
+def _left_out(options: ClientRefit | RegMean, program: Program, plan: Plan) -> dict[str, str]:
+    """Weights that are not fitted, with the reason."""
+    large = f"its sums exceed max_bytes of {options.max_bytes / 1e6:.0f} MB: not fitted"
+    first = "it reads the network's input, whose second moments need first_layer=True: not fitted"
+    return {
+        operator.weight: large if operator.name in plan.too_large else first
+        for operator in program.operators
+        if operator.name in (*plan.too_large, *plan.kept_back)
+    }
+
+
+def _log_price(options: ClientRefit | RegMean, found: Price) -> None:
+    log(
+        INFO,
+        "\t> %s: %d exchanges; every client is sent %.1f MB and answers %.1f MB%s",
+        type(options).__name__,
+        found.exchanges,
+        found.sent / 1e6,
+        found.answered / 1e6,
+        f"; beyond max_bytes and not fitted: {', '.join(found.too_large)}" if found.too_large else "",
+    )

@@ -1,0 +1,198 @@
+"""Solve one operator of the merged network from the sums that clients answered, pooled.
+
+``W = W̄ + (Σxx + λ D)⁻¹ Σxr`` with D = mean(diag Σxx) I, all about the means, so that the bias is not penalised; λ, or
+"keep the average", by the held-out sums. Regression shrinks the spread of a channel, so its mean and spread are then
+set to those of the targets; both follow from the same sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.merging.recalibrate.client_plan import norm_behind
+from c2m3_fl.merging.recalibrate.client_sums import FitAnswer, effective, epsilon
+from c2m3_fl.merging.recalibrate.correction import compared, rescale
+from c2m3_fl.merging.recalibrate.ridge import Fit, Sums, choose
+from c2m3_fl.merging.recalibrate.targets import Target
+from c2m3_fl.merging.reports import FitReport, OperatorReport
+from c2m3_fl.network.moments import Moments
+from c2m3_fl.network.operators import Operator
+from c2m3_fl.network.program import Program
+from c2m3_fl.network.rows import from_matrix, weight_matrix
+
+_DEAD = 1e-7  # spread below which, relative to the target's, a channel varies by rounding alone
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One way to fit an operator.
+
+    Attributes
+    ----------
+    name : str
+        What was aimed at, for the report.
+    matrix : Tensor, shape (groups, inputs, outputs)
+        The new weights, with the gain of the BatchNorm behind them.
+    fit : Fit
+        How they were found.
+    error : float
+        Held-out error by which solutions compare.
+    target : Target
+        What the channels' moments should be.
+    """
+
+    name: str
+    matrix: Tensor
+    fit: Fit
+    error: float
+    target: Target
+
+
+def fit_operator(
+    program: Program, operator: Operator, params: dict[str, Tensor], pooled: FitAnswer, strengths: Sequence[float]
+) -> list[OperatorReport]:
+    """Fit an operator, together with the BatchNorm behind it, and put it in place.
+
+    Parameters
+    ----------
+    program : Program
+        The traced network.
+    operator : Operator
+        A linear layer, matrix product or convolution.
+    params : dict of str to Tensor
+        The merged network whose current weights the residuals refer to; changed in place.
+    pooled : FitAnswer
+        Sums over all clients.
+    strengths : sequence of float
+        Ridge strengths from which the held-out sums choose; keeping the weights is always a candidate.
+    """
+    norm = norm_behind(program, operator)
+    centred = bool(operator.bias) or operator.feeds_norm
+    best = min(_solutions(operator, norm, params, pooled, strengths, centred=centred), key=lambda each: each.error)
+    action = "refit" if best.name == "own output" else f"refit to the {best.name}"
+    quality = FitReport(best.fit.strength, best.fit.error_before, best.fit.error)
+    reports = [OperatorReport(operator.name, operator.module, action, 0.0, 1.0, fit=quality)]
+    joint = pooled.train.combine(pooled.held_out)
+    if norm is not None:
+        return [*reports, _fold_norm(program, operator, norm, params, best, joint)]
+    weight = params[operator.weight]
+    program.assign(params, operator.weight, from_matrix(operator, best.matrix, weight.shape))
+    if operator.feeds_norm:
+        return reports  # a norm that takes the statistics of the batch itself
+    _, offset = effective(operator, None, params)
+    return [*reports, rescale(program, operator, params, _output_moments(joint, best.matrix, offset), best.target)]
+
+
+def _solutions(
+    operator: Operator,
+    norm: Operator | None,
+    params: Params,
+    pooled: FitAnswer,
+    strengths: Sequence[float],
+    *,
+    centred: bool,
+) -> list[Solution]:
+    """A fit to each target: the own output, and before a residual addition the own sum without the merged skip.
+
+    Behind a convolution, BatchNorm with the statistics of all clients' data is one more network to start from. All
+    are compared by the held-out error of what the next operator reads: of the sum where there is one.
+    """
+    joint = pooled.train.combine(pooled.held_out)
+    matrix, offset = effective(operator, norm, params)
+    starts = [(matrix, offset)]
+    if norm is not None:
+        conv = weight_matrix(operator, params[operator.weight].double())
+        starts.append(
+            effective(
+                operator, norm, _restated(norm, params, _output_moments(joint, conv, _bias(operator, params, conv)))
+            )
+        )
+    goals = {"own output": (pooled.train, pooled.held_out)}
+    if pooled.sum_train is not None and pooled.sum_held_out is not None:
+        goals["own sum without the merged skip"] = (pooled.sum_train, pooled.sum_held_out)
+    judge = pooled.sum_held_out or pooled.held_out
+    found = []
+    for name, (train, held_out) in goals.items():
+        target = _target(train.combine(held_out).against(-matrix, -offset))
+        for base, shift in starts:
+            change, moved = base - matrix, shift - offset
+            sides = [each.against(change, moved) for each in (train, held_out, judge)]
+            if not centred:
+                sides = [each.through_origin() for each in sides]
+            fit = choose(sides[0], sides[1], strengths, target.std.reshape(len(matrix), -1))
+            error = _error(fit, sides[0], sides[2], target)
+            found.append(Solution(name, base + fit.change, fit, error, target))
+    return found
+
+
+def _error(fit: Fit, train: Sums, judge: Sums, target: Target) -> float:
+    """Held-out error of what the examples to fit alone give, relative to the targets' variance."""
+    change = torch.zeros_like(fit.change) if fit.strength == float("inf") else train.solve(fit.strength)
+    spread = target.std.reshape(judge.rr.shape)
+    weight = torch.where(spread > 0, 1 / spread.square().clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    return float((judge.error(change, train.offset(change)) * weight).mean())
+
+
+def _fold_norm(
+    program: Program, operator: Operator, norm: Operator, params: dict[str, Tensor], best: Solution, joint: Sums
+) -> OperatorReport:
+    """Put new weights before a BatchNorm, and give it their statistics and the targets' moments.
+
+    The rows of the convolution keep the spread that the merged network's had.
+    """
+    before = weight_matrix(operator, params[operator.weight].double())
+    bias = _bias(operator, params, before)
+    now, then = _output_moments(joint, before, bias), _output_moments(joint, best.matrix, bias)
+    alive = then.std > _DEAD * best.target.std
+    gain = params[norm.weight].double() if norm.weight else torch.ones_like(now.std)
+    kept = torch.where(now.std > 0, now.std, 1.0) * torch.where(gain < 0, -1.0, 1.0)
+    scale = torch.where(alive, kept / torch.where(alive, then.std, 1.0), 1.0).reshape(len(before), 1, -1)
+    matrix = torch.where(alive.reshape(scale.shape), best.matrix * scale, before)
+    program.assign(params, operator.weight, from_matrix(operator, matrix, params[operator.weight].shape))
+    moments = _output_moments(joint, matrix, bias)
+    report = compared(norm, "mean and spread", _behind(norm, params, now), best.target)
+    program.assign(params, norm.mean, moments.mean)
+    program.assign(params, norm.variance, moments.variance)
+    if norm.weight:
+        exact = (
+            best.target.std * (1 + epsilon(norm) / moments.variance.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        )
+        program.assign(params, norm.weight, torch.where(alive, exact * torch.where(gain < 0, -1.0, 1.0), gain))
+    if norm.bias:
+        program.assign(params, norm.bias, best.target.mean)
+    return report
+
+
+def _behind(norm: Operator, params: Params, moments: Moments) -> Moments:
+    """Moments of a BatchNorm's output from those of its input."""
+    mean, spread = params[norm.mean].double(), (params[norm.variance].double() + epsilon(norm)).sqrt()
+    gain = (params[norm.weight].double() if norm.weight else 1.0) / spread
+    shift = params[norm.bias].double() if norm.bias else 0.0
+    return Moments(1, (moments.mean - mean) * gain + shift, moments.variance * gain.square())
+
+
+def _restated(norm: Operator, params: Params, moments: Moments) -> Params:
+    return {**params, norm.mean: moments.mean, norm.variance: moments.variance}
+
+
+def _bias(operator: Operator, params: Params, matrix: Tensor) -> Tensor:
+    shape = (len(matrix), matrix.shape[2])
+    return params[operator.bias].double().reshape(shape) if operator.bias else matrix.new_zeros(shape)
+
+
+def _output_moments(sums: Sums, matrix: Tensor, offset: Tensor) -> Moments:
+    """Moments of ``matrixᵀ x + offset`` over the rows of sums."""
+    mean = ((sums.x / sums.count)[:, None, :] @ matrix)[:, 0, :] + offset
+    variance = (matrix * (sums.gram @ matrix)).sum(1).clamp_min(0)
+    return Moments(1, mean.flatten(), variance.flatten())
+
+
+def _target(targets: Sums) -> Target:
+    """Mean and spread of the targets, as a mixture over all rows; residuals are the targets themselves."""
+    mean = targets.r / targets.count
+    return Target(mean.flatten(), (targets.rr / targets.count - mean.square()).clamp_min(0).sqrt().flatten())
