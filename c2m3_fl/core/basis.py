@@ -1,7 +1,7 @@
-"""Into the basis of a given network: where a merge is mapped back to, and how well each node fits it.
+"""Into the basis of a given network: where a merge is mapped back to, and how well the nodes agree.
 
-Permuting the universe, and every node with it, changes neither the agreement nor the merge. So once the nodes
-are matched with each other, the universe may be laid onto any reference: the model that a server sent out.
+Permuting the universe, and every node with it, changes neither the agreement nor the merge. Once the nodes are matched
+with each other, the universe may therefore be mapped onto any reference, such as the model that a server sent out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,17 @@ def into_basis(
 
 
 def closest(spec: PermutationSpec, reference: Params, params: Params, candidates: Sequence[Permutation]) -> Permutation:
-    """The candidate that brings `params` closest to `reference`; the first of several equally close ones."""
+    """The candidate that brings `params` closest to `reference`; the first of several equally close ones.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The symmetries that both share.
+    reference, params : mapping of str to Tensor
+        The network that stays, and the one that is brought to it.
+    candidates : sequence of Permutation
+        Maps of `params`, at least one.
+    """
     scores = [_similarity(spec, reference, permutation.apply(spec, perm, params)) for perm in candidates]
     return candidates[scores.index(max(scores))]
 
@@ -46,10 +56,21 @@ def closest(spec: PermutationSpec, reference: Params, params: Params, candidates
 def bounded_weights(
     spec: PermutationSpec, nodes: Sequence[Params], weights: Sequence[float], limit: float = 2.0
 ) -> list[float]:
-    """Weights under which no node pulls the universe harder than its weight times `limit` median norms.
+    """Weights that bound every node's influence on the universe: its weight times its norm, at most `limit` medians.
 
-    Agreement is linear in every node, so a node scaled by a thousand would otherwise dictate where all others
-    go. Among nodes of similar norm nothing changes.
+    The agreement is linear in every node, so without a bound a node scaled by a thousand would decide all other
+    permutations. Among nodes of similar norm nothing changes.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The symmetries of the network.
+    nodes : sequence of mappings of str to Tensor
+        State dicts.
+    weights : sequence of float
+        Averaging weights, on any scale.
+    limit : float
+        Largest norm, in median norms, that counts in full.
     """
     norms = [_norm(spec, node) for node in nodes]
     ceiling = limit * float(torch.tensor(norms, dtype=torch.float64).median())
@@ -57,8 +78,8 @@ def bounded_weights(
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How well every node of a merge fits the others.
+class Consensus:
+    """How well every node of a merge agrees with the others.
 
     Attributes
     ----------
@@ -77,7 +98,7 @@ class Fit:
     def outliers(self, *, least: float = 0.5, largest: float = 3.0) -> list[int]:
         """Nodes whose cosine is below `least` median cosines or whose norm is above `largest` median norms.
 
-        Among fewer than three nodes nobody can say who the outlier is.
+        Among fewer than three nodes there is no majority, and nobody is an outlier.
         """
         if len(self.cosines) < 3:
             return []
@@ -86,8 +107,18 @@ class Fit:
         return [int(index) for index in odd.nonzero().flatten()]
 
 
-def fit(spec: PermutationSpec, aligned: Sequence[Params], weights: Sequence[float]) -> Fit:
-    """Agreement of each aligned node with the weighted sum of the others, in O(nodes)."""
+def consensus(spec: PermutationSpec, aligned: Sequence[Params], weights: Sequence[float]) -> Consensus:
+    """Compare each aligned node with the weighted sum of the others, in O(nodes).
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The symmetries that they share.
+    aligned : sequence of mappings of str to Tensor
+        State dicts in one basis.
+    weights : sequence of float
+        Averaging weights, on any scale.
+    """
     share = torch.tensor(list(weights), dtype=torch.float64)
     share = share / share.sum()
     totals = torch.zeros(3, len(aligned), dtype=torch.float64)
@@ -99,7 +130,7 @@ def fit(spec: PermutationSpec, aligned: Sequence[Params], weights: Sequence[floa
         parts = torch.stack([inners(values, others), inners(values, values), inners(others, others)]).cpu()
         layers[name] = _cosine(parts)
         totals += parts
-    return Fit(_cosine(totals), totals[1].sqrt(), layers)
+    return Consensus(_cosine(totals), totals[1].sqrt(), layers)
 
 
 def _cosine(parts: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.core.basis import Fit, bounded_weights, closest, fit, into_basis
+from c2m3_fl.core.basis import Consensus, bounded_weights, closest, consensus, into_basis
 from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.result import Match
@@ -39,8 +39,8 @@ class RoundMatch:
         The aligned replies; a reply that nothing moves is the very one that came in.
     moves : tuple of Permutation
         Each reply's map into the basis.
-    fit : Fit
-        How well each aligned reply fits the others.
+    consensus : Consensus
+        How well each aligned reply agrees with the others.
     objectives : tuple of float
         Agreement before and after the match.
     gap : float
@@ -57,7 +57,7 @@ class RoundMatch:
 
     params: tuple[Params, ...]
     moves: tuple[Permutation, ...]
-    fit: Fit
+    consensus: Consensus
     objectives: tuple[float, float]
     gap: float
     gain: float
@@ -154,10 +154,10 @@ class Aligner:
         for node, move in zip(nodes, moves, strict=True):
             self.memory.remember(node, move)
         aligned = tuple(_moved(self.spec, move, reply) for move, reply in zip(moves, params, strict=True))
-        fits = fit(self.spec, aligned, weights)
+        agreed = consensus(self.spec, aligned, weights)
         seconds = time.perf_counter() - started
         return RoundMatch(
-            aligned, tuple(moves), fits, found.objectives, found.gap, found.gain, found.steps, seconds, on_cpu
+            aligned, tuple(moves), agreed, found.objectives, found.gap, found.gain, found.steps, seconds, on_cpu
         )
 
     def own_basis(self, node: int, params: Params) -> Params:

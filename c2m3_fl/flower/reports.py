@@ -29,7 +29,7 @@ def aligned_numbers(nodes: Sequence[int], alignment: RoundMatch, odd: Sequence[i
         "c2m3-on-cpu": int(alignment.on_cpu),
         "c2m3-nodes": list(nodes),
         "c2m3-node-moved": moved,
-        "c2m3-node-agreement": alignment.fit.cosines.tolist(),
+        "c2m3-node-agreement": alignment.consensus.cosines.tolist(),
         "c2m3-node-outlier": [int(index in odd) for index in range(len(nodes))],
         "c2m3-outliers": len(odd),
     }
@@ -57,10 +57,10 @@ def report_alignment(nodes: Sequence[int], alignment: RoundMatch, odd: Sequence[
             WARNING,
             "\t> node %d does not fit the others: cosine %.3f, median %.3f; norm %.3g, median %.3g",
             nodes[index],
-            alignment.fit.cosines[index],
-            alignment.fit.cosines.median(),
-            alignment.fit.norms[index],
-            alignment.fit.norms.median(),
+            alignment.consensus.cosines[index],
+            alignment.consensus.cosines.median(),
+            alignment.consensus.norms[index],
+            alignment.consensus.norms.median(),
         )
 
 

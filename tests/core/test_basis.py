@@ -1,4 +1,4 @@
-"""Laying a merge onto a reference, weighing nodes of odd size, and telling how well they fit."""
+"""Laying a merge onto a reference, weighing nodes of odd size, and telling how well they agree."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.basis import bounded_weights, closest, fit, into_basis
+from c2m3_fl.core.basis import bounded_weights, closest, consensus, into_basis
 from tests.core.networks import draws, mlp
 
 SPEC = mlp(5, 12, 9, 3)
@@ -67,18 +67,18 @@ def test_no_node_pulls_harder_than_two_typical_ones(factor):
     assert pulls[2] == pytest.approx(2 * sorted(pulls)[2])
 
 
-def test_dead_networks_have_a_weight_and_a_fit():
+def test_dead_networks_have_a_weight_and_a_consensus():
     nodes = [{name: torch.zeros_like(value) for name, value in node.items()} for node in draws(SPEC, 3, seed=1)]
     assert bounded_weights(SPEC, nodes, [1.0] * 3) == [1.0] * 3
-    found = fit(SPEC, nodes, [1.0] * 3)
+    found = consensus(SPEC, nodes, [1.0] * 3)
     assert torch.equal(found.cosines, torch.zeros(3, dtype=torch.float64))
     assert found.outliers() == []
 
 
-def test_fit_is_the_cosine_with_the_weighted_sum_of_the_others():
+def test_consensus_is_the_cosine_with_the_weighted_sum_of_the_others():
     nodes, weights = draws(SPEC, 4, seed=2, dtype=torch.float64), [0.1, 0.2, 0.3, 0.4]
     flat = torch.stack([torch.cat([value.flatten() for value in node.values()]) for node in nodes])
-    found = fit(SPEC, nodes, weights)
+    found = consensus(SPEC, nodes, weights)
     for index in range(4):
         others = sum(weights[k] * flat[k] for k in range(4) if k != index)
         expected = torch.cosine_similarity(flat[index], others, dim=0)
@@ -95,11 +95,11 @@ def test_a_stranger_among_friends_is_the_outlier():
     friends = [{name: value + 0.1 * torch.randn_like(value) for name, value in base.items()} for _ in range(4)]
     stranger = {name: -value for name, value in base.items()}
     giant = {name: 10 * value for name, value in base.items()}
-    assert fit(SPEC, friends, [1.0] * 4).outliers() == []
-    assert fit(SPEC, [*friends, stranger], [1.0] * 5).outliers() == [4]
-    assert fit(SPEC, [giant, *friends], [1.0] * 5).outliers() == [0]
+    assert consensus(SPEC, friends, [1.0] * 4).outliers() == []
+    assert consensus(SPEC, [*friends, stranger], [1.0] * 5).outliers() == [4]
+    assert consensus(SPEC, [giant, *friends], [1.0] * 5).outliers() == [0]
 
 
 def test_between_two_nobody_is_the_outlier():
     left, right = draws(SPEC, 2, seed=5)
-    assert fit(SPEC, [left, {name: -100 * value for name, value in right.items()}], [1.0, 1.0]).outliers() == []
+    assert consensus(SPEC, [left, {name: -100 * value for name, value in right.items()}], [1.0, 1.0]).outliers() == []
