@@ -25,7 +25,11 @@ def test_every_extra_that_an_error_can_name_exists():
     assert set(get_args(extras.Extra)) <= set(project["optional-dependencies"])
 
 
-def test_the_command_line_without_its_extra_is_one_line_and_status_one(monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"^error: typer, rich are not installed; run: pip install 'c2m3-fl\[cli\]'$"):
+@pytest.mark.parametrize("missing", [{"matplotlib"}, {"rich", "typer"}])
+def test_the_command_line_without_its_extra_is_one_line_and_status_one(monkeypatch, missing):
+    """Flower brings typer and rich, but nothing that draws."""
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in missing else True)
+    with pytest.raises(
+        SystemExit, match=rf"^error: {', '.join(sorted(missing))} .*; run: pip install 'c2m3-fl\[cli\]'$"
+    ):
         cli.main()

@@ -11,7 +11,7 @@ from c2m3_fl.extras import require
 def main() -> None:
     """Run the command line; without the extra "cli", exit with status 1 and the pip command that installs it."""
     try:
-        require("cli", "typer", "rich")
+        require("cli", "matplotlib", "PIL", "rich", "torchvision", "typer")
     except MissingExtraError as error:
         sys.exit(f"error: {error}")
     from c2m3_fl.cli.app import main as run

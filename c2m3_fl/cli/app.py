@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from types import ModuleType
 
 import click
 import typer
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from c2m3_fl.errors import C2M3Error
+from c2m3_fl.errors import C2M3Error, ConfigError
 
 # Before torch is imported: OpenMP threads that spin while they wait made a match twenty times slower on busy cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -27,6 +28,18 @@ _COMMANDS = {  # a command is the function of that name in the module of that na
 }
 
 
+def _module(command: str) -> ModuleType:
+    """The module of a command; the experiments' commands import `simulations`, which is no part of the wheel."""
+    try:
+        return import_module(f"c2m3_fl.cli.{command}")
+    except ModuleNotFoundError as error:
+        if error.name != "simulations":
+            raise
+        raise ConfigError(
+            f"{command} needs a checkout of the repository: the installed package does not hold the simulations"
+        ) from error
+
+
 class _Commands(TyperGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -35,7 +48,7 @@ class _Commands(TyperGroup):
         if cmd_name not in _COMMANDS:
             return None
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        alone.command(cmd_name)(getattr(import_module(f"c2m3_fl.cli.{cmd_name}"), cmd_name))
+        alone.command(cmd_name)(getattr(_module(cmd_name), cmd_name))
         return typer.main.get_command(alone)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -16,16 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from c2m3_fl.errors import ConfigError
-
-try:
-    from simulations.presets import PRESETS
-    from simulations.results import PROGRESS, RESULTS, Comparison, Round, load, read_lines, save
-    from simulations.settings import TITLES, Settings, Value, check_choice
-except ModuleNotFoundError as error:
-    if error.name != "simulations":
-        raise
-    message = "compare needs a checkout of the repository: the wheel holds c2m3_fl alone, not the package 'simulations'"
-    raise ConfigError(message) from error
+from simulations.presets import PRESETS
+from simulations.results import PROGRESS, RESULTS, Comparison, Round, load, read_lines, save
+from simulations.settings import TITLES, Settings, Value, check_choice
 
 _ENGINES = ("serial", "flwr")
 _WIDE = 120  # columns of a table that goes to a file or a log

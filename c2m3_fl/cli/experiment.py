@@ -13,21 +13,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+import simulations
 from c2m3_fl.errors import ConfigError
-
-try:
-    import simulations
-    from simulations.design import Design, load_design, names
-    from simulations.ledger import Measurement, load
-    from simulations.runner import Watch, result_file, run_design
-    from simulations.settings import TITLES
-except ModuleNotFoundError as error:
-    if error.name != "simulations":
-        raise
-    message = (
-        "experiment needs a checkout of the repository: the wheel holds c2m3_fl alone, not the package 'simulations'"
-    )
-    raise ConfigError(message) from error
+from simulations.design import Design, load_design, names
+from simulations.ledger import Measurement, load
+from simulations.runner import Watch, result_file, run_design
+from simulations.settings import TITLES
 
 _FOLDER = Path(simulations.__file__).parent
 _WIDE = 120  # columns of what goes to a file or a log
