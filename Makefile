@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := c2m3_fl simulations tests
+SOURCES := .ci c2m3_fl simulations tests
 NEWEST_FLWR := 1.42.0# raise it with every release of Flower; .ci/constraints.txt has the oldest that is supported
 BENCH := $(BIN)/python -m tests.benchmarks
 
@@ -74,7 +74,7 @@ mnist: $(READY)
 	$(BIN)/c2m3-fl compare --preset mnist --partition dirichlet --alpha 0.1 --seeds 0,1,2 --output results/mnist-dirichlet
 
 wheel: $(READY)
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
 	rm -rf $(VENV) build dist results .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
