@@ -14,7 +14,7 @@ from c2m3_fl.core import permutation
 from c2m3_fl.core.match import match
 from c2m3_fl.merging.evaluate.barrier import barrier as segment
 from c2m3_fl.merging.recalibrate.setting import check_params
-from c2m3_fl.network.calibration import first_inputs
+from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.symmetry.discover import permutation_spec
 
 
@@ -46,7 +46,7 @@ def barrier(
     images = load_images(data, size_of(example, image_size), channels=channels_of(example), raw=raw)
     renormalise = False if keep_statistics else None
     with Console(stderr=True).status("scoring …"):
-        spec = permutation_spec(network, first_inputs(images, None))
+        spec = permutation_spec(network, CalibrationSet.of(network, images).example_inputs)
         moved = permutation.apply(spec, match(spec, nodes).between(0, 1), nodes[1])
         found = {
             "as they are": segment(network, nodes[0], nodes[1], images, points=points, renormalise=renormalise),

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from c2m3_fl.merging.evaluate.barrier import Segment
+from c2m3_fl.merging.evaluate.barrier import Line
 from c2m3_fl.merging.evaluate.landscape import Landscape
 
 _COLOURS = ("#7F7F7F", "#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's palette
 _LEVELS = 16
 
 
-def draw_segments(segments: Mapping[str, Segment], file: Path) -> None:
+def draw_segments(segments: Mapping[str, Line], file: Path) -> None:
     """Loss and accuracy along segments, one line each."""
     import matplotlib as mpl
 

@@ -19,7 +19,7 @@ from c2m3_fl.core.describe import coverage
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.spec_json import save_spec
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.network.exporting import ExampleInputs, as_inputs
+from c2m3_fl.network.calibration import ExampleInputs, as_inputs
 from c2m3_fl.symmetry.discover import derive, permutation_spec
 from c2m3_fl.symmetry.proof import Prover
 

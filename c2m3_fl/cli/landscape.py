@@ -16,7 +16,7 @@ from c2m3_fl.core.match import match
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.evaluate.landscape import landscape as plane
 from c2m3_fl.merging.recalibrate.setting import check_params
-from c2m3_fl.network.calibration import first_inputs
+from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.symmetry.discover import permutation_spec
 
 
@@ -49,7 +49,7 @@ def landscape(
     images = load_images(data, size_of(example, image_size), channels=channels_of(example), raw=raw)
     renormalise = False if keep_statistics else None
     with Console(stderr=True).status("scoring …"):
-        spec = permutation_spec(network, first_inputs(images, None))
+        spec = permutation_spec(network, CalibrationSet.of(network, images).example_inputs)
         found = match(spec, nodes)
         moved = [permutation.apply(spec, found.between(0, index), node) for index, node in enumerate(nodes)]
         drawn = {

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from c2m3_fl.cli.convergence import draw_convergence
 from c2m3_fl.cli.curves import draw_agreement
 from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
-from c2m3_fl.core.basis import fit
+from c2m3_fl.core.basis import consensus
 from c2m3_fl.core.progress import Estimate
 from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError
@@ -27,7 +27,8 @@ from c2m3_fl.merging.merge import Merge
 from c2m3_fl.merging.merge import merge as merge_networks
 from c2m3_fl.merging.recalibrate.registry import SHORT_NAMES
 from c2m3_fl.merging.recalibrate.setting import check_params
-from c2m3_fl.network.calibration import ExampleInputs, first_inputs, load_batches
+from c2m3_fl.network.calibration import ExampleInputs
+from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.symmetry.discover import permutation_spec
 
 
@@ -42,7 +43,9 @@ def merge(
     start: Annotated[
         str, typer.Option(help="Where the match of method c2m3 starts: auto, activations, identity, barycentre, …")
     ] = "auto",
-    recalibrate: Annotated[str, typer.Option(help=f"One of {', '.join(SHORT_NAMES)}.")] = "repair",
+    recalibrate: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(SHORT_NAMES)}; by default repair, if there are images.")
+    ] = None,
     weights: Annotated[list[float] | None, typer.Option(help="Averaging weight, once per file.")] = None,
     image_size: Annotated[
         int | None,
@@ -92,30 +95,30 @@ def merge(
             text = f"{'reheating, ' if step.trial else ''}step {step.step}, agreement {step.objective:.5g}, {left}"
             progress.update(task, description=text, completed=estimate.add(step))
 
-        inputs = first_inputs(images, _example(example, size_of(example, image_size)) if images is None else None)
-        spec = permutation_spec(network, inputs)
+        shown = _example(example, size_of(example, image_size)) if images is None else None
+        held = CalibrationSet.of(network, images, example_inputs=shown)
+        spec = permutation_spec(network, held.example_inputs)
         merged = merge_networks(
             network,
             nodes,
             spec=spec,
             weights=weights,
-            calibration=images,
+            calibration=held if held.batches else None,
             method=CycleConsistent(cast("MergeStart", start), callback=tell) if method == "c2m3" else method,
             recalibrate=recalibrate,
         )
         report = {"method": method, **asdict(merged.report)}
-        if images is not None and len(images[0]) > 1:
-            batches = load_batches(images)
+        if held.labelled:
             scored = {str(file): node for file, node in zip(files, nodes, strict=True)} | {"merged": merged.state_dict}
             report["accuracy"] = {
-                name: evaluate(network.eval(), each, batches).accuracy for name, each in scored.items()
+                name: evaluate(network.eval(), each, held.batches).accuracy for name, each in scored.items()
             }
     try:
         save_file({name: value.contiguous().clone() for name, value in merged.state_dict.items()}, output)
     except OSError as error:
         raise C2M3Error(f"{output} cannot be written: {error}") from error
     if picture is not None:
-        before = fit(spec, nodes, merged.report.weights).layers
+        before = consensus(spec, nodes, merged.report.weights).layers
         draw_agreement({name: row.tolist() for name, row in before.items()}, merged.report.layers, picture)
     if convergence is not None and steps:
         draw_convergence(steps, convergence)

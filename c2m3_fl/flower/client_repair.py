@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from logging import WARNING
 from typing import Literal
 
@@ -17,21 +18,18 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
-from torch import Tensor, nn
 
-from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower.client_moments import ACTION
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.merging.recalibrate.registry import Recalibration
-from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, rescale, restate
-from c2m3_fl.merging.recalibrate.targets import Target, mean_targets, output_moments
+from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, repair_measured
+from c2m3_fl.merging.recalibrate.targets import Target, output_moments, pool, pooled_targets
 from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
-from c2m3_fl.network.calibration import Batch
+from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator
-from c2m3_fl.network.program import Program, trace
 
 _MANY = 2**53  # values per channel: beyond it floats do not count any more
 Ask = tuple[int, str, Params]  # whom, about what, and the network to measure
@@ -81,8 +79,7 @@ def repair_by_clients(
     recalibration: Recalibration,
     grid: Grid,
     nodes: Sequence[int],
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
+    calibration: CalibrationSet,
     merged: Params,
     endpoints: Sequence[Params],
     weights: Sequence[float],
@@ -99,10 +96,8 @@ def repair_by_clients(
         Where the clients are.
     nodes : sequence of int
         Whom to ask, one node per endpoint, in a stable order.
-    model : nn.Module
-        The architecture; not mutated.
-    inputs : tuple of Tensor
-        Example inputs to trace it with.
+    calibration : CalibrationSet
+        The architecture, exported for example inputs.
     merged : mapping of str to Tensor
         The merged state dict; not mutated.
     endpoints : sequence of mappings of str to Tensor
@@ -118,40 +113,46 @@ def repair_by_clients(
         For a recalibration that needs more than moments.
     """
     check_measurable(recalibration)
-    final = isinstance(recalibration, Repair) and recalibration.final
-    program = trace(model, inputs)
+    assert isinstance(recalibration, Repair | BatchNormStatistics)
+    program = calibration.program
     params = dict(merged)
-    survey = _Survey(grid, statistics.timeout, program, inputs, params)
+    survey = _Survey(grid, statistics.timeout, calibration, params)
     targets: Mapping[str, Target] = {}
     if isinstance(recalibration, Repair):
         targets = _targets(survey, statistics.endpoints == "all", nodes, endpoints, weights)
-    reports = []
-    for place, operator in enumerate(program.operators):
-        if operator.mean:
-            reports.append(restate(program, operator, params, survey.pooled(nodes, place, params, before=True)))
-        elif targets and (final or not operator.final) and not operator.feeds_norm:
-            moments = survey.pooled(nodes, place, params)
-            reports.append(rescale(program, operator, params, moments, targets[operator.name]))
+    reports = repair_measured(recalibration, program, params, partial(survey.pooled, nodes), targets)
     method = "repair by the clients' statistics" if targets else "batchnorm by the clients' statistics"
-    return Recalibrated(params, RecalibrationReport(method, tuple(reports), tuple(program.skipped.items())))
+    return Recalibrated(params, RecalibrationReport(method, reports, tuple(program.skipped.items())))
 
 
 def own_moments(
     statistics: ClientStatistics,
     grid: Grid,
     nodes: Sequence[int],
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
+    calibration: CalibrationSet,
     endpoints: Sequence[Params],
 ) -> list[dict[str, Moments]]:
-    """Channel moments of every aligned reply on its own client's data, by which the guard sees a shift.
+    """Channel moments of every aligned reply on its own client's data; they show a shift of the server's data.
+
+    Parameters
+    ----------
+    statistics : ClientStatistics
+        How long to wait.
+    grid : Grid
+        Where the clients are.
+    nodes : sequence of int
+        Whom to ask, one node per endpoint.
+    calibration : CalibrationSet
+        The architecture, exported for example inputs.
+    endpoints : sequence of mappings of str to Tensor
+        The aligned replies.
 
     Raises
     ------
     CalibrationError
-        When a client gives no usable answer: what is known of the others would say nothing of its data.
+        When a client gives no usable answer: the others' moments do not describe its data.
     """
-    survey = _Survey(grid, statistics.timeout, trace(model, inputs), inputs, endpoints[0])
+    survey = _Survey(grid, statistics.timeout, calibration, endpoints[0])
     asks = [(node, str(index), endpoint) for index, (node, endpoint) in enumerate(zip(nodes, endpoints, strict=True))]
     answers = survey.ask(asks)
     silent = [node for node, about, _ in asks if (node, about) not in answers]
@@ -161,24 +162,20 @@ def own_moments(
 
 
 class _Survey:
-    """Asks clients for moments, and believes no answer that is not of the expected form."""
+    """Asks clients for moments, and refuses answers that are not of the expected form."""
 
-    def __init__(
-        self, grid: Grid, timeout: float, program: Program, inputs: tuple[Tensor, ...], params: Params
-    ) -> None:
+    def __init__(self, grid: Grid, timeout: float, calibration: CalibrationSet, params: Params) -> None:
         self._grid = grid
         self._timeout = timeout
-        self._operators = program.operators
+        self._operators = calibration.program.operators
         with torch.no_grad():  # one pass over the example inputs, to know how many channels to expect
-            seen = output_moments([program], [Batch(inputs)], params)
+            seen = output_moments([calibration.program], [calibration.example], params)
         self._channels = {name: len(moments.mean) for name, moments in seen.items()}
 
-    def pooled(self, nodes: Sequence[int], place: int, params: Params, *, before: bool = False) -> Moments:
-        """Moments of one operator over the data of all nodes."""
+    def pooled(self, nodes: Sequence[int], place: int, operator: Operator, params: Params, *, before: bool) -> Moments:
+        """Moments of one operator over the data of all nodes; a `Measure` once the nodes are known."""
         answers = self.ask([(node, "merged", params) for node in nodes], place, before=before)
-        return _combined([answers[node, "merged"] for node in nodes if (node, "merged") in answers])[
-            self._operators[place].name
-        ]
+        return pool([answers[node, "merged"] for node in nodes if (node, "merged") in answers])[operator.name]
 
     def ask(
         self, asks: Iterable[Ask], place: int = -1, *, before: bool = False
@@ -225,30 +222,18 @@ class _Survey:
 def _targets(
     survey: _Survey, exact: bool, nodes: Sequence[int], endpoints: Sequence[Params], weights: Sequence[float]
 ) -> dict[str, Target]:
-    """What every channel should do, from each endpoint on its own client's data or on everybody's."""
+    """Target moments, from each endpoint on its own client's data or on all clients' data."""
     asks = [
         (node, str(index), endpoint)
         for index, endpoint in enumerate(endpoints)
         for node in (nodes if exact else [nodes[index]])
     ]
     answers = survey.ask(asks)
-    measured, kept = [], []
-    for index, weight in enumerate(weights):
-        found = [answers[node, str(index)] for node in nodes if (node, str(index)) in answers]
-        if found:
-            measured.append(_combined(found))
-            kept.append(weight)
-    return mean_targets(measured, normalise_weights(kept, len(kept)))
-
-
-def _combined(answers: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
-    """Pooled moments: exactly those of all data together."""
-    if not answers:
-        raise CalibrationError("no usable channel moments for a network that must be measured")
-    total = dict(answers[0])
-    for answer in answers[1:]:
-        total = {name: moments.combine(answer[name]) for name, moments in total.items()}
-    return total
+    found = [
+        [answers[node, str(index)] for node in nodes if (node, str(index)) in answers]
+        for index in range(len(endpoints))
+    ]
+    return pooled_targets(found, weights)
 
 
 def _read_moments(arrays: Params, operator: Operator, channels: int) -> Moments:

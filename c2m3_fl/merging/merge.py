@@ -12,25 +12,21 @@ from torch import Tensor, nn
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import normalise_weights, weighted_mean
-from c2m3_fl.core.basis import fit
+from c2m3_fl.core.basis import consensus
 from c2m3_fl.core.result import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import order_by_weight, to_device
-from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
+from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.merging.align.base import Alignment, Method, Nodes
 from c2m3_fl.merging.align.methods import CycleConsistent, MergeStart, resolve_method
+from c2m3_fl.merging.recalibrate import registry
 from c2m3_fl.merging.recalibrate.auto import Auto
-from c2m3_fl.merging.recalibrate.registry import Recalibration, recalibrated, resolve
-from c2m3_fl.merging.recalibrate.setting import (
-    check_params,
-    check_types,
-    prepare,
-    usable_device,
-)
+from c2m3_fl.merging.recalibrate.registry import Recalibration, resolve_for
+from c2m3_fl.merging.recalibrate.setting import Setting, check_params, check_types, prepare, usable_device
 from c2m3_fl.merging.recalibrate.shift import OwnMoments, with_own_moments
 from c2m3_fl.merging.reports import MergeReport, RecalibrationReport
-from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs, first_inputs, load_batches
-from c2m3_fl.network.program import require_runs
+from c2m3_fl.network.calibration import Calibration, ExampleInputs
+from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.symmetry.discover import permutation_spec, require_invariance
 
 
@@ -62,8 +58,9 @@ def merge(
     *,
     example_inputs: ExampleInputs | None = None,
     weights: Sequence[float] | Tensor | None = None,
-    calibration: Calibration | None = None,
-    recalibrate: Recalibration | str = "repair",
+    calibration: Calibration | CalibrationSet | None = None,
+    inputs: Sequence[str] | None = None,
+    recalibrate: Recalibration | str | None = None,
     moments: Sequence[OwnMoments] | None = None,
     method: Method | str = "c2m3",
     basis: int | None = None,
@@ -81,30 +78,33 @@ def merge(
         The architecture that all nodes share; not mutated.
     state_dicts : sequence of mappings of str to Tensor
         The nodes' state dicts; not mutated.
-    example_inputs : Tensor or tuple of Tensor, optional
-        What the network takes; by default the inputs of the first calibration batch.
+    example_inputs : Tensor, tuple or dict, optional
+        The arguments of one call: a tensor, a tuple of arguments, or a dict of keyword arguments. By default the
+        inputs of the first calibration batch.
     weights : sequence of float, optional
         Averaging weights, one per node (numbers of training examples, say); equal by default.
     calibration : iterable of batches, optional
-        Inputs like those the network will see: a list or a ``DataLoader`` of tensors, or of tuples that start with
-        the network's inputs. Labels decide for "auto", and tell refit that outputs are class scores. Without data
-        nothing is recalibrated.
-    recalibrate : Recalibration or str
+        Inputs like those the network will see: a list or a ``DataLoader`` of tensors, of tuples that start with the
+        network's inputs, or of dicts whose keys are the network's arguments. Labels decide for "auto", and tell refit
+        that outputs are class scores.
+    inputs : sequence of str, optional
+        The keys that are inputs, where batches are dicts with other keys than the network's arguments and "label".
+    recalibrate : Recalibration or str, optional
         What to do with the calibration data: ``Auto()``, ``Repair()``, ``Refit()``, ``BatchNormStatistics()``, or a
-        short name: "auto", "repair", "refit", "batchnorm", "none".
+        short name: "auto", "repair", "refit", "batchnorm", "none". By default REPAIR with data, nothing without.
     moments : sequence of mappings, optional
-        Each node's `channel_moments` on its own data, by which "auto" sees whether the calibration data are like them;
-        for "auto" alone.
+        Each node's `channel_moments` on its own data. With "auto", which alone takes them, they decide whether the
+        calibration data are like the nodes' data.
     method : Method or str
         How the nodes are aligned: an object of `c2m3_fl.merging.align.methods`, or its short name.
     basis : int, optional
         The node whose order of units the result has; by default the heaviest, ties broken by content.
     spec : PermutationSpec, optional
-        The network's symmetries; by default derived by `permutation_spec`. A given one is proven on the inputs, where
+        The network's symmetries; by default derived by `permutation_spec`. A given one is proven on the inputs, if
         there are any.
     start : str or sequence of Permutation
-        Where the match of method "c2m3" starts: see `match`, or "activations", which compares what units do on the
-        calibration data and gave better merges of deep networks. For that method's short name alone.
+        Where the match of method "c2m3" starts: see `match`, or "activations", which compares units by their outputs
+        on the calibration data and gave better merges of deep networks. For that method's short name alone.
     device : torch.device or str, optional
         Where to compute; by default where the first node is.
 
@@ -136,14 +136,15 @@ def merge(
     begin = time.perf_counter()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {model!r}, expected a module such as Net()")
-    recalibration, aligner = resolve(recalibrate), resolve_method(_started(method, start))
+    recalibration = resolve_for(recalibrate, data=calibration is not None)
+    aligner = resolve_method(_started(method, start))
     if moments is not None and not (isinstance(recalibration, Auto) and calibration is not None):
         raise ConfigError('moments serve recalibrate="auto" with calibration data alone: leave them out, or pass both')
-    if calibration is None and recalibration is not None and recalibrate != "repair":  # which is the default
-        raise CalibrationError(f"recalibrate={recalibrate!r} needs calibration inputs: pass calibration")
     share = _check(model, state_dicts, weights, basis)
-    batches = () if calibration is None else load_batches(calibration, example_inputs=example_inputs)
-    spec = _proven(model, spec, batches, example_inputs)
+    held = None
+    if spec is None or calibration is not None or example_inputs is not None:
+        held = CalibrationSet.of(model, calibration, example_inputs=example_inputs, inputs=inputs)
+    spec = _proven(model, spec, held)
     home = next(iter(state_dicts[0].values())).device
     place = home if device is None else usable_device(device)
     order = order_by_weight(state_dicts, share)
@@ -154,22 +155,15 @@ def merge(
         tuple(order),
         order[0] if basis is None else basis,
         model,
-        tuple(batch.to(place) for batch in batches),
+        held.to(place) if held is not None and held.batches else None,
     )
     alignment = aligner(nodes)
+    if moments is not None and alignment.moves is None:
+        raise ConfigError(f"moments cannot follow the linear maps of method {method!r}: leave them out")
     merged = weighted_mean([alignment.params[index] for index in order], share[order])
     report = None
-    if recalibration is not None and nodes.batches:
-        plain = weighted_mean([nodes.params[index] for index in order], share[order])
-        endpoints, views = alignment.params, None
-        if alignment.seen is not None:
-            endpoints, views = zip(*alignment.seen, strict=True)
-        setting = prepare(model, merged, endpoints, nodes.batches, weights=share, plain=plain, views=views)
-        if moments is not None:
-            if alignment.moves is None:
-                raise ConfigError(f"moments cannot follow the linear maps of method {method!r}: leave them out")
-            setting = with_own_moments(setting, spec, alignment.moves, moments)
-        done = recalibrated(recalibration, setting)
+    if recalibration is not None and nodes.calibration is not None:
+        done = registry.recalibrate(recalibration, _setting(nodes, nodes.calibration, alignment, merged, moments))
         merged, report = done.state_dict, done.report
     seconds = time.perf_counter() - begin
     versions = model.state_dict()  # some modules ask a state dict for its version when they load it
@@ -185,19 +179,35 @@ def _started(method: Method | str, start: MergeStart) -> Method | str:
     return method
 
 
-def _proven(
-    model: nn.Module, spec: PermutationSpec | None, batches: Sequence[Batch], example_inputs: ExampleInputs | None
-) -> PermutationSpec:
-    if batches:
-        require_runs(model, batches[0])
+def _setting(
+    nodes: Nodes,
+    calibration: CalibrationSet,
+    alignment: Alignment,
+    merged: Params,
+    moments: Sequence[OwnMoments] | None,
+) -> Setting:
+    """What the recalibration works with."""
+    plain = weighted_mean([nodes.params[index] for index in nodes.order], nodes.weights[list(nodes.order)])
+    endpoints, views = alignment.params, None
+    if alignment.seen is not None:
+        endpoints, views = zip(*alignment.seen, strict=True)
+    setting = prepare(nodes.model, merged, endpoints, calibration, weights=nodes.weights, plain=plain, views=views)
+    if moments is None:
+        return setting
+    assert alignment.moves is not None  # the caller has refused moments without permutations
+    return with_own_moments(setting, nodes.spec, alignment.moves, moments)
+
+
+def _proven(model: nn.Module, spec: PermutationSpec | None, held: CalibrationSet | None) -> PermutationSpec:
     if spec is not None and not isinstance(spec, PermutationSpec):
         raise ConfigError(
             f"spec is a {type(spec).__name__}, expected a PermutationSpec; from_json(text) reads a saved one"
         )
     if spec is None:
-        return permutation_spec(model, first_inputs(batches or None, example_inputs))
-    if batches or example_inputs is not None:
-        require_invariance(model, spec, first_inputs(batches, example_inputs))
+        assert held is not None
+        return permutation_spec(model, held.example_inputs)
+    if held is not None:
+        require_invariance(model, spec, held.example_inputs)
     return spec
 
 
@@ -222,7 +232,7 @@ def _report(
     nodes: Nodes, alignment: Alignment, recalibration: RecalibrationReport | None, seconds: float
 ) -> MergeReport:
     share = nodes.weights.tolist()
-    layers = fit(nodes.spec, alignment.params, share).layers if len(share) > 1 else {}
+    layers = consensus(nodes.spec, alignment.params, share).layers if len(share) > 1 else {}
     found, moves = alignment.match, alignment.moves
     notes = list(alignment.notes)
     if recalibration is None and not nodes.batches:

@@ -1,25 +1,37 @@
-"""Calibration batches: the one place that decides what a batch is.
+"""Calibration batches and example inputs: the one place that decides what a batch is.
 
-Calibration data are any iterable of batches, or one tensor that is a single batch. A batch is a tensor, or a
-tuple or list that starts with the network's inputs; what follows them (labels) is kept apart. An iterator can be
-read once: whoever needs the data again loads the batches first, or refuses it.
+Calibration data are any iterable of batches, or one tensor that is a single batch. A batch is a tensor, a tuple or
+list that starts with the network's inputs, or a dict that names them. Class labels that follow the inputs are kept
+apart. Example inputs are the arguments of one call: a tensor, a tuple of arguments, or a dict of keyword arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from c2m3_fl.errors import CalibrationError
 
 Calibration = Iterable[Any]
-ExampleInputs = Tensor | tuple[Tensor, ...]
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
-_TOKENS = (torch.int32, torch.int64)  # integer inputs that an embedding takes; uint8 is an image that nobody scaled
+_TOKENS = (torch.int32, torch.int64)  # integer inputs that an embedding takes; uint8 is an image that was not scaled
+_LABELS = ("label", "labels")  # keys of class labels in a batch that is a dict
+
+
+def as_inputs(example_inputs: ExampleInputs) -> Inputs:
+    """Positional and keyword arguments of one call: a tensor, a tuple or list of arguments, or a dict of keywords."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
 
 
 @dataclass(frozen=True)
@@ -29,19 +41,32 @@ class Batch:
     Attributes
     ----------
     inputs : tuple of Tensor
-        Positional arguments of the network.
+        Arguments of the network.
     labels : Tensor, optional
         Class indices, shape (batch,).
     index : int
         The batch's place in the calibration data, for messages.
     unread : str
-        What followed the inputs, where it is no labels.
+        What followed the inputs, where it is not labels.
+    names : tuple of str
+        The keyword of every input; empty where inputs are positional.
     """
 
     inputs: tuple[Tensor, ...]
     labels: Tensor | None = None
     index: int = 0
     unread: str = ""
+    names: tuple[str, ...] = ()
+
+    @property
+    def call(self) -> Inputs:
+        """Positional and keyword arguments: ``args, kwargs = batch.call; model(*args, **kwargs)``."""
+        return as_inputs(self.example)
+
+    @property
+    def example(self) -> tuple[Tensor, ...] | dict[str, Tensor]:
+        """The inputs as example inputs: a tuple, or a dict where they have names."""
+        return dict(zip(self.names, self.inputs, strict=True)) if self.names else self.inputs
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -53,18 +78,43 @@ class Batch:
         """Types of all inputs."""
         return tuple(value.dtype for value in self.inputs)
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Names, shapes and types: batches of one kind share a program."""
+        return self.names, self.shapes, self.types
+
     def to(self, device: torch.device | str | None) -> Batch:
         """Return the same batch on another device."""
         if device is None:
             return self
         labels = None if self.labels is None else self.labels.to(device)
-        return Batch(tuple(value.to(device) for value in self.inputs), labels, self.index, self.unread)
+        return replace(self, inputs=tuple(value.to(device) for value in self.inputs), labels=labels)
+
+
+def as_batch(example: ExampleInputs | Batch) -> Batch:
+    """Example inputs as a batch.
+
+    Raises
+    ------
+    CalibrationError
+        When an input is not a tensor.
+    """
+    if isinstance(example, Batch):
+        return example
+    args, kwargs = as_inputs(example)
+    values = (*args, *kwargs.values())
+    for value in values:
+        if not isinstance(value, Tensor):
+            raise CalibrationError(f"the example inputs hold a {type(value).__name__}, expected tensors alone")
+    return Batch(values, names=tuple(kwargs))
 
 
 def load_batches(
     calibration: Calibration,
     *,
+    model: nn.Module | None = None,
     example_inputs: ExampleInputs | None = None,
+    inputs: Sequence[str] | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Batch, ...]:
     """Read and check all calibration batches, once.
@@ -73,29 +123,36 @@ def load_batches(
     ----------
     calibration : iterable of batches, or Tensor
         A list, a ``DataLoader``, a single tensor, …
-    example_inputs : Tensor or tuple of Tensor, optional
-        A tuple says how many of a batch's elements are inputs; otherwise there is one.
+    model : nn.Module, optional
+        The network. The names of its arguments say which keys of a batch that is a dict are inputs.
+    example_inputs : Tensor, tuple or dict, optional
+        A tuple or dict says how many of a batch's elements are inputs; otherwise there is one.
+    inputs : sequence of str, optional
+        The keys of a batch that is a dict which are inputs. They go in by keyword where all of them are arguments of
+        the network, otherwise in this order.
     device : torch.device or str, optional
         Where to put the batches; by default they stay where they are.
 
     Raises
     ------
     CalibrationError
-        When there is no batch, or when a batch is empty, of the wrong type or not finite.
+        When there is no batch, or when a batch is empty, of the wrong type or not finite, or when the keys of a dict
+        are not the network's arguments.
     """
-    arity = len(example_inputs) if isinstance(example_inputs, tuple) else 1
-    if isinstance(calibration, tuple) and len(calibration) == 2 and arity == 1 and _is_labels(*calibration[::-1]):
+    reader = _Reader(model, example_inputs, inputs)
+    if isinstance(calibration, tuple) and len(calibration) == 2 and reader.arity == 1 and _pairs(calibration):
         raise CalibrationError("the calibration data are one pair (inputs, labels), expected batches: pass [(x, y)]")
-    source = [calibration] if isinstance(calibration, Tensor) else calibration
-    batches = []
+    source = [calibration] if isinstance(calibration, Tensor | Mapping) else calibration
+    batches: list[Batch] = []
     try:
         for index, raw in enumerate(source):
-            batch = raw if isinstance(raw, Batch) else _read(raw, arity, index)
+            batch = raw if isinstance(raw, Batch) else reader.read(raw, index)
             batches.append(batch.to(device))
     except CalibrationError:
         raise
     except Exception as error:
-        raise CalibrationError(f"the calibration data failed after {len(batches)} batches: {error}") from error
+        where = f"after {len(batches)} batches" if batches else "at their first batch"
+        raise CalibrationError(f"the calibration data failed {where}: {error}") from error
     if not batches:
         raise CalibrationError(
             "the calibration data are empty; pass at least one batch of inputs (a list or a DataLoader: "
@@ -104,55 +161,114 @@ def load_batches(
     return tuple(batches)
 
 
-def first_inputs(calibration: Calibration | None, example_inputs: ExampleInputs | None) -> tuple[Tensor, ...]:
-    """Example inputs for tracing: `example_inputs`, or by default the first calibration batch.
-
-    Raises
-    ------
-    CalibrationError
-        When there are neither, or when the data are an iterator, which would have lost its first batch.
-    """
-    if isinstance(calibration, Iterator):
-        raise CalibrationError(
-            f"the calibration data are a {type(calibration).__name__}, which is exhausted after its first use; "
-            "pass a list or a DataLoader"
-        )
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,)
-    if example_inputs is not None:
-        return tuple(example_inputs)
-    if calibration is None:
-        raise CalibrationError("neither example_inputs nor calibration were given; one of them must show an input")
-    return load_batches(calibration if isinstance(calibration, Tensor) else _first(calibration))[0].inputs
+def unfit(batch: Batch, params: Mapping[str, Tensor], error: Exception) -> CalibrationError:
+    """The error that says which batch the network cannot take, and why."""
+    given = ", ".join(f"{kind} of shape {shape}" for kind, shape in zip(batch.types, batch.shapes, strict=True))
+    own = sorted({str(value.dtype) for value in params.values() if value.is_floating_point()})
+    return CalibrationError(
+        f"calibration batch {batch.index} cannot be fed to the network: its inputs are {given}, the network's tensors "
+        f"are {', '.join(own) or 'none'}: {error}; pass inputs of the shape and type that the network was trained on, "
+        "and say with a tuple or a dict as example_inputs when it takes several"
+    )
 
 
-def _first(calibration: Calibration) -> list[Any]:
-    for raw in calibration:
-        return [raw]
-    return []
+class _Reader:
+    """Turns what users' loaders give into batches."""
+
+    def __init__(
+        self, model: nn.Module | None, example_inputs: ExampleInputs | None, inputs: Sequence[str] | None
+    ) -> None:
+        if isinstance(inputs, str):
+            raise CalibrationError(f"inputs is {inputs!r}, expected a tuple of keys: inputs=({inputs!r},)")
+        self._chosen = None if inputs is None else tuple(inputs)
+        self._network = "the network" if model is None else f"{type(model).__name__}.forward"
+        self._arguments = None if model is None else inspect.signature(model.forward).parameters
+        named = isinstance(example_inputs, Mapping)
+        self._names = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
+        several = named or isinstance(example_inputs, tuple | list)
+        self.arity = len(example_inputs) if several and example_inputs is not None else 1
+
+    def read(self, raw: Any, index: int) -> Batch:  # noqa: ANN401  # users' loaders yield anything
+        """One batch, checked."""
+        who = f"calibration batch {index}"
+        if isinstance(raw, Mapping):
+            return self._named(raw, who, index)
+        if self._chosen is not None:
+            raise CalibrationError(
+                f"{who} is a {type(raw).__name__}, expected a dict: inputs={self._chosen} chooses among keys; "
+                "leave it out, or let the loader give dicts"
+            )
+        if isinstance(raw, Tensor):
+            elements: tuple[Any, ...] = (raw,)
+        elif isinstance(raw, tuple | list):
+            elements = tuple(raw)
+        else:
+            raise CalibrationError(
+                f"{who} is a {type(raw).__name__}, expected a tensor, a tuple that starts with the network's inputs, "
+                "or a dict that names them"
+            )
+        if len(elements) < self.arity:
+            raise CalibrationError(f"{who} has {len(elements)} elements, the network takes {self.arity} inputs")
+        for position, value in enumerate(elements[: self.arity]):
+            _check(value, f"{who}, input {position}")
+        rest = elements[self.arity :]
+        labels, unread = _labels(rest[0], elements[0]) if rest else (None, "")
+        return Batch(elements[: self.arity], labels, index, unread, self._names)
+
+    def _named(self, raw: Mapping[str, Any], who: str, index: int) -> Batch:
+        keys = self._choose(raw, who)
+        for key in keys:
+            _check(raw[key], f"{who}, input {key!r}")
+        given = tuple(raw[key] for key in keys)
+        follows = [raw[key] for key in _LABELS if key in raw and key not in keys]
+        labels, unread = _labels(follows[0], given[0]) if follows else (None, "")
+        return Batch(given, labels, index, unread, keys if self._takes(keys) else ())
+
+    def _choose(self, raw: Mapping[str, Any], who: str) -> tuple[str, ...]:
+        """The keys that are inputs, in the order of the network's arguments."""
+        if self._chosen is not None:
+            missing = [key for key in self._chosen if key not in raw]
+            if missing:
+                raise CalibrationError(f"{who} lacks the inputs {missing}; its keys are {list(raw)}")
+            return self._chosen
+        if self._arguments is None:
+            raise CalibrationError(
+                f"{who} is a dict with the keys {list(raw)}, expected a tensor or a tuple; a dict needs "
+                "inputs=(…,), which names the keys that are inputs"
+            )
+        foreign = [key for key in raw if not self._takes((key,)) and key not in _LABELS]
+        order = list(self._arguments)
+        rank = {name: place for place, name in enumerate(order)}
+        found = sorted((key for key in raw if self._takes((key,))), key=lambda key: rank.get(key, len(order)))
+        if foreign or not found:
+            expected = ", ".join(order)
+            names = foreign or list(raw)
+            raise CalibrationError(
+                f"{who} has the keys {list(raw)}, of which {names} are not arguments of {self._network}({expected}); "
+                f"choose the inputs by their keys: inputs=({names[0]!r},)"
+            )
+        return tuple(found)
+
+    def _takes(self, keys: Sequence[str]) -> bool:
+        """Whether all keys are keyword arguments of the network."""
+        found = self._arguments
+        if found is None:
+            return False
+        kinds = inspect.Parameter
+        named = {name for name, each in found.items() if each.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
+        return set(keys) <= named or any(each.kind is kinds.VAR_KEYWORD for each in found.values())
 
 
-def _read(raw: Any, arity: int, index: int) -> Batch:  # noqa: ANN401  # users' loaders yield anything
-    who = f"calibration batch {index}"
-    if isinstance(raw, Tensor):
-        elements: tuple[Any, ...] = (raw,)
-    elif isinstance(raw, (tuple, list)):
-        elements = tuple(raw)
-    else:
-        raise CalibrationError(
-            f"{who} is a {type(raw).__name__}, expected a tensor, or a tuple that starts with the network's inputs"
-        )
-    if len(elements) < arity:
-        raise CalibrationError(f"{who} has {len(elements)} elements, the network takes {arity} inputs")
-    for position, value in enumerate(elements[:arity]):
-        _check(value, f"{who}, input {position}")
-    rest = elements[arity:]
-    if not rest:
-        return Batch(elements[:arity], None, index)
-    if _is_labels(rest[0], elements[0]):
-        return Batch(elements[:arity], rest[0], index)
-    what = f"{rest[0].dtype} of shape {tuple(rest[0].shape)}" if isinstance(rest[0], Tensor) else type(rest[0]).__name__
-    return Batch(elements[:arity], None, index, what)
+def _pairs(given: tuple[Any, ...]) -> bool:
+    return isinstance(given[0], Tensor) and _is_labels(given[1], given[0])
+
+
+def _labels(value: Any, inputs: Tensor) -> tuple[Tensor | None, str]:  # noqa: ANN401  # as above
+    """Labels, or in words what stands in their place."""
+    if _is_labels(value, inputs):
+        return value, ""
+    what = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return None, what
 
 
 def _is_labels(value: Any, inputs: Tensor) -> bool:  # noqa: ANN401  # as above

@@ -8,29 +8,17 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from c2m3_fl.errors import TraceError
-
-ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+from c2m3_fl.network.calibration import Inputs
 
 _LOCATION = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>\w+)\s+(?P<code>[^\n]+)')
 _LIBRARY = re.compile(r"[/\\](torch|site-packages)[/\\]")
-
-
-def as_inputs(example_inputs: ExampleInputs) -> Inputs:
-    """Positional and keyword arguments of one call: a tensor, a tuple or list of arguments, or a dict of keywords."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
 
 
 @contextlib.contextmanager
@@ -50,7 +38,7 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention spelled out: its fused inference path is one opaque operator."""
+    """Export attention as separate operators: its fused inference path is a single opaque one."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -61,7 +49,7 @@ def plain_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Neither log lines of the exporter nor the graphs that it prints when it fails: what matters is raised."""
+    """Silence the exporter's log lines, and the graphs that it prints when it fails: the error is raised anyway."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -73,9 +61,25 @@ def quiet() -> Iterator[None]:
 
 
 def export(
-    model: nn.Module, inputs: Inputs, is_plain: Callable[[ExportedProgram], bool], *, training: bool = False
+    model: nn.Module,
+    inputs: Inputs,
+    is_plain: Callable[[ExportedProgram], bool] | None = None,
+    *,
+    training: bool = False,
 ) -> ExportedProgram:
-    """ATen graph of one forward pass; made functional, which takes as long again, unless it `is_plain` already.
+    """ATen graph of one forward pass.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; not mutated.
+    inputs : Inputs
+        Positional and keyword arguments of one call.
+    is_plain : callable, optional
+        Whether a graph can be used as it stands; one that cannot is made functional, which takes as long again. By
+        default every graph can.
+    training : bool
+        Export training mode, without dropout, instead of evaluation mode.
 
     Raises
     ------
@@ -86,19 +90,29 @@ def export(
     with mode(model, training=training), plain_attention(), quiet(), torch.enable_grad():
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
-            return program if is_plain(program) else program.run_decompositions({})
+            return program if is_plain is None or is_plain(program) else program.run_decompositions({})
         except Exception as error:
             require_runs(model, inputs)
             raise TraceError(_explain(model, error)) from error
 
 
-def require_runs(model: nn.Module, inputs: Inputs) -> None:
-    """Raise `TraceError` unless the network, in its present mode, can be called with the example inputs."""
+def call_fails(model: nn.Module, inputs: Inputs) -> Exception | None:
+    """What the network, in its present mode, raises when it is called with copies of the inputs; None if nothing."""
     args, kwargs = copy.deepcopy(inputs)
     try:
         with torch.no_grad():
-            copy.deepcopy(model)(*args, **kwargs)
+            model(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
+        return error
+    return None
+
+
+def require_runs(model: nn.Module, inputs: Inputs) -> None:
+    """Raise `TraceError` unless the network, in its present mode, can be called with the example inputs."""
+    error = call_fails(copy.deepcopy(model), inputs)
+    if error is not None:
         raise TraceError(
             f"{type(model).__name__} cannot be called with the example inputs, {_described(inputs)}{_line(error)}: "
             f"{_first_sentence(error)}. Pass the arguments of one call as the network takes them, of its shapes and "

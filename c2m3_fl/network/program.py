@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.errors import CalibrationError, TraceError
-from c2m3_fl.network.calibration import Batch
-from c2m3_fl.network.exporting import quiet
+from c2m3_fl.errors import CalibrationError
+from c2m3_fl.network.calibration import Batch, ExampleInputs, as_batch, unfit
+from c2m3_fl.network.exporting import aliases, call_fails, export
 from c2m3_fl.network.operators import LAYOUTS, Kind, Layout, Operator, obstacle
 
 _TRAINING = 5  # place of that argument of aten.batch_norm
@@ -145,45 +146,48 @@ def feeding(batch: Batch, params: Params) -> Iterator[None]:
     except (CalibrationError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        types = sorted({str(value.dtype) for value in params.values() if value.is_floating_point()})
-        raise CalibrationError(
-            f"calibration batch {batch.index}, inputs of shapes {list(batch.shapes)} and types "
-            f"{[str(given) for given in batch.types]}: the network, of type {', '.join(types) or 'none'}, cannot take "
-            f"it ({error}); pass inputs of the shape and type that the network was trained on"
-        ) from error
+        raise unfit(batch, params, error) from error
 
 
-def require_runs(model: nn.Module, batch: Batch) -> None:
-    """Raise `CalibrationError` unless the network takes a calibration batch."""
-    twin = copy.deepcopy(model).to(batch.inputs[0].device).eval()
-    with torch.no_grad(), feeding(batch, twin.state_dict()):
-        twin(*(value.clone() for value in batch.inputs))
+def check_batches(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Run the network, in evaluation mode, on calibration batches.
+
+    Floating batches of one kind stand for each other; integers may be tokens out of range, so each batch is run.
+
+    Raises
+    ------
+    CalibrationError
+        When the network cannot take a batch.
+    """
+    twin = copy.deepcopy(model).to(batches[0].inputs[0].device).eval()
+    seen = set()
+    for batch in batches:
+        if batch.kind in seen and all(value.is_floating_point() for value in batch.inputs):
+            continue
+        seen.add(batch.kind)
+        error = call_fails(twin, batch.call)
+        if error is not None:
+            raise unfit(batch, twin.state_dict(), error) from error
 
 
-def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
+def export_program(model: nn.Module, example: ExampleInputs | Batch) -> Program:
     """Export a network in evaluation mode and find its parameterised operators.
 
     Parameters
     ----------
     model : nn.Module
         Not mutated.
-    inputs : tuple of Tensor
-        Example inputs; the program takes inputs of exactly these shapes, on their device.
+    example : Tensor, tuple, dict or Batch
+        Example inputs; the program takes inputs of exactly these shapes and names, on their device.
 
     Raises
     ------
     TraceError
         When `torch.export` refuses the network.
     """
-    twin = copy.deepcopy(model).to(inputs[0].device).eval()
-    try:
-        with quiet(), torch.enable_grad():  # without gradients attention would export its opaque fast path
-            exported = torch.export.export(twin, inputs)
-    except Exception as error:
-        raise TraceError(
-            f"torch.export refused {type(model).__name__} for inputs of shapes {[tuple(x.shape) for x in inputs]}: "
-            f"{error}"
-        ) from error
+    batch = as_batch(example)
+    twin = copy.deepcopy(model).to(batch.inputs[0].device)
+    exported = export(twin, batch.call)
     signature = exported.graph_signature
     persistent = twin.state_dict()
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -196,12 +200,31 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Program:
     }
     graph = exported.graph
     operators, skipped = _operators(graph, names)
-    inputs_of = tuple(signature.user_inputs)
-    return Program(graph, names, constants, inputs_of, operators, skipped, _aliases(twin), _last_uses(graph))
+    inputs = _in_order(exported, batch)
+    return Program(graph, names, constants, inputs, operators, skipped, _further_names(twin), _last_uses(graph))
 
 
-def trace_batches(model: nn.Module, batches: Sequence[Batch]) -> list[Program]:
-    """One program per batch; batches of the same shapes and types share theirs.
+def _in_order(exported: ExportedProgram, batch: Batch) -> tuple[str, ...]:
+    """The placeholders of the network's inputs, in the order of the batch's."""
+    placeholders = tuple(str(name) for name in exported.graph_signature.user_inputs)
+    if not batch.names:
+        return placeholders
+    keywords: Sequence[str] = exported.call_spec.in_spec.child(1).context
+    found = dict(zip(keywords, placeholders, strict=True))
+    return tuple(found[name] for name in batch.names)
+
+
+def export_batches(model: nn.Module, batches: Sequence[Batch], *, checked: bool = False) -> list[Program]:
+    """One program per batch; batches of the same names, shapes and types share theirs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; not mutated.
+    batches : sequence of Batch
+        Calibration data.
+    checked : bool
+        Whether `check_batches` has accepted them already.
 
     Raises
     ------
@@ -210,12 +233,13 @@ def trace_batches(model: nn.Module, batches: Sequence[Batch]) -> list[Program]:
     TraceError
         When `torch.export` refuses the network.
     """
+    if not checked:
+        check_batches(model, batches)
     found: dict[tuple[Any, ...], Program] = {}
     for batch in batches:
-        if (batch.shapes, batch.types) not in found:
-            require_runs(model, batch)
-            found[batch.shapes, batch.types] = trace(model, batch.inputs)
-    programs = [found[batch.shapes, batch.types] for batch in batches]
+        if batch.kind not in found:
+            found[batch.kind] = export_program(model, batch)
+    programs = [found[batch.kind] for batch in batches]
     reference = [(operator.name, operator.weight) for operator in programs[0].operators]
     for batch, program in zip(batches, programs, strict=True):
         if [(operator.name, operator.weight) for operator in program.operators] != reference:
@@ -300,10 +324,12 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, int]:
     return last
 
 
-def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    holders: dict[int, list[str]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        holders.setdefault(id(value), []).append(name)
+def _further_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The other state-dict names of every tensor that has several."""
+    first = aliases(model)
+    holders: dict[str, list[str]] = {}
+    for name in model.state_dict():
+        holders.setdefault(first.get(name, name), []).append(name)
     return {name: tuple(o for o in names if o != name) for names in holders.values() for name in names}
 
 

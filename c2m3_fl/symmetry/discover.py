@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Axis, PermutationSpec, Pin, Segment, TensorSpec
 from c2m3_fl.errors import SpecError, TraceError
-from c2m3_fl.network.exporting import ExampleInputs, Inputs, aliases, as_inputs, export
+from c2m3_fl.network.calibration import ExampleInputs, Inputs, as_inputs
+from c2m3_fl.network.exporting import aliases, export
 from c2m3_fl.symmetry.build_spec import build_spec
 from c2m3_fl.symmetry.facts import Structure
 from c2m3_fl.symmetry.proof import Prover, guilty

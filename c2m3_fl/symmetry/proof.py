@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from c2m3_fl.core.permutation import Permutation, apply, identity, random
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.network.exporting import Inputs, aliases, mode, plain_attention, require_runs
+from c2m3_fl.network.calibration import Inputs
+from c2m3_fl.network.exporting import aliases, mode, plain_attention, require_runs
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; what rounding alone stays below
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.network.calibration import first_inputs, load_batches
+from c2m3_fl.network.calibration import load_batches
 
 INPUTS = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(10)
@@ -49,21 +49,6 @@ def test_a_tuple_of_example_inputs_says_how_many_inputs_there_are() -> None:
     assert batch.labels is not None
 
 
-def test_example_inputs_default_to_the_first_batch() -> None:
-    assert torch.equal(first_inputs([(INPUTS[:2], LABELS[:2]), (INPUTS[2:], LABELS[2:])], None)[0], INPUTS[:2])
-    assert torch.equal(first_inputs(None, INPUTS)[0], INPUTS)
-    with pytest.raises(CalibrationError, match="neither example_inputs nor calibration"):
-        first_inputs(None, None)
-
-
-def test_an_iterator_would_lose_the_batch_that_is_shown() -> None:
-    data = iter([INPUTS[:2], INPUTS[2:]])
-    for example_inputs in (None, INPUTS):
-        with pytest.raises(CalibrationError, match=r"list_iterator, which is exhausted .* pass a list or a DataLoader"):
-            first_inputs(data, example_inputs)
-    assert len(load_batches(data)) == 2
-
-
 def test_every_batch_knows_its_place() -> None:
     assert [batch.to("cpu").index for batch in load_batches(list(INPUTS.split(4)))] == [0, 1, 2]
 
@@ -81,7 +66,8 @@ def _raising() -> Iterator[torch.Tensor]:
         ([INPUTS, INPUTS.to(torch.uint8)], "batch 1, input 0 is of type torch.uint8, expected floats"),
         ([INPUTS > 0], "of type torch.bool"),
         ([INPUTS.log()], "NaN or infinite"),
-        ([{"image": INPUTS}], "batch 0 is a dict, expected a tensor"),
+        ([{"image": INPUTS}], r"batch 0 is a dict with the keys \['image'\], .* inputs="),
+        ([{INPUTS}], "batch 0 is a set, expected a tensor"),
         ([INPUTS.numpy()], "batch 0 is a ndarray"),
         ([("a", INPUTS)], "input 0 is a str"),
         (_raising(), "failed after 1 batches: disk on fire"),

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from c2m3_fl.network.calibration import Batch
-from c2m3_fl.network.program import Walk, trace
+from c2m3_fl.network.program import Walk, export_program
 from c2m3_fl.network.rows import (
     from_matrix,
     input_of,
@@ -48,7 +48,7 @@ def test_rows_times_matrix_are_the_outputs(case: str, count: int) -> None:
     module, shape = CASES[case]
     module = module.double()
     source = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    program = trace(module, (source,))
+    program = export_program(module, (source,))
     params = {name: value.detach() for name, value in module.state_dict().items()}
 
     (operator,) = program.operators
@@ -66,7 +66,7 @@ def test_rows_times_matrix_are_the_outputs(case: str, count: int) -> None:
 
 def test_positions_are_drawn_once_per_shape() -> None:
     module, shape = CASES["conv2d"]
-    program = trace(module.double(), (torch.randn(*shape, dtype=torch.float64),))
+    program = export_program(module.double(), (torch.randn(*shape, dtype=torch.float64),))
     (operator,) = program.operators
     output = torch.zeros(5, 4, 5, 5)
     drawn = sample_positions(operator, output, 20, seed=3)

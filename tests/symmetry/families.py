@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import PermutationSpec
-from c2m3_fl.network.exporting import as_inputs
+from c2m3_fl.network.calibration import as_inputs
 from c2m3_fl.symmetry.discover import derive
 from c2m3_fl.symmetry.proof import Prover
 from tests.symmetry import convolutional as conv

@@ -10,7 +10,7 @@ from c2m3_fl.core.describe import coverage
 from c2m3_fl.core.permutation import apply, random
 from c2m3_fl.core.spec import Axis, Group, PermutationSpec, Segment, TensorSpec
 from c2m3_fl.errors import ParamsError, SpecError, TraceError
-from c2m3_fl.network.exporting import as_inputs
+from c2m3_fl.network.calibration import as_inputs
 from c2m3_fl.symmetry.discover import check_invariance, derive, permutation_spec, prove, require_invariance
 from c2m3_fl.symmetry.proof import Prover
 from tests.symmetry.families import SMALL, Lambda, build, noise, traced

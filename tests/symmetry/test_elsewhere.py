@@ -11,7 +11,7 @@ from torch import nn
 from c2m3_fl.core.describe import coverage
 from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import apply, random
-from c2m3_fl.network.exporting import as_inputs
+from c2m3_fl.network.calibration import as_inputs
 from c2m3_fl.symmetry.discover import derive
 from c2m3_fl.symmetry.proof import Prover
 from tests.symmetry import elsewhere

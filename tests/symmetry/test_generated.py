@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from c2m3_fl.network.exporting import as_inputs
+from c2m3_fl.network.calibration import as_inputs
 from c2m3_fl.symmetry.discover import derive
 from c2m3_fl.symmetry.proof import Prover
 

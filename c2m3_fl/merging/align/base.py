@@ -19,7 +19,8 @@ from c2m3_fl.merging.align.activations import Features, two_sided_features, unit
 from c2m3_fl.merging.recalibrate.setting import check_types
 from c2m3_fl.merging.recalibrate.targets import View
 from c2m3_fl.network.calibration import Batch
-from c2m3_fl.network.program import Program, trace_batches
+from c2m3_fl.network.calibration_set import CalibrationSet
+from c2m3_fl.network.program import Program
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +41,8 @@ class Nodes:
         The node whose order of units the merge shall have.
     model : nn.Module
         The architecture.
-    batches : tuple of Batch
-        Calibration data; empty where there are none.
+    calibration : CalibrationSet, optional
+        Calibration data.
     """
 
     spec: PermutationSpec
@@ -50,19 +51,24 @@ class Nodes:
     order: tuple[int, ...]
     basis: int
     model: nn.Module
-    batches: tuple[Batch, ...] = ()
+    calibration: CalibrationSet | None = None
 
-    def programs(self) -> list[Program]:
-        """The traced network, one program per batch.
+    @property
+    def batches(self) -> tuple[Batch, ...]:
+        """The calibration batches; none where there are no data."""
+        return () if self.calibration is None else self.calibration.batches
+
+    def programs(self) -> tuple[Program, ...]:
+        """The exported network, one program per batch.
 
         Raises
         ------
         CalibrationError
             Without calibration data.
         """
-        if not self.batches:
+        if self.calibration is None or not self.batches:
             raise CalibrationError("this method compares activations and needs calibration data; none were given")
-        return trace_batches(self.model, self.batches)
+        return self.calibration.programs
 
     def features(self, programs: Sequence[Program], *, two_sided: bool = False) -> list[Features]:
         """What every node's units do on the calibration data: `unit_features`, or `two_sided_features`."""

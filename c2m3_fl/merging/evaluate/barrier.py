@@ -17,7 +17,7 @@ from c2m3_fl.network.calibration import Calibration, ExampleInputs
 
 
 @dataclass(frozen=True)
-class Segment:
+class Line:
     """Scores along the straight line between two networks.
 
     Attributes
@@ -88,8 +88,9 @@ def barrier(
     *,
     points: int = 11,
     example_inputs: ExampleInputs | None = None,
+    inputs: Sequence[str] | None = None,
     renormalise: bool | None = None,
-) -> Segment:
+) -> Line:
     """Score the segment between two networks.
 
     Parameters
@@ -102,8 +103,10 @@ def barrier(
         What to score on.
     points : int
         Number of equidistant points, ends included.
-    example_inputs : Tensor or tuple of Tensor, optional
-        A tuple says how many inputs the network takes; otherwise one.
+    example_inputs : Tensor, tuple or dict, optional
+        A tuple or dict says how many inputs the network takes; otherwise one.
+    inputs : sequence of str, optional
+        The keys that are inputs, where batches are dicts: see `load_batches`.
     renormalise : bool, optional
         Whether running statistics of BatchNorm are re-estimated between the networks: see `Scorer`.
 
@@ -118,9 +121,9 @@ def barrier(
     """
     if points < 2:
         raise ConfigError(f"points is {points}, expected at least the two ends")
-    scorer = Scorer(model, [first, second], data, example_inputs=example_inputs, renormalise=renormalise)
+    scorer = Scorer(model, [first, second], data, example_inputs=example_inputs, inputs=inputs, renormalise=renormalise)
     positions = tuple(index / (points - 1) for index in range(points))
-    return Segment(positions, tuple(scorer.score([1 - t, t]) for t in positions))
+    return Line(positions, tuple(scorer.score([1 - t, t]) for t in positions))
 
 
 def pairwise_barriers(
@@ -130,8 +133,9 @@ def pairwise_barriers(
     *,
     points: int = 11,
     example_inputs: ExampleInputs | None = None,
+    inputs: Sequence[str] | None = None,
     renormalise: bool | None = None,
-) -> dict[tuple[int, int], Segment]:
+) -> dict[tuple[int, int], Line]:
     """The segment between every pair of networks: see `barrier`.
 
     Examples
@@ -140,7 +144,7 @@ def pairwise_barriers(
     >>> list(pairwise_barriers(nn.Linear(4, 3), nodes, [(torch.randn(8, 4), torch.randint(3, (8,)))], points=3))
     [(0, 1), (0, 2), (1, 2)]
     """
-    between = partial(barrier, points=points, example_inputs=example_inputs, renormalise=renormalise)
+    between = partial(barrier, points=points, example_inputs=example_inputs, inputs=inputs, renormalise=renormalise)
     return {(i, j): between(model, nodes[i], nodes[j], data) for i, j in itertools.combinations(range(len(nodes)), 2)}
 
 
@@ -152,6 +156,7 @@ def simplex(
     samples: int = 0,
     seed: int = 0,
     example_inputs: ExampleInputs | None = None,
+    inputs: Sequence[str] | None = None,
     renormalise: bool | None = None,
 ) -> Simplex:
     """Score the corners and the centre of the simplex that many networks span, and points drawn uniformly from it.
@@ -168,8 +173,10 @@ def simplex(
         Number of points that are drawn.
     seed : int
         Decides which.
-    example_inputs : Tensor or tuple of Tensor, optional
-        A tuple says how many inputs the network takes; otherwise one.
+    example_inputs : Tensor, tuple or dict, optional
+        A tuple or dict says how many inputs the network takes; otherwise one.
+    inputs : sequence of str, optional
+        The keys that are inputs, where batches are dicts: see `load_batches`.
     renormalise : bool, optional
         Whether running statistics of BatchNorm are re-estimated between the networks: see `Scorer`.
 
@@ -186,7 +193,7 @@ def simplex(
         raise ConfigError(f"a simplex needs at least two networks, got {len(nodes)}")
     if samples < 0:
         raise ConfigError(f"samples is {samples}, expected none or more")
-    scorer = Scorer(model, nodes, data, example_inputs=example_inputs, renormalise=renormalise)
+    scorer = Scorer(model, nodes, data, example_inputs=example_inputs, inputs=inputs, renormalise=renormalise)
     count = len(nodes)
     corners = [[float(row == column) for column in range(count)] for row in range(count)]
     drawn = -torch.rand(samples, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).log()

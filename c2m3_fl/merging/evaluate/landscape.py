@@ -44,6 +44,7 @@ def landscape(
     resolution: int = 21,
     margin: float = 0.25,
     example_inputs: ExampleInputs | None = None,
+    inputs: Sequence[str] | None = None,
     renormalise: bool | None = None,
 ) -> Landscape:
     """Score a grid in the plane through three networks.
@@ -60,8 +61,10 @@ def landscape(
         Points along each side.
     margin : float
         How far the grid reaches beyond the networks, relative to their extent.
-    example_inputs : Tensor or tuple of Tensor, optional
-        A tuple says how many inputs the network takes; otherwise one.
+    example_inputs : Tensor, tuple or dict, optional
+        A tuple or dict says how many inputs the network takes; otherwise one.
+    inputs : sequence of str, optional
+        The keys that are inputs, where batches are dicts: see `load_batches`.
     renormalise : bool, optional
         Whether running statistics of BatchNorm are re-estimated between the networks: see `Scorer`.
 
@@ -78,7 +81,7 @@ def landscape(
         raise ConfigError(f"a plane goes through three networks, got {len(nodes)}")
     if resolution < 2:
         raise ConfigError(f"resolution is {resolution}, expected at least two points along each side")
-    scorer = Scorer(model, nodes, data, example_inputs=example_inputs, renormalise=renormalise)
+    scorer = Scorer(model, nodes, data, example_inputs=example_inputs, inputs=inputs, renormalise=renormalise)
     origin, across, up = (torch.cat([node[name].double().flatten() for name in scorer.names]) for node in nodes)
     width = float((across - origin).norm())
     along = float((up - origin) @ (across - origin)) / width if width else 0.0

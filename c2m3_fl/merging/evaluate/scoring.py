@@ -39,7 +39,7 @@ def evaluate(model: nn.Module, params: Params, batches: Sequence[Batch]) -> Scor
             if batch.labels is None:
                 raise CalibrationError("barriers need labelled data: batches of (inputs, class indices)")
             with feeding(batch, params):
-                logits = torch.func.functional_call(model, dict(params), batch.inputs)
+                logits = torch.func.functional_call(model, dict(params), *batch.call)
                 loss += float(nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
             correct += int((logits.argmax(1) == batch.labels).sum())
             count += len(batch.labels)
@@ -60,8 +60,10 @@ class Scorer:
         The networks.
     data : iterable of labelled batches
         What to score on.
-    example_inputs : Tensor or tuple of Tensor, optional
-        A tuple says how many inputs the network takes; otherwise one.
+    example_inputs : Tensor, tuple or dict, optional
+        A tuple or dict says how many inputs the network takes; otherwise one.
+    inputs : sequence of str, optional
+        The keys that are inputs, where batches are dicts: see `load_batches`.
     renormalise : bool, optional
         Whether to re-estimate BatchNorm; by default where there is one that keeps running statistics.
 
@@ -80,6 +82,7 @@ class Scorer:
         data: Calibration,
         *,
         example_inputs: ExampleInputs | None = None,
+        inputs: Sequence[str] | None = None,
         renormalise: bool | None = None,
     ) -> None:
         for index, node in enumerate(nodes):
@@ -87,7 +90,13 @@ class Scorer:
         self.nodes = nodes
         self.names = floating(nodes[0])
         self._twin = copy.deepcopy(model).to(next(iter(nodes[0].values())).device).eval()
-        self._batches = load_batches(data, example_inputs=example_inputs, device=next(iter(nodes[0].values())).device)
+        self._batches = load_batches(
+            data,
+            model=model,
+            example_inputs=example_inputs,
+            inputs=inputs,
+            device=next(iter(nodes[0].values())).device,
+        )
         normed = any(name.endswith("running_var") for name in nodes[0])
         if renormalise and not normed:
             raise ConfigError(f"{type(model).__name__} keeps no running statistics that could be re-estimated")

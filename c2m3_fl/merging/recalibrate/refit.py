@@ -19,8 +19,9 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError
+from c2m3_fl.merging.recalibrate.correction import correct
 from c2m3_fl.merging.recalibrate.refit_targets import FOLDS, MeanOutputs
-from c2m3_fl.merging.recalibrate.repair import measured, recalibration_report, rescale, restate
+from c2m3_fl.merging.recalibrate.repair import recalibration_report
 from c2m3_fl.merging.recalibrate.ridge import Evidence, Fit, Rows, Sums, choose
 from c2m3_fl.merging.recalibrate.setting import Setting
 from c2m3_fl.merging.recalibrate.softmax_fit import Classified, Layer, choose_scores
@@ -94,12 +95,19 @@ class Refit:
             )
             params = dict(setting.merged)
             front = Front(setting.programs, setting.batches, params)
-            reports = [
-                report
-                for place in range(len(setting.programs[0].operators))
-                for report in self._correct(setting, outputs, front, place, params)
-            ]
-        return Recalibrated(params, recalibration_report("refit", setting, tuple(reports), start))
+
+            def fit(place: int, operator: Operator) -> OperatorReport | None:
+                if not self.fits(operator):
+                    return None
+                solve = _fit_scores if outputs.scored(operator) else _fit
+                return solve(setting, self, outputs, front, place, params)
+
+            def rescales(operator: Operator) -> bool:
+                return bool(operator.weight) and not operator.feeds_norm and not outputs.scored(operator)
+
+            program = setting.programs[0]
+            reports = correct(program, params, front.measured, setting.targets, rescales=rescales, fit=fit)
+        return Recalibrated(params, recalibration_report("refit", setting, reports, start))
 
     def fits(self, operator: Operator) -> bool:
         """Whether this operator is fitted, not only repaired."""
@@ -108,22 +116,6 @@ class Refit:
     def _scored(self, setting: Setting) -> bool:
         labelled = all(batch.labels is not None for batch in setting.batches)
         return labelled if self.scores is None else self.scores
-
-    def _correct(
-        self, setting: Setting, outputs: MeanOutputs, front: Front, place: int, params: dict[str, Tensor]
-    ) -> list[OperatorReport]:
-        program = setting.programs[0]
-        operator = program.operators[place]
-        reports = []
-        if operator.mean:
-            reports.append(restate(program, operator, params, measured(front, place, params, before=True)))
-        if self.fits(operator):
-            fit = _fit_scores if outputs.scored(operator) else _fit
-            reports.append(fit(setting, self, outputs, front, place, params))
-        if not operator.feeds_norm and operator.weight and not outputs.scored(operator):
-            target = setting.targets[operator.name]
-            reports.append(rescale(program, operator, params, measured(front, place, params), target))
-        return reports
 
 
 def _fit(

@@ -8,22 +8,23 @@ order: an operator is measured with all earlier ones already repaired.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params, floating
+from c2m3_fl.merging.recalibrate.correction import Measure, correct
 from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.targets import Front, Target
 from c2m3_fl.merging.reports import OperatorReport, Recalibrated, RecalibrationReport
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
+from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator
 from c2m3_fl.network.program import Program
-
-_DEAD = 1e-7  # spread below which, relative to mean and target, a channel varies by rounding alone
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,7 @@ class Repair:
 
     def __call__(self, setting: Setting) -> Recalibrated:
         """Repair ``setting.merged``."""
-        start = time.perf_counter()
-        with torch.no_grad():
-            walk = _forecast if self.closed_form else _walk
-            params, operators = walk(setting, scales=True, final=self.final)
-        return Recalibrated(params, recalibration_report("repair", setting, operators, start))
+        return _repaired(setting, self, "repair")
 
 
 @dataclass(frozen=True)
@@ -64,20 +61,18 @@ class BatchNormStatistics:
 
     def __call__(self, setting: Setting) -> Recalibrated:
         """Re-estimate in ``setting.merged``."""
-        start = time.perf_counter()
-        with torch.no_grad():
-            params, operators = _walk(setting, scales=False, final=False)
-        return Recalibrated(params, recalibration_report("batchnorm", setting, operators, start))
+        return _repaired(setting, self, "batchnorm")
 
 
 def repair(
     model: nn.Module,
     merged: Params,
     endpoints: Sequence[Params],
-    calibration: Calibration,
+    calibration: Calibration | CalibrationSet,
     *,
     weights: Sequence[float] | Tensor | None = None,
     example_inputs: ExampleInputs | None = None,
+    inputs: Sequence[str] | None = None,
     final: bool = True,
     device: torch.device | str | None = None,
 ) -> Recalibrated:
@@ -95,8 +90,10 @@ def repair(
         Inputs; labels are ignored. Every endpoint sees every batch once.
     weights : sequence of float, optional
         The endpoints' averaging weights; equal by default.
-    example_inputs : Tensor or tuple of Tensor, optional
-        A tuple says how many inputs the network takes; otherwise one.
+    example_inputs : Tensor, tuple or dict, optional
+        A tuple or dict says how many inputs the network takes; otherwise one.
+    inputs : sequence of str, optional
+        The keys that are inputs, where batches are dicts: see `load_batches`.
     final : bool
         Whether the operators that give the network's output are repaired too.
     device : torch.device or str, optional
@@ -119,87 +116,70 @@ def repair(
     True
     """
     setting = prepare(
-        model, merged, endpoints, calibration, weights=weights, example_inputs=example_inputs, device=device
+        model,
+        merged,
+        endpoints,
+        calibration,
+        weights=weights,
+        example_inputs=example_inputs,
+        inputs=inputs,
+        device=device,
     )
     repaired = Repair(final=final)(setting)
     home = {name: value.to(merged[name].device) for name, value in repaired.state_dict.items()}
     return Recalibrated(home, repaired.report)
 
 
-def _walk(setting: Setting, *, scales: bool, final: bool) -> tuple[dict[str, Tensor], tuple[OperatorReport, ...]]:
-    """Correct one operator after the other, each measured with all earlier ones corrected."""
-    program = setting.programs[0]
-    params = dict(setting.merged)
-    front = Front(setting.programs, setting.batches, params)
-    reports = []
-    for place, operator in enumerate(program.operators):
-        if operator.mean:
-            reports.append(restate(program, operator, params, measured(front, place, params, before=True)))
-        elif scales and (final or not operator.final) and not operator.feeds_norm:
-            moments = measured(front, place, params)
-            reports.append(rescale(program, operator, params, moments, setting.targets[operator.name]))
-    return params, tuple(reports)
+def repair_measured(
+    recalibration: Repair | BatchNormStatistics,
+    program: Program,
+    params: dict[str, Tensor],
+    measure: Measure,
+    targets: Mapping[str, Target],
+) -> tuple[OperatorReport, ...]:
+    """Repair a network, or its BatchNorm alone, with moments from anywhere.
+
+    Parameters
+    ----------
+    recalibration : Repair or BatchNormStatistics
+        What to do.
+    program : Program
+        The exported network.
+    params : dict of str to Tensor
+        Its state dict; corrected in place.
+    measure : Measure
+        Where the moments come from.
+    targets : mapping of str to Target
+        Moments that outputs shall have; BatchNorm needs none.
+    """
+    options = recalibration if isinstance(recalibration, Repair) else None
+
+    def rescales(operator: Operator) -> bool:
+        if options is None or operator.mean or operator.feeds_norm:
+            return False
+        return (options.final or not operator.final) and (operator.linear or not options.closed_form)
+
+    return correct(program, params, measure, targets, rescales=rescales)
 
 
-def _forecast(setting: Setting, *, scales: bool, final: bool) -> tuple[dict[str, Tensor], tuple[OperatorReport, ...]]:
-    """Correct all operators by what their endpoints' mean says of them."""
-    program = setting.programs[0]
-    params = dict(setting.merged)
-    reports = []
-    for operator in program.operators:
-        forecast = setting.forecasts[operator.name]
-        if operator.mean:
-            reports.append(restate(program, operator, params, forecast))
-        elif scales and operator.linear and (final or not operator.final) and not operator.feeds_norm:
-            reports.append(rescale(program, operator, params, forecast, setting.targets[operator.name]))
-    return params, tuple(reports)
+def _repaired(setting: Setting, recalibration: Repair | BatchNormStatistics, method: str) -> Recalibrated:
+    start = time.perf_counter()
+    with torch.no_grad():
+        params = dict(setting.merged)
+        targets = setting.targets if isinstance(recalibration, Repair) else {}
+        if isinstance(recalibration, Repair) and recalibration.closed_form:
+            measure: Measure = partial(_forecast, setting.forecasts)
+        else:
+            measure = Front(setting.programs, setting.batches, params).measured
+        operators = repair_measured(recalibration, setting.programs[0], params, measure, targets)
+    return Recalibrated(params, recalibration_report(method, setting, operators, start))
 
 
-def measured(front: Front, place: int, params: Params, *, before: bool = False) -> Moments:
-    """Moments over all batches of an operator's output, or of its input."""
-    total: Moments | None = None
-    for operator, walk in front.before(place):
-        node = operator.input if before else operator.node
-        moments = Moments.of(walk.value(node), operator.channel_axes(params))
-        total = moments if total is None else total.combine(moments)
-    assert total is not None  # there is at least one batch
-    return total
-
-
-def rescale(
-    program: Program, operator: Operator, params: dict[str, Tensor], moments: Moments, target: Target
-) -> OperatorReport:
-    """Fold ``y -> scale * (y - mean) + target mean`` into weight and bias."""
-    dead = moments.std <= _DEAD * (moments.mean.abs() + target.std)
-    scale = torch.where(dead, 1.0, target.std / torch.where(dead, 1.0, moments.std))
-    program.assign(params, operator.weight, operator.rescaled(params[operator.weight].double(), scale))
-    if operator.bias:
-        bias = params[operator.bias].double()
-        shift = target.mean - scale * moments.mean
-        program.assign(params, operator.bias, bias * scale.reshape(bias.shape) + shift.reshape(bias.shape))
-    action = "mean and spread" if operator.bias else "spread only: no bias"
-    return compared(operator, action, moments, target, int(dead.sum()))
-
-
-def restate(program: Program, operator: Operator, params: dict[str, Tensor], moments: Moments) -> OperatorReport:
-    """Re-estimate the running statistics of a BatchNorm from its inputs."""
-    spread = params[operator.variance].double().clamp_min(0).sqrt()
-    report = compared(operator, "running statistics", moments, Target(params[operator.mean].double(), spread))
-    program.assign(params, operator.mean, moments.mean)
-    program.assign(params, operator.variance, moments.unbiased_variance)
-    return report
-
-
-def compared(operator: Operator, action: str, moments: Moments, target: Target, dead: int = 0) -> OperatorReport:
-    """How far the moments were from their target."""
-    alive = target.std > _DEAD * (target.mean.abs() + moments.std)
-    if not bool(alive.any()):
-        return OperatorReport(operator.name, operator.module, action, 0.0, 1.0, dead)
-    offset = ((moments.mean - target.mean) / target.std)[alive]
-    spread = (moments.std / target.std)[alive]
-    return OperatorReport(
-        operator.name, operator.module, action, float(offset.square().mean().sqrt()), float(spread.median()), dead
-    )
+def _forecast(
+    forecasts: Mapping[str, Moments], place: int, operator: Operator, params: Params, *, before: bool
+) -> Moments:
+    """What the endpoints' mean says of an operator, whatever the present parameters are."""
+    return forecasts[operator.name]
 
 
 def recalibration_report(

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import order_by_weight, to_device
-from c2m3_fl.errors import ConfigError, ParamsError
+from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.merging.recalibrate.targets import Target, View, as_it_is, forecasts, mean_targets, output_moments
-from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs, load_batches
+from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs
+from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.moments import Moments
-from c2m3_fl.network.program import Program, trace_batches
+from c2m3_fl.network.program import Program
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,39 @@ def prepare(
     model: nn.Module,
     merged: Params,
     endpoints: Sequence[Params],
-    calibration: Calibration,
+    calibration: Calibration | CalibrationSet,
     *,
     weights: Sequence[float] | Tensor | None = None,
     example_inputs: ExampleInputs | None = None,
+    inputs: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     plain: Params | None = None,
     views: Sequence[View] | None = None,
 ) -> Setting:
-    """Check everything, trace the network, and bring it all to one device.
+    """Check everything, export the network, and bring it all to one device.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture; not mutated.
+    merged : mapping of str to Tensor
+        The averaged state dict.
+    endpoints : sequence of mappings of str to Tensor
+        The networks that were averaged, their units in the order of `merged`.
+    calibration : iterable of batches, or CalibrationSet
+        Inputs that every endpoint sees; a `CalibrationSet` is neither checked nor exported again.
+    weights : sequence of float, optional
+        The endpoints' averaging weights; equal by default.
+    example_inputs : Tensor, tuple or dict, optional
+        A tuple or dict says how many inputs the network takes; otherwise one.
+    inputs : sequence of str, optional
+        The keys that are inputs, where batches are dicts: see `load_batches`.
+    device : torch.device or str, optional
+        Where to compute; by default where the merged parameters are.
+    plain : mapping of str to Tensor, optional
+        The average without any alignment: one more candidate for a guard.
+    views : sequence of View, optional
+        How each endpoint's outputs are seen in the basis of the average; by default as they are.
 
     Raises
     ------
@@ -119,11 +144,13 @@ def prepare(
         check_params(model, params, who)
         check_types(model.state_dict(), params, who)
     place = torch.device(device) if device is not None else next(iter(merged.values())).device
-    batches = load_batches(calibration, example_inputs=example_inputs, device=place)
+    held = CalibrationSet.of(model, calibration, example_inputs=example_inputs, inputs=inputs).to(place)
+    if not held.batches:
+        raise CalibrationError("there are example inputs alone, expected calibration batches: pass calibration")
     order = order_by_weight(endpoints, share)
     return Setting(
-        programs=tuple(trace_batches(model, batches)),
-        batches=batches,
+        programs=held.programs,
+        batches=held.batches,
         merged=to_device(merged, place),
         endpoints=tuple(to_device(endpoints[index], place) for index in order),
         weights=share[order],

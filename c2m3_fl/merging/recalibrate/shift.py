@@ -21,10 +21,10 @@ from c2m3_fl.core.spec import Params, PermutationSpec, TensorSpec
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.recalibrate.setting import Setting, check_params
 from c2m3_fl.merging.recalibrate.targets import as_it_is, output_moments
-from c2m3_fl.network.calibration import Calibration, ExampleInputs, load_batches
+from c2m3_fl.network.calibration import Calibration, ExampleInputs
+from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Kind, Operator
-from c2m3_fl.network.program import trace_batches
 
 OwnMoments = Mapping[str, Moments]
 
@@ -32,7 +32,12 @@ _SINGLE = 1e-9  # weight of all other nodes below which there is but one
 
 
 def channel_moments(
-    model: nn.Module, params: Params, data: Calibration, *, example_inputs: ExampleInputs | None = None
+    model: nn.Module,
+    params: Params,
+    data: Calibration,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    inputs: Sequence[str] | None = None,
 ) -> dict[str, Moments]:
     """Channel moments of one network on data of its own: what a node sends so that a shift can be seen.
 
@@ -44,8 +49,10 @@ def channel_moments(
         The node's state dict.
     data : iterable of batches
         Inputs that the node was trained on; labels are ignored.
-    example_inputs : Tensor or tuple of Tensor, optional
-        A tuple says how many inputs the network takes; otherwise one.
+    example_inputs : Tensor, tuple or dict, optional
+        A tuple or dict says how many inputs the network takes; otherwise one.
+    inputs : sequence of str, optional
+        The keys that are inputs, where batches are dicts: see `load_batches`.
 
     Examples
     --------
@@ -55,9 +62,9 @@ def channel_moments(
     [8, 3]
     """
     check_params(model, params, "params")
-    batches = load_batches(data, example_inputs=example_inputs)
+    held = CalibrationSet.of(model, data, example_inputs=example_inputs, inputs=inputs)
     with torch.no_grad():
-        return output_moments(trace_batches(model, batches), batches, params)
+        return output_moments(held.programs, held.batches, params)
 
 
 def with_own_moments(

@@ -1,4 +1,4 @@
-"""What recalibration aims at, the aligned endpoints' channel moments, and the front that walks towards them."""
+"""Targets of a recalibration: the aligned endpoints' channel moments; and the front that measures the merge."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from c2m3_fl.core.averaging import mean_from_first
+from c2m3_fl.core.averaging import mean_from_first, normalise_weights
 from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator
@@ -34,7 +35,7 @@ class Target:
 
 
 def as_it_is(_: Operator, value: Tensor) -> Tensor:
-    """The view of a network that is in the basis of the merge itself."""
+    """The view of a network whose units are in the order of the merge already."""
     return value
 
 
@@ -91,6 +92,37 @@ def mean_targets(endpoints: Sequence[Mapping[str, Moments]], weights: Tensor) ->
     }
 
 
+def pool(parts: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
+    """Moments of all parts together, per operator: exactly those of the pooled data.
+
+    Raises
+    ------
+    CalibrationError
+        When there are no parts.
+    """
+    if not parts:
+        raise CalibrationError("no usable channel moments for a network that must be measured")
+    total = dict(parts[0])
+    for part in parts[1:]:
+        total = {name: moments.combine(part[name]) for name, moments in total.items()}
+    return total
+
+
+def pooled_targets(answers: Sequence[Sequence[Mapping[str, Moments]]], weights: Sequence[float]) -> dict[str, Target]:
+    """Targets from moments that several clients measured of each endpoint.
+
+    Parameters
+    ----------
+    answers : sequence of sequences of mappings of str to Moments
+        Per endpoint what was measured of it; endpoints without any answer are left out.
+    weights : sequence of float
+        The endpoints' averaging weights.
+    """
+    known = [(pool(parts), weight) for parts, weight in zip(answers, weights, strict=True) if parts]
+    share = normalise_weights([weight for _, weight in known], len(known))
+    return mean_targets([moments for moments, _ in known], share)
+
+
 class Front:
     """All calibration batches, standing before the same operator of one network.
 
@@ -117,6 +149,16 @@ class Front:
             yield operator, walk
             if walk.resident * len(self._batches) > _BUDGET:
                 self._walks[index] = self._fresh(index)
+
+    def measured(self, place: int, operator: Operator, params: Params, *, before: bool) -> Moments:
+        """Moments over all batches of the output of operator number `place`, or of its input; a `Measure`."""
+        total: Moments | None = None
+        for own, walk in self.before(place):
+            moments = Moments.of(walk.value(own.input if before else own.node), own.channel_axes(params))
+            total = moments if total is None else total.combine(moments)
+        if total is None:
+            raise CalibrationError(f"no calibration batch to measure operator {operator.name!r} on")
+        return total
 
     def _fresh(self, index: int) -> Walk:
         return Walk(self._programs[index], self._params, self._batches[index])

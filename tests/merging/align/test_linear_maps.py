@@ -22,7 +22,7 @@ from c2m3_fl.merging.recalibrate.repair import Repair
 from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.shift import channel_moments
 from c2m3_fl.network.calibration import load_batches
-from c2m3_fl.network.program import Walk, trace, trace_batches
+from c2m3_fl.network.program import Walk, export_batches, export_program
 from c2m3_fl.symmetry.discover import permutation_spec
 from tests.merging.networks import CALIBRATION, lively, nodes, outputs
 from tests.merging.test_merge import SEED, spec_of
@@ -63,7 +63,7 @@ def test_a_layer_that_does_not_vary_is_left_in_its_own_basis(dead: int) -> None:
 def test_units_are_compared_where_they_are_made_and_where_they_are_read() -> None:
     model, (node,) = nodes("mlp", 1, torch.float64)
     spec, batches = spec_of("mlp"), load_batches([CALIBRATION[0].double()])
-    found = two_sided_features(spec, trace_batches(model, batches), batches, node)
+    found = two_sided_features(spec, export_batches(model, batches), batches, node)
     made = nn.functional.linear(CALIBRATION[0].double().flatten(1), node["1.weight"], node["1.bias"])
     ((_, segment),) = spec.tensors["1.bias"].segments
     features = found[segment.group]
@@ -108,7 +108,7 @@ def drawn(spec: PermutationSpec, seed: int) -> dict[str, Tensor]:
 
 def test_maps_and_their_inverses_cancel_in_a_linear_network() -> None:
     model, inputs = linears()
-    spec, program = permutation_spec(model, inputs), trace(model, (inputs,))
+    spec, program = permutation_spec(model, inputs), export_program(model, (inputs,))
     maps = drawn(spec, 0)
     node = model.state_dict()
     moved = mapped(spec, maps, node, reading_axes(spec, program), program)
@@ -176,7 +176,7 @@ def test_outputs_are_seen_as_the_mapped_network_would_have_them_if_it_were_linea
     model, inputs = linears()
     spec = permutation_spec(model, inputs)
     batches = load_batches([inputs])
-    (program,) = trace_batches(model, batches)
+    (program,) = export_batches(model, batches)
     maps = drawn(spec, 0)
     view = seen_through(spec, maps)
     moved = mapped(spec, maps, model.state_dict(), reading_axes(spec, program), program)
@@ -192,7 +192,7 @@ def test_recalibration_aims_at_what_the_nodes_themselves_compute(recalibration: 
     model, (node,) = nodes("mlp", 1, torch.float64)
     spec, batches = spec_of("mlp"), [each.double() for each in CALIBRATION]
     maps = {name: torch.eye(len(each)).double() + 0.1 * each for name, each in drawn(spec, 0).items()}
-    program = trace(model.double(), (batches[0],))
+    program = export_program(model.double(), (batches[0],))
     moved = mapped(spec, maps, node, reading_axes(spec, program), program)
     views = [seen_through(spec, maps)]
     wanted = outputs(model, node, batches[0])
@@ -252,7 +252,7 @@ def test_linear_maps_pass_through_batch_norm(kind: str, inner: int) -> None:
         for name, value in model.state_dict().items()
     }
     node["2.weight"][2] *= -1
-    spec, program = permutation_spec(model, inputs), trace(model, (inputs,))
+    spec, program = permutation_spec(model, inputs), export_program(model, (inputs,))
     pairs, maps = normalised(program), drawn(spec, 2)
     given = folded(program, pairs, node)
     moved = mapped(spec, maps, given, reading_axes(spec, program), program)
@@ -289,7 +289,7 @@ def test_tied_names_stay_tied() -> None:
 def test_norms_without_scales_are_seen_in_the_basis() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False), nn.Linear(6, 3)).double().eval()
     inputs = torch.randn(20, 4, generator=SEED(0), dtype=torch.float64)
-    spec, (program,) = permutation_spec(model, inputs), trace_batches(model, load_batches([inputs]))
+    spec, (program,) = permutation_spec(model, inputs), export_batches(model, load_batches([inputs]))
     (batch,) = load_batches([inputs])
     maps = drawn(spec, 0)
     norm = next(each for each in program.operators if each.mean)
@@ -300,7 +300,7 @@ def test_norms_without_scales_are_seen_in_the_basis() -> None:
 def test_scales_of_norms_are_mapped_as_spreads() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double().eval()
     inputs = torch.randn(20, 4, generator=SEED(0), dtype=torch.float64)
-    spec, program = permutation_spec(model, inputs), trace(model, (inputs,))
+    spec, program = permutation_spec(model, inputs), export_program(model, (inputs,))
     turned = {name: -torch.eye(group.size, dtype=torch.float64) for name, group in spec.groups.items()}
     node = {**model.state_dict(), "1.weight": torch.linspace(-1, 2, 6, dtype=torch.float64)}
     moved = mapped(spec, turned, node, reading_axes(spec, program), program)
@@ -318,7 +318,7 @@ def test_deep_networks_are_walked_without_recursion() -> None:
     model = nn.Sequential(*(layer for _ in range(400) for layer in (nn.Linear(4, 4), nn.ReLU())))
     inputs = torch.zeros(1, 4)
     spec = permutation_spec(model, inputs)
-    assert set(reading_axes(spec, trace(model, (inputs,))).values()) == {1}
+    assert set(reading_axes(spec, export_program(model, (inputs,))).values()) == {1}
 
 
 def test_cca_says_where_linear_maps_are_no_symmetry() -> None:

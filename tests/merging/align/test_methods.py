@@ -16,7 +16,7 @@ from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.align.base import Nodes
 from c2m3_fl.merging.align.methods import METHODS, ActivationMatching
 from c2m3_fl.merging.merge import merge
-from c2m3_fl.network.calibration import load_batches
+from c2m3_fl.network.calibration_set import CalibrationSet
 from tests.merging.networks import CALIBRATION, nodes, outputs
 from tests.merging.test_merge import SEED, equal, spec_of
 
@@ -103,6 +103,6 @@ def test_c2m3_starts_from_activations() -> None:
 
 
 def _checked(model: nn.Module, params: Sequence[dict[str, Tensor]], spec: PermutationSpec) -> Nodes:
-    batches = load_batches(OPTIONS["calibration"])
+    held = CalibrationSet.of(model, OPTIONS["calibration"])
     weights = torch.tensor([1, 2, 3]).double() / 6
-    return Nodes(spec, tuple(params), weights, tuple(order_by_weight(params, weights)), 2, model, batches)
+    return Nodes(spec, tuple(params), weights, tuple(order_by_weight(params, weights)), 2, model, held)
