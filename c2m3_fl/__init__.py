@@ -5,8 +5,14 @@ The names below are imported on first use, so that the core can be used where Fl
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# OpenMP reads it when torch loads: threads that spin while they wait made a match twenty times slower on busy cores.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from c2m3_fl.core.match import match

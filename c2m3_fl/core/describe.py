@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from c2m3_fl.core.spec import PermutationSpec, Pin, TensorSpec
+from c2m3_fl.core.axes import Group, Pin, TensorSpec
 
 _WIDTH = 116
 _MEMBERS = 4  # members shown per group; `PermutationSpec.members` has them all
 
 
-def coverage(spec: PermutationSpec) -> float:
+class Described(Protocol):
+    """What a description reads of a `PermutationSpec`, which can itself be described."""
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """The groups of interchangeable units."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """The tensors of the state dict."""
+        ...
+
+    @property
+    def pins(self) -> tuple[Pin, ...]:
+        """The axes that stay where they are."""
+        ...
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The groups without a parent."""
+        ...
+
+    def children(self, parent: str) -> tuple[str, ...]:
+        """The groups nested in a group."""
+        ...
+
+    def members(self, group: str) -> tuple[tuple[str, int], ...]:
+        """Where the units of a group are."""
+        ...
+
+
+def coverage(spec: Described) -> float:
     """Share of the entries of all parameters (buffers apart) that some permutation moves; 1 for no parameters."""
     sizes = [(prod(tensor.shape), _moved(tensor)) for tensor in spec.tensors.values() if not tensor.buffer]
     total = sum(size for size, _ in sizes)
@@ -43,7 +74,7 @@ def _stays(tensor: TensorSpec, axis: int) -> int:
     return tensor.shape[axis] - sum(segment.positions.size for segment in tensor.axes[axis])
 
 
-def describe(spec: PermutationSpec) -> str:
+def describe(spec: Described) -> str:
     """Readable text, one line per group and one paragraph per reason of a pin."""
     total = sum(prod(tensor.shape) for tensor in spec.tensors.values() if not tensor.buffer)
     nested = sum(group.parent is not None for group in spec.groups.values())
@@ -54,7 +85,7 @@ def describe(spec: PermutationSpec) -> str:
     return "\n".join([head, *_groups(spec), *_pins(spec.pins)])
 
 
-def _groups(spec: PermutationSpec) -> Iterable[str]:
+def _groups(spec: Described) -> Iterable[str]:
     if not spec.groups:
         return
     width = max(len("group"), *(len(name) + 2 * (group.parent is not None) for name, group in spec.groups.items()))
@@ -71,7 +102,7 @@ def _groups(spec: PermutationSpec) -> Iterable[str]:
             yield f"{label:<{width}}  {units:>6}  {_members(spec, name)}"
 
 
-def _members(spec: PermutationSpec, name: str) -> str:
+def _members(spec: Described, name: str) -> str:
     places = [f"{tensor}:{axis}" for tensor, axis in dict.fromkeys(spec.members(name))]
     if not places:
         return "(blocks of " + ", ".join(spec.children(name)) + ")"
