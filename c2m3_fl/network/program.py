@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +21,8 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.network.calibration import Batch, ExampleInputs, as_batch, unfit
 from c2m3_fl.network.exporting import aliases, call_fails, export
-from c2m3_fl.network.operators import LAYOUTS, Kind, Layout, Operator, obstacle
-
-_TRAINING = 5  # place of that argument of aten.batch_norm
+from c2m3_fl.network.find_operators import find_operators
+from c2m3_fl.network.operators import Operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +46,7 @@ class Program:
     aliases : mapping of str to tuple of str
         Further state-dict names of tied parameters.
     last_use : mapping of fx.Node to int
-        Place in the graph after which a value is not needed any more.
+        Place in the graph of the last node that needs a value.
     """
 
     graph: fx.Graph
@@ -199,7 +198,7 @@ def export_program(model: nn.Module, example: ExampleInputs | Batch) -> Program:
         if placeholder not in names
     }
     graph = exported.graph
-    operators, skipped = _operators(graph, names)
+    operators, skipped = find_operators(graph, names)
     inputs = _in_order(exported, batch)
     return Program(graph, names, constants, inputs, operators, skipped, _further_names(twin), _last_uses(graph))
 
@@ -248,71 +247,6 @@ def export_batches(model: nn.Module, batches: Sequence[Batch], *, checked: bool 
                 "pass calibration batches of one shape"
             )
     return programs
-
-
-def _operators(graph: fx.Graph, names: Mapping[str, str]) -> tuple[tuple[Operator, ...], dict[str, str]]:
-    final = _final_nodes(graph)
-    found: list[Operator] = []
-    skipped: dict[str, str] = {}
-    for index, node in enumerate(graph.nodes):
-        layout = LAYOUTS.get(node.target) if node.op == "call_function" else None
-        operator = None if layout is None else _operator(node, index, layout, names, node in final)
-        used = [names[arg.name] for arg in node.all_input_nodes if arg.name in names]
-        if operator is None:
-            reason = f"used by {node.target} in {_module(node)!r}, which {obstacle(node.target)}"
-            skipped |= dict.fromkeys(used, reason)
-        elif any(len(arg.users) > 1 for arg in node.all_input_nodes if arg.name in names):
-            skipped |= dict.fromkeys(used, "shared by several operators")
-        else:
-            found.append(operator)
-    owned = {name for operator in found for name in (operator.weight, operator.bias)}
-    norms = {each.node for each in found if each.mean}
-    found = [replace(each, feeds_norm=_feeds_norm(each, norms)) for each in found]
-    return tuple(found), {name: reason for name, reason in skipped.items() if name not in owned}
-
-
-def _operator(node: fx.Node, index: int, layout: Layout, names: Mapping[str, str], final: bool) -> Operator | None:
-    def name_of(position: int) -> str:
-        argument = node.args[position] if 0 <= position < len(node.args) else None
-        return names.get(argument.name, "") if isinstance(argument, fx.Node) else ""
-
-    _, weight, bias = layout.arguments
-    statistics = ("", "")
-    if layout.kind is Kind.BATCH_NORM and not node.args[_TRAINING]:
-        statistics = (name_of(3), name_of(4))
-    if not name_of(weight) and not statistics[0]:
-        return None
-    source = node.args[weight] if layout.kind in (Kind.LINEAR, Kind.PRODUCT) else None
-    if isinstance(source, fx.Node) and source.meta["val"].ndim != 2:
-        return None  # a vector makes no channels, and a stack of matrices shares them
-    return Operator(node, index, layout, _module(node), name_of(weight), name_of(bias), *statistics, final)
-
-
-def _feeds_norm(operator: Operator, norms: Collection[fx.Node]) -> bool:
-    user = next(iter(operator.node.users), None)
-    if user is None or len(operator.node.users) > 1 or user.target is not torch.ops.aten.batch_norm.default:
-        return False
-    renewed = user in norms or bool(user.args[_TRAINING])  # statistics of the batch itself are always new
-    return renewed and operator.layout.channel % operator.node.meta["val"].ndim == 1
-
-
-def _module(node: fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]) if stack else ""
-
-
-def _final_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes from which the output is reached without passing an operator (these end the search, inclusive)."""
-    reached: set[fx.Node] = set()
-    open_nodes = [graph.output_node()]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node in reached:
-            continue
-        reached.add(node)
-        if node.target not in LAYOUTS:
-            open_nodes.extend(node.all_input_nodes)
-    return reached
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, int]:

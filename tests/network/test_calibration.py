@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from c2m3_fl.errors import CalibrationError
@@ -86,3 +87,57 @@ def test_a_missing_input_is_named() -> None:
 def test_one_pair_in_place_of_batches_is_named() -> None:
     with pytest.raises(CalibrationError, match=r"one pair \(inputs, labels\), expected batches: pass \[\(x, y\)\]"):
         load_batches((torch.zeros(4, 3), torch.arange(4)))
+
+
+class Named(nn.Module):
+    """A network whose argument is called as in the field's loaders."""
+
+    def forward(self, img: Tensor, mask: Tensor | None = None) -> Tensor:
+        return img if mask is None else img * mask
+
+
+@pytest.mark.parametrize("key", ["label", "labels"])
+def test_keys_of_a_dict_that_are_arguments_are_inputs_and_labels_are_labels(key: str) -> None:
+    (batch,) = load_batches([{key: LABELS, "img": INPUTS}], model=Named())
+    assert batch.names == ("img",)
+    assert torch.equal(batch.inputs[0], INPUTS)
+    assert batch.labels is not None
+    assert torch.equal(batch.labels, LABELS)
+    assert batch.example.keys() == {"img"}  # type: ignore[union-attr]
+
+
+def test_labels_that_are_not_class_indices_are_left_unread() -> None:
+    (batch,) = load_batches([{"img": INPUTS, "label": INPUTS}], model=Named())
+    assert batch.labels is None
+    assert "float32" in batch.unread
+
+
+def test_chosen_keys_that_are_not_arguments_go_in_by_position() -> None:
+    given = {"pixels": INPUTS, "label": LABELS, "id": LABELS}
+    (batch,) = load_batches([given], model=nn.Linear(3, 2), inputs=("pixels",))
+    assert batch.names == ()
+    assert torch.equal(batch.inputs[0], INPUTS)
+    assert batch.labels is not None
+    (batch,) = load_batches([{"img": INPUTS, "mask": INPUTS, "id": LABELS}], model=Named(), inputs=("mask", "img"))
+    assert batch.names == ("mask", "img")
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs", "message"),
+    [
+        (
+            {"img": INPUTS, "id": LABELS},
+            None,
+            r"\['id'\] are not arguments of Named.forward\(img, mask\); choose",
+        ),
+        ({"pixels": INPUTS, "label": LABELS}, None, r"of which \['pixels'\] .*: inputs=\('pixels',\)"),
+        ({"label": LABELS}, None, r"keys \['label'\], of which"),
+        ({"img": INPUTS}, ("image",), r"batch 0 lacks the inputs \['image'\]; its keys are \['img'\]"),
+        ({"img": INPUTS.log()}, None, "batch 0, input 'img' holds NaN"),
+        ((INPUTS, LABELS), ("img",), "batch 0 is a tuple, expected a dict"),
+        ({"img": INPUTS}, "img", r"inputs is 'img', expected a tuple of keys: inputs=\('img',\)"),
+    ],
+)
+def test_keys_that_do_not_fit_are_named_with_a_remedy(batch: Any, inputs: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        load_batches([batch], model=Named(), inputs=inputs)
