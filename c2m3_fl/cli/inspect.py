@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,17 +10,12 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from c2m3_fl.cli.files import build_classifier, check_output, classifiers, load_network
-from c2m3_fl.core.describe import coverage
-from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.cli.files import check_output, load_network
+from c2m3_fl.cli.zoo import HEADER, example_image, load, measure
 from c2m3_fl.core.spec_json import save_spec
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.network.calibration import ExampleInputs, as_inputs
-from c2m3_fl.symmetry.discover import derive, permutation_spec
-from c2m3_fl.symmetry.proof import Prover
-
-_IMAGE = 64  # side of the example image; parameters do not depend on it unless a network fixes its own
-_SIDES = {"vit": 224, "maxvit": 224, "inception": 299}
+from c2m3_fl.network.calibration import ExampleInputs
+from c2m3_fl.symmetry.discover import permutation_spec
 
 
 def inspect(
@@ -35,24 +26,35 @@ def inspect(
         list[str] | None,
         typer.Option("--input", help="Shape of an input, '2,3,32,32'; 'tokens:2,16' for integers. One per input."),
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="Write the spec as JSON.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the spec, or with --zoo the measurements, as JSON.")] = None,
     zoo: Annotated[bool, typer.Option("--zoo", help="The coverage table of all torchvision classifiers.")] = False,
+    saved: Annotated[
+        Path | None, typer.Option("--from", help="With --zoo: print the table of a file of measurements.")
+    ] = None,
 ) -> None:
     """Show the groups of interchangeable units of a network, and every axis that is pinned with its reason."""
     console = Console(soft_wrap=True, highlight=False)
+    if save is not None:
+        check_output(save, (".json",))
     if zoo:
-        _print_table(_zoo([model] if model else None))
+        _print_zoo(model, save, saved)
         return
     if not model:
         raise ConfigError("no network named; give a torchvision classifier or package.module:factory, or --zoo")
-    if save is not None:
-        check_output(save, (".json",))
     network, example = _load(model, shape or [])
     spec = permutation_spec(network, example)
     console.print(str(spec), markup=False)
     if save is not None:
         save_spec(spec, save)
         console.print(f"\nwritten to {save}", markup=False)
+
+
+def _print_zoo(model: str, save: Path | None, saved: Path | None) -> None:
+    """The coverage table, line by line as networks are done."""
+    entries = load(saved) if saved is not None else measure([model] if model else None, save)
+    typer.echo(HEADER)
+    for entry in entries:
+        typer.echo(entry.line())
 
 
 def _load(name: str, shapes: list[str]) -> tuple[nn.Module, ExampleInputs]:
@@ -80,53 +82,3 @@ def _inputs(shapes: list[str]) -> tuple[torch.Tensor, ...]:
         drawn = torch.randint(2, shape, generator=generator) if kind else torch.randn(shape, generator=generator)
         found.append(drawn)
     return tuple(found)
-
-
-# ------------------------------------------------------------------------------------------------------------- zoo
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the coverage table."""
-
-    name: str
-    parameters: int
-    groups: int
-    coverage: float
-    seconds: float
-    error: float
-
-
-def example_image(name: str) -> torch.Tensor:
-    """Two random images of the smallest usual size that the classifier takes."""
-    side = next((side for prefix, side in _SIDES.items() if name.startswith(prefix)), _IMAGE)
-    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-
-def survey(name: str) -> tuple[Entry, PermutationSpec]:
-    """Trace a classifier and measure its invariance; nothing is pinned after the fact."""
-    torch.manual_seed(0)
-    network, image = build_classifier(name), as_inputs(example_image(name))
-    begin = time.process_time()
-    spec, modes = derive(network, image)
-    seconds = time.process_time() - begin
-    error = max(Prover(network, image, training=training).error(spec) for training in modes)
-    parameters = sum(value.numel() for value in network.parameters())
-    return Entry(name, parameters, len(spec.groups), coverage(spec), seconds, error), spec
-
-
-def _zoo(names: list[str] | None) -> Iterator[Entry]:
-    for name in names or classifiers():
-        yield survey(name)[0]
-        gc.collect()
-
-
-def _print_table(entries: Iterator[Entry]) -> None:
-    """Markdown, line by line as networks are done."""
-    typer.echo("| network | parameters | groups | share permuted | trace (CPU s) | invariance error |")
-    typer.echo("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for entry in entries:
-        typer.echo(
-            f"| {entry.name} | {entry.parameters:,} | {entry.groups} | {100 * entry.coverage:.2f} % "
-            f"| {entry.seconds:.1f} | {entry.error:.0e} |"
-        )

@@ -1,1 +1,11 @@
-"""Which units of a network may move: discovered from its graph, proven on numbers."""
+"""Which units of a network may move: derived from its graph, proven on numbers.
+
+`permutation_spec` derives a spec, `check_invariance` and `require_invariance` check one. A rule for an operator of
+your own is a function of a `Call` and of `Labels`, registered by `rule`.
+"""
+
+from c2m3_fl.symmetry.discover import check_invariance, permutation_spec, require_invariance
+from c2m3_fl.symmetry.rules.registry import Call, rule
+from c2m3_fl.symmetry.unit_labels import Labels
+
+__all__ = ["Call", "Labels", "check_invariance", "permutation_spec", "require_invariance", "rule"]

@@ -15,7 +15,7 @@ from c2m3_fl.network.exporting import aliases, export
 from c2m3_fl.symmetry.build_spec import build_spec
 from c2m3_fl.symmetry.facts import Structure
 from c2m3_fl.symmetry.proof import Prover, guilty
-from c2m3_fl.symmetry.tracing import is_plain, trace
+from c2m3_fl.symmetry.tracing import is_plain, label_graph
 
 _DRAWS = 2  # one permutation may by chance be a symmetry that a wrong group contains
 
@@ -113,10 +113,10 @@ def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tupl
     own = {name for name, value in state.items() if first_name.get(name, name) == name and value.ndim}
     modes: tuple[bool, ...] = (False,)
     unused = ""
-    used = trace(export(model, inputs, is_plain), model, structure)
+    used = label_graph(export(model, inputs, is_plain), model, structure)
     if own - used:
         try:
-            used |= trace(export(model, inputs, is_plain, training=True), model, structure)
+            used |= label_graph(export(model, inputs, is_plain, training=True), model, structure)
             modes, unused = (False, True), "not used by the forward pass"
         except TraceError:
             unused = "not used in evaluation mode, and training mode cannot be traced with these inputs"

@@ -1,4 +1,4 @@
-"""Walk a functional ATen graph once, applying one rule per operator to the labels of its tensors."""
+"""Label the tensors of a functional ATen graph: one pass over its nodes, one rule per operator."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from c2m3_fl.symmetry.unit_labels import Labels, Shape, combine, in_order
 _FOLDED = 2**22  # constants beyond this many entries are not evaluated, only taken as ordered
 
 
-def trace(program: ExportedProgram, model: nn.Module, structure: Structure) -> set[str]:
+def label_graph(program: ExportedProgram, model: nn.Module, structure: Structure) -> set[str]:
     """Add all facts that one exported forward pass reveals to `structure`.
 
     Returns
@@ -29,14 +29,14 @@ def trace(program: ExportedProgram, model: nn.Module, structure: Structure) -> s
     set of str
         State-dict names, without further names of tied tensors, of the tensors that the pass uses.
     """
-    return _Walk(program, model, structure).run()
+    return _Labeller(program, model, structure).run()
 
 
 def is_plain(program: ExportedProgram) -> bool:
     """Whether every operator has a rule, and those that write in place write what a later reader may see.
 
     ``relu_`` keeps the units of every coordinate. ``x += y`` does, too, where `x` is computed from parameters or
-    inputs, not a constant: what meets is tied, so the labels of `x` and of its views stay true.
+    inputs, not a constant: their units are tied, so the labels of `x` and of its views stay true.
     """
     constants = {
         spec.arg.name
@@ -72,7 +72,7 @@ def _rule_name(node: fx.Node) -> str:
     return name.removesuffix("_") if _in_place(node) else name
 
 
-class _Walk:
+class _Labeller:
     """Interpreter of one graph; `labels` and, for constants, `values` are kept per node."""
 
     def __init__(self, program: ExportedProgram, model: nn.Module, structure: Structure) -> None:
@@ -86,7 +86,7 @@ class _Walk:
         self._inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
 
     def run(self) -> set[str]:
-        """Walk all nodes in order."""
+        """Label all nodes in order."""
         for node in self.program.graph.nodes:
             self._locate(node)
             if node.op == "placeholder":

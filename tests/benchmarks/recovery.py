@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from c2m3_fl.cli.inspect import build_classifier, example_image
+from c2m3_fl.cli.files import build_classifier
+from c2m3_fl.cli.zoo import example_image
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import apply, random

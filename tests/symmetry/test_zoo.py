@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from c2m3_fl.cli.inspect import classifiers, survey
+from c2m3_fl.cli.files import classifiers
+from c2m3_fl.cli.zoo import survey
 
 # Groups per network: (number, how a reader counts them).
 ZOO = {

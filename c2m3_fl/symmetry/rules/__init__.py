@@ -3,6 +3,6 @@
 Importing the package registers all of them.
 """
 
-from c2m3_fl.symmetry.rules import contraction, elementwise, pooling, recurrent, reshape
+from c2m3_fl.symmetry.rules import contraction, elementwise, normalisation, pooling, recurrent, reduction, reshape
 
-__all__ = ["contraction", "elementwise", "pooling", "recurrent", "reshape"]
+__all__ = ["contraction", "elementwise", "normalisation", "pooling", "recurrent", "reduction", "reshape"]

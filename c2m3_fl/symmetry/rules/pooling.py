@@ -1,4 +1,4 @@
-"""Rules of operators on images: pooling and resampling of every channel alike, and pixels turned into channels."""
+"""Rules of operators on images: pooling and resampling of every channel alike, and patches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from c2m3_fl.symmetry.reshape_labels import reshape
 from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, rule
-from c2m3_fl.symmetry.unit_labels import Labels, in_order, permute
+from c2m3_fl.symmetry.unit_labels import Labels, in_order
 
 
 def _resample(call: Call, x: Labels, spatial: int) -> Labels:
@@ -17,11 +17,11 @@ def _resample(call: Call, x: Labels, spatial: int) -> Labels:
 
 
 def _register() -> None:
-    pooling = "max_pool{d}d avg_pool{d}d adaptive_avg_pool{d}d adaptive_max_pool{d}d _adaptive_avg_pool{d}d"
+    pooling = "max_pool{d}d avg_pool{d}d adaptive_avg_pool{d}d adaptive_max_pool{d}d"
     upsampling = "upsample_nearest{d}d _upsample_nearest_exact{d}d"
     names = {f"aten.{name}": d for d in (1, 2, 3) for name in f"{pooling} {upsampling}".format(d=d).split()}
-    names |= {f"aten.max_pool{d}d_with_indices": d for d in (2, 3)}
-    names |= {f"aten.upsample_{kind}2d": 2 for kind in ("bilinear", "bicubic", "_bilinear2d_aa")}
+    names |= {f"aten.{name}": d for d in (2, 3) for name in (f"max_pool{d}d_with_indices", f"_adaptive_avg_pool{d}d")}
+    names |= {f"aten.upsample_{kind}2d": 2 for kind in ("bilinear", "bicubic")}
     names |= {"aten._upsample_bilinear2d_aa": 2, "aten._upsample_bicubic2d_aa": 2, "aten.upsample_linear1d": 1}
     names |= {"aten.upsample_trilinear3d": 3, "aten.grid_sampler": 2, "aten.grid_sampler_2d": 2}
     for name, spatial in names.items():
@@ -33,34 +33,6 @@ def _register() -> None:
 
 
 _register()
-
-
-@rule("aten.pixel_shuffle")
-def pixel_shuffle(call: Call, x: Labels, factor: int) -> Labels:
-    """Channels (C, r, r) to pixels."""
-    *batch, channels, height, width = x.shape
-    lead = len(batch)
-    wide = reshape(call.structure, x, (*batch, channels // factor**2, factor, factor, height, width))
-    order = [*range(lead + 1), lead + 3, lead + 1, lead + 4, lead + 2]
-    return reshape(call.structure, permute(wide, order), call.shape)
-
-
-@rule("aten.pixel_unshuffle")
-def pixel_unshuffle(call: Call, x: Labels, factor: int) -> Labels:
-    """Pixels to channels (C, r, r)."""
-    *batch, channels, height, width = x.shape
-    lead = len(batch)
-    wide = reshape(call.structure, x, (*batch, channels, height // factor, factor, width // factor, factor))
-    order = [*range(lead + 1), lead + 2, lead + 4, lead + 1, lead + 3]
-    return reshape(call.structure, permute(wide, order), call.shape)
-
-
-@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
-def channel_shuffle(call: Call, x: Labels, groups: int) -> Labels:
-    """Channels (g, c) to (c, g)."""
-    wide = reshape(call.structure, x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
-    order = [0, 2, 1, *range(3, wide.ndim)]
-    return reshape(call.structure, permute(wide, order), x.shape)
 
 
 @rule("aten.im2col")

@@ -1,7 +1,7 @@
 """The registry of operator rules: one per ATen operator, from the labels of its inputs to those of its outputs.
 
-A rule is called with a `Call` and with the operator's own arguments, tensors replaced by their `Labels`. What has no
-rule is pinned and reported (`unknown`), never guessed.
+A rule is called with a `Call` and with the operator's own arguments, tensors replaced by their `Labels`. The inputs
+of an operator without a rule are pinned and reported (`unknown`), never guessed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from c2m3_fl.errors import SpecError
 from c2m3_fl.symmetry.facts import Atoms, Structure
 from c2m3_fl.symmetry.unit_labels import Labels, Shape, in_order
 
@@ -46,14 +47,36 @@ class Call:
 
 
 def rule(*names: str) -> Callable[[RuleT], RuleT]:
-    """Register a rule for ATen operators, whatever their overload."""
+    """Register a rule for ATen operators, whatever their overload; `names` are like ``"aten.relu"``.
+
+    Raises
+    ------
+    SpecError
+        When an operator has a rule already, naming both functions.
+
+    Examples
+    --------
+    >>> @rule("mylib.double")
+    ... def double(call, x):
+    ...     return x  # every entry keeps its unit
+    >>> _ = RULES.pop("mylib.double")
+    """
 
     def register(function: RuleT) -> RuleT:
         for name in names:
+            if name in RULES:
+                raise SpecError(
+                    f"operator {name!r} has the rule {_path(RULES[name])}, so {_path(function)} cannot be registered "
+                    "for it; remove one of the two, or give the operator another name"
+                )
             RULES[name] = function
         return function
 
     return register
+
+
+def _path(function: Rule) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def tensors(args: Iterable[Argument]) -> list[Labels]:

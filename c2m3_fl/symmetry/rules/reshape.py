@@ -1,4 +1,4 @@
-"""Rules of operators that only move, join or pick entries, and of pooling over ordered dimensions."""
+"""Rules of operators that only move, pick or join entries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from c2m3_fl.symmetry.unit_labels import Labels, combine, expand, in_order, inse
 @rule(
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.ravel", "aten.view_copy"
 )
-@rule("aten.squeeze", "aten.unsqueeze", "aten.view_as", "aten.reshape_as", "aten.atleast_1d", "aten.atleast_2d")
+@rule("aten.unsqueeze", "aten.view_as", "aten.reshape_as", "aten.atleast_1d", "aten.atleast_2d")
 def view(call: Call, x: Labels, *_: Argument) -> Labels:
     """Same entries in row-major order; the output's shape says everything."""
     return reshape(call.structure, x, call.shape)
@@ -53,6 +53,34 @@ def movedim(call: Call, x: Labels, source: Argument, target: Argument) -> Labels
     for place, dim in sorted(zip(targets, sources, strict=True)):
         order.insert(place, dim)
     return permute(x, order)
+
+
+@rule("aten.pixel_shuffle")
+def pixel_shuffle(call: Call, x: Labels, factor: int) -> Labels:
+    """Channels (C, r, r) to pixels."""
+    *batch, channels, height, width = x.shape
+    lead = len(batch)
+    wide = reshape(call.structure, x, (*batch, channels // factor**2, factor, factor, height, width))
+    order = [*range(lead + 1), lead + 3, lead + 1, lead + 4, lead + 2]
+    return reshape(call.structure, permute(wide, order), call.shape)
+
+
+@rule("aten.pixel_unshuffle")
+def pixel_unshuffle(call: Call, x: Labels, factor: int) -> Labels:
+    """Pixels to channels (C, r, r)."""
+    *batch, channels, height, width = x.shape
+    lead = len(batch)
+    wide = reshape(call.structure, x, (*batch, channels, height // factor, factor, width // factor, factor))
+    order = [*range(lead + 1), lead + 2, lead + 4, lead + 1, lead + 3]
+    return reshape(call.structure, permute(wide, order), call.shape)
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(call: Call, x: Labels, groups: int) -> Labels:
+    """Channels (g, c) to (c, g)."""
+    wide = reshape(call.structure, x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
+    order = [0, 2, 1, *range(3, wide.ndim)]
+    return reshape(call.structure, permute(wide, order), x.shape)
 
 
 @rule("aten.expand", "aten.expand_as", "aten.broadcast_to")

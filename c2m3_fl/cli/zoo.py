@@ -1,0 +1,125 @@
+"""The coverage table of torchvision's classifiers: measured once, kept as JSON, drawn from it as Markdown."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from c2m3_fl.cli.files import build_classifier, classifiers
+from c2m3_fl.core.describe import coverage
+from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.errors import DataError
+from c2m3_fl.network.calibration import as_inputs
+from c2m3_fl.symmetry.discover import derive
+from c2m3_fl.symmetry.proof import Prover
+
+HEADER = (
+    "| network | parameters | groups | share permuted | trace (CPU s) | invariance error |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: |"
+)
+_IMAGE = 64  # side of the example image; parameters do not depend on it unless a network fixes its own
+_SIDES = {"vit": 224, "maxvit": 224, "inception": 299}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the coverage table.
+
+    Attributes
+    ----------
+    name : str
+        The classifier's name in torchvision.
+    parameters : int
+        Number of its parameters.
+    groups : int
+        Number of groups of its spec.
+    coverage : float
+        Share of the parameters that some permutation moves, 0 to 1.
+    seconds : float
+        CPU seconds to trace it, proof excluded.
+    error : float
+        Largest relative change of the outputs under random permutations of all groups.
+    """
+
+    name: str
+    parameters: int
+    groups: int
+    coverage: float
+    seconds: float
+    error: float
+
+    def line(self) -> str:
+        """The entry as a line of a Markdown table."""
+        return (
+            f"| {self.name} | {self.parameters:,} | {self.groups} | {100 * self.coverage:.2f} % "
+            f"| {self.seconds:.1f} | {self.error:.0e} |"
+        )
+
+
+def example_image(name: str) -> torch.Tensor:
+    """Two random images of the smallest usual size that the classifier takes."""
+    side = next((side for prefix, side in _SIDES.items() if name.startswith(prefix)), _IMAGE)
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def survey(name: str) -> tuple[Entry, PermutationSpec]:
+    """Trace a classifier and measure its invariance; nothing is pinned after the fact."""
+    torch.manual_seed(0)
+    network, image = build_classifier(name), as_inputs(example_image(name))
+    begin = time.process_time()
+    spec, modes = derive(network, image)
+    seconds = time.process_time() - begin
+    error = max(Prover(network, image, training=training).error(spec) for training in modes)
+    parameters = sum(value.numel() for value in network.parameters())
+    return Entry(name, parameters, len(spec.groups), coverage(spec), seconds, error), spec
+
+
+def measure(names: Sequence[str] | None, file: Path | None) -> Iterator[Entry]:
+    """Survey classifiers (None: all of torchvision's) one at a time; `file` holds all that are done so far."""
+    done = []
+    for name in names or classifiers():
+        done.append(survey(name)[0])
+        if file is not None:
+            _write(done, file)
+        yield done[-1]
+        gc.collect()
+
+
+def load(file: Path) -> list[Entry]:
+    """The entries that `measure` wrote to a file.
+
+    Raises
+    ------
+    DataError
+        When the file cannot be read or does not hold them.
+    """
+    try:
+        return [Entry(**entry) for entry in json.loads(file.read_text())["networks"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} holds no coverage table ({error}); write one: c2m3-fl inspect --zoo --save {file}"
+        ) from error
+
+
+def _write(entries: Sequence[Entry], file: Path) -> None:
+    content = {
+        "command": "c2m3-fl inspect --zoo --save FILE",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine()},
+        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")}
+        | {"python": platform.python_version()},
+        "networks": [asdict(entry) for entry in entries],
+    }
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(file)

@@ -1,0 +1,82 @@
+"""Rules of operators that reduce, normalise or accumulate along dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, rule
+from c2m3_fl.symmetry.unit_labels import Labels, combine, in_order, normalise, reduce
+
+
+def every(x: Labels, dims: Argument) -> list[int]:
+    """The dimensions that an optional argument names; all of them for None or an empty list."""
+    if dims is None or (isinstance(dims, Sequence) and not dims):
+        return list(range(x.ndim))
+    return [x.dim(dim) for dim in (dims if isinstance(dims, Sequence) else [dims])]
+
+
+@rule(
+    "aten.mean",
+    "aten.sum",
+    "aten.amax",
+    "aten.amin",
+    "aten.logsumexp",
+    "aten.prod",
+    "aten.any",
+    "aten.all",
+    "aten.nansum",
+)
+def reduction(call: Call, x: Labels, dims: Argument = None, keepdim: bool = False, **_: Argument) -> Labels:
+    """A symmetric function along dimensions."""
+    return reduce(call.structure, x, every(x, dims), keepdim=keepdim)
+
+
+@rule("aten.var", "aten.std", "aten.var_mean", "aten.std_mean")
+def moments(
+    call: Call, x: Labels, dims: Argument = None, *_: Argument, keepdim: bool = False, **__: Argument
+) -> Result:
+    """Second moments along dimensions."""
+    if isinstance(dims, bool):
+        dims = None
+    found = reduce(call.structure, x, every(x, dims), keepdim=len(call.shape) == x.ndim)
+    return found if len(call.outputs) == 1 else (found, found)
+
+
+@rule("aten.linalg_vector_norm", "aten.norm")
+def vector_norm(
+    call: Call, x: Labels, order: Argument = 2, dims: Argument = None, *_: Argument, **__: Argument
+) -> Labels:
+    """A norm along dimensions."""
+    return reduce(call.structure, x, every(x, dims), keepdim=len(call.shape) == x.ndim)
+
+
+@rule("aten.max", "aten.min")
+def extremum(call: Call, x: Labels, *args: Argument, **_: Argument) -> Result:
+    """Largest entry: of all, along a dimension (with its index, which reveals the order), or of two tensors."""
+    if args and isinstance(args[0], Labels):
+        return combine(call.structure, x, args[0])
+    if not args:
+        return reduce(call.structure, x, range(x.ndim))
+    dim = x.dim(args[0])
+    ordered = reduce(call.structure, in_order(call.structure, x, [dim]), [dim], keepdim=len(call.shape) == x.ndim)
+    return ordered, ordered
+
+
+@rule("aten.argmax", "aten.argmin")
+def argument(call: Call, x: Labels, dim: int | None = None, keepdim: bool = False) -> Labels:
+    """Index of the largest entry, which reveals the order."""
+    dims = every(x, dim)
+    return reduce(call.structure, in_order(call.structure, x, dims), dims, keepdim=keepdim)
+
+
+@rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten._safe_softmax")
+def softmax(call: Call, x: Labels, dim: int, *_: Argument, **__: Argument) -> Labels:
+    """Division by a sum along one dimension."""
+    return normalise(call.structure, x, [dim])
+
+
+@rule("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin")
+def cumulative(call: Call, x: Labels, dim: int, **_: Argument) -> Result:
+    """Reads one dimension in order."""
+    found = in_order(call.structure, x, [dim])
+    return found if len(call.outputs) == 1 else (found, found)
