@@ -25,7 +25,7 @@ from c2m3_fl.flower.records import Entry, from_params, to_params
 from c2m3_fl.merging.recalibrate.client_fit import fit_operator
 from c2m3_fl.merging.recalibrate.client_packing import expected, expected_channels, unpack
 from c2m3_fl.merging.recalibrate.client_plan import Plan, Role, Step, norm_behind
-from c2m3_fl.merging.recalibrate.client_pool import outlying, pool_fits, pool_moments, shares_of
+from c2m3_fl.merging.recalibrate.client_pool import far_networks, outlying, pool_fits, pool_moments, shares_of
 from c2m3_fl.merging.recalibrate.client_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer, effective
 from c2m3_fl.merging.recalibrate.correction import rescale, restate
 from c2m3_fl.merging.recalibrate.regmean import assign_regression_mean, shrunk
@@ -81,7 +81,18 @@ def refit_by_clients(
     start = time.perf_counter()
     plan = plan_of(options, program, merged)
     _log_price(options, price(options, program, merged))
-    clients = _Clients(options, grid, nodes, program, endpoints, weights, equally)
+    far = far_networks(program, endpoints)
+    for index in far:
+        log(WARNING, "\t> node %d is not asked for sums: its weights are far from the others'", nodes[index])
+    kept = [index for index in range(len(nodes)) if index not in far]
+    clients = _Clients(
+        options,
+        grid,
+        program,
+        {nodes[index]: endpoints[index] for index in kept},
+        {nodes[index]: weights[index] for index in kept},
+        equally,
+    )
     params = dict(merged)
     reports: list[OperatorReport] = []
     reasons = {**program.skipped, **_left_out(options, program, plan)}
@@ -91,9 +102,9 @@ def refit_by_clients(
             layers = {step.place: _layer(program, step, params) for step in exchange}
             for step in exchange:
                 operator = program.operators[step.place]
-                kept = clients.trusted(operator, answers, layers[step.place])
-                if kept:
-                    reports += clients.correct(step, kept, params)
+                trusted = clients.trusted(operator, answers, layers[step.place])
+                if trusted:
+                    reports += clients.correct(step, trusted, params)
                 else:
                     reasons |= dict.fromkeys(filter(None, (operator.weight, operator.bias)), _SILENT)
     method = "refit by the clients" if isinstance(options, ClientRefit) else "regression mean by the clients"
@@ -108,16 +119,13 @@ class _Clients:
         self,
         options: ClientRefit | RegMean,
         grid: Grid,
-        nodes: Sequence[int],
         program: Program,
-        endpoints: Sequence[Params],
-        weights: Sequence[float],
+        own: Mapping[int, Params],
+        weights: Mapping[int, float],
         equally: bool,
     ) -> None:
         self._options, self._grid, self._program, self._equally = options, grid, program, equally
-        self._nodes = list(nodes)
-        self._own = dict(zip(nodes, endpoints, strict=True))
-        self._weights = dict(zip(nodes, weights, strict=True))
+        self._nodes, self._own, self._weights = list(own), own, weights
 
     def ask(self, exchange: Sequence[Step], params: Params) -> dict[str, dict[int, Answer]]:
         """The usable answers, by operator name and node in the order of the nodes."""

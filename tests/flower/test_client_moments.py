@@ -16,6 +16,7 @@ from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.merging.recalibrate.repair import Repair
 from c2m3_fl.merging.recalibrate.shift import channel_moments
+from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.program import export_program
 from tests.flower.federation import EXAMPLE, answering, mlp, normed, pooled, share
 
@@ -65,5 +66,20 @@ def test_a_traced_network_does_not_serve_another_one_of_the_same_shapes(monkeypa
 
 def test_a_client_measures_only_networks_that_fit_its_own():
     grid, sent = SerialGrid(answering(normed), NODES), mlp().state_dict()
+    server = CalibrationSet.of(mlp(), example_inputs=EXAMPLE)
     with pytest.raises(CalibrationError):
-        repair_by_clients(ClientStatistics(), Repair(), grid, [1], mlp(), (EXAMPLE,), sent, [sent], [1.0])
+        repair_by_clients(ClientStatistics(), Repair(), grid, [1], server, sent, [sent], [1.0])
+
+
+def test_a_client_with_fewer_examples_than_it_wants_answers_none_of_the_queries():
+    app, params = ClientApp(), from_params(mlp().state_dict())
+    answer_statistics(app, model=lambda context: mlp(), data=share, min_examples=61)
+    moments = {"arrays": params, "config": ConfigRecord({"place": -1, "before": 0})}
+    asked = {"places": [1], "roles": ["fit"], "positions": 100, "holdout": 5, "seed": 0, "double": 0}
+    sums = {"own": params, "merged": params, "config": ConfigRecord(asked)}
+    labels = {"arrays": params, "config": ConfigRecord({"stage": "sums", "every": 5})}
+    for action, content in ((ACTION, moments), ("c2m3_sums", sums), ("c2m3_labels", labels)):
+        grid = SerialGrid(app, 2)
+        few, enough = grid.send_and_receive([Message(RecordDict(content), node, f"query.{action}") for node in (1, 2)])
+        assert "the client has 60 examples, and answers with at least 61" in few.error.reason
+        assert not enough.has_error(), enough.error.reason
