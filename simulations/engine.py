@@ -76,11 +76,31 @@ class FlowerEngine:
         SimulationError
             When Flower does not call the run completed; the message ends with the log.
         """
-        config = {**settings.to_run_config(), OUTPUT: str(output)}
-        federation = {"num-supernodes": settings.clients, "client-resources-num-cpus": 1}
+        self.run_app(_root(), {**settings.to_run_config(), OUTPUT: str(output)}, settings.clients, watch)
+
+    def run_app(self, app: Path, config: Mapping[str, Value], nodes: int, watch: Callable[[], None]) -> None:
+        """One run of any Flower app.
+
+        Parameters
+        ----------
+        app : Path
+            Its folder.
+        config : mapping
+            Values of run-config keys, in place of the app's own.
+        nodes : int
+            Number of SuperNodes.
+        watch : callable
+            Called now and then while the run lasts.
+
+        Raises
+        ------
+        SimulationError
+            When Flower does not call the run completed; the message ends with the log.
+        """
+        federation = {"num-supernodes": nodes, "client-resources-num-cpus": 1}
         log = self.home / "run.log"
         chosen = ["--run-config", _toml(config), "--federation-config", _toml(federation)]
-        process = _start([_tool("flwr"), "run", str(_root()), "--stream", *chosen], self.environment, log)
+        process = _start([_tool("flwr"), "run", str(app), "--stream", *chosen], self.environment, log)
         try:
             while process.poll() is None:
                 watch()

@@ -42,7 +42,7 @@ def test_the_app_bundle_holds_library_and_simulations_and_no_tests():
     names = set(zipfile.ZipFile(io.BytesIO(bundle)).namelist())
     assert {"simulations/server_app.py", "c2m3_fl/flower/strategy.py", "LICENSE", "pyproject.toml"} <= names
     assert not any(name.startswith("tests/") for name in names)
-    assert len(bundle) < 2**20  # Flower takes ten times as much
+    assert len(bundle) < 2**21  # Flower takes five times as much
 
 
 def _tracked():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from flwr.app import Context, RecordDict
@@ -14,11 +10,9 @@ from pytorchexample import server_app
 from c2m3_fl import permutation_spec
 from c2m3_fl.errors import TraceError
 from c2m3_fl.flower import SerialGrid
-from simulations import engine
-from simulations.examples import client, merge_two, own_network, resume, server
+from simulations.engine import flower_engine
+from simulations.examples import client, merge_two, own_network, quickstart_runs, resume, server
 from simulations.examples.digits import calibration
-
-QUICKSTART = Path(__file__).resolve().parents[2] / "simulations" / "examples" / "quickstart"
 
 
 def test_a_merge_of_two_networks_beats_their_mean():
@@ -61,23 +55,16 @@ def test_a_resumed_federation_ends_where_an_undisturbed_one_does(tmp_path, monke
         assert torch.equal(resumed.arrays.to_torch_state_dict()[name], value), name
 
 
+def test_every_strategy_of_the_quickstart_is_in_its_table():
+    assert set(quickstart_runs.STRATEGIES) == set(server_app.STRATEGIES)
+
+
 @pytest.mark.data
 @pytest.mark.process
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("strategy", server_app.STRATEGIES)
-def test_the_quickstart_runs_on_flowers_engine(strategy, tmp_path):
-    output = tmp_path / "accuracies.json"
-    overrides = f"strategy='{strategy}' num-server-rounds=2 images=4000 output='{output}'"
-    with engine.flower_engine() as running:
-        command = [engine._tool("flwr"), "run", str(QUICKSTART), "--stream", "--run-config", overrides]
-        ran = subprocess.run(
-            [*command, "--federation-config", "num-supernodes=10"],
-            env=dict(running.environment),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert output.is_file(), ran.stdout + ran.stderr
-    rounds = json.loads(output.read_text())["rounds"]
-    assert list(rounds) == ["0", "1", "2"]
-    assert all(0 < metrics["accuracy"] < 1 and metrics["loss"] > 0 for metrics in rounds.values())
+def test_the_quickstart_runs_on_flowers_engine_with_every_strategy():
+    with flower_engine() as engine:
+        for strategy in quickstart_runs.STRATEGIES:
+            rounds = quickstart_runs.run(engine, strategy=strategy, num_server_rounds=2, images=4000)
+            assert list(rounds) == ["0", "1", "2"]
+            assert all(0 < metrics["accuracy"] < 1 and metrics["loss"] > 0 for metrics in rounds.values())
