@@ -195,7 +195,7 @@ class _Wire:
 
     inputs: int
     classes: int
-    temperatures: int
+    temperatures: tuple[float, ...]
 
     @classmethod
     def of(cls, program: Program, params: Params, options: Head) -> _Wire:
@@ -207,7 +207,7 @@ class _Wire:
                 f"a head from labels on {inputs} inputs takes an answer of {size / 1e6:.0f} MB from every client, "
                 f"beyond max_bytes of {options.max_bytes / 1e6:.0f} MB"
             )
-        return cls(inputs, classes, len(options.temperatures))
+        return cls(inputs, classes, options.temperatures)
 
     def read_sums(self, record: ArrayRecord) -> LabelSums:
         packed = self.inputs * (self.inputs + 1) // 2
@@ -224,13 +224,14 @@ class _Wire:
         return LabelSums(train, held)
 
     def read_scores(self, record: ArrayRecord) -> tuple[Reliability, Reliability]:
-        table = Entry("float64", (self.temperatures, BINS))
-        one = {"nll": Entry("float64", (self.temperatures,)), "members": table, "confidence": table, "correct": table}
+        count = len(self.temperatures)
+        table = Entry("float64", (count, BINS))
+        one = {"nll": Entry("float64", (count,)), "members": table, "confidence": table, "correct": table}
         schema = {f"{layer}/{name}": entry for layer in LAYERS for name, entry in one.items()}
         tensors = to_params(record, schema, "scores")
         before, after = (Reliability(**{name: tensors[f"{layer}/{name}"] for name in one}) for layer in LAYERS)
         for each in (before, after):
-            each.check()
+            each.check(self.temperatures, self.classes)
         return before, after
 
 

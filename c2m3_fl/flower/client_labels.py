@@ -9,14 +9,14 @@ from torch import nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.flower.records import from_params, schema_of_params, to_params
+from c2m3_fl.flower.client_answers import read_data, read_network
+from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.merging.recalibrate.head import measure_labels, reliability
 from c2m3_fl.merging.recalibrate.label_sums import write_sums
 from c2m3_fl.merging.recalibrate.last_layer import last_layer, reads_input
-from c2m3_fl.merging.recalibrate.setting import check_params
 from c2m3_fl.merging.recalibrate.softmax_fit import Layer
-from c2m3_fl.network.calibration import Batch, Calibration, load_batches
-from c2m3_fl.network.program import Program, trace_batches
+from c2m3_fl.network.calibration import Batch, Calibration
+from c2m3_fl.network.program import Program, export_batches
 
 ACTION = "c2m3_labels"
 SIDES = ("train", "held-out")  # of the examples
@@ -66,13 +66,9 @@ def answer_head(
     every = int(str(config["every"]))
     if not 2 <= every <= SPARSEST:
         raise CalibrationError(f"the query holds one example in {every} out, expected from 2 to {SPARSEST}")
-    params = to_params(content.array_records["arrays"], schema_of_params(network.state_dict()), "query")
-    check_params(network, params, "query")
-    batches = load_batches(data)
-    count = sum(len(batch.inputs[0]) for batch in batches)
-    if count < min_examples:
-        raise CalibrationError(f"the client has {count} examples, and answers with at least {min_examples}")
-    traced = trace_batches(network, batches) if programs is None else programs(network, params, batches)
+    params = read_network(network, content.array_records["arrays"])
+    batches = read_data(network, data, min_examples)
+    traced = export_batches(network, batches) if programs is None else programs(network, params, batches)
     if reads_input(traced[0], last_layer(traced[0])) and not first_layer:
         raise CalibrationError("the last layer reads the network's input: its sums need first_layer=True")
     if config["stage"] == "sums":

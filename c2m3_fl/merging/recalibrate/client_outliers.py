@@ -30,7 +30,8 @@ def far_from_others(values: Sequence[Tensor], *, limit: float, floor: float) -> 
         return []
     stacked = torch.stack([value.double().flatten() for value in values])
     stacked = stacked / stacked.abs().max().clamp_min(torch.finfo(torch.float64).tiny)  # squares must not overflow
-    median = stacked.median(0).values  # the lower one of an even number: of two clients the smaller
+    # the lower one of an even number; of two values the smaller one stands for both
+    median = stacked.median(0).values if len(stacked) > 2 else stacked[int(_norms(stacked).argmin())]
     distance = _norms(stacked - median)
     bound = torch.maximum(limit * distance.median(), floor * _norms(median[None])[0])
     return [index for index, value in enumerate(distance.tolist()) if value > float(bound)]

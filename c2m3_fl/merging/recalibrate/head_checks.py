@@ -16,6 +16,7 @@ MANY = 2**53  # examples: beyond it floats do not count any more
 _ROUNDING = 1e-8  # relative to the mean diagonal: what rounding may take from a semidefinite matrix
 _LIMIT, _FLOOR = 5.0, 3.0  # see the module's tests for the honest and the hostile distances between which they lie
 _ENOUGH = 5  # examples of a class whose mean is compared
+_NEARER = 0.5  # times the distance to the own class's mean: another class's mean that is nearer tells a wrong label
 
 
 def check_label_sums(sums: Sums) -> None:
@@ -56,8 +57,8 @@ def outlying(answers: Sequence[LabelSums]) -> dict[int, str]:
     A Gram matrix per example is compared with the entrywise median of all; bounds are wide enough for clients
     with different classes. Labels are compared through the mean input per class, which does not depend on how many
     examples of a class a client has: they are at odds where most of a client's examples lie in classes whose mean is
-    nearer to the others' mean of another class than of their own. Unless fewer than half of the clients are at odds,
-    none is dropped for that.
+    less than half as far from the others' mean of another class as from that of their own. Unless fewer than half of
+    the clients are at odds, none is dropped for that.
     """
     found: dict[int, str] = {}
     grams = [answer.total.xx[0] / answer.count for answer in answers]
@@ -84,12 +85,11 @@ def _mislabelled(answers: Sequence[LabelSums], index: int, clients: Sequence[int
     mine = comparable & (own.r[0] >= _ENOUGH)
     if int(comparable.sum()) < 2 or not bool(mine.any()):
         return False
-    places = comparable.nonzero()[:, 0]
-    theirs = _means(sums, known)[places]
-    nearest = places[torch.cdist(_means(own.xr[0], own.r[0])[mine], theirs).argmin(1)]
-    wrong = nearest != mine.nonzero()[:, 0]
-    examples = own.r[0][mine]
-    return bool(examples[wrong].sum() * 2 > examples.sum())
+    distance = torch.cdist(_means(own.xr[0], own.r[0])[mine], _means(sums, known)[comparable])
+    same = mine.nonzero() == comparable.nonzero()[:, 0]  # one of each row
+    to_own, to_others = (distance * same).sum(1), distance.masked_fill(same, float("inf")).amin(1)
+    wrong = to_others < _NEARER * to_own
+    return bool(2 * own.r[0][mine][wrong].sum() > own.count)
 
 
 def _means(by_class: Tensor, counts: Tensor) -> Tensor:

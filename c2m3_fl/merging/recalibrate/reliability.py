@@ -6,6 +6,7 @@ no prediction, and the temperature of least negative log-likelihood on held-out 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,8 +71,17 @@ class Reliability:
         """The sums of the same examples, each counted `factor` times."""
         return Reliability(*(factor * value for value in vars(self).values()))
 
-    def check(self) -> None:
-        """Raise `ParamsError` unless these may be the sums of at least one example."""
+    def check(self, temperatures: Sequence[float], classes: int) -> None:
+        """Raise `ParamsError` unless these may be the sums of at least one example.
+
+        Parameters
+        ----------
+        temperatures : sequence of float
+            At which they were taken. In 1 / temperature the negative log-likelihood is convex, from the logarithm of
+            the number of classes at 0.
+        classes : int
+            Number of classes.
+        """
         if not all(bool(value.isfinite().all()) and bool((value >= 0).all()) for value in vars(self).values()):
             raise ParamsError("sums of scores are negative or not finite, expected non-negative numbers")
         counts = self.members.sum(1)
@@ -80,6 +90,12 @@ class Reliability:
         largest = self.members * (1 + _ROUNDING)
         if bool((self.correct > largest).any()) or bool((self.confidence > largest).any()):
             raise ParamsError("sums of scores have more correct or confident examples than examples")
+        curve = sorted((1 / temperature, float(nll)) for temperature, nll in zip(temperatures, self.nll, strict=True))
+        curve = [(0.0, self.count * math.log(classes)), *curve]
+        for (left, low), (here, nll), (right, high) in zip(curve, curve[1:], curve[2:], strict=False):
+            share = (here - left) / (right - left)
+            if nll > (low + share * (high - low)) * (1 + _ROUNDING) + _ROUNDING * self.count:
+                raise ParamsError(f"sums of scores: the negative log-likelihood is not convex in 1/T at {here:.3g}")
 
 
 def pool_reliability(parts: Sequence[Reliability], *, equally: bool = False) -> Reliability:
