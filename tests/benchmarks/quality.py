@@ -1,6 +1,7 @@
 """How high the agreement gets, and how well the mean then classifies: the solver, the yardstick and other matchers.
 
-    python -m tests.benchmarks.quality [--seeds 5]      table and results/quality.json
+    python -m tests.benchmarks.quality [--seeds 5] [--out FOLDER]             table and FOLDER/quality.json
+    python -m tests.benchmarks.quality --draw c2m3_fl/core/results/quality.json     the table of a record
 
 Networks trained on digits from different seeds, merged by their plain mean, so nothing after the match hides it. The
 objectives are relative to those of the published algorithm on the same nodes.
@@ -9,11 +10,10 @@ objectives are relative to those of the published algorithm on the same nodes.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -30,6 +30,7 @@ from c2m3_fl.symmetry.discover import permutation_spec
 from simulations.settings import Settings
 from tests.benchmarks.merging_cases import Case, accuracy, trained
 from tests.benchmarks.published import published_match
+from tests.benchmarks.records import read_record, write_record
 
 Matcher = Callable[[PermutationSpec, Sequence[Params]], Sequence[Permutation]]
 
@@ -82,23 +83,44 @@ def measure(case: Case) -> dict[str, tuple[float, float, float]]:
     return {**shares, "mean endpoint": (math.nan, mean(singles), 0.0)}
 
 
+def row(name: str, values: Sequence[Sequence[float]]) -> str:
+    """One line of the markdown table."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    (share, merged, seconds), (spread, deviation, _) = numbers.mean(0).tolist(), numbers.std(0).tolist()
+    agreed = "–" if math.isnan(share) else f"{share:.4f} ± {spread:.4f}"
+    return f"| {name} | {agreed} | {merged:.3f} ± {deviation:.3f} | {seconds:.2f} |"
+
+
+def table(rows: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:
+    """Markdown, one table per case."""
+    lines = []
+    for name, found in rows.items():
+        lines += [f"{CASES[name].title}:", "", "| | agreement / published | accuracy of the mean | CPU s |"]
+        lines += ["| --- | ---: | ---: | ---: |", *(row(matcher, values) for matcher, values in found.items()), ""]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of quality.json")
+    parser.add_argument("--draw", type=Path, help="print the table of a quality.json instead of measuring")
     options = parser.parse_args()
+    if options.draw is not None:
+        print(table(read_record(options.draw)["rows"]))
+        return
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    tables: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    rows: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for name, case in CASES.items():
         seeds = [measure(case.seeded(seed)) for seed in range(options.seeds)]
-        tables[name] = {matcher: [rows[matcher] for rows in seeds] for matcher in seeds[0]}
-        print(f"\n{case.title}: objective / published, accuracy of the mean, CPU seconds")
-        for matcher, rows in tables[name].items():
-            values = torch.tensor(rows, dtype=torch.float64)
-            (share, merged, seconds), (spread, deviation, _) = values.mean(0).tolist(), values.std(0).tolist()
-            print(f"{matcher:26s} {share:.4f} ± {spread:.4f}   {merged:.3f} ± {deviation:.3f}   {seconds:8.2f}")
-    (options.out / "quality.json").write_text(json.dumps(tables, indent=2))
+        rows[name] = {matcher: [found[matcher] for found in seeds] for matcher in seeds[0]}
+    configuration = {
+        "seeds": list(range(options.seeds)),
+        "columns": ["agreement / published", "accuracy of the mean", "CPU seconds of one thread"],
+        "cases": {name: {"title": case.title, "settings": asdict(case.settings)} for name, case in CASES.items()},
+    }
+    write_record(options.out / "quality.json", "python -m tests.benchmarks.quality", configuration, rows)
+    print(table(rows))
 
 
 if __name__ == "__main__":
