@@ -21,7 +21,7 @@ from c2m3_fl.merging.align.base import Alignment, Method, Nodes
 from c2m3_fl.merging.align.methods import CycleConsistent, MergeStart, resolve_method
 from c2m3_fl.merging.recalibrate import registry
 from c2m3_fl.merging.recalibrate.auto import Auto
-from c2m3_fl.merging.recalibrate.registry import Recalibration, resolve_for
+from c2m3_fl.merging.recalibrate.registry import Recalibration, resolve, resolve_for
 from c2m3_fl.merging.recalibrate.setting import Setting, check_params, check_types, prepare, usable_device
 from c2m3_fl.merging.recalibrate.shift import OwnMoments, with_own_moments
 from c2m3_fl.merging.reports import MergeReport, RecalibrationReport
@@ -136,10 +136,10 @@ def merge(
     begin = time.perf_counter()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {model!r}, expected a module such as Net()")
-    recalibration = resolve_for(recalibrate, data=calibration is not None)
     aligner = resolve_method(_started(method, start))
-    if moments is not None and not (isinstance(recalibration, Auto) and calibration is not None):
+    if moments is not None and not (isinstance(resolve(recalibrate), Auto) and calibration is not None):
         raise ConfigError('moments serve recalibrate="auto" with calibration data alone: leave them out, or pass both')
+    recalibration = resolve_for(recalibrate, data=calibration is not None)
     share = _check(model, state_dicts, weights, basis)
     held = None
     if spec is None or calibration is not None or example_inputs is not None:

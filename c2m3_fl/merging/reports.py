@@ -64,7 +64,8 @@ class Candidate:
     name : str
         Short name.
     accuracy : float, optional
-        Share of labelled calibration inputs that it classifies correctly; None without labels.
+        Share of labelled calibration inputs that it classifies correctly, for refit of those that were left out of
+        its fit; None without labels.
     agreement : float, optional
         Share of calibration inputs that it classifies as the ensemble of the endpoints does; None for networks
         whose output is not one tensor of scores.

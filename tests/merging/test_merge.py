@@ -19,6 +19,7 @@ from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.merging.recalibrate.registry import SHORT_NAMES, Recalibration
 from c2m3_fl.merging.recalibrate.repair import Repair
+from c2m3_fl.network import program
 from c2m3_fl.symmetry.discover import permutation_spec
 from tests.merging.networks import CALIBRATION, NETWORKS, nodes, outputs
 
@@ -307,3 +308,38 @@ def test_nodes_that_do_not_fit_are_refused_by_name() -> None:
     ]:
         with pytest.raises(ParamsError, match=message):
             merge(model, bad, spec=spec_of("mlp"))
+
+
+def test_repair_is_the_default_with_data_and_asking_for_it_needs_data() -> None:
+    model, params = nodes("mlp", 2)
+    options: dict[str, Any] = {"spec": spec_of("mlp")}
+    assert equal(
+        merge(model, params, calibration=CALIBRATION, **options).state_dict,
+        merge(model, params, calibration=CALIBRATION, recalibrate="repair", **options).state_dict,
+    )
+    assert merge(model, params, **options).report.recalibration is None
+    for asked in ("repair", Repair()):
+        with pytest.raises(CalibrationError, match="needs calibration inputs"):
+            merge(model, params, recalibrate=asked, **options)
+
+
+def test_dicts_are_batches_and_example_inputs() -> None:
+    model, params = nodes("mlp", 2)
+    plain = merge(model, params, calibration=CALIBRATION).state_dict
+    named = [{"input": batch, "label": torch.zeros(len(batch), dtype=torch.long)} for batch in CALIBRATION]
+    assert equal(merge(model, params, calibration=named).state_dict, plain)
+    foreign = [{"img": batch} for batch in CALIBRATION]
+    with pytest.raises(CalibrationError, match=r"\['img'\] are not arguments of Sequential.forward\(input\)"):
+        merge(model, params, calibration=foreign)
+    assert equal(merge(model, params, calibration=foreign, inputs=("img",)).state_dict, plain)
+    alone = merge(model, params, example_inputs={"input": CALIBRATION[0]}).state_dict
+    assert equal(alone, merge(model, params, example_inputs=CALIBRATION[0]).state_dict)
+
+
+def test_a_merge_exports_the_network_once_for_each_kind_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    plain = program.export
+    monkeypatch.setattr(program, "export", lambda *given: seen.append(1) or plain(*given))
+    model, params = nodes("mlp", 2)
+    merge(model, params, spec=spec_of("mlp"), calibration=CALIBRATION, method="activations")
+    assert len(seen) == 2  # the last batch is smaller

@@ -1,8 +1,8 @@
 """Refit: fit every linear operator of the merged network to its aligned endpoints' mean output, in closed form.
 
-REPAIR corrects two numbers per channel. With aligned endpoints there is more to aim at: the weighted mean of their
-outputs at every position. Each operator is fitted to it in forward order, by ridge regression towards its current
-weights, on the inputs that it has in the merged network itself. No labels, no learning rate.
+REPAIR corrects two numbers per channel. Aligned endpoints allow more: the weighted mean of their outputs at every
+position is a target for every weight. Each operator is fitted to it in forward order, by ridge regression towards its
+current weights, on the inputs that it has in the merged network. The fit needs no labels and no learning rate.
 
 Averaging endpoints shrinks the spread of targets, so every channel's moments are then set as REPAIR sets them.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.merging.recalibrate.correction import correct
-from c2m3_fl.merging.recalibrate.refit_targets import FOLDS, MeanOutputs
+from c2m3_fl.merging.recalibrate.refit_targets import CHOOSE, FIT, FOLDS, MeanOutputs
 from c2m3_fl.merging.recalibrate.repair import recalibration_report
 from c2m3_fl.merging.recalibrate.ridge import Evidence, Fit, Rows, Sums, choose
 from c2m3_fl.merging.recalibrate.setting import Setting
@@ -39,8 +39,8 @@ _TOO_FEW = f"refit holds every {FOLDS}th calibration input out, so it needs at l
 class Refit:
     """Fit every linear operator to the aligned endpoints' mean outputs, in forward order.
 
-    Norms and transposed convolutions are repaired. Harmful where the calibration data come from elsewhere, and
-    held-out calibration error does not notice: see `Auto` for a guard.
+    Norms and transposed convolutions are repaired. Refit is harmful when the calibration data come from another
+    distribution than the nodes' data, which the error on held-out calibration inputs does not show: see `Auto`.
 
     Attributes
     ----------
@@ -50,12 +50,12 @@ class Refit:
         Ridge strengths, relative to the mean variance of an operator's inputs, from which held-out inputs choose;
         keeping the weights is always a candidate.
     scores : bool, optional
-        Whether the network's outputs are scores of classes: a last layer that gives them is then fitted to the
-        endpoints' mean probabilities, by softmax regression (see `recalibrate.softmax_fit`), because a mean of scores
-        lets a class that one node never saw veto all others. By default they are where the calibration data carry
-        class labels, which are not read.
+        Whether the network's outputs are class scores. A last layer that gives them is then fitted to the endpoints'
+        mean probabilities, by softmax regression (see `recalibrate.softmax_fit`): in a mean of scores, one node that
+        never saw a class can outvote all others on it. By default True if the calibration data carry class labels;
+        their values are not read.
     floor : float
-        Least share of a class in the endpoints' mean probabilities that is believed, relative to equal shares.
+        Lower bound of a class's share in the endpoints' mean probabilities, relative to equal shares.
     final_only : bool
         Fit the operators that give the network's output alone and repair all others.
     seed : int
@@ -176,11 +176,11 @@ def _shown(outputs: MeanOutputs, front: Front, place: int, params: Params) -> tu
         drawn = outputs.at(place, index)
         source = walk.value(operator.input)
         rows = input_rows(operator, source, params[operator.weight], drawn.shape, drawn.positions)[0].double()
-        for held in (0, 1):
-            chosen = drawn.held_out == bool(held)
+        for role in (FIT, CHOOSE):
+            chosen = drawn.role == role
             part = Classified(rows[chosen], drawn.rows[chosen])
-            before = found[held]
-            found[held] = part if before is None else before.combine(part)
+            before = found[role]
+            found[role] = part if before is None else before.combine(part)
     train, held_out = found
     if train is None or held_out is None or not len(train.x) or not len(held_out.x):
         raise CalibrationError(_TOO_FEW)
@@ -198,16 +198,16 @@ def _gathered(
         bias = params[operator.bias] if operator.bias else None
         source = walk.value(operator.input)
         drawn = outputs.at(place, index)
-        for held in (0, 1):
-            for chosen in torch.split(torch.nonzero(drawn.held_out == bool(held))[:, 0], _CHUNK):
+        for role in (FIT, CHOOSE):
+            for chosen in torch.split(torch.nonzero(drawn.role == role)[:, 0], _CHUNK):
                 if not len(chosen):
                     continue
                 rows = input_rows(operator, source, weight, drawn.shape, drawn.positions[chosen])
                 goal = drawn.rows[chosen] if bias is None else drawn.rows[chosen] - bias
                 residuals = goal.reshape(len(chosen), operator.groups, -1).movedim(1, 0) - rows @ matrix
                 part = kind.of(rows, residuals)
-                before = found[held]
-                found[held] = part if before is None else before.combine(part)
+                before = found[role]
+                found[role] = part if before is None else before.combine(part)
     train, held_out = found
     if train is None or held_out is None:
         raise CalibrationError(_TOO_FEW)

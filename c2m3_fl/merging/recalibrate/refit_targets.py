@@ -1,4 +1,4 @@
-"""What a refit aims at: the aligned endpoints' mean output of every operator, at drawn positions."""
+"""Targets of a refit: the aligned endpoints' mean output of every operator, at drawn positions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from c2m3_fl.network.rows import input_of, output_rows, sample_positions
 
 _NUMBERS = 1 << 25  # probabilities that are kept at most: sixty thousand classes leave few positions
 FOLDS = 5  # every fifth input is held out for the choice of the strength
+FIT, CHOOSE, LEAVE = range(3)  # inputs to fit to, to choose the strength on, and those that somebody else judges on
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Drawn:
     ----------
     positions : Tensor of int64, shape (positions,)
         Flat places on every axis but that of the channels.
-    held_out : Tensor of bool, shape (positions,)
-        Whether they belong to an input that is held out.
+    role : Tensor of int64, shape (positions,)
+        What the input that they belong to is for: FIT, CHOOSE or LEAVE.
     rows : Tensor, shape (positions, channels)
         The endpoints' mean output there, or mean probabilities.
     shape : tuple of int
@@ -36,7 +37,7 @@ class Drawn:
     """
 
     positions: Tensor
-    held_out: Tensor
+    role: Tensor
     rows: Tensor
     shape: tuple[int, ...]
 
@@ -56,7 +57,8 @@ class MeanOutputs:
         Decides which positions are drawn.
     floor : float, optional
         Where the network's outputs are scores of classes: their rows are then the mean of the endpoints'
-        probabilities, divided by `balance` with this floor. None where they are met by their mean like all others.
+        probabilities, divided by `balance` with this floor. None: fit class scores to the mean output, like any other
+        operator.
     """
 
     def __init__(
@@ -76,15 +78,19 @@ class MeanOutputs:
         for index, (program, batch) in enumerate(zip(setting.programs, setting.batches, strict=True)):
             walks = [Walk(program, endpoint, batch) for endpoint in setting.endpoints]
             inputs = len(batch.inputs[0])
-            held_out = (torch.arange(seen, seen + inputs) % FOLDS == FOLDS - 1).to(batch.inputs[0].device)
-            seen += inputs
+            left = setting.left_out[index].cpu() if setting.left_out else torch.zeros(inputs, dtype=torch.bool)
+            rank = seen + (~left).cumsum(0) - 1
+            seen += int((~left).sum())
+            role = torch.where(left, LEAVE, torch.where(rank % FOLDS == FOLDS - 1, CHOOSE, FIT))
             count = -(-positions * inputs // setting.inputs)
             for place, operator in enumerate(program.operators):
                 outputs = [walk.output(operator) for walk in walks]
                 if wanted(operator):
                     outputs = [view(operator, each) for view, each in zip(setting.views, outputs, strict=True)]
                     own_seed = seed + 1009 * place + 1_000_003 * index
-                    self._drawn[place, index] = self._draw(operator, outputs, held_out, count, own_seed)
+                    self._drawn[place, index] = self._draw(
+                        operator, outputs, role.to(batch.inputs[0].device), count, own_seed
+                    )
         if floor is not None:
             self._balance(floor)
 
@@ -100,7 +106,7 @@ class MeanOutputs:
         """Whether an operator's outputs are scores of classes, and its rows probabilities."""
         return self._floor is not None and operator.gives_output and operator.kind in (Kind.LINEAR, Kind.PRODUCT)
 
-    def _draw(self, operator: Operator, outputs: Sequence[Tensor], held_out: Tensor, count: int, seed: int) -> Drawn:
+    def _draw(self, operator: Operator, outputs: Sequence[Tensor], role: Tensor, count: int, seed: int) -> Drawn:
         if self.scored(operator):
             count = min(count, _NUMBERS // (outputs[0].shape[operator.layout.channel] * len(self._setting.batches)))
         positions = sample_positions(operator, outputs[0], max(1, count), seed)
@@ -112,8 +118,8 @@ class MeanOutputs:
             self._sums[operator.name] = means if before is None else before + means
         shape = tuple(outputs[0].shape)
         axis = operator.layout.channel % len(shape)
-        owner = input_of(positions, shape[:axis] + shape[axis + 1 :], len(held_out))
-        return Drawn(positions, held_out[owner.clamp_max(len(held_out) - 1)], mean_from_first(rows, self._share), shape)
+        owner = input_of(positions, shape[:axis] + shape[axis + 1 :], len(role))
+        return Drawn(positions, role[owner.clamp_max(len(role) - 1)], mean_from_first(rows, self._share), shape)
 
     def _balance(self, floor: float) -> None:
         """Balance the mean probabilities of every operator that gives scores."""

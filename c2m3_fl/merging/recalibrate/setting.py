@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -18,6 +18,8 @@ from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.program import Program
+
+_MEASURED = ("moments", "targets", "forecasts")  # cached properties of a setting
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,15 @@ class Setting:
     order : tuple of int
         The place at which each endpoint was given.
     views : tuple of View
-        How each endpoint's outputs are seen in the basis of the average: as they are, unless it was a linear map of
-        an endpoint that was averaged, which computes something else than the endpoint.
+        How each endpoint's outputs are seen in the basis of the average. They are seen as they are, unless a linear
+        map of the endpoint was averaged: the mapped network does not compute the endpoint's function.
     own : tuple of mappings of str to Moments
         Each endpoint's channel moments on its own training data, aligned; empty where they are not known.
     plain : mapping of str to Tensor, optional
-        What would have come out without any alignment: one more candidate for a guard.
+        The average without any alignment: one more candidate for a guard.
+    left_out : tuple of Tensor of bool
+        Per batch the inputs that no weights may be fitted to, because a guard will judge the fit on them; moments of
+        channels may be measured on all inputs. Empty where there are none.
     """
 
     programs: tuple[Program, ...]
@@ -59,6 +64,13 @@ class Setting:
     views: tuple[View, ...]
     own: tuple[Mapping[str, Moments], ...] = ()
     plain: Params | None = None
+    left_out: tuple[Tensor, ...] = ()
+
+    def leaving_out(self, masks: Sequence[Tensor]) -> Setting:
+        """The same setting, with inputs that no weights may be fitted to; what was measured is kept."""
+        other = replace(self, left_out=tuple(masks))
+        other.__dict__.update({name: self.__dict__[name] for name in _MEASURED if name in self.__dict__})
+        return other
 
     @cached_property
     def moments(self) -> list[dict[str, Moments]]:

@@ -11,11 +11,13 @@ from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.errors import CalibrationError, ParamsError
 from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.recalibrate.auto import Auto, judge
+from c2m3_fl.merging.recalibrate.held_out import held_out
+from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.merging.recalibrate.repair import Repair
-from c2m3_fl.merging.recalibrate.setting import prepare
+from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.shift import channel_moments, shift, with_own_moments
 from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
-from tests.merging.networks import CALIBRATION, images, nodes, outputs
+from tests.merging.networks import CALIBRATION, images, lively, nodes, outputs
 from tests.merging.test_merge import SEED, spec_of
 
 FOREIGN = [10 + 5 * torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(9))]
@@ -99,7 +101,7 @@ def test_labels_decide_and_ties_go_to_the_safest() -> None:
     assert "100.0% of the labelled" in decision.reason
 
 
-def test_with_labels_auto_is_at_least_as_accurate_as_every_candidate() -> None:
+def test_with_labels_auto_takes_the_most_accurate_candidate() -> None:
     model, params = nodes("cnn", 2)
     labels = [outputs(model, params[0], batch).argmax(1) for batch in CALIBRATION]
     setting = prepare(model, weighted_mean(params), params, list(zip(CALIBRATION, labels, strict=True)))
@@ -188,3 +190,54 @@ def test_what_is_not_taken_for_labels_is_named(rest: object, what: str) -> None:
     assert done is not None
     assert done.decision is not None
     assert re.search(f"what follows the inputs, {what}", done.decision.reason)
+
+
+def test_refit_is_judged_on_inputs_that_it_was_not_fitted_to() -> None:
+    """A fit that interpolates 40 labelled inputs in 64 dimensions is perfect on them and at chance elsewhere."""
+    model = torch.nn.Linear(64, 5)
+    node = lively(model, 0)
+    inputs = torch.randn(40, 64, generator=SEED(1))
+    labels = outputs(model, node, inputs).argmax(1)
+    labels[::4] = (labels[::4] + 1) % 5  # the node is right on three quarters
+    setting = prepare(model, node, [node], [(inputs, labels)])
+    fitted: list[int] = []
+
+    def interpolate(given: Setting) -> Recalibrated:
+        (batch,), kept = given.batches, torch.ones(40, dtype=torch.bool)
+        if given.left_out:
+            kept = ~given.left_out[0]
+        fitted.append(int(kept.sum()))
+        goal = torch.nn.functional.one_hot(labels[kept], 5).float()
+        weight = torch.linalg.lstsq(batch.inputs[0][kept], goal).solution.T
+        return Recalibrated({"weight": weight, "bias": torch.zeros(5)}, RecalibrationReport("interpolated"))
+
+    assert judge(setting, {"none": node, "refit": interpolate(setting).state_dict}).chosen == "refit"
+    decision = Auto(refit=interpolate)(setting).report.decision
+    assert decision is not None
+    assert decision.chosen != "refit"
+    assert fitted == [40, 32]
+    assert (decision.candidates[-1].accuracy or 0.0) < 0.6
+    assert "8 labelled calibration inputs that were left out of its fit" in decision.reason
+
+
+def test_a_refit_that_generalises_is_fitted_to_all_inputs() -> None:
+    model, params = nodes("mlp", 1)
+    broken = {**params[0], "5.weight": torch.zeros(5, 12)}
+    labels = [outputs(model, params[0], batch).argmax(1) for batch in CALIBRATION]
+    setting = prepare(model, broken, params, list(zip(CALIBRATION, labels, strict=True)))
+    done = Auto()(setting)
+    assert done.report.method == "refit"
+    whole = Refit()(setting).state_dict
+    assert all(torch.equal(done.state_dict[name], whole[name]) for name in whole)
+    masks = held_out(setting.batches, 5)
+    without = Refit()(setting.leaving_out(masks)).state_dict
+    assert not torch.equal(without["5.weight"], whole["5.weight"])
+
+
+def test_few_labelled_inputs_leave_refit_out() -> None:
+    model, params = nodes("mlp", 2)
+    few = CALIBRATION[0][:5]
+    done = Auto()(prepare(model, weighted_mean(params), params, [(few, torch.zeros(5, dtype=torch.long))]))
+    assert done.report.decision is not None
+    assert {each.name for each in done.report.decision.candidates} == {"none", "repair"}
+    assert "refit needs at least 6 labelled inputs" in done.report.decision.reason
