@@ -18,6 +18,7 @@ from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import CalibrationError, ParamsError
 from c2m3_fl.flower.client_refit_options import ClientRefit, Price, RegMean, asks_clients, plan_of, price
 from c2m3_fl.flower.client_sums import ACTION
@@ -81,7 +82,8 @@ def refit_by_clients(
     start = time.perf_counter()
     plan = plan_of(options, program, merged)
     _log_price(options, price(options, program, merged))
-    far = far_networks(program, endpoints)
+    params, own = to_device(merged, "cpu"), [to_device(endpoint, "cpu") for endpoint in endpoints]
+    far = far_networks(program, own)
     for index in far:
         log(WARNING, "\t> node %d is not asked for sums: its weights are far from the others'", nodes[index])
     kept = [index for index in range(len(nodes)) if index not in far]
@@ -89,11 +91,10 @@ def refit_by_clients(
         options,
         grid,
         program,
-        {nodes[index]: endpoints[index] for index in kept},
+        {nodes[index]: own[index] for index in kept},
         {nodes[index]: weights[index] for index in kept},
         equally,
     )
-    params = dict(merged)
     reports: list[OperatorReport] = []
     reasons = {**program.skipped, **_left_out(options, program, plan)}
     with torch.no_grad():
@@ -109,7 +110,10 @@ def refit_by_clients(
                     reasons |= dict.fromkeys(filter(None, (operator.weight, operator.bias)), _SILENT)
     method = "refit by the clients" if isinstance(options, ClientRefit) else "regression mean by the clients"
     seconds = time.perf_counter() - start
-    return Recalibrated(params, RecalibrationReport(method, tuple(reports), tuple(reasons.items()), seconds=seconds))
+    if plan.exchanges and not reports:
+        raise CalibrationError("no client gave a usable answer about any operator; the log says what was wrong")
+    home = {name: value.to(merged[name].device) for name, value in params.items()}
+    return Recalibrated(home, RecalibrationReport(method, tuple(reports), tuple(reasons.items()), seconds=seconds))
 
 
 class _Clients:
@@ -144,7 +148,7 @@ class _Clients:
         for node in self._nodes:
             for name, answer in read.get(node, {}).items():
                 found.setdefault(name, {})[node] = answer
-        if not found:
+        if not read:
             first = f" (the first reply: {failed[0]})" if failed else ""
             raise CalibrationError(
                 f"no client answered the query for sums{first}; every client needs it: add answer_statistics to its app"
@@ -202,16 +206,13 @@ class _Clients:
     def _read(self, reply: Message, exchange: Sequence[Step], params: Params) -> dict[str, Answer]:
         """A client's answers by operator name; what cannot be read of it is left out, operator by operator."""
         record = _record(reply)
-        node, found, failed = reply.metadata.src_node_id, {}, []
+        node, found = reply.metadata.src_node_id, {}
         for step in exchange:
             operator = self._program.operators[step.place]
             try:
                 found[operator.name] = self._read_one(record, step, params)
             except ParamsError as error:
-                failed.append(str(error))
                 log(WARNING, "\t> no sums of %s from node %d: %s", operator.module or operator.name, node, error)
-        if not found:
-            raise ParamsError(f"nothing of it can be read: {failed[0]}")
         return found
 
     def _read_one(self, record: ArrayRecord, step: Step, params: Params) -> Answer:

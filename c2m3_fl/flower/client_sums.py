@@ -66,8 +66,6 @@ def answer_sums(
         for place, role in _roles(config, traced[0]).items()
         if first_layer or role not in _SUMS or not reads_input(traced[0], traced[0].operators[place])
     }
-    if not roles:
-        raise CalibrationError("the query is about the first layer alone: its sums need first_layer=True")
     dtype = torch.float64 if int(str(config["double"])) else torch.float32
     answers = measure(traced, batches, merged, own, roles, drawing)
     tensors = {f"{name}/{key}": value for name, each in answers.items() for key, value in pack(each, dtype).items()}

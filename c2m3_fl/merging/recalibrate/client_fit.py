@@ -15,7 +15,7 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.merging.recalibrate.client_plan import norm_behind
-from c2m3_fl.merging.recalibrate.client_sums import FitAnswer, effective, epsilon
+from c2m3_fl.merging.recalibrate.client_sums import FitAnswer, effective, epsilon, spread_of
 from c2m3_fl.merging.recalibrate.correction import compared, rescale
 from c2m3_fl.merging.recalibrate.ridge import Fit, Sums, choose
 from c2m3_fl.merging.recalibrate.targets import Target
@@ -143,26 +143,29 @@ def _fold_norm(
 ) -> OperatorReport:
     """Put new weights before a BatchNorm, and give it their statistics and the targets' moments.
 
-    The rows of the convolution keep the spread that the merged network's had.
+    The rows of the convolution keep the spread that the merged network's had. A BatchNorm without weight and bias keeps
+    its variance: rows and running mean take the targets' moments.
     """
     before = weight_matrix(operator, params[operator.weight].double())
     bias = _bias(operator, params, before)
     now, then = _output_moments(joint, before, bias), _output_moments(joint, best.matrix, bias)
+    report = compared(norm, "mean and spread", _behind(norm, params, now), best.target)
     alive = then.std > _DEAD * best.target.std
-    gain = params[norm.weight].double() if norm.weight else torch.ones_like(now.std)
-    kept = torch.where(now.std > 0, now.std, 1.0) * torch.where(gain < 0, -1.0, 1.0)
-    scale = torch.where(alive, kept / torch.where(alive, then.std, 1.0), 1.0).reshape(len(before), 1, -1)
+    divisor = spread_of(norm, params)
+    sign = torch.where(params[norm.weight] < 0, -1.0, 1.0) if norm.weight else torch.ones_like(divisor)
+    kept = torch.where(now.std > 0, now.std, 1.0) if norm.weight else best.target.std * divisor
+    scale = torch.where(alive, sign * kept / torch.where(alive, then.std, 1.0), 1.0).reshape(len(before), 1, -1)
     matrix = torch.where(alive.reshape(scale.shape), best.matrix * scale, before)
     program.assign(params, operator.weight, from_matrix(operator, matrix, params[operator.weight].shape))
     moments = _output_moments(joint, matrix, bias)
-    report = compared(norm, "mean and spread", _behind(norm, params, now), best.target)
+    if not norm.weight:
+        program.assign(params, norm.mean, moments.mean - best.target.mean * divisor)
+        return report
     program.assign(params, norm.mean, moments.mean)
     program.assign(params, norm.variance, moments.variance)
-    if norm.weight:
-        exact = (
-            best.target.std * (1 + epsilon(norm) / moments.variance.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-        )
-        program.assign(params, norm.weight, torch.where(alive, exact * torch.where(gain < 0, -1.0, 1.0), gain))
+    tiny = torch.finfo(torch.float64).tiny
+    exact = sign * best.target.std * (1 + epsilon(norm) / moments.variance.clamp_min(tiny)).sqrt()
+    program.assign(params, norm.weight, torch.where(alive, exact, params[norm.weight].double()))
     if norm.bias:
         program.assign(params, norm.bias, best.target.mean)
     return report

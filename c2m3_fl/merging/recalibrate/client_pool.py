@@ -18,8 +18,8 @@ from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.program import Program
 
-# Largest ratios of a mean square to the clients' median. Chosen on the wine and breast cancer data of scikit-learn, which
-# no table shows: perceptrons of honest clients, from alike to one class each, reach 9 and 110 there.
+# Largest ratios of a mean square to the clients' median. Chosen on the wine and breast cancer data of scikit-learn,
+# which no table shows: perceptrons of honest clients, from alike to one class each, reach 9 and 110 there.
 LIMITS = {"inputs": 30.0, "targets": 300.0, "outputs": 300.0}
 # Distance of a network's weights from the entrywise median, in median distances and in norms of the median: honest
 # clients of the same data reach 1.9 norms; a network that is scaled by -5 has 6, by 5 it has 4.
