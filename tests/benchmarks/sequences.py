@@ -3,15 +3,16 @@
     python -m tests.benchmarks.sequences [NETWORK ...] [--pairs 3]
 
 trains pairs of networks from different seeds, prints a markdown table, accuracy in percent (mean ± standard
-deviation over pairs), and writes ``results/sequences.json``. A merge is given the inputs of 200 training digits and
-no label. The training recipe was chosen on pair 50, which is not in the table.
+deviation over pairs), and writes ``c2m3_fl/merging/results/sequences.json``;
+``--redraw`` prints that file's table.
+A merge is given the inputs of 200 training digits and no label. The training recipe was chosen on pair 50, which is
+not in the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -21,12 +22,13 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from c2m3_fl.merging.align.base import Method
-from c2m3_fl.merging.align.methods import ActivationMatching, CycleConsistent, Mean
-from c2m3_fl.merging.merge import merge
+from c2m3_fl import merging
+from c2m3_fl.merging import ActivationMatching, CycleConsistent, Mean, Method, merge
 from c2m3_fl.symmetry.discover import permutation_spec
+from tests.benchmarks.records import read_record, write_record
 
-RESULTS = Path("results") / "sequences.json"
+RESULTS = Path(merging.__file__).parent / "results" / "sequences.json"
+COMMAND = "python -m tests.benchmarks.sequences"
 CALIBRATION = 200  # unlabelled training inputs that recalibrations see
 CLASSES, LENGTH, FEATURES = 10, 8, 8
 
@@ -181,12 +183,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Table of merged sequence networks.")
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--redraw", action="store_true", help="print the table of the record and measure nothing")
     arguments = parser.parse_args()
+    if arguments.redraw:
+        print(table([Row(**row) for row in read_record(RESULTS)["rows"]]))
+        return
     data = Digits.load()
     chosen = arguments.networks or list(NETWORKS)
     found = [row for network in chosen for pair in range(arguments.pairs) for row in rows(network, pair, data)]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
+    configuration = {
+        "networks": chosen,
+        "pairs": arguments.pairs,
+        "seeds": "2 * pair and 2 * pair + 1",
+        "data": "scikit-learn digits as sequences of rows, 500 held out for the test",
+        "calibration": CALIBRATION,
+        "threads": torch.get_num_threads(),
+    }
+    write_record(RESULTS, COMMAND, configuration, [asdict(row) for row in found])
     print(table(found))
 
 
