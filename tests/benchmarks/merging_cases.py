@@ -191,8 +191,8 @@ def _node(case: Case, data: FederatedData, index: int) -> dict[str, Tensor]:
 
 def _images(case: Case, data: FederatedData, index: int) -> Images:
     if not case.whole:
-        return data.share(index)
-    shares = [data.share(other) for other in range(len(data.parts))]
+        return data.training_share(index)
+    shares = [data.training_share(other) for other in range(len(data.parts))]
     return Images(torch.cat([share.inputs for share in shares]), torch.cat([share.labels for share in shares]))
 
 
