@@ -82,7 +82,7 @@ def build_classifier(name: str, classes: int = 0) -> nn.Module:
     if name not in classifiers():
         alike = difflib.get_close_matches(name, classifiers()) or classifiers()
         raise ConfigError(
-            f"{name!r} is no torchvision classifier such as {', '.join(alike)}; "
+            f"{name!r} is not a torchvision classifier such as {', '.join(alike)}; "
             "a network of your own is named package.module:factory"
         )
     options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
@@ -102,16 +102,16 @@ def load_params(file: Path) -> dict[str, Tensor]:
         When it holds anything but named tensors.
     """
     if not file.is_file():
-        raise DataError(f"{file} is no file")
+        raise DataError(f"{file} is not a file")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise DataError(f"{file} is no safetensors file: {error}") from error
+        raise DataError(f"{file} is not a safetensors file: {error}") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error}") from error
-    except Exception as error:  # what is no torch file fails in many ways
+    except Exception as error:  # a file of another format fails in many ways
         raise DataError(
             f"{file} was refused: torch.load(weights_only=True) cannot read it, so it may run code when it is opened; "
             "save the state dict with safetensors"
@@ -160,7 +160,7 @@ def load_images(folder: Path, size: int, *, channels: int = 3, raw: bool = False
     if channels not in _MODES:
         raise ConfigError(f"the network takes images of {channels} channels, a folder of images gives 1 or 3")
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder")
+        raise DataError(f"{folder} is not a folder")
     classes = sorted(each for each in folder.iterdir() if each.is_dir())
     numbered = all(each.name.isdecimal() for each in classes)
     labels = {each: int(each.name) if numbered else index for index, each in enumerate(classes)}
@@ -203,4 +203,4 @@ def check_output(file: Path, suffixes: Sequence[str]) -> None:
     if file.suffix.lower() not in suffixes:
         raise ConfigError(f"{file} ends in {file.suffix!r}, expected {' or '.join(suffixes)}")
     if not file.parent.is_dir():
-        raise ConfigError(f"{file} cannot be written: {file.parent} is no folder")
+        raise ConfigError(f"{file} cannot be written: {file.parent} is not a folder")

@@ -43,21 +43,20 @@ class ClientStatistics:
     operator that is corrected. The merged network is always measured on all data: its moments, and so BatchNorm's
     statistics, are those of the pooled data.
 
-    The targets are another matter. Repair on pooled data runs every endpoint on every client's data, and somebody
-    must hold a network and an input to run the one on the other: without the inputs on the server that takes clients
-    who see each other's networks. Which of the two it shall be is for the federation to decide.
+    The targets differ. Repair on pooled data runs every endpoint on every client's data. Without inputs on the server,
+    that requires clients to run each other's networks. `endpoints` decides whether they do.
 
     Attributes
     ----------
     endpoints : {"own", "all"}
         "own" (default): a client measures the merged network and its own aligned reply, two networks whatever the
-        number of clients; nobody sees another client's network. The result is that of a server which holds all data
-        and runs every endpoint on its own client's share of them. Where all shares are alike, that is repair on the
-        pooled data; the less they are, the more it differs.
+        number of clients; no client sees another client's network. The result is that of a server which holds all
+        data and runs every endpoint on its own client's share of them. If all shares have one distribution, that is
+        repair on the pooled data; it differs the more, the more the distributions do.
         "all": every client measures every aligned reply: exactly repair on the pooled data. It costs as many
         networks per client as there are clients, and shows them to all.
     timeout : float
-        Seconds to wait for the answers to a query; who does not answer in time is left out of it.
+        Seconds to wait for the answers to a query; clients that do not answer in time are left out of it.
     """
 
     endpoints: Literal["own", "all"] = "own"
@@ -195,7 +194,7 @@ class _Survey:
             node, about = reply.metadata.src_node_id, reply.metadata.group_id
             try:
                 if (node, about) not in asked or (node, about) in found:
-                    raise ParamsError(f"nobody asked it for an answer about {about!r}, or for a second one")
+                    raise ParamsError(f"an answer about {about!r} was not asked for, or came twice")
                 found[node, about] = self._read(reply, place)
             except ParamsError as error:
                 log(WARNING, "\t> no moments from node %d: %s", node, error)

@@ -199,7 +199,7 @@ class MergeReport:
     objectives : (float, float), optional
         Weighted agreement of all pairs of nodes, before and after the match; None for methods that do not match.
     share_moved : tuple of float, optional
-        Per node the share of its units that move on the way into the basis; None for maps that are no permutations.
+        Per node the share of its units that move on the way into the basis; None for maps that are not permutations.
     layers : mapping of str to tuple of float
         Per matched tensor each node's cosine with the weighted sum of the other nodes, after the match.
     recalibration : RecalibrationReport, optional

@@ -162,7 +162,17 @@ def load_batches(
 
 
 def unfit(batch: Batch, params: Mapping[str, Tensor], error: Exception) -> CalibrationError:
-    """The error that says which batch the network cannot take, and why."""
+    """The error that says which batch the network cannot take, and why.
+
+    Parameters
+    ----------
+    batch : Batch
+        The batch.
+    params : mapping of str to Tensor
+        The network's state dict, for its types.
+    error : Exception
+        What the network raised.
+    """
     given = ", ".join(f"{kind} of shape {shape}" for kind, shape in zip(batch.types, batch.shapes, strict=True))
     own = sorted({str(value.dtype) for value in params.values() if value.is_floating_point()})
     return CalibrationError(

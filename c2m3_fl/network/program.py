@@ -59,7 +59,17 @@ class Program:
     last_use: Mapping[fx.Node, int]
 
     def assign(self, params: dict[str, Tensor], name: str, value: Tensor) -> None:
-        """Replace a parameter in `params`, under all its names, keeping its dtype."""
+        """Replace a parameter in `params`, under all its names, keeping its dtype.
+
+        Parameters
+        ----------
+        params : dict of str to Tensor
+            State dict; changed in place.
+        name : str
+            One name of the parameter.
+        value : Tensor
+            What it becomes.
+        """
         for alias in self.all_names(name):
             params[alias] = value.to(params[alias].dtype)
 

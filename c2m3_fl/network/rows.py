@@ -15,6 +15,17 @@ def sample_positions(operator: Operator, output: Tensor, count: int, seed: int) 
 
     A position is a place on every axis but that of the channels, as a flat index in row-major order; all of them
     in order where there are no more than `count`.
+
+    Parameters
+    ----------
+    operator : Operator
+        One of the network's operators.
+    output : Tensor
+        Its output.
+    count : int
+        Largest number of positions.
+    seed : int
+        Decides which are drawn.
     """
     channels = output.shape[operator.layout.channel]
     total = output.numel() // channels
@@ -25,7 +36,17 @@ def sample_positions(operator: Operator, output: Tensor, count: int, seed: int) 
 
 
 def output_rows(operator: Operator, output: Tensor, positions: Tensor) -> Tensor:
-    """Outputs at the positions, shape (positions, channels)."""
+    """Outputs at the positions, shape (positions, channels).
+
+    Parameters
+    ----------
+    operator : Operator
+        One of the network's operators.
+    output : Tensor
+        Its output.
+    positions : Tensor
+        Of `sample_positions`.
+    """
     channels_last = output.movedim(operator.layout.channel, -1)
     place = _unravel(positions, channels_last.shape[:-1])
     return channels_last[place]
@@ -75,12 +96,32 @@ def weight_matrix(operator: Operator, weight: Tensor) -> Tensor:
 
 
 def from_matrix(operator: Operator, matrix: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `weight_matrix`."""
+    """The inverse of `weight_matrix`.
+
+    Parameters
+    ----------
+    operator : Operator
+        One of the network's operators.
+    matrix : Tensor, shape (groups, inputs per group, channels per group)
+        Matrices.
+    shape : torch.Size
+        Shape of the weight.
+    """
     return matrix[0] if operator.kind is Kind.PRODUCT else matrix.movedim(1, 2).reshape(shape)
 
 
 def input_of(positions: Tensor, shape: Sequence[int], count: int) -> Tensor:
-    """Which of `count` network inputs each position of an output of shape (..., without channels) belongs to."""
+    """Which of `count` network inputs each position of an output of shape (..., without channels) belongs to.
+
+    Parameters
+    ----------
+    positions : Tensor
+        Of `sample_positions`.
+    shape : sequence of int
+        Shape of the output, without channels.
+    count : int
+        Number of network inputs in the batch.
+    """
     place = _unravel(positions, shape)
     for axis in range(len(shape)):
         if shape[axis] == count:

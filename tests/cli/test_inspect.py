@@ -58,7 +58,7 @@ def test_zoo_prints_a_line_per_network() -> None:
     ("arguments", "message"),
     [
         ([], "no network named"),
-        (["nosuch"], "'nosuch' is no torchvision classifier"),
+        (["nosuch"], "'nosuch' is not a torchvision classifier"),
         (["no.such.module:f"], "cannot load 'no.such.module:f'"),
         ([f"{__name__}:nothing"], "expected package.module:factory"),
         ([f"{__name__}:number"], "returned int; expected a module"),

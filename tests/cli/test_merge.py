@@ -65,7 +65,7 @@ def test_files_merge_into_one_that_loads(files: list[str], images: str, tmp_path
     ("change", "message"),
     [
         (["-o", "m.pt"], r"m.pt ends in '.pt', expected .safetensors"),
-        (["-o", "nowhere/m.safetensors"], "nowhere is no folder"),
+        (["-o", "nowhere/m.safetensors"], "nowhere is not a folder"),
         (["--picture", "p.xyz"], r"p.xyz ends in '.xyz', expected .png or"),
         (["--method", "c3m3"], "method is 'c3m3'"),
         (["--method", "cca", "--start", "activations"], "--start is for method 'c2m3', which 'cca' is not"),
@@ -159,7 +159,7 @@ def test_torch_files_are_read_and_pickles_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(DataError, match="cannot read it"):
         load_params(tmp_path / "text.pt")
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         load_params(tmp_path / "missing.safetensors")
 
 
@@ -206,8 +206,8 @@ def test_mismatches_are_told_apart_by_key_and_shape(files: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet19", "'resnet19' is no torchvision classifier such as resnet1.*package.module:factory"),
-        ("torchvision:resnet19", "'resnet19' is no torchvision classifier"),
+        ("resnet19", "'resnet19' is not a torchvision classifier such as resnet1.*package.module:factory"),
+        ("torchvision:resnet19", "'resnet19' is not a torchvision classifier"),
         ("tests.cli.test_merge:missing", "cannot load 'tests.cli.test_merge:missing'"),
         ("time:time", "returned float; expected a module"),
     ],
@@ -228,7 +228,7 @@ def test_images_without_subfolders_have_no_labels(images: str, tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no image"):
         load_images(tmp_path / "empty", 8)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         load_images(tmp_path / "nowhere", 8)
     (tmp_path / "empty" / "bad.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"bad.png cannot be read"):

@@ -33,6 +33,17 @@ def unit_features(
 ) -> Features:
     """Standardised outputs of every group's units on the calibration data, shape (samples, units) per group.
 
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The network's symmetries.
+    programs : sequence of Program
+        The exported network, one entry per batch.
+    batches : sequence of Batch
+        Calibration data.
+    params : mapping of str to Tensor
+        State dict of the network.
+
     Raises
     ------
     ConfigError
@@ -54,6 +65,17 @@ def two_sided_features(
     sides; nor does it commute with a scale per unit, so nothing is standardised. Rows are divided by the square root of
     their number, by which products of features are sums of covariances: one per operator, side and slot of the units.
 
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The network's symmetries.
+    programs : sequence of Program
+        The exported network, one entry per batch.
+    batches : sequence of Batch
+        Calibration data.
+    params : mapping of str to Tensor
+        State dict of the network.
+
     Raises
     ------
     ConfigError
@@ -67,7 +89,17 @@ def two_sided_features(
 
 
 def match_to(spec: PermutationSpec, reference: Features, features: Features) -> Permutation:
-    """The permutation of each group under which units correlate best with the reference's."""
+    """The permutation of each group under which units correlate best with the reference's.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The network's symmetries.
+    reference : Features
+        What units are matched to.
+    features : Features
+        The node's own.
+    """
     gains = {
         name: (reference[name].T @ features[name])[None].cpu()
         if name in features
@@ -82,6 +114,15 @@ def match_all(spec: PermutationSpec, features: Sequence[Features], weights: Sequ
     """Permutations into one universe: each node in turn matched to the weighted sum of the others, to a fixed point.
 
     The first node's order of units is the universe's; the sum of all pairs' correlations never falls.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The network's symmetries.
+    features : sequence of Features
+        One entry per node.
+    weights : sequence of float
+        The nodes' averaging weights.
     """
     perms = [match_to(spec, features[0], each) for each in features]
     total = {
@@ -111,6 +152,15 @@ def canonical_map(reference: Tensor, features: Tensor, regularisation: float) ->
     With whitened cross-covariance ``U S Vᵀ`` the canonical directions of both sides are put on top of each other:
     ``features @ mapᵀ`` has the reference's basis (Horoi et al. 2024, arXiv 2407.05385, equation 5). The regularisation
     is a share of the units' mean variance. Where one side hardly varies the map is the identity.
+
+    Parameters
+    ----------
+    reference : Tensor, shape (samples, units)
+        Centred features of the node whose basis is kept.
+    features : Tensor, shape (samples, units)
+        Centred features of the node that is mapped.
+    regularisation : float
+        Added to the diagonals of the covariances, as a share of the units' mean variance.
     """
     if hardly_varies(reference, features):
         return torch.eye(reference.shape[1]).to(reference)

@@ -88,7 +88,7 @@ class Alignment:
     params : tuple of mappings of str to Tensor
         The aligned state dicts, in the order of the nodes.
     moves : tuple of Permutation, optional
-        Each node's map into the basis; None where the maps are no permutations.
+        Each node's map into the basis; None if the maps are not permutations.
     match : Match, optional
         The maps into a universe, for methods that have one.
     seconds : float
@@ -117,7 +117,19 @@ class Method(Protocol):
 
 
 def moved(nodes: Nodes, moves: Sequence[Permutation], match: Match | None, begin: float) -> Alignment:
-    """Apply each node's map into the basis."""
+    """Apply each node's map into the basis.
+
+    Parameters
+    ----------
+    nodes : Nodes
+        The nodes.
+    moves : sequence of Permutation
+        Each node's map into the basis.
+    match : Match, optional
+        The maps into a universe, where there is one.
+    begin : float
+        When the alignment began, by `time.perf_counter`.
+    """
     pairs = zip(moves, nodes.params, strict=True)
     params = tuple(permutation.apply(nodes.spec, move, node) for move, node in pairs)
     return Alignment(params, tuple(moves), match, time.perf_counter() - begin)

@@ -66,15 +66,15 @@ def reading_axes(spec: PermutationSpec, program: Program) -> dict[str, int]:
 
 
 def _uses(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """The operators where a parameter, or what elementwise operators made of it, meets weights or is contracted."""
-    met, open_nodes = {node}, [node]
+    """The operators that read a parameter, or its image under elementwise operators, as a weight or contract it."""
+    reached, open_nodes = {node}, [node]
     while open_nodes:
         value = open_nodes.pop()
         for user in value.users:
             if user.target in LAYOUTS or user.target in RECURRENT or _contracts(user):
                 yield value, user
-            elif user not in met:
-                met.add(user)
+            elif user not in reached:
+                reached.add(user)
                 open_nodes.append(user)
 
 
@@ -107,6 +107,19 @@ def mapped(
 
     Spreads are mapped as those of uncorrelated units, by the squares: variances of BatchNorm (re-estimate them
     afterwards), and the scales of norms, which no linear map commutes with.
+
+    Parameters
+    ----------
+    spec : PermutationSpec
+        The network's symmetries.
+    maps : mapping of str to Tensor
+        A matrix per group.
+    params : mapping of str to Tensor
+        State dict of the network.
+    reads : mapping of str to int
+        The axis of every weight that reads units: see `reading_axes`.
+    program : Program
+        The exported network.
     """
     inverses = {name: torch.linalg.inv(matrix).T for name, matrix in maps.items()}
     squares = {name: matrix.square() for name, matrix in maps.items()}
@@ -176,6 +189,15 @@ def folded(program: Program, pairs: Sequence[Normalised], params: Params) -> dic
     A linear map of units does not commute with a scale per unit; once the norm scales by one, it does. The norm's
     weight keeps the spread of its output, with a running variance that undoes it, so that statistics may be
     re-estimated later.
+
+    Parameters
+    ----------
+    program : Program
+        The exported network.
+    pairs : sequence of Normalised
+        The norms and the operators before them: see `normalised`.
+    params : mapping of str to Tensor
+        State dict of the network; not mutated.
     """
     result = dict(params)
     for pair in pairs:
@@ -191,7 +213,17 @@ def folded(program: Program, pairs: Sequence[Normalised], params: Params) -> dic
 
 
 def spread_again(program: Program, pairs: Sequence[Normalised], moved: dict[str, Tensor]) -> None:
-    """Let folded norms, in place, multiply by one again, at the spread of the mapped units."""
+    """Let folded norms, in place, multiply by one again, at the spread of the mapped units.
+
+    Parameters
+    ----------
+    program : Program
+        The exported network.
+    pairs : sequence of Normalised
+        The folded norms.
+    moved : dict of str to Tensor
+        The mapped state dict; changed in place.
+    """
     for pair in pairs:
         _spread(program, moved, pair, moved[pair.norm.weight].double().square())
 

@@ -162,6 +162,6 @@ def resolve_method(method: Method | str) -> Method:
         raise ConfigError(f"method is the class {method.__name__}, expected an object such as CycleConsistent()")
     if callable(method):
         return method
-    if method not in list(METHODS):  # a list is no key
+    if method not in list(METHODS):  # comparison, not lookup: what is given may be unhashable
         raise ConfigError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")
     return METHODS[method]

@@ -138,6 +138,23 @@ def pairwise_barriers(
 ) -> dict[tuple[int, int], Line]:
     """The segment between every pair of networks: see `barrier`.
 
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture; not mutated.
+    nodes : sequence of mappings of str to Tensor
+        The networks.
+    data : iterable of labelled batches
+        What to score on.
+    points : int
+        Number of equidistant points, ends included.
+    example_inputs : Tensor, tuple or dict, optional
+        A tuple or dict says how many inputs the network takes; otherwise one.
+    inputs : sequence of str, optional
+        The keys that are inputs, where batches are dicts: see `load_batches`.
+    renormalise : bool, optional
+        Whether running statistics of BatchNorm are re-estimated between the networks: see `Scorer`.
+
     Examples
     --------
     >>> nodes = [nn.Linear(4, 3).state_dict() for _ in range(3)]

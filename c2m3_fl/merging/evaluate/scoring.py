@@ -28,6 +28,15 @@ class Score:
 def evaluate(model: nn.Module, params: Params, batches: Sequence[Batch]) -> Score:
     """Score a state dict on labelled batches.
 
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture, in the mode to score it in.
+    params : mapping of str to Tensor
+        State dict of the network.
+    batches : sequence of Batch
+        Labelled data.
+
     Raises
     ------
     CalibrationError

@@ -17,7 +17,7 @@ from c2m3_fl.network.rows import input_of, output_rows, sample_positions
 
 _NUMBERS = 1 << 25  # probabilities that are kept at most: sixty thousand classes leave few positions
 FOLDS = 5  # every fifth input is held out for the choice of the strength
-FIT, CHOOSE, LEAVE = range(3)  # inputs to fit to, to choose the strength on, and those that somebody else judges on
+FIT, CHOOSE, LEAVE = range(3)  # inputs to fit to, to choose the strength on, and to leave to a judge
 
 
 @dataclass(frozen=True)

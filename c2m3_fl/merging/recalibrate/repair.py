@@ -185,7 +185,19 @@ def _forecast(
 def recalibration_report(
     method: str, setting: Setting, operators: tuple[OperatorReport, ...], start: float
 ) -> RecalibrationReport:
-    """Report of a recalibration that began at `start`."""
+    """Report of a recalibration that began at `start`.
+
+    Parameters
+    ----------
+    method : str
+        Short name of what was done.
+    setting : Setting
+        What it was done to.
+    operators : tuple of OperatorReport
+        What was done to each operator, in forward order.
+    start : float
+        When it began, by `time.perf_counter`.
+    """
     skipped = tuple(left_alone(setting).items())
     return RecalibrationReport(method, operators, skipped, setting.inputs, time.perf_counter() - start)
 

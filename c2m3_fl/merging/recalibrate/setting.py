@@ -174,7 +174,17 @@ def prepare(
 
 
 def check_params(model: nn.Module, params: Params, who: str) -> None:
-    """Raise `ParamsError` unless `params` is a finite state dict of `model`."""
+    """Raise `ParamsError` unless `params` is a finite state dict of `model`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture.
+    params : mapping of str to Tensor
+        What is checked.
+    who : str
+        What to call it in the error.
+    """
     if isinstance(params, nn.Module):
         raise ParamsError(f"{who} is the module {type(params).__name__}, expected its state_dict()")
     if not isinstance(params, Mapping):
@@ -200,7 +210,17 @@ def check_params(model: nn.Module, params: Params, who: str) -> None:
 
 
 def check_types(expected: Params, params: Params, who: str) -> None:
-    """Raise `ParamsError` unless all floating tensors are of the types of `expected`: one network cannot run mixed."""
+    """Raise `ParamsError` unless all floating tensors are of the types of `expected`: one network cannot run mixed.
+
+    Parameters
+    ----------
+    expected : mapping of str to Tensor
+        A state dict of the right types.
+    params : mapping of str to Tensor
+        What is checked.
+    who : str
+        What to call it in the error.
+    """
     for name, value in expected.items():
         if value.is_floating_point() and params[name].dtype != value.dtype:
             raise ParamsError(

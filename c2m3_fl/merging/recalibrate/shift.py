@@ -1,10 +1,10 @@
-"""How far the calibration data are from the data that the nodes were trained on, told from channel moments alone.
+"""How far the calibration data are from the data that the nodes were trained on, by channel moments.
 
-Nothing that is computed on calibration data alone can tell. What can: the moments that a network's channels have on
-its own training data, beside those that they have on the calibration data. BatchNorm networks carry the former in
-their buffers; for others every node has to send them, see `channel_moments`. They reveal the mean and the spread of
-every channel over the node's data, two floats per channel, never a single input; an average over few inputs can
-still say something about each of them, so measure on many.
+Quantities computed on the calibration data alone cannot show it. The moments of a network's channels on its own
+training data, compared with those on the calibration data, can. BatchNorm networks carry the former in their buffers;
+other nodes have to send them, see `channel_moments`. They reveal the mean and the spread of every channel over the
+node's data, two floats per channel, and no single input; an average over few inputs still says something about each of
+them, so measure on many.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ def shift(setting: Setting) -> float | None:
     """Distance of the calibration data from the nodes' own, in standard deviations of a channel.
 
     A node's channel is off by ``(mean - own mean) / own spread`` and stretched by the logarithm of the ratio of
-    spreads. Where calibration data come from elsewhere, all nodes see that alike; where a node saw few classes, it
-    alone does. So what counts is the mean product of two different nodes' offsets, and of their stretches: what they
-    share. Its root mean over an operator's channels, largest over operators but those that give the output, whose
-    channels are classes.
+    spreads. If the calibration data come from another distribution, all nodes differ in the same way; if one node saw
+    few classes, it alone differs. The mean product of two different nodes' offsets, and of their stretches, therefore
+    measures what they share. The shift is its root mean over an operator's channels, largest over all operators but
+    those that give the output, whose channels are classes.
 
     Returns
     -------

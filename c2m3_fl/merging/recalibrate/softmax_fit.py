@@ -104,6 +104,17 @@ def path(rows: Classified, layer: Layer, strengths: Sequence[float], *, bias: bo
     """Layers that minimise ``mean KL(goal | softmax) + ½ strength · scale · |weight - given weight|²``.
 
     `scale` is the mean variance of the inputs, so that a strength means the same for every layer.
+
+    Parameters
+    ----------
+    rows : Classified
+        Inputs and the probabilities to fit.
+    layer : Layer
+        The ridge pulls towards its weight; the fit starts there.
+    strengths : sequence of float
+        Ridge strengths; the fits go from the strongest to the weakest.
+    bias : bool
+        Whether the bias may change.
     """
     centre = float(bias) * rows.x.mean(0)
     x = rows.x - centre
@@ -125,12 +136,12 @@ def path(rows: Classified, layer: Layer, strengths: Sequence[float], *, bias: bo
 
 
 def balance(means: Tensor, weights: Tensor, floor: float) -> Tensor:
-    """By how much the endpoints' mean probabilities shall be divided, per class, to forget what they disagree on.
+    """Divisors of the endpoints' mean probabilities, per class, that remove class priors on which they disagree.
 
-    Endpoints that saw classes in different shares believe in different classes before they look, and their mean
-    believes in those that many know, or that few are very sure of. Divided by its mean over all inputs it believes in
-    all classes alike. That is done as far as endpoints disagree, to the power of their mean distance from one another:
-    what all of them find rare is left rare.
+    Endpoints trained on different label distributions have different class priors, and their mean probability favours
+    classes that many endpoints know, or that few are very sure of. Divided by its mean over all inputs it has a
+    uniform prior. The divisor is taken to the power of the endpoints' mean distance from one another, at most one, so
+    that a class which all endpoints find rare stays rare.
 
     Parameters
     ----------
@@ -139,7 +150,7 @@ def balance(means: Tensor, weights: Tensor, floor: float) -> Tensor:
     weights : Tensor of float64, shape (endpoints,)
         Averaging weights.
     floor : float
-        Least mean that is believed, relative to equal shares.
+        Lower bound of a class's mean, relative to equal shares.
     """
     share = weights.to(means.device)[:, None]
     mean = (share * means).sum(0)

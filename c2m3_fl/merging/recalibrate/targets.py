@@ -42,7 +42,19 @@ def as_it_is(_: Operator, value: Tensor) -> Tensor:
 def output_moments(
     programs: Sequence[Program], batches: Sequence[Batch], params: Params, view: View = as_it_is
 ) -> dict[str, Moments]:
-    """Moments of every operator's output, in one pass over the batches."""
+    """Moments of every operator's output, in one pass over the batches.
+
+    Parameters
+    ----------
+    programs : sequence of Program
+        The exported network, one entry per batch.
+    batches : sequence of Batch
+        Calibration data.
+    params : mapping of str to Tensor
+        State dict of the network.
+    view : View
+        How outputs are seen in the basis of the merge.
+    """
     found: dict[str, Moments] = {}
     for program, batch in zip(programs, batches, strict=True):
         walk = Walk(program, params, batch)
@@ -63,6 +75,19 @@ def forecasts(
 
     A channel's variance is then wᵀ C w, with C the covariances between the endpoints' versions of it. For a norm with
     running statistics the moments are those of its input, for all other operators those of the output.
+
+    Parameters
+    ----------
+    programs : sequence of Program
+        The exported network, one entry per batch.
+    batches : sequence of Batch
+        Calibration data.
+    endpoints : sequence of mappings of str to Tensor
+        The aligned endpoints.
+    views : sequence of View
+        How each endpoint's outputs are seen in the basis of the merge.
+    weights : Tensor of float64, shape (endpoints,)
+        Averaging weights; they sum to one.
     """
     share = weights.tolist()
     found: dict[str, Moments] = {}
@@ -151,7 +176,19 @@ class Front:
                 self._walks[index] = self._fresh(index)
 
     def measured(self, place: int, operator: Operator, params: Params, *, before: bool) -> Moments:
-        """Moments over all batches of the output of operator number `place`, or of its input; a `Measure`."""
+        """Moments over all batches of the output of operator number `place`, or of its input; a `Measure`.
+
+        Parameters
+        ----------
+        place : int
+            Number of the operator, in forward order.
+        operator : Operator
+            One of the network's operators.
+        params : mapping of str to Tensor
+            The state dict that this front reads.
+        before : bool
+            Measure the operator's input instead of its output.
+        """
         total: Moments | None = None
         for own, walk in self.before(place):
             moments = Moments.of(walk.value(own.input if before else own.node), own.channel_axes(params))
