@@ -9,6 +9,7 @@ from typing import Any
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, Strategy
 from torch import Tensor, nn
 
+from c2m3_fl.flower.client_refit import ClientRefit
 from c2m3_fl.flower.strategy import C2M3
 from simulations.data import FederatedData
 from simulations.distillation import FedDF
@@ -66,7 +67,7 @@ def fedmedian(server: Server) -> FedMedian:
 
 def feddf(server: Server) -> FedDF:
     """Distil the clients' ensemble into their average: Lin et al. 2020."""
-    return FedDF(model=server.model, inputs=server.calibration, **server.everyone)
+    return FedDF(model=server.model, inputs=server.calibration, steps=100, **server.everyone)
 
 
 def c2m3(server: Server) -> C2M3:
@@ -80,13 +81,57 @@ def c2m3_default(server: Server) -> C2M3:
 
 
 def c2m3_repair(server: Server) -> C2M3:
-    """REPAIR on the server's images."""
+    """REPAIR on the server's images, deployed."""
     return C2M3(fedavg(server), model=server.model, calibration=server.calibration, recalibrate="repair")
 
 
 def c2m3_refit(server: Server) -> C2M3:
-    """Refit on the server's images."""
+    """Refit on the server's images, deployed."""
     return C2M3(fedavg(server), model=server.model, calibration=server.calibration, recalibrate="refit")
+
+
+def c2m3_head(server: Server) -> C2M3:
+    """The last layer fitted to the clients' labels, deployed; the server has no data."""
+    return _asking(server, head="labels")
+
+
+def c2m3_client_refit(server: Server) -> C2M3:
+    """Refit from the clients' own data, deployed; the server has no data."""
+    return _asking(server, recalibrate=ClientRefit())
+
+
+def c2m3_client_refit_head(server: Server) -> C2M3:
+    """Both: refit from the clients' data, then the head from their labels."""
+    return _asking(server, recalibrate=ClientRefit(), head="labels")
+
+
+def c2m3_judged(server: Server) -> C2M3:
+    """Both as candidates, which the clients compare with the aggregate on what they hold out."""
+    return _asking(server, recalibrate=ClientRefit(), head="labels", judge="clients")
+
+
+def c2m3_repair_fed_back(server: Server) -> C2M3:
+    """REPAIR on the server's images; clients train the repaired model."""
+    data = server.calibration
+    return C2M3(fedavg(server), model=server.model, calibration=data, recalibrate="repair", feedback="always")
+
+
+def c2m3_refit_fed_back(server: Server) -> C2M3:
+    """Refit on the server's images; clients train the refit model."""
+    data = server.calibration
+    return C2M3(fedavg(server), model=server.model, calibration=data, recalibrate="refit", feedback="always")
+
+
+def c2m3_repair_moved(server: Server) -> C2M3:
+    """REPAIR on the server's images; clients train the repaired model after rounds in which many units moved."""
+    data = server.calibration
+    return C2M3(fedavg(server), model=server.model, calibration=data, recalibrate="repair", feedback="moved")
+
+
+def _asking(server: Server, **options: Any) -> C2M3:  # noqa: ANN401  # C2M3's own
+    """C2M3 that asks the clients in every round, so that every round's deployed model is measured."""
+    inputs = server.calibration[0][:2]
+    return C2M3(fedavg(server), model=server.model, example_inputs=inputs, deploy="every", **options)
 
 
 def c2m3_fedavgm(server: Server) -> C2M3:
@@ -115,6 +160,13 @@ STRATEGIES: Mapping[str, Callable[[Server], Strategy]] = {
     "c2m3+default": c2m3_default,
     "c2m3+repair": c2m3_repair,
     "c2m3+refit": c2m3_refit,
+    "c2m3+head": c2m3_head,
+    "c2m3+client-refit": c2m3_client_refit,
+    "c2m3+client-refit+head": c2m3_client_refit_head,
+    "c2m3+judged": c2m3_judged,
+    "c2m3+repair-fed-back": c2m3_repair_fed_back,
+    "c2m3+refit-fed-back": c2m3_refit_fed_back,
+    "c2m3+repair-moved": c2m3_repair_moved,
     "c2m3-fedavgm": c2m3_fedavgm,
     "c2m3-fedadam": c2m3_fedadam,
     "c2m3-fedprox": c2m3_fedprox,
