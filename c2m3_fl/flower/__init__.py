@@ -1,9 +1,22 @@
 """The adapters to Flower: strategies, records, checkpoints, and a federation inside one process."""
 
+from c2m3_fl.flower.client_head import Head
 from c2m3_fl.flower.client_moments import answer_statistics
+from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics
+from c2m3_fl.flower.judge import ClientJudge
 from c2m3_fl.flower.resuming import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 
-__all__ = ["C2M3", "ClientStatistics", "Resumable", "SerialGrid", "answer_statistics"]
+__all__ = [
+    "C2M3",
+    "ClientJudge",
+    "ClientRefit",
+    "ClientStatistics",
+    "Head",
+    "RegMean",
+    "Resumable",
+    "SerialGrid",
+    "answer_statistics",
+]

@@ -1,13 +1,14 @@
-"""C2M3 for servers that still speak `flwr.server.strategy`: parameters without names, fit and not train."""
+"""C2M3 for servers that still speak `flwr.server.strategy`: parameters without names, fit instead of train."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from logging import ERROR
 from time import perf_counter
-from typing import Unpack
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,15 +20,20 @@ from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, Strategy
 from flwr.supercore import log
 from torch import nn
 
-from c2m3_fl.core.spec import Params
+from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import check_finite
-from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower.options import Options
-from c2m3_fl.flower.privacy import check_privacy
+from c2m3_fl.errors import ConfigError, ParamsError
+from c2m3_fl.flower.aligner import Basis, Mode
+from c2m3_fl.flower.client_refit import ClientRefit, RegMean
+from c2m3_fl.flower.client_repair import ClientStatistics
+from c2m3_fl.flower.options import Feedback, Options
+from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.records import Schema, read_npy, reply_schema, schema_of_params
 from c2m3_fl.flower.replies import Dropped, Reply, Sorted, check_weight, content_of
 from c2m3_fl.flower.reports import Numbers, failure
-from c2m3_fl.flower.rounds import Aligned, Rounds
+from c2m3_fl.flower.rounds import AlignedReplies
+from c2m3_fl.flower.server import Server
+from c2m3_fl.flower.setup import build_setup
 from c2m3_fl.flower.wrapped import chain, check_instance
 from c2m3_fl.merging.recalibrate.registry import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
@@ -38,16 +44,37 @@ Result = tuple[ClientProxy, FitRes]
 class C2M3(Strategy):
     """Align the clients' neurons before another legacy strategy aggregates them.
 
-    The same as `c2m3_fl.flower.strategy.C2M3`, which it shares everything with but the dialect. Parameters are
-    the tensors of the model's state dict in its order, as ``[v.numpy() for v in model.state_dict().values()]``
-    gives them; the weight of a reply is its number of examples.
+    The same as `c2m3_fl.flower.strategy.C2M3` in the dialect of `flwr.server.strategy`. Parameters are the tensors of
+    the model's state dict in its order, as ``[v.numpy() for v in model.state_dict().values()]`` gives them; the weight
+    of a reply is its number of examples.
+
+    Differences: there is no grid to ask clients, so `ClientStatistics`, `moments`, `ClientRefit`, `head` and `judge`
+    are refused and `deploy` does not exist; evaluation results are handed to the wrapped strategy unchecked; a legacy
+    server saves no state, but `state_dict` and `load_state_dict` are there for one that does; there is no `start`, so
+    a second run on the same object goes on with the trajectory if it is given the very model that was returned last.
 
     Parameters
     ----------
     strategy : Strategy, optional
-        Whatever legacy strategy aggregates the aligned replies; `FedAvg()` by default.
-    model, example_inputs, calibration, recalibrate, device, **options
-        See `c2m3_fl.flower.strategy.C2M3`.
+        Aggregates the aligned replies; `FedAvg()` by default.
+    recalibrate : str or Recalibration, optional
+        As there, without `ClientRefit`.
+    calibration : iterable of batches, optional
+        As there, without `ClientStatistics`.
+    model, example_inputs, inputs, spec, device
+        As there.
+    alignment, basis, min_replies, outliers, memory, max_steps, tolerance, diagnostics, feedback
+        As there.
+    head, judge, moments : None
+        Refused: they ask clients.
+
+    Raises
+    ------
+    ConfigError
+        For options out of range or that ask clients, and for wrappers for differential privacy whose bound would no
+        longer hold.
+    CalibrationError, TraceError, SpecError
+        As there.
     """
 
     def __init__(
@@ -56,19 +83,57 @@ class C2M3(Strategy):
         *,
         model: nn.Module,
         example_inputs: ExampleInputs | None = None,
+        inputs: Sequence[str] | None = None,
         calibration: Calibration | None = None,
-        recalibrate: Recalibration | str = "repair",
+        recalibrate: Recalibration | str | None = None,
+        spec: PermutationSpec | None = None,
         device: torch.device | str | None = None,
-        **options: Unpack[Options],
+        alignment: Mode = "joint",
+        basis: Basis = "global",
+        min_replies: int = 1,
+        outliers: Literal["report", "drop"] = "report",
+        memory: int = 1000,
+        max_steps: int = 100,
+        tolerance: float = 1e-4,
+        diagnostics: bool = False,
+        feedback: Feedback = "never",
+        head: None = None,
+        judge: None = None,
+        moments: None = None,
     ) -> None:
         self.strategy = FedAvg() if strategy is None else strategy
         check_instance(self.strategy, Strategy, C2M3)
-        self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
+        _refuse_asking(calibration=calibration, recalibrate=recalibrate, head=head, judge=judge, moments=moments)
+        options = Options(alignment, basis, min_replies, outliers, memory, max_steps, tolerance, diagnostics, feedback)
+        self.setup = build_setup(
+            model,
+            options,
+            example_inputs=example_inputs,
+            inputs=inputs,
+            calibration=calibration,
+            recalibrate=recalibrate,
+            spec=spec,
+            device=device,
+        )
+        self.server = Server(self.setup)
         self.schema = schema_of_params(model.state_dict())
         self.expected: Schema = self.schema
         self.sent: Parameters | None = None
-        separate = self.rounds.options["alignment"] == "separate"
-        check_privacy(self.strategy, separate=separate, calibrated=self.rounds.calibrated)
+        check_privacy(self.strategy, separate=self.setup.separate, calibrated=self.setup.calibrated)
+
+    @property
+    def trajectory(self) -> Parameters | None:
+        """What clients train next; None before the first aggregate."""
+        found = self.server.models.trajectory
+        return None if found is None else _parameters(found)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What is remembered between rounds: where each node was last found, the trajectory and its digest."""
+        return self.server.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Remember that instead."""
+        self.server.load_state_dict(state)
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         """Let the wrapped strategy choose the initial model."""
@@ -77,18 +142,16 @@ class C2M3(Strategy):
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
-        """Remember the model that is sent out, and let the wrapped strategy choose who gets it."""
+        """Send out the trajectory, or `parameters` where they are a new start, to whom the wrapped strategy chooses."""
+        check_callers(separate=self.setup.separate, calibrated=self.setup.calibrated)
         named = self._named(parameters, "the parameters to send out")
-        self.rounds.spec.check(named, "the parameters to send out")
+        self.setup.spec.check(named, "the parameters to send out")
         check_finite(named, "the parameters to send out")
-        self.expected = reply_schema(self.schema, schema_of_params(named))
-        self.sent = parameters
-        for each in chain(self.strategy):  # what they returned may have been repaired since
-            if isinstance(each, FedAvgM) and each.initial_parameters is not None:
-                each.initial_parameters = parameters
-            if isinstance(each, FedOpt):
-                each.current_weights = to_ndarrays(parameters)
-        chosen = self.strategy.configure_fit(server_round, parameters, client_manager)
+        start = self.server.next_start(named)
+        self.expected = reply_schema(self.schema, schema_of_params(start))
+        self.sent = parameters if start is named else _parameters(start)
+        _continue_from(self.strategy, self.sent)
+        chosen = self.strategy.configure_fit(server_round, self.sent, client_manager)
         return [(proxy, FitIns(self._personal(proxy, ins.parameters), ins.config)) for proxy, ins in chosen]
 
     def aggregate_fit(
@@ -97,16 +160,10 @@ class C2M3(Strategy):
         """Align the replies, aggregate them with the wrapped strategy, and recalibrate the result."""
         if self.sent is None:
             return self.strategy.aggregate_fit(server_round, results, failures)
-
-        def aggregate(aligned: Aligned) -> tuple[Params | None, dict[str, Scalar]]:
-            parameters, metrics = self.strategy.aggregate_fit(server_round, _results(aligned), failures)
-            return None if parameters is None else self._named(parameters), dict(metrics or {})
-
-        sent = self._params(self.sent, "the parameters sent out")
-        outcome = self.rounds.play(self._sorted(results), sent, self.strategy, aggregate)
-        parameters = self.sent if outcome.params is None else _parameters(outcome.params)
-        numbers = _scalars(outcome.numbers, spelled_out=self.rounds.options["diagnostics"])
-        return parameters, {**(outcome.metrics or {}), **numbers}
+        aggregate = partial(_aggregate_results, self.strategy, server_round, failures, self.schema)
+        params, metrics, numbers = self.server.play(server_round, self._sorted(results), self.strategy, aggregate)
+        scalars = _scalars(numbers, spelled_out=self.setup.options.diagnostics)
+        return _parameters(params), {**(metrics or {}), **scalars}
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -121,7 +178,7 @@ class C2M3(Strategy):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
-        """Let the wrapped strategy aggregate the evaluation; a round is not worth a run here either."""
+        """Let the wrapped strategy aggregate the evaluation; a failed evaluation must not end the run either."""
         try:
             return self.strategy.aggregate_evaluate(server_round, results, failures)
         except Exception as error:
@@ -163,21 +220,15 @@ class C2M3(Strategy):
             for (name, entry), data in zip(self.expected.items(), parameters.tensors, strict=True)
         }
 
-    def _named(self, parameters: Parameters, who: str = "the result") -> dict[str, torch.Tensor]:
-        """A server's own parameters by name, of whatever shapes and element types they are."""
-        if len(parameters.tensors) != len(self.schema):
-            raise ParamsError(f"{who}: {len(parameters.tensors)} tensors, expected {len(self.schema)}")
-        arrays = to_ndarrays(parameters)
-        named = {name: torch.from_numpy(np.asarray(array)) for name, array in zip(self.schema, arrays, strict=True)}
-        schema_of_params(named, who)
-        return named
+    def _named(self, parameters: Parameters, who: str) -> dict[str, torch.Tensor]:
+        return _named(self.schema, parameters, who)
 
     def _personal(self, proxy: ClientProxy, parameters: Parameters) -> Parameters:
         """The model in the client's own basis where that was asked for."""
-        if self.rounds.options["basis"] != "client":
+        if self.setup.options.basis != "client":
             return parameters
         params = self._named(parameters, "the parameters to send out")
-        own = self.rounds.aligner.own_basis(node_of(proxy), params)
+        own = self.setup.aligner.own_basis(node_of(proxy), params)
         return parameters if own is params else _parameters(own)
 
 
@@ -188,7 +239,49 @@ def node_of(proxy: ClientProxy) -> int:
     return int.from_bytes(hashlib.blake2b(proxy.cid.encode(), digest_size=7).digest(), "big")
 
 
-def _results(aligned: Aligned) -> list[Result]:
+def _refuse_asking(**options: object) -> None:
+    """Raise `ConfigError` for options that ask clients: a legacy server has no grid."""
+    for name, value in options.items():
+        asks = isinstance(value, ClientStatistics | ClientRefit | RegMean)
+        if asks or (name in ("head", "judge", "moments") and value is not None):
+            raise ConfigError(
+                f"{name} is {value!r}, which asks the clients, and the legacy dialect has no grid to ask them: "
+                "use c2m3_fl.flower.C2M3"
+            )
+
+
+def _continue_from(strategy: Strategy, parameters: Parameters) -> None:
+    """Let server optimisers step from the model that is sent out: they remember their own last result."""
+    for each in chain(strategy):
+        if isinstance(each, FedAvgM) and each.initial_parameters is not None:
+            each.initial_parameters = parameters
+        if isinstance(each, FedOpt):
+            each.current_weights = to_ndarrays(parameters)
+
+
+def _aggregate_results(
+    strategy: Strategy,
+    server_round: int,
+    failures: list[Result | BaseException],
+    schema: Schema,
+    aligned: AlignedReplies,
+) -> tuple[Params | None, dict[str, Scalar]]:
+    """The wrapped strategy's aggregate of aligned replies, and its metrics."""
+    parameters, metrics = strategy.aggregate_fit(server_round, _results(aligned), failures)
+    return None if parameters is None else _named(schema, parameters, "the result"), dict(metrics or {})
+
+
+def _named(schema: Schema, parameters: Parameters, who: str) -> dict[str, torch.Tensor]:
+    """A server's own parameters by name, of whatever shapes and element types they are."""
+    if len(parameters.tensors) != len(schema):
+        raise ParamsError(f"{who}: {len(parameters.tensors)} tensors, expected {len(schema)}")
+    arrays = to_ndarrays(parameters)
+    named = {name: torch.from_numpy(np.asarray(array)) for name, array in zip(schema, arrays, strict=True)}
+    schema_of_params(named, who)
+    return named
+
+
+def _results(aligned: AlignedReplies) -> list[Result]:
     """The replies with aligned parameters; integers go as float64, which every strategy's arithmetic takes.
 
     What did not change is the client's own.

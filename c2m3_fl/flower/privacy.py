@@ -1,6 +1,9 @@
-"""Which combinations with differential privacy are refused, and why."""
+"""Differential privacy: which combinations are refused, and why."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import currentframe
 
 from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import (
@@ -31,12 +34,16 @@ _JOINT = (
     "each reply with nothing but the public global model"
 )
 _CALIBRATED = (
-    "{name} bounds what one client can change, but repair measures every client's network by itself, outside that "
-    "bound; pass calibration=None"
+    "{name} bounds what one client can change, but recalibration measures every client's network by itself, outside "
+    "that bound; pass calibration=None"
+)
+_ASKED = (
+    "{name} bounds what one client can change, but {what} asks the clients for more about their data, outside that "
+    "bound, and the model that it deploys differs from the one that clients are clipped against; leave {what} out"
 )
 
 
-def check_privacy(strategy: object, *, separate: bool, calibrated: bool) -> None:
+def check_privacy(strategy: object, *, separate: bool, calibrated: bool, asks: Sequence[str] = ()) -> None:
     """Raise `ConfigError` for a wrapper for differential privacy whose bound would no longer hold.
 
     Parameters
@@ -47,11 +54,23 @@ def check_privacy(strategy: object, *, separate: bool, calibrated: bool) -> None
         Whether each reply is aligned by itself.
     calibrated : bool
         Whether the merged model is recalibrated.
+    asks : sequence of str
+        The options for which clients are asked about their data: recalibrate, head, judge.
     """
     for each in chain(strategy):
         if isinstance(each, _WRAPPERS):
             name = type(each).__name__
             if not separate:
                 raise ConfigError(_JOINT.format(name=name))
+            if asks:
+                raise ConfigError(_ASKED.format(name=name, what=" and ".join(asks)))
             if calibrated:
                 raise ConfigError(_CALIBRATED.format(name=name))
+
+
+def check_callers(*, separate: bool, calibrated: bool, asks: Sequence[str] = ()) -> None:
+    """`check_privacy` for every object whose method is being called: only there does an outer wrapper show."""
+    frame = currentframe()
+    while frame is not None:
+        check_privacy(frame.f_locals.get("self"), separate=separate, calibrated=calibrated, asks=asks)
+        frame = frame.f_back

@@ -1,4 +1,4 @@
-"""What the clients sent back: every reply is checked before any of them is used.
+"""Replies: every one is checked before any of them is used.
 
 A reply that cannot be used is dropped with the reason, and the round goes on with the others. Those that
 remain are put into an order that depends on their content alone, because Flower delivers them in random
@@ -42,7 +42,7 @@ class Reply(Generic[Source]):
     weight : float
         Its averaging weight, positive.
     content : str
-        Stands for the tensors and the metrics: replies are ordered by it.
+        Digest of the tensors, and the metrics: replies are ordered by it.
     source : Message or legacy result
         The reply as Flower delivered it.
     """
@@ -64,7 +64,7 @@ class Dropped:
 
 @dataclass(frozen=True, eq=False)
 class Sorted(Generic[Source]):
-    """The replies of a round: the usable ones in stable order, and the others; and how long it took to tell."""
+    """The replies of a round: the usable ones in stable order, the dropped ones, and the seconds of the check."""
 
     replies: tuple[Reply[Source], ...]
     dropped: tuple[Dropped, ...]
@@ -96,7 +96,7 @@ def sort_evaluations(messages: Iterable[Message], *, weighted_by: str) -> Sorted
 
 
 def content_of(params: Params, metrics: Mapping[str, object]) -> str:
-    """Tells replies apart by what they hold, whoever sent them."""
+    """A digest of tensors and metrics, by which replies are told apart and ordered."""
     return f"{digest(params)} {sorted(metrics.items())!r}"
 
 
@@ -116,7 +116,7 @@ def report_dropped(dropped: Iterable[Dropped]) -> None:
 
 
 def _sorted(messages: Iterable[Message], read: Callable[[Message], Reply[Message]]) -> Sorted[Message]:
-    """The replies in stable order, one to each message, all of one make."""
+    """The replies in stable order: one per message, all with the same record names and metric types."""
     started = perf_counter()
     kept: list[Reply[Message]] = []
     dropped: list[Dropped] = []
@@ -193,7 +193,7 @@ Signature = tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, int], ...]]
 
 
 def _signature(reply: Reply[Message]) -> Signature:
-    """Names and kinds of a reply's records, which Flower wants equal among all replies."""
+    """Names and types of a reply's records; Flower requires them to be equal in all replies."""
     content = reply.source.content
     metrics = next(iter(content.metric_records.values()))
     kinds = sorted((key, len(value) if isinstance(value, list) else -1) for key, value in metrics.items())
@@ -201,7 +201,7 @@ def _signature(reply: Reply[Message]) -> Signature:
 
 
 def _consistent(kept: list[Reply[Message]], dropped: list[Dropped]) -> tuple[list[Reply[Message]], list[Dropped]]:
-    """Drop the replies whose records are named or made unlike those of most others."""
+    """Drop the replies whose record names or metric types differ from the majority's."""
     votes = Counter(_signature(reply) for reply in kept)
     usual = min(votes, key=lambda signature: (-votes[signature], signature), default=None)
     replies = []
@@ -209,5 +209,5 @@ def _consistent(kept: list[Reply[Message]], dropped: list[Dropped]) -> tuple[lis
         if _signature(reply) == usual:
             replies.append(reply)
         else:
-            dropped.append(Dropped(reply.node, "its records are named or made unlike those of most replies"))
+            dropped.append(Dropped(reply.node, "its record names or metric types differ from the majority's"))
     return replies, dropped

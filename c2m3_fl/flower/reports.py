@@ -1,4 +1,4 @@
-"""What a round says of itself: its lines in the log and its numbers in the metrics."""
+"""A round's lines in the log and its numbers in the metrics."""
 
 from __future__ import annotations
 

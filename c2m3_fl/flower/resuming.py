@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from logging import ERROR, INFO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -16,6 +16,16 @@ from c2m3_fl.flower.checkpoint import Checkpoint, Folder
 from c2m3_fl.flower.reports import report_idle
 from c2m3_fl.flower.state import capture, restore, snapshot
 from c2m3_fl.flower.strategy import Evaluate
+from c2m3_fl.flower.wrapped import chain
+
+
+@runtime_checkable
+class Beginning(Protocol):
+    """A strategy that must know when a run begins, and how long it is."""
+
+    def begin_run(self, num_rounds: int, evaluate_config: ConfigRecord | None = None) -> None:
+        """Begin a run of so many rounds."""
+
 
 _KINDS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
 
@@ -72,6 +82,9 @@ class Resumable(Strategy):
         """
         self._done, self._rounds, self._result = 0, num_rounds, Result(arrays=initial_arrays)
         self.folder.prepare()
+        for each in chain(self.strategy):
+            if isinstance(each, Beginning):
+                each.begin_run(num_rounds, evaluate_config)
         found = self.folder.load()
         if found is not None:
             self._resume(found)
@@ -152,7 +165,7 @@ class Resumable(Strategy):
         arrays = {name: array.numpy() for name, array in self._result.arrays.items()}
         try:
             self.folder.save(Checkpoint(current, arrays, state, notes, metrics))
-        except OSError as error:  # a full disk is no reason to stop training; the checkpoint before it still counts
+        except OSError as error:  # training goes on with a full disk; the checkpoint before this one still counts
             log(ERROR, "checkpoint of round %d could not be written: %s", current, error)
 
     def _resume(self, found: Checkpoint) -> None:

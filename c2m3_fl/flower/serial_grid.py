@@ -14,13 +14,11 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from c2m3_fl.errors import ConfigError
+from c2m3_fl.flower.private import assign_id, claim_identity
 
 _RUN, _SERVER = 1, 0  # the only run, and the node id of the server
-
-
 _PATIENCE = 5  # questions for the nodes in a row, without a message to any
 
 
@@ -45,7 +43,9 @@ class SerialGrid(Grid):
 
     Notes
     -----
-    A client that raises gives the error reply that Flower would deliver. Every node keeps its own context.
+    A client that raises gives the error reply that Flower would deliver. Every node keeps its own context. The whole
+    process takes the identity of this grid's run, see `private.claim_identity`: never build one inside an app that
+    Flower itself runs.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SerialGrid(Grid):
         self._sent = 0
         self._asked = 0
         self._replies: dict[str, Message] = {}
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, _SERVER, 0
+        claim_identity(_RUN, _SERVER)
 
     def set_run(self, run: Run) -> None:
         """Refuse: the only run is set up at construction."""
@@ -98,7 +98,8 @@ class SerialGrid(Grid):
         self._asked = 0
         for message in messages:
             self._sent += 1
-            name = message.metadata.__dict__["_message_id"] = str(self._sent)
+            name = str(self._sent)
+            assign_id(message, name)
             self._replies[name] = self._answer(message)
             names.append(name)
         return names

@@ -2,76 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from copy import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from inspect import currentframe
-from logging import ERROR, INFO, WARNING
-from typing import Unpack
+from logging import ERROR
+from typing import Literal, TypedDict
 
-import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, FedAvgM, QFedAvg, Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from flwr.supercore import log
 from torch import Tensor, nn
 
-from c2m3_fl.core.spec import Params
+from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.state_dicts import check_finite
-from c2m3_fl.errors import CalibrationError, ConfigError
-from c2m3_fl.flower.client_repair import ClientStatistics, own_moments, repair_by_clients
-from c2m3_fl.flower.options import Options
-from c2m3_fl.flower.privacy import check_privacy
+from c2m3_fl.flower.aligner import Basis, Mode
+from c2m3_fl.flower.client_head import Head
+from c2m3_fl.flower.client_refit import ClientRefit, RegMean
+from c2m3_fl.flower.client_repair import ClientStatistics
+from c2m3_fl.flower.deployment import Clients
+from c2m3_fl.flower.judge import ClientJudge
+from c2m3_fl.flower.messages import aggregate_messages, personal_messages
+from c2m3_fl.flower.options import Deploy, Feedback, Options
+from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.records import from_params, reply_schema, schema_of, to_params
-from c2m3_fl.flower.replies import Reply, report_dropped, sort_evaluations, sort_messages
-from c2m3_fl.flower.reports import Numbers, failure, report_idle
-from c2m3_fl.flower.rounds import Aligned, Finish, Rounds
-from c2m3_fl.flower.wrapped import chain, check_instance
-from c2m3_fl.merging.recalibrate.auto import Auto
+from c2m3_fl.flower.replies import report_dropped, sort_evaluations, sort_messages
+from c2m3_fl.flower.reports import failure, report_idle
+from c2m3_fl.flower.server import Server
+from c2m3_fl.flower.setup import build_setup, log_setup
+from c2m3_fl.flower.wrapped import check_instance, continue_from, required_metrics, stock_averages
 from c2m3_fl.merging.recalibrate.registry import Recalibration
-from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
+class _Private(TypedDict):
+    separate: bool
+    calibrated: bool
+    asks: Sequence[str]
+
+
 class C2M3(Strategy):
     """Align the clients' neurons before another strategy aggregates them.
 
-    Every reply is checked, permuted into the basis of the global model that was sent out, and handed to the
-    wrapped strategy, whose result is recalibrated where there is calibration data. When nothing needs to move
-    and nothing is recalibrated, the floating tensors of the global model are, bit for bit, what the wrapped
-    strategy returns for the same replies in the same order. A reply that cannot be used is dropped, counted and
-    logged; with too few left, the previous global model stays.
+    Every reply is checked, permuted into the basis of the global model that was sent out, and handed to the wrapped
+    strategy. Its aggregate is the *trajectory*, which clients train next. What is returned, evaluated and saved is the
+    *deployed* model: the trajectory, recalibrated as far as the evidence allows. Where nothing moves, the floating
+    tensors of the trajectory are, bit for bit, what the wrapped strategy returns for the same replies in the same
+    order, whatever is recalibrated. A reply that cannot be used is dropped, counted and logged; with too few left,
+    the previous global model stays.
 
     Parameters
     ----------
     strategy : Strategy, optional
-        Whatever aggregates the aligned replies; `FedAvg()` by default.
+        Aggregates the aligned replies; `FedAvg()` by default.
     model : nn.Module
         The architecture whose arrays are exchanged; not mutated.
-    example_inputs : Tensor or tuple of Tensor, optional
+    example_inputs : Tensor, tuple or dict, optional
         Inputs that the network can be traced with; by default the first calibration batch.
+    inputs : sequence of str, optional
+        Which keys of dict batches and dict example inputs are the network's inputs: ``("img",)``.
     calibration : iterable of batches or ClientStatistics, optional
-        Inputs that the server holds, labels or none, for recalibration; or `ClientStatistics()`, to let the
-        clients measure on theirs.
-    recalibrate : str or Recalibration
-        What to do with them: "none", "repair", or any other name or object that `merge` takes.
+        Inputs that the server holds, with labels or without, read once; or `ClientStatistics()`, to let the clients
+        measure channel moments on theirs.
+    recalibrate : str, Recalibration, ClientRefit or RegMean, optional
+        What the deployed model is made of. None (default): what the evidence supports, see `evidence.choose_means`:
+        labels in the calibration data, else the clients' judgement, else their moments, else REPAIR after rounds in
+        which units moved, else the plain aggregate. "none", "repair", or any other name or object that `merge`
+        takes: that, in every round. `ClientRefit()`: what the clients' own data refit.
     moments : ClientStatistics, optional
-        For `recalibrate="auto"` with calibration data on the server: also ask every client for the channel moments
-        of its own reply on its own data, which show whether the server's data are like theirs.
+        With calibration data on the server: ask every client for the channel moments of its own reply on its own
+        data, which show whether the server's data are like theirs.
+    spec : PermutationSpec, optional
+        The symmetries of the network, proven on the example inputs; by default they are derived.
+    head : {"labels"} or Head, optional
+        Fit the deployed model's last layer to the clients' labels.
+    judge : {"clients", "labels"} or ClientJudge, optional
+        Who compares the candidates for deployment: the clients by their own evaluation, or held-out calibration
+        labels on the server. None (default): nobody, the candidate in which every step was taken is deployed.
+    judge_key : str, optional
+        The metric by which clients judge; by default the one whose name contains "loss".
     device : torch.device or str, optional
         Where to match and repair; by default CUDA when there is one, else the CPU.
-    **options : Options
-        See `c2m3_fl.flower.options.Options`.
+    alignment : {"joint", "separate"}
+        "joint" (default) matches all replies with each other; "separate" matches each one with nothing but the
+        model that was sent out, so that no client's permutation depends on another client.
+    basis : {"global", "largest", "client"} or int
+        "global" (default): every round ends in the basis of the model that was sent out. "client": the same, and
+        every client is sent the model in the neuron order that it last replied in, so that state which it keeps
+        still fits. "largest" or a node id: the basis of that reply; a wrapped strategy with state of its own
+        (momenta) needs one of the others.
+    min_replies : int
+        With fewer valid replies than this (default 1), not counting outliers that are dropped, the previous
+        global model stays.
+    outliers : {"report", "drop"}
+        Whether replies that do not fit the others are named only (default), or left out as well.
+    memory : int
+        How many nodes' permutations to remember between rounds (default 1000).
+    max_steps : int
+        Upper limit of the solver's steps before it polishes (default 100).
+    tolerance : float
+        Relative duality gap at which the solver stops (default 1e-4).
+    diagnostics : bool
+        Whether the metrics also hold the agreement of every tensor of every client (default False).
+    feedback : {"never", "moved", "always"}
+        When clients train the deployed model next instead of the trajectory: "never" (default), after rounds in which
+        many units "moved" (at most once per node), or "always". A deployed model whose norm exceeds the replies' ends
+        it for the run.
+    deploy : {"last", "every"} or int
+        In which rounds clients are asked for the deployment (`ClientRefit`, head, judge): the "last" one (default),
+        "every" one, or every n-th and the last. In the others the aggregate is returned, recalibrated by the server
+        where the evidence allows it.
 
     Raises
     ------
     ConfigError
-        For unknown options, and for wrappers for differential privacy whose bound would no longer hold.
-    CalibrationError, TraceError
-        For unusable calibration data, or a model that cannot be exported.
+        For options out of range, and for wrappers for differential privacy whose bound would no longer hold.
+    CalibrationError, TraceError, SpecError
+        For unusable calibration data, a model that cannot be exported, or a spec that does not preserve its function.
 
     Examples
     --------
@@ -86,28 +135,57 @@ class C2M3(Strategy):
         *,
         model: nn.Module,
         example_inputs: ExampleInputs | None = None,
+        inputs: Sequence[str] | None = None,
         calibration: Calibration | ClientStatistics | None = None,
-        recalibrate: Recalibration | str = "repair",
+        recalibrate: Recalibration | ClientRefit | RegMean | str | None = None,
         moments: ClientStatistics | None = None,
+        spec: PermutationSpec | None = None,
+        head: Head | str | None = None,
+        judge: ClientJudge | str | None = None,
+        judge_key: str | None = None,
         device: torch.device | str | None = None,
-        **options: Unpack[Options],
+        alignment: Mode = "joint",
+        basis: Basis = "global",
+        min_replies: int = 1,
+        outliers: Literal["report", "drop"] = "report",
+        memory: int = 1000,
+        max_steps: int = 100,
+        tolerance: float = 1e-4,
+        diagnostics: bool = False,
+        feedback: Feedback = "never",
+        deploy: Deploy = "last",
     ) -> None:
         self.strategy = FedAvg() if strategy is None else strategy
         check_instance(self.strategy, Strategy, C2M3)
-        self.rounds = Rounds(model, example_inputs, calibration, recalibrate, device, options)
-        if not isinstance(moments, ClientStatistics | None):
-            raise ConfigError(f"moments is {moments!r}, expected ClientStatistics()")
-        if moments is not None and not self.rounds.holds_data:
-            raise ConfigError(
-                "moments tell whether the server's calibration data are like the clients': pass calibration"
-            )
-        if moments is not None and not isinstance(self.rounds.recalibration, Auto):
-            raise ConfigError(f'moments serve recalibrate="auto" alone, not {recalibrate!r}: leave one of them out')
-        self.moments = moments
+        options = Options(
+            alignment, basis, min_replies, outliers, memory, max_steps, tolerance, diagnostics, feedback, deploy
+        )
+        self.setup = build_setup(
+            model,
+            options,
+            example_inputs=example_inputs,
+            inputs=inputs,
+            calibration=calibration,
+            recalibrate=recalibrate,
+            moments=moments,
+            spec=spec,
+            head=head,
+            judge=judge,
+            judge_key=judge_key,
+            device=device,
+        )
+        self.server = Server(self.setup)
         self.sent = from_params(model.state_dict())
         self._schema = schema_of(self.sent, "model")
         self._grid: Grid | None = None
-        self._check_privacy(self.strategy)
+        self._evaluate_config: ConfigRecord | None = None
+        check_privacy(self.strategy, **self._private)
+
+    @property
+    def trajectory(self) -> ArrayRecord | None:
+        """What clients train next; None before the first aggregate of a run."""
+        found = self.server.models.trajectory
+        return None if found is None else from_params(found)
 
     def start(
         self,
@@ -120,49 +198,64 @@ class C2M3(Strategy):
         evaluate_fn: Evaluate | None = None,
     ) -> Result:
         """Run the federation; see `Strategy.start`. Says in the end in how many rounds nothing was aggregated."""
+        self.begin_run(num_rounds, evaluate_config)
         result = super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
         report_idle(result, num_rounds)
         return result
 
+    def begin_run(self, num_rounds: int, evaluate_config: ConfigRecord | None = None) -> None:
+        """Forget the trajectory of an earlier run; called by whoever starts a run, outer wrappers included.
+
+        Parameters
+        ----------
+        num_rounds : int
+            Of the whole run: the last one deploys.
+        evaluate_config : ConfigRecord, optional
+            Sent along when clients judge.
+        """
+        self.server.begin_run(num_rounds)
+        self._evaluate_config = evaluate_config
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Remember the model that is sent out, and let the wrapped strategy choose who gets it."""
-        self._refuse_private_caller()
+        """Send out the trajectory, or `arrays` where they are a new start, to whom the wrapped strategy chooses."""
+        check_callers(**self._private)
         params = to_params(arrays)
-        self.rounds.spec.check(params, "the arrays to send out")
+        self.setup.spec.check(params, "the arrays to send out")
         check_finite(params, "the arrays to send out")
-        self.sent, self._grid = arrays.copy(), grid
-        for each in chain(self.strategy):
-            if isinstance(each, FedAvgM) and each.current_arrays is not None:
-                each.current_arrays = arrays  # what it returned may have been repaired since
-        return self._personal(self.strategy.configure_train(server_round, arrays, config, grid))
+        start = self.server.next_start(params)
+        self.sent = arrays.copy() if start is params else from_params(start)
+        self._grid = grid
+        continue_from(self.strategy, self.sent)
+        return self._personal(self.strategy.configure_train(server_round, self.sent.copy(), config, grid))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Align the replies, aggregate them with the wrapped strategy, and recalibrate the result."""
+        """Align the replies, aggregate them with the wrapped strategy, and deploy the result."""
         expected = reply_schema(self._schema, schema_of(self.sent))
-        found = sort_messages(replies, expected, weighted_by=self._weighted_by, required=self._required)
-
-        def aggregate(aligned: Aligned) -> tuple[Params | None, MetricRecord | None]:
-            arrays, metrics = self.strategy.aggregate_train(server_round, _messages(aligned))
-            return None if arrays is None else to_params(arrays), MetricRecord(dict(metrics or {}))
-
-        sent, asking = to_params(self.sent, expected), self._asking()
-        outcome = self.rounds.play(found, sent, self.strategy, aggregate, asking)
-        arrays = self.sent.copy() if outcome.params is None else from_params(outcome.params)
-        return arrays, _joined(outcome.metrics, outcome.numbers)
+        found = sort_messages(
+            replies, expected, weighted_by=self._weighted_by, required=required_metrics(self.strategy)
+        )
+        if self.server.sent is None:
+            self.server.next_start(to_params(self.sent))
+        aggregate = partial(aggregate_messages, self.strategy, server_round)
+        params, metrics, numbers = self.server.play(
+            server_round, found, self.strategy, aggregate, self._clients(server_round)
+        )
+        return from_params(params), MetricRecord({**(metrics or {}), **numbers})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the wrapped strategy configure the evaluation."""
+        self._evaluate_config = ConfigRecord(dict(config))
         return self._personal(self.strategy.configure_evaluate(server_round, arrays, config, grid))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Let the wrapped strategy aggregate the evaluation; a round is not worth a run here either."""
-        if self._averages:
+        """Let the wrapped strategy aggregate the evaluation; a failed evaluation must not end the run either."""
+        if stock_averages(self.strategy):
             found = sort_evaluations(replies, weighted_by=self._weighted_by)
             report_dropped(found.dropped)
             replies = [each.source for each in found.replies]
@@ -174,124 +267,37 @@ class C2M3(Strategy):
 
     def summary(self) -> None:
         """Log the configuration of the strategy and of the one that it wraps."""
-        spec, options = self.rounds.spec, self.rounds.options
-        log(INFO, "\t├──> C2M3 settings:")
-        log(INFO, "\t│\t├── Wrapped strategy: %s", type(self.strategy).__name__)
-        units = sum(group.size for group in spec.groups.values())
-        log(INFO, "\t│\t├── Permutable: %d units in %d groups", units, len(spec.groups))
-        log(INFO, "\t│\t├── Alignment: %s | basis: %s", options["alignment"], options["basis"])
-        log(INFO, "\t│\t├── Recalibration: %s", self.rounds.recalibration if self.rounds.calibrated else "OFF")
-        log(INFO, "\t│\t└── Device: %s", self.rounds.device)
+        log_setup(self.setup, self.strategy)
         self.strategy.summary()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is remembered between rounds: where each node was last found."""
-        return self.rounds.aligner.memory.state_dict()
+        """What is remembered between rounds: where each node was last found, the trajectory and its digest."""
+        return self.server.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Remember that instead."""
-        self.rounds.aligner.memory.load_state_dict(state)
-
-    @property
-    def _averages(self) -> list[FedAvg]:
-        """The strategies inside that average by a weight, outermost first."""
-        return [each for each in chain(self.strategy) if isinstance(each, FedAvg)]
+        self.server.load_state_dict(state)
 
     @property
     def _weighted_by(self) -> str:
         """Key of the averaging weight, as the innermost wrapped strategy has it."""
-        return self._averages[-1].weighted_by_key if self._averages else "num-examples"
+        averages = stock_averages(self.strategy)
+        return averages[-1].weighted_by_key if averages else "num-examples"
 
     @property
-    def _required(self) -> list[str]:
-        """Metrics without which the wrapped strategy cannot aggregate."""
-        return [each.train_loss_key for each in chain(self.strategy) if isinstance(each, QFedAvg)]
+    def _private(self) -> _Private:
+        return {"separate": self.setup.separate, "calibrated": self.setup.calibrated, "asks": self.setup.asks}
 
-    def _asking(self) -> Finish | None:
-        """How to recalibrate with what clients measure; None where nobody is to be asked."""
-        rounds, statistics, recalibration, grid = self.rounds, self.moments, self.rounds.recalibration, self._grid
-        if grid is None or recalibration is None:
+    def _clients(self, server_round: int) -> Clients | None:
+        """Whom to ask in this round; None before anything was sent out."""
+        if self._grid is None:
             return None
-        if isinstance(rounds.calibration, ClientStatistics):
-            return partial(self._repaired_by_clients, rounds.calibration, recalibration, grid)
-        if statistics is None:
-            return None
-
-        def finish(merged: Params, aligned: Aligned) -> Recalibrated:
-            try:
-                found = own_moments(statistics, grid, aligned.nodes, rounds.model, rounds.inputs, aligned.params)
-            except CalibrationError as error:
-                log(WARNING, "\t> the clients' own moments are not known, so nothing shows a shift: %s", error)
-                found = []
-            return rounds.recalibrated(merged, aligned, found)
-
-        return finish
-
-    def _repaired_by_clients(
-        self, statistics: ClientStatistics, how: Recalibration, grid: Grid, merged: Params, aligned: Aligned
-    ) -> Recalibrated:
-        model, inputs, weights = self.rounds.model, self.rounds.inputs, aligned.weights
-        return repair_by_clients(statistics, how, grid, aligned.nodes, model, inputs, merged, aligned.params, weights)
+        averages = stock_averages(self.strategy)
+        keys = (averages[-1].arrayrecord_key, averages[-1].configrecord_key) if averages else ("arrays", "config")
+        return Clients(self._grid, server_round, self._evaluate_config, *keys, self._weighted_by)
 
     def _personal(self, messages: Iterable[Message]) -> Iterable[Message]:
         """The same messages, every client's model in its own basis where that was asked for."""
-        if self.rounds.options["basis"] != "client":
+        if self.setup.options.basis != "client":
             return messages
-        aligner = self.rounds.aligner
-        personal = []
-        for message in messages:
-            key, record = next(iter(message.content.array_records.items()))
-            params = to_params(record)
-            own = aligner.own_basis(message.metadata.dst_node_id, params)
-            personal.append(message if own is params else _carrying(message, {key: from_params(own)}))
-        return personal
-
-    def _check_privacy(self, strategy: object) -> None:
-        check_privacy(
-            strategy, separate=self.rounds.options["alignment"] == "separate", calibrated=self.rounds.calibrated
-        )
-
-    def _refuse_private_caller(self) -> None:
-        """Refuse to be wrapped for differential privacy: who wraps a strategy is only seen among its callers."""
-        frame = currentframe()
-        while frame is not None:
-            self._check_privacy(frame.f_locals.get("self"))
-            frame = frame.f_back
-
-
-def _messages(aligned: Aligned) -> list[Message]:
-    """The replies with their aligned arrays, for the wrapped strategy, which may consume them."""
-    return [
-        _carrying(reply.source, {next(iter(reply.source.content.array_records)): _arrays(reply, params)})
-        for reply, params in zip(aligned.replies, aligned.params, strict=True)
-    ]
-
-
-def _arrays(reply: Reply[Message], params: Params) -> ArrayRecord:
-    """The aligned arrays in the order of the schema; those that did not change are the client's own.
-
-    Integer arrays go as float64, which every strategy's arithmetic takes, and give the same floating results.
-    """
-    received = next(iter(reply.source.content.array_records.values()))
-    arrays = {}
-    for name, value in params.items():
-        if not value.is_floating_point():
-            arrays[name] = Array(np.asarray(value.double().numpy()))
-        else:
-            arrays[name] = received[name] if value is reply.params[name] else Array(np.asarray(value.numpy()))
-    return ArrayRecord(arrays)
-
-
-def _carrying(message: Message, arrays: Mapping[str, ArrayRecord]) -> Message:
-    """A copy of a message with other arrays: a new message cannot be made outside of a client or server app."""
-    records = {
-        key: copy(record) if isinstance(record, MetricRecord) else record for key, record in message.content.items()
-    }
-    carrying = copy(message)
-    carrying.content = RecordDict({**records, **arrays})
-    return carrying
-
-
-def _joined(metrics: MetricRecord | None, numbers: Numbers) -> MetricRecord:
-    """The wrapped strategy's metrics and ours in one record."""
-    return MetricRecord({**(metrics or {}), **numbers})
+        return personal_messages(self.setup.aligner, messages)

@@ -1,12 +1,13 @@
-"""What must be known of the strategies that C2M3 wraps, and of what they return."""
+"""The wrapped strategies: their chain, their state, and what they return."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar, cast
 
+from flwr.app import ArrayRecord
 from flwr.server import strategy as legacy
-from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, MultiKrum, Strategy
+from flwr.serverapp.strategy import Bulyan, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, MultiKrum, QFedAvg, Strategy
 from torch import Tensor
 
 from c2m3_fl.core.averaging import weighted_mean
@@ -37,18 +38,23 @@ def chain(strategy: Wrapping) -> Iterator[Wrapping]:
 
 
 def rewinding(strategy: object) -> Callable[[], None]:
-    """What takes a strategy, and those that it wraps, back to where they are now.
+    """A function that takes a strategy, and those that it wraps, back to their state of now.
 
-    After a round that came to nothing: a momentum that holds NaN would never recover.
+    After a round without a usable result: a momentum that holds NaN would never recover. Records are copied, because
+    some strategies empty them.
     """
-    before = [(each, dict(vars(each))) for each in chain(strategy)]
+    before = [(each, {name: _kept(value) for name, value in vars(each).items()}) for each in chain(strategy)]
 
     def rewind() -> None:
         for each, state in before:
             vars(each).clear()
-            vars(each).update(state)
+            vars(each).update({name: _kept(value) for name, value in state.items()})
 
     return rewind
+
+
+def _kept(value: object) -> object:
+    return value.copy() if isinstance(value, ArrayRecord) else value
 
 
 def check_instance(strategy: object, kind: type[object], wrapper: type[object]) -> None:
@@ -66,18 +72,39 @@ def check_instance(strategy: object, kind: type[object], wrapper: type[object]) 
         )
 
 
-def ignores_weights(strategy: object) -> bool:
-    """Whether the strategy lets every client count the same, whatever number of examples it claims.
+def stock_averages(strategy: object) -> list[FedAvg]:
+    """The strategies of a chain that average by a weight, outermost first."""
+    return [each for each in chain(strategy) if isinstance(each, FedAvg)]
 
-    Then the match must do so too, or one hostile client's claim decides where all others go.
+
+def required_metrics(strategy: object) -> list[str]:
+    """Metrics without which the wrapped strategy cannot aggregate."""
+    return [each.train_loss_key for each in chain(strategy) if isinstance(each, QFedAvg)]
+
+
+def continue_from(strategy: object, arrays: ArrayRecord) -> None:
+    """Let server momentum step from the model that is sent out.
+
+    FedAvgM remembers its own last result, and takes no notice of what its caller sends: of a new start, or of a
+    deployed model that is fed back.
+    """
+    for each in chain(strategy):
+        if isinstance(each, FedAvgM) and each.current_arrays is not None:
+            each.current_arrays = arrays.copy()
+
+
+def ignores_weights(strategy: object) -> bool:
+    """Whether the strategy gives every client the same weight, whatever number of examples it claims.
+
+    Then the match must do so too, or one hostile client's claim decides where all the others go.
     """
     return any(isinstance(each, _ROBUST) for each in chain(strategy))
 
 
-def restored(aggregated: Params, replies: Sequence[Params]) -> dict[str, Tensor]:
-    """What a strategy returned, bit for bit where it is floating, in the key order of the replies.
+def restore_types(aggregated: Params, replies: Sequence[Params]) -> dict[str, Tensor]:
+    """A strategy's result, bit for bit where it is floating, in the key order of the replies.
 
-    Integer and boolean tensors take the largest reply's value: no strategy's arithmetic is for them.
+    Integer and boolean tensors take the largest reply's value: strategies average them as floats.
 
     Raises
     ------
@@ -97,7 +124,7 @@ def restored(aggregated: Params, replies: Sequence[Params]) -> dict[str, Tensor]
             shapes = f"{tuple(found.shape)}, expected {tuple(value.shape)}"
             raise ParamsError(f"the wrapped strategy's result: {name!r} has shape {shapes}")
         result[name] = largest.get(name, found if found.is_floating_point() else found.to(value.dtype))
-    check_finite(typed_like(first, result))  # a client would compute with no more than that
+    check_finite(typed_like(first, result))  # in the types that a client computes with
     return result
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.flower.client_moments import answer_statistics
+from c2m3_fl.flower.private import assign_id
 from c2m3_fl.flower.records import from_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
@@ -118,7 +119,7 @@ def answer(node: int, content: RecordDict | Error) -> Message:
     """A reply of any content, or an error."""
     SerialGrid(ClientApp(), 1)  # gives the process the identity without which no message can be made
     instruction = Message(RecordDict(), dst_node_id=node, message_type="train")
-    instruction.metadata.__dict__["_message_id"] = f"to-{node}"
+    assign_id(instruction, f"to-{node}")
     return Message(content, reply_to=instruction)
 
 

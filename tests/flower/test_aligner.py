@@ -25,7 +25,7 @@ def c2m3(**options):
 
 def home(strategy, params, reference):
     """Whether two networks are in one basis: aligning the first with the second moves nothing."""
-    found = strategy.rounds.aligner._into(reference, params)
+    found = strategy.setup.aligner._into(reference, params)
     return permutation.is_identity(found)
 
 
@@ -41,7 +41,7 @@ def merged(strategy, replies, sent):
 def test_a_round_ends_in_the_basis_that_was_asked_for(basis, expected):
     strategy = c2m3(basis=basis)
     trained = clients(4)
-    sent = shuffled(strategy.rounds.spec, trained[3], 5)
+    sent = shuffled(strategy.setup.spec, trained[3], 5)
     replies = [reply(node, params, examples=10 + node) for node, params in enumerate(trained[:3])]
     result = merged(strategy, replies, sent)
     reference = sent if expected is None else trained[expected]
@@ -54,7 +54,7 @@ def test_a_round_ends_in_the_basis_that_was_asked_for(basis, expected):
 def test_replies_that_agree_with_each_other_but_not_with_what_was_sent_end_in_its_basis(alignment):
     """Every client loads one checkpoint, which is not in the order of the server's model."""
     strategy = c2m3(alignment=alignment)
-    spec, (sent, *_) = strategy.rounds.spec, clients(1)
+    spec, (sent, *_) = strategy.setup.spec, clients(1)
     near = [
         {name: value + 0.001 * torch.randn(value.shape, generator=generator) for name, value in sent.items()}
         for generator in (torch.Generator().manual_seed(seed) for seed in range(3))
@@ -130,7 +130,7 @@ def test_each_client_gets_the_model_in_the_neuron_order_that_it_last_sent():
         assert home(strategy, again, sent), "round two starts in the order that the client ended round one in"
         assert home(strategy, third, sent)
         assert not home(strategy, again, received)
-    moves = [strategy.rounds.aligner.memory.recall(node) for node in range(1, 5)]
+    moves = [strategy.setup.aligner.memory.recall(node) for node in range(1, 5)]
     assert all(move is not None for move in moves)
     assert accuracy(mlp, result.arrays) > 0.85
 
@@ -177,7 +177,7 @@ def test_a_late_joiner_with_a_model_of_its_own_is_taken_in():
 def test_a_node_that_comes_back_after_a_long_absence_starts_where_it_was_last_found():
     strategy = c2m3()
     sent, *_ = clients(1)
-    spec = strategy.rounds.spec
+    spec = strategy.setup.spec
     send(strategy, sent)
     strategy.aggregate_train(1, [reply(1, sent), reply(2, sent), reply(9, shuffled(spec, sent, 4))])
     for current in range(2, 7):
@@ -192,11 +192,11 @@ def test_a_node_that_comes_back_after_a_long_absence_starts_where_it_was_last_fo
 def test_a_node_that_took_over_the_global_basis_does_not_start_where_it_was():
     strategy = c2m3()
     sent, *_ = clients(1)
-    for params in (shuffled(strategy.rounds.spec, sent, 4), sent):
+    for params in (shuffled(strategy.setup.spec, sent, 4), sent):
         send(strategy, sent)
         _, metrics = strategy.aggregate_train(1, [reply(1, sent), reply(9, params)])
     assert metrics["c2m3-share-moved"] == 0
-    assert strategy.rounds.aligner.memory.recall(9) is None
+    assert strategy.setup.aligner.memory.recall(9) is None
 
 
 def test_sampling_a_part_of_the_nodes_in_every_round_learns():
@@ -210,7 +210,7 @@ def test_sampling_a_part_of_the_nodes_in_every_round_learns():
 
 
 def memory(limit=10):
-    return Memory(c2m3().rounds.spec, limit)
+    return Memory(c2m3().setup.spec, limit)
 
 
 def drawn(spec, seed):

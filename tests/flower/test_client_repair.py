@@ -22,6 +22,7 @@ from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, repair
 from c2m3_fl.merging.recalibrate.setting import prepare
 from c2m3_fl.merging.recalibrate.shift import channel_moments
+from c2m3_fl.network.calibration_set import CalibrationSet
 from tests.flower.federation import (
     EXAMPLE,
     accuracy,
@@ -60,8 +61,7 @@ def measured_by_clients(make, endpoints, merged, statistics, recalibration=None)
         recalibration or Repair(),
         SerialGrid(answering(make), NODES),
         list(range(1, NODES + 1)),
-        make(),
-        (EXAMPLE,),
+        CalibrationSet.of(make(), example_inputs=EXAMPLE),
         merged,
         endpoints,
         [1.0, 2.0, 3.0],
@@ -118,11 +118,18 @@ def test_by_default_it_is_what_a_server_with_all_data_does_with_each_endpoint_on
 @pytest.mark.parametrize("make", [mlp, normed, convolutional])
 def test_where_all_shares_are_alike_the_default_is_the_repair_that_the_pooled_data_give(make):
     app = ClientApp()
-    answer_statistics(app, model=lambda context: make(), calibration=lambda context: calibration())
+    answer_statistics(app, model=lambda context: make(), data=lambda context: calibration())
     endpoints, merged = networks(make)
     grid, ids, weights = SerialGrid(app, NODES), list(range(1, NODES + 1)), [1.0, 2.0, 3.0]
     found = repair_by_clients(
-        ClientStatistics(), Repair(), grid, ids, make(), (EXAMPLE,), merged, endpoints, weights
+        ClientStatistics(),
+        Repair(),
+        grid,
+        ids,
+        CalibrationSet.of(make(), example_inputs=EXAMPLE),
+        merged,
+        endpoints,
+        weights,
     ).state_dict
     everything = calibration() * NODES
     expected = repair(make(), merged, endpoints, everything, weights=weights, example_inputs=EXAMPLE).state_dict
@@ -160,6 +167,7 @@ def test_nobody_is_sent_another_clients_network_unless_asked_for():
         strategy = C2M3(
             FedAvg(fraction_evaluate=0.0),
             model=mlp(),
+            recalibrate="repair",
             example_inputs=EXAMPLE,
             calibration=ClientStatistics(endpoints=endpoints),
         )
@@ -168,7 +176,7 @@ def test_nobody_is_sent_another_clients_network_unless_asked_for():
 
 
 def run(grid, rounds=2, **options):
-    strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, **options)
+    strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, **{"recalibrate": "repair", **options})
     return strategy.start(grid, from_params(mlp().state_dict()), num_rounds=rounds)
 
 
@@ -192,7 +200,7 @@ def test_an_answer_that_nobody_asked_for_is_not_believed(caplog):
     app = answering(app=digits_app(independent=True, epochs=3))
     result = run(SerialGrid(app, 4, transit=of_another_subject), calibration=ClientStatistics())
     assert result.train_metrics_clientapp[1]["c2m3-repaired"] == 1
-    assert any("no moments from node 2: nobody asked it" in text for text in caplog.messages)
+    assert any("no moments from node 2: an answer about " in text for text in caplog.messages)
 
 
 def test_clients_without_the_handler_cost_the_repair_not_the_round(caplog):
@@ -257,7 +265,7 @@ def test_what_moments_cannot_give_is_refused_at_once():
     with pytest.raises(ConfigError, match="endpoints is 'some'"):
         ClientStatistics(endpoints="some")
     with pytest.raises(CalibrationError, match="neither example_inputs nor calibration"):
-        C2M3(model=mlp(), calibration=ClientStatistics())
+        C2M3(model=mlp(), calibration=ClientStatistics(), recalibrate="repair")
 
 
 def test_the_result_does_not_depend_on_the_order_of_the_answers():

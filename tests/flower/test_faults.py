@@ -130,7 +130,7 @@ FAULTS: dict[str, tuple[Callable[[], Message], str]] = {
     "weight a list": (lambda: weighted([1.0, 2.0]), "weight 'num-examples' is [1.0, 2.0], expected one"),
     "metrics unlike the others'": (
         lambda: reply(BAD_NODE, model_params(), metrics={"surprise": 1.0}),
-        "its records are named or made unlike those of most replies",
+        "its record names or metric types differ from the majority's",
     ),
     "a client that raised": (
         lambda: answer(BAD_NODE, Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "Traceback …\nValueError: no data")),

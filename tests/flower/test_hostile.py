@@ -60,7 +60,7 @@ def test_without_alignment_they_are_near_chance_even_with_nobody_hostile(strateg
 def test_scaled_clients_do_not_dictate_where_the_others_go(factor, clients, monkeypatch):
     """Matched beside three giants, the others agree nearly as well as without them: better than unprotected."""
     parties, sent = attacked(clients, ATTACKS[factor], SEED), mlp(0, WIDTH).state_dict()
-    aligner = C2M3(model=mlp(0, WIDTH), example_inputs=EXAMPLE, memory=0).rounds.aligner
+    aligner = C2M3(model=mlp(0, WIDTH), example_inputs=EXAMPLE, memory=0).setup.aligner
     alone = agreement(aligner.align(list(range(7)), clients[:7], [1.0] * 7, sent).params)
     beside = agreement(aligner.align(list(range(10)), parties, [1.0] * 10, sent).params[:7])
     monkeypatch.setattr("c2m3_fl.flower.aligner.bounded_weights", lambda spec, nodes, weights: weights)

@@ -103,9 +103,9 @@ def test_a_separately_aligned_reply_does_not_depend_on_the_other_clients():
         strategy = c2m3(alignment="separate")
         send(strategy, sent)
         trained = clients(6)
-        params = [shuffled(strategy.rounds.spec, trained[0], 1), trained[1], trained[other]]
+        params = [shuffled(strategy.setup.spec, trained[0], 1), trained[1], trained[other]]
         weights = [10.0, 20.0, 30.0]
-        kept[other] = strategy.rounds.aligner.align([0, 1, other], params, weights, sent).params[:2]
+        kept[other] = strategy.setup.aligner.align([0, 1, other], params, weights, sent).params[:2]
     for left, right in zip(kept[2], kept[3], strict=True):
         assert all(torch.equal(left[name], right[name]) for name in left)
 
@@ -116,7 +116,7 @@ def test_a_jointly_aligned_reply_does_depend_on_them():
     for other in (2, 3):
         strategy = c2m3()
         params = [clients(6)[0], clients(6)[1], clients(6)[other]]
-        kept.append(strategy.rounds.aligner.align([0, 1, 2], params, [1.0] * 3, sent).params[0])
+        kept.append(strategy.setup.aligner.align([0, 1, 2], params, [1.0] * 3, sent).params[0])
     assert any(not torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
 
 
@@ -125,7 +125,7 @@ def test_separate_alignment_never_moves_a_reply_away_from_the_sent_model():
     strategy = c2m3(alignment="separate")
     sent = mlp().state_dict()
     params = clients(5)
-    aligned = strategy.rounds.aligner.align(list(range(5)), params, [1.0] * 5, sent).params
+    aligned = strategy.setup.aligner.align(list(range(5)), params, [1.0] * 5, sent).params
 
     def distance(reply_params):
         return sum(float((reply_params[name] - value).square().sum()) for name, value in sent.items())
@@ -138,7 +138,7 @@ def test_separate_alignment_still_undoes_a_shuffle():
     strategy = c2m3(alignment="separate")
     (model,) = clients(1)
     send(strategy, model)
-    replies = [reply(node, shuffled(strategy.rounds.spec, model, seed=node)) for node in range(3)]
+    replies = [reply(node, shuffled(strategy.setup.spec, model, seed=node)) for node in range(3)]
     arrays, _ = strategy.aggregate_train(1, replies)
     for name, value in to_params(arrays).items():
         torch.testing.assert_close(value, model[name])

@@ -23,7 +23,7 @@ EVALUATIONS: dict[str, tuple[Callable[[], Message], str]] = {
     "weight missing": (lambda: evaluation(BAD_NODE, accuracy=0.1), "weight 'num-examples' is missing"),
     "weight zero": (lambda: evaluation(BAD_NODE, num_examples=0, accuracy=0.1), "'num-examples' is 0"),
     "weight NaN": (lambda: evaluation(BAD_NODE, num_examples=math.nan, accuracy=0.1), "'num-examples' is nan"),
-    "other metrics": (lambda: evaluation(BAD_NODE, num_examples=1, score=0.1), "unlike those of most replies"),
+    "other metrics": (lambda: evaluation(BAD_NODE, num_examples=1, score=0.1), "differ from the majority's"),
     "no metrics": (lambda: answer(BAD_NODE, RecordDict()), "0 MetricRecords"),
     "error": (lambda: answer(BAD_NODE, Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "no data")), "no data"),
 }

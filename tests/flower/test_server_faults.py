@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from tests.flower.federation import (
     reply,
     same,
     send,
+    train,
 )
 
 
@@ -39,38 +41,66 @@ class Breaking:
         return iter([digits()[0][:50]])
 
 
-def test_a_calibration_loader_that_raises_costs_the_repair_not_the_round(caplog):
+def test_a_calibration_loader_that_raises_is_refused_at_once():
+    loader = Breaking()
+    loader.broken = True
+    with pytest.raises(CalibrationError, match="disk gone"):
+        C2M3(model=mlp(), calibration=loader)
+
+
+def test_a_loader_is_read_in_the_constructor_alone():
     loader = Breaking()
     strategy = C2M3(model=mlp(), calibration=loader)
     loader.broken = True
     arrays, metrics = aggregate(good(), strategy)
-    expected, _ = aggregate(good())
-    assert same(arrays, expected)
-    assert metrics["c2m3-repaired"] == 0
-    assert any("recalibration failed" in text and "disk gone" in text for text in caplog.messages)
+    assert metrics["c2m3-repaired"] == 1
+    assert not same(arrays, aggregate(good())[0])
 
 
-class RunningDry(Breaking):
-    """A loader that yields batches while the strategy is built, and then none."""
-
-    def __iter__(self):
-        return iter([] if self.broken else [digits()[0][:50]])
-
-
-def test_a_loader_that_runs_dry_costs_the_repair_not_the_round(caplog):
-    loader = RunningDry()
-    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, calibration=loader)
-    loader.broken = True
-    _, metrics = aggregate(good(), strategy)
-    assert metrics["c2m3-repaired"] == 0
-    assert any("empty" in text for text in caplog.messages)
+def test_an_iterator_serves_all_rounds_because_it_is_read_once():
+    data = digits()[0][:50]
+    found = [aggregate(good(), C2M3(model=mlp(), calibration=given))[0] for given in ([data], iter([data]))]
+    assert same(*found)
 
 
-def test_labels_in_the_calibration_data_make_no_difference():
+def test_repair_does_not_look_at_labels():
     data, labels = digits()
-    bare = aggregate(good(), C2M3(model=mlp(), calibration=[data[:50]]))[0]
-    labelled = aggregate(good(), C2M3(model=mlp(), calibration=[(data[:50], labels[:50])]))[0]
+    bare = aggregate(good(), C2M3(model=mlp(), calibration=[data[:50]], recalibrate="repair"))[0]
+    labelled = aggregate(good(), C2M3(model=mlp(), calibration=[(data[:50], labels[:50])], recalibrate="repair"))[0]
     assert same(bare, labelled)
+
+
+ONE, SAME = torch.rand(1, 64), torch.rand(64).expand(20, 64)
+
+
+@pytest.mark.parametrize(("batches", "reason"), [([ONE], "are 1 input"), ([SAME, SAME], "all 40 .* are the same")])
+def test_inputs_without_a_spread_are_refused_for_a_recalibration_and_else_left_out(batches, reason, caplog):
+    with pytest.raises(CalibrationError, match=reason):
+        C2M3(model=mlp(), calibration=batches, recalibrate="repair")
+    arrays, metrics = aggregate(good(), C2M3(model=mlp(), calibration=batches))
+    assert same(arrays, aggregate(good())[0])
+    assert "c2m3-repaired" not in metrics
+    assert any(re.search(reason, text) for text in caplog.messages)
+
+
+def _normed_replies():
+    replies = []
+    for node in range(3):
+        model = normed(node)
+        train(model, *(each[node:1200:3] for each in digits()), epochs=2, seed=node)
+        replies.append({name: value.clone() for name, value in model.state_dict().items()})
+    return [reply(node, params) for node, params in enumerate(replies)]
+
+
+def test_inputs_of_another_range_than_the_clients_are_found_by_their_batch_norm(caplog):
+    data = digits()[0][:300]
+    plain, _ = aggregate(_normed_replies(), C2M3(model=normed(), example_inputs=EXAMPLE), normed().state_dict())
+    for factor, repaired in ((1.0, 1), (255.0, 0)):
+        strategy = C2M3(model=normed(), calibration=[factor * data])
+        arrays, metrics = aggregate(_normed_replies(), strategy, normed().state_dict())
+        assert metrics["c2m3-repaired"] == repaired
+        assert same(arrays, plain) == (not repaired)
+    assert any("are not of the clients' kind" in text for text in caplog.messages)
 
 
 @pytest.mark.parametrize("batch", [torch.zeros(0, 64), "text", torch.full((3, 64), math.nan)])
@@ -88,8 +118,6 @@ UNUSABLE = {
     "integers": ([torch.zeros(4, 64).long()], r"torch\.int64 of shape \(4, 64\).*torch\.float32"),
     "loader": (DataLoader(torch.zeros(8, 63), batch_size=4), r"batch 0 .*\(4, 63\)"),
     "no iterable": (5, "failed at their first batch"),
-    "generator": ((batch for batch in [torch.zeros(4, 64)]), "a list or a DataLoader"),
-    "iterator": (iter([torch.zeros(4, 64)]), "a list or a DataLoader"),
 }
 
 
@@ -118,7 +146,7 @@ def test_tokens_out_of_range_are_found_in_every_batch_of_a_list():
 def test_out_of_memory_on_the_accelerator_falls_back_to_the_cpu(monkeypatch, caplog):
     expected, _ = aggregate(good())
     strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
-    strategy.rounds.aligner.device = torch.device("cuda")
+    strategy.setup.aligner.device = torch.device("cuda")
     moves = aligner.to_device
 
     def scarce(params, device):

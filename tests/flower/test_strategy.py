@@ -16,7 +16,6 @@ from flwr.serverapp.strategy import (
     FedMedian,
 )
 
-from c2m3_fl.core import permutation
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.records import from_params, schema_of, to_params
@@ -100,7 +99,7 @@ def test_shuffled_copies_of_the_sent_model_come_home():
     strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
     (model,) = clients(1)
     send(strategy, model)
-    replies = [reply(node, shuffled(strategy.rounds.spec, model, seed=node)) for node in range(4)]
+    replies = [reply(node, shuffled(strategy.setup.spec, model, seed=node)) for node in range(4)]
     arrays, _ = strategy.aggregate_train(1, replies)
     for name, value in to_params(arrays).items():
         torch.testing.assert_close(value, model[name])
@@ -108,7 +107,7 @@ def test_shuffled_copies_of_the_sent_model_come_home():
 
 def test_rounds_end_in_the_basis_of_the_model_that_was_sent():
     strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
-    spec = strategy.rounds.spec
+    spec = strategy.setup.spec
     sent, *others = clients(5)
     send(strategy, sent)
     moved = [shuffled(spec, params, seed) for seed, params in enumerate(others)]
@@ -229,15 +228,18 @@ BAD_OPTIONS = {
     "model": ({"model": torch.nn.Linear}, ConfigError, r"expected a module such as Net\(\)"),
     "moments": ({"moments": 1}, ConfigError, r"moments is 1, expected ClientStatistics\(\)"),
     "moments for nobody": (
-        {"moments": ClientStatistics(), "calibration": [EXAMPLE]},
+        {"moments": ClientStatistics(), "calibration": calibration(), "recalibrate": "repair"},
         ConfigError,
-        r'moments serve recalibrate="auto" alone, not .repair.',
+        r'moments serve recalibrate="auto" and None, not Repair',
     ),
-    "unknown": (
-        {"colour": "red"},
-        ConfigError,
-        r"unknown options \['colour'\]; .* named arguments there are .*'basis'",
-    ),
+    "unknown": ({"colour": "red"}, TypeError, "unexpected keyword argument 'colour'"),
+    "feedback": ({"feedback": "now"}, ConfigError, "feedback is 'now', expected 'never'"),
+    "deploy": ({"deploy": "first"}, ConfigError, "deploy is 'first', expected 'last'"),
+    "deploy never": ({"deploy": 0}, ConfigError, "deploy is 0, expected a whole number"),
+    "head": ({"head": "hydra"}, ConfigError, "head is 'hydra'"),
+    "judge": ({"judge": "dredd"}, ConfigError, "judge is 'dredd'"),
+    "judge without labels": ({"judge": "labels"}, CalibrationError, "needs calibration data with labels"),
+    "repair without data": ({"recalibrate": "repair"}, CalibrationError, "needs calibration inputs"),
     "alignment": ({"alignment": "none"}, ConfigError, "alignment is 'none'"),
     "basis": ({"basis": "mine"}, ConfigError, "basis is 'mine'"),
     "min_replies": ({"min_replies": 0}, ConfigError, "min_replies is 0"),
@@ -284,5 +286,4 @@ def test_identity_is_what_shared_starts_give():
     strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
     send(strategy, mlp().state_dict())
     strategy.aggregate_train(1, [reply(n, params) for n, params in enumerate(clients(3, independent=False, epochs=1))])
-    assert all(strategy.rounds.aligner.memory.recall(node) is None for node in range(3))
-    assert permutation.is_identity(permutation.identity(strategy.rounds.spec))
+    assert all(strategy.setup.aligner.memory.recall(node) is None for node in range(3))

@@ -1,0 +1,226 @@
+"""Candidates for the deployment of a round: the aggregate, and what recalibration makes of it.
+
+A candidate that fails is logged and left out: the aggregate is always there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from logging import ERROR, INFO
+
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+from flwr.supercore import log
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import check_finite
+from c2m3_fl.errors import CalibrationError
+from c2m3_fl.flower.client_head import head_by_clients, report_head
+from c2m3_fl.flower.client_refit import refit_by_clients
+from c2m3_fl.flower.evidence import Means, choose_means
+from c2m3_fl.flower.judge import ClientJudge
+from c2m3_fl.flower.reports import Numbers, failure, report_recalibration
+from c2m3_fl.flower.rounds import AlignedReplies
+from c2m3_fl.flower.server_side import recalibrate_aggregate
+from c2m3_fl.flower.setup import Setup
+from c2m3_fl.flower.wrapped import typed_like
+from c2m3_fl.merging.recalibrate.auto import Auto
+from c2m3_fl.merging.recalibrate.registry import Recalibration
+from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair
+from c2m3_fl.merging.reports import Recalibrated
+
+AGGREGATE = "aggregate"
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The clients, as they are asked in a round.
+
+    Attributes
+    ----------
+    grid : Grid
+        Where they are.
+    round_number : int
+        The round.
+    config : ConfigRecord, optional
+        The user's evaluate_config.
+    arrays_key, config_key, weighted_by : str
+        Names of the records and of the weight, as the wrapped strategy has them.
+    """
+
+    grid: Grid
+    round_number: int
+    config: ConfigRecord | None = None
+    arrays_key: str = "arrays"
+    config_key: str = "config"
+    weighted_by: str = "num-examples"
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a deployment starts from.
+
+    Attributes
+    ----------
+    aggregate : mapping of str to Tensor
+        The trajectory, as the wrapped strategy returned it.
+    nodes : tuple of int
+        Whom to ask.
+    aligned : AlignedReplies, optional
+        What was aggregated; None where the trajectory is that of an earlier round.
+    plain : mapping of str to Tensor, optional
+        The aggregate without alignment, for a guard.
+    returned : mapping of str to Tensor, optional
+        The model that was returned before: a candidate for the judge, and what an earlier trajectory was made into.
+    clients : Clients, optional
+        None where there is no grid.
+    deploys : bool
+        Whether clients are asked for candidates, and to judge them, in this round.
+    equally : bool
+        Whether the wrapped strategy ignores weights.
+    """
+
+    aggregate: Params
+    nodes: tuple[int, ...]
+    aligned: AlignedReplies | None = None
+    plain: Params | None = None
+    returned: Params | None = None
+    clients: Clients | None = None
+    deploys: bool = True
+    equally: bool = False
+
+
+class Candidates:
+    """The candidates of a round by name, the aggregate first.
+
+    Parameters
+    ----------
+    setup : Setup
+        Of the strategy.
+    request : Request
+        What the round gave.
+
+    Attributes
+    ----------
+    params : dict of str to Params
+        The candidates, in the model's element types.
+    numbers : Numbers
+        What was measured while making them.
+    failed : int
+        How many could not be made.
+    """
+
+    def __init__(self, setup: Setup, request: Request) -> None:
+        self.setup, self.request = setup, request
+        self.params: dict[str, Params] = {AGGREGATE: typed_like(setup.model.state_dict(), request.aggregate)}
+        self.numbers: Numbers = {}
+        self.failed = 0
+        if request.aligned is not None:
+            self._add_server_side(request.aligned)
+        elif request.returned is not None:
+            self.params["returned"] = typed_like(setup.model.state_dict(), request.returned)
+        if request.deploys and request.clients is not None:
+            self._add_client_side(request.clients)
+        if setup.judge is not None and request.deploys and request.aligned is not None and request.returned is not None:
+            self.params["previous"] = typed_like(setup.model.state_dict(), request.returned)
+
+    @property
+    def last(self) -> str:
+        """The candidate in which every step was taken: what is deployed where nobody judges."""
+        return [name for name in self.params if name != "previous"][-1]
+
+    def _add(self, name: str, make: Callable[[], Recalibrated]) -> None:
+        try:
+            found = make()
+            check_finite(found.state_dict)
+        except Exception as error:  # if recalibration fails, keep the aggregate
+            log(ERROR, "\t> %s: the merged model stays as it is", failure(_WHO.get(name, "recalibration"), error))
+            self.failed += 1
+            return
+        self.numbers |= report_recalibration(found.report) | report_head(found.report)
+        self.params[name] = found.state_dict
+
+    def _add_server_side(self, aligned: AlignedReplies) -> None:
+        setup, request = self.setup, self.request
+        means = _means(setup, request, aligned)
+        if setup.calibrated and setup.decides:
+            log(INFO, "\t> the evidence supports: %s", means.value)
+        for name, recalibration in _methods(setup, means):
+            make = partial(
+                recalibrate_aggregate,
+                setup,
+                recalibration,
+                self.params[AGGREGATE],
+                aligned,
+                plain=request.plain,
+                grid=request.clients.grid if request.clients is not None else None,
+                insists=means is Means.ASKED,
+            )
+            moved = any(share > 0 for share in aligned.shares)
+            self._add(name, make if means is not Means.MOMENTS or moved else partial(_unless_repaired, make))
+
+    def _add_client_side(self, clients: Clients) -> None:
+        setup, request, aligned = self.setup, self.request, self.request.aligned
+        program = setup.data.program
+        if setup.refit is not None and aligned is not None:
+            options, nodes, weights = setup.refit, aligned.nodes, aligned.weights
+            merged = self.params[AGGREGATE]
+            self._add(
+                "client-refit",
+                lambda: refit_by_clients(
+                    options, clients.grid, nodes, program, merged, aligned.params, weights, equally=request.equally
+                ),
+            )
+        elif setup.refit is not None:
+            log(INFO, "\t> no refit by the clients: there are no replies in this round")
+        if setup.head is None:
+            return
+        bases = [self.last] if setup.judge is None else list(dict.fromkeys([AGGREGATE, self.last]))
+        for base in bases:
+            name = "head" if base == AGGREGATE else f"{base}+head"
+            head, nodes, below = setup.head, list(request.nodes), self.params[base]
+            self._add(
+                name,
+                partial(head_by_clients, head, clients.grid, nodes, program, below, equally=request.equally),
+            )
+
+
+_WHO = {"client-refit": "refit by the clients", "head": "the head from labels"}
+
+
+def _means(setup: Setup, request: Request, aligned: AlignedReplies) -> Means:
+    return choose_means(
+        asked=setup.recalibration is not None,
+        decides=setup.decides,
+        data=setup.calibrated,
+        labels=setup.data.labelled,
+        judge=isinstance(setup.judge, ClientJudge) and request.deploys and request.clients is not None,
+        moments=setup.moments is not None,
+        moved=any(share > 0 for share in aligned.shares),
+    )
+
+
+def _methods(setup: Setup, means: Means) -> Iterator[tuple[str, Recalibration]]:
+    """The recalibrations of a means, by candidate name."""
+    if means is Means.ASKED and setup.recalibration is not None:
+        kind = getattr(setup.recalibration, "__name__", type(setup.recalibration).__name__)
+        yield kind.lower(), setup.recalibration
+    elif means in (Means.LABELS, Means.MOMENTS):
+        yield "auto", Auto()
+    elif means is Means.JUDGED:
+        if any(operator.mean for operator in setup.data.program.operators):
+            yield "batchnorm", BatchNormStatistics()
+        yield "repair", Repair()
+    elif means is Means.REPAIR:
+        yield "repair", Repair()
+
+
+def _unless_repaired(make: Callable[[], Recalibrated]) -> Recalibrated:
+    """The guard's choice, unless it is REPAIR for want of anything better: nothing moved, so nothing has to be."""
+    found = make()
+    decision = found.report.decision
+    if decision is not None and decision.chosen == "repair":
+        raise CalibrationError(f"no unit moved, and REPAIR alone is left: {decision.reason}")
+    return found

@@ -1,0 +1,123 @@
+"""From a round's aggregate to the model that is deployed: one of the candidates.
+
+No value that one client sends and no failure of a candidate disables the deployment: the fallback is the aggregate.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import ERROR, INFO
+from time import perf_counter
+
+import numpy as np
+import torch
+from flwr.supercore import log
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import same
+from c2m3_fl.flower.candidates import AGGREGATE, Candidates, Clients, Request
+from c2m3_fl.flower.judge import ClientJudge, judge_candidates, report_verdict
+from c2m3_fl.flower.reports import Numbers, failure
+from c2m3_fl.flower.setup import Setup
+from c2m3_fl.merging.evaluate.judge import Verdict, judge_by_labels
+from c2m3_fl.merging.recalibrate.auto import Auto
+
+__all__ = ["Clients", "Deployed", "Request", "deploy", "wants_plain"]
+
+
+@dataclass(frozen=True, eq=False)
+class Deployed:
+    """The deployed model, the aggregate's own object where that was chosen; and the numbers."""
+
+    params: Params
+    numbers: Numbers
+
+
+def wants_plain(setup: Setup) -> bool:
+    """Whether a guard compares with the aggregate without alignment."""
+    if not setup.data.batches:
+        return False
+    guarded = setup.decides and (setup.data.labelled or setup.moments is not None)
+    return guarded or isinstance(setup.recalibration, Auto)
+
+
+def deploy(setup: Setup, request: Request) -> Deployed:
+    """Make the candidates that the evidence supports, and choose one; the global random states stay as they are.
+
+    Parameters
+    ----------
+    setup : Setup
+        Of the strategy.
+    request : Request
+        What the round gave.
+    """
+    started = perf_counter()
+    with _undisturbed():
+        found = Candidates(setup, request)
+        chosen, numbers = _choose(setup, request, found)
+    tried = setup.calibrated or (request.deploys and bool(setup.asks))
+    if not tried:
+        return Deployed(request.aggregate, {})
+    changed = not same(found.params[AGGREGATE], found.params[chosen])
+    if len(found.params) > 1:
+        log(INFO, "\t> deployed: %s", chosen)
+    numbers = {
+        **found.numbers,
+        **numbers,
+        **{f"c2m3-deployed/{name}": int(name == chosen) for name in found.params},
+        "c2m3-failed-candidates": found.failed,
+        "c2m3-repaired": int(changed),
+        "c2m3-repair-seconds": perf_counter() - started,
+    }
+    return Deployed(request.aggregate if chosen == AGGREGATE else found.params[chosen], numbers)
+
+
+def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Numbers]:
+    """The judge's choice; without a judge the candidate in which every step was taken."""
+    if setup.judge is None or len(found.params) < 2:
+        return found.last, {}
+    try:
+        verdict = _judge(setup, request, found)
+    except Exception as error:  # if the judge fails, keep the aggregate
+        log(ERROR, "\t> %s: the aggregate is deployed", failure("the judge", error))
+        return AGGREGATE, {}
+    return (found.last, {}) if verdict is None else (verdict.chosen, report_verdict(verdict))
+
+
+def _judge(setup: Setup, request: Request, found: Candidates) -> Verdict | None:
+    """The verdict; None where clients are to judge and are not asked in this round."""
+    if setup.judge is None:
+        return None
+    if not isinstance(setup.judge, ClientJudge):
+        return judge_by_labels(setup.judge.programs, found.params, setup.judge.batches)
+    if not request.deploys or request.clients is None:
+        return None
+    clients = request.clients
+    return judge_candidates(
+        setup.judge,
+        clients.grid,
+        request.nodes,
+        found.params,
+        round_number=clients.round_number,
+        config=clients.config,
+        arrays_key=clients.arrays_key,
+        config_key=clients.config_key,
+        weighted_by=clients.weighted_by,
+        equally=request.equally,
+    )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Python's, NumPy's and torch's random states, put back at the end: whose clients train next is drawn from them."""
+    python = random.getstate()
+    numpy = np.random.get_state()  # noqa: NPY002  # the state that clients' code may draw from
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002  # as above

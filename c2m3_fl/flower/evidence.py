@@ -1,0 +1,82 @@
+"""What supports a recalibration: the decision of a round, and calibration data on which nothing can be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+
+from c2m3_fl.network.calibration import Batch
+
+# Shift beyond which calibration inputs are not of the clients' kind at all, in standard deviations of a channel or
+# logarithms of the ratio of spreads: on the digits, inputs from elsewhere stay below 1.5, inputs x255 are at 5.
+FAR = 2.0
+
+
+class Means(Enum):
+    """How the server recalibrates the aggregate of a round."""
+
+    ASKED = "as asked"
+    LABELS = "the best by labels of the calibration data"
+    JUDGED = "what the clients judge best"
+    MOMENTS = "as the clients' moments allow"
+    REPAIR = "REPAIR, after units moved"
+    NOTHING = "nothing"
+
+
+def choose_means(
+    *, asked: bool = False, decides: bool = True, data: bool, labels: bool, judge: bool, moments: bool, moved: bool
+) -> Means:
+    """The strongest means that the evidence of a round supports; the rules in order, the first one that holds.
+
+    Parameters
+    ----------
+    asked : bool
+        Whether a recalibration was asked for by name.
+    decides : bool
+        Whether evidence decides; otherwise only what was asked for is done.
+    data : bool
+        Whether there is anything to recalibrate with: inputs on the server, or clients that measure.
+    labels : bool
+        Whether the server's inputs have labels.
+    judge : bool
+        Whether clients judge candidates in this round.
+    moments : bool
+        Whether the clients' own channel moments are asked for.
+    moved : bool
+        Whether units moved in this round: only then did aligning, and so averaging, change the spread of channels.
+    """
+    rules = (
+        (not data, Means.NOTHING),
+        (asked, Means.ASKED),
+        (not decides, Means.NOTHING),
+        (labels, Means.LABELS),
+        (judge, Means.JUDGED),
+        (moments, Means.MOMENTS),
+        (moved, Means.REPAIR),
+    )
+    return next((means for holds, means in rules if holds), Means.NOTHING)
+
+
+def unusable(batches: Sequence[Batch]) -> str | None:
+    """Why nothing can be measured on calibration inputs: there is one only, or all are the same; None for usable ones.
+
+    No batches at all are usable: nothing is to be measured on them.
+    """
+    if not batches:
+        return None
+    count = sum(len(batch.inputs[0]) for batch in batches)
+    if count < 2:
+        return f"the calibration data are {count} input, which shows no spread of any channel"
+    first = [value[:1] for value in batches[0].inputs]
+    if all(_constant(batch, first) for batch in batches):
+        return f"all {count} calibration inputs are the same, which shows no spread of any channel"
+    return None
+
+
+def _constant(batch: Batch, first: Sequence[torch.Tensor]) -> bool:
+    return all(
+        value[:1].shape == like.shape and bool((value == like).all())
+        for value, like in zip(batch.inputs, first, strict=True)
+    )

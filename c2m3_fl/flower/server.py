@@ -1,0 +1,143 @@
+"""A server from round to round, in state dicts: what both dialects of the strategy share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from logging import INFO
+from typing import Any, TypeVar
+
+from flwr.supercore import log
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.flower.deployment import Clients, Deployed, Request, deploy, wants_plain
+from c2m3_fl.flower.replies import Sorted
+from c2m3_fl.flower.reports import KEPT, Numbers, report_kept
+from c2m3_fl.flower.rounds import Aggregate, Outcome, RoundStart, run_round
+from c2m3_fl.flower.setup import Setup
+from c2m3_fl.flower.two_models import PREFIX, TwoModels
+from c2m3_fl.flower.wrapped import ignores_weights, typed_like
+
+Metrics = TypeVar("Metrics")
+
+
+class Server:
+    """Runs one round after another and remembers what must outlive them.
+
+    Parameters
+    ----------
+    setup : Setup
+        Of the strategy.
+
+    Attributes
+    ----------
+    models : TwoModels
+        The trajectory and what was returned for it.
+    sent : mapping of str to Tensor, optional
+        The model that was sent out.
+    total : int, optional
+        Number of rounds of the run, where it is known.
+    idle : int
+        Rounds in a row in which nothing was aggregated.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.models = TwoModels(setup.options.feedback)
+        self.sent: Params | None = None
+        self.total: int | None = None
+        self.idle = 0
+        self._incoming: Params = {}
+        self._said = False
+
+    def begin_run(self, num_rounds: int) -> None:
+        """Forget the trajectory of an earlier run; the last of `num_rounds` rounds deploys."""
+        self.models.forget()
+        self.total, self.idle = num_rounds, 0
+
+    def next_start(self, incoming: Params) -> Params:
+        """What clients train next: the trajectory, or `incoming` where it is a new start."""
+        self._incoming = incoming
+        self.sent = self.models.next_start(incoming)
+        return self.sent
+
+    def play(
+        self,
+        server_round: int,
+        found: Sorted[Any],
+        strategy: object,
+        aggregate: Aggregate[Metrics],
+        clients: Clients | None = None,
+    ) -> tuple[Params, Metrics | None, Numbers]:
+        """One round, from checked replies to the deployed model, the wrapped strategy's metrics and our numbers.
+
+        Parameters
+        ----------
+        server_round : int
+            The round.
+        found : Sorted
+            The usable replies and the dropped ones.
+        strategy : Strategy
+            The wrapped strategy.
+        aggregate : callable
+            From the aligned replies to the wrapped strategy's arrays and metrics.
+        clients : Clients, optional
+            The clients that can be asked.
+        """
+        start = RoundStart(
+            self.setup.aligner,
+            self.setup.options,
+            typed_like(self.setup.model.state_dict(), self.sent or {}),
+            strategy,
+            wants_plain(self.setup),
+        )
+        outcome = run_round(start, found, aggregate)
+        deploys, equally = self._deploys(server_round), ignores_weights(strategy)
+        if outcome.params is None or outcome.aligned is None:
+            params, numbers = self._keep(outcome, clients, deploys=deploys, equally=equally)
+            return params, outcome.metrics, {**outcome.numbers, **numbers, KEPT: 1}
+        self.idle = 0
+        aligned, returned = outcome.aligned, self._incoming if self.models.follows() else None
+        deployed = deploy(
+            self.setup,
+            Request(outcome.params, tuple(aligned.nodes), aligned, outcome.plain, returned, clients, deploys, equally),
+        )
+        pending = not deploys and bool(self.setup.asks)
+        fed = self.models.record(outcome.params, deployed.params, aligned, pending=pending)
+        numbers = {**deployed.numbers, **({} if deployed.params is outcome.params else {"c2m3-fed-back": fed})}
+        return deployed.params, outcome.metrics, {**outcome.numbers, **numbers, KEPT: 0}
+
+    def _keep(
+        self, outcome: Outcome[Any], clients: Clients | None, *, deploys: bool, equally: bool
+    ) -> tuple[Params, Numbers]:
+        """Nothing was aggregated: what was returned before stays; a pending deployment is made in the last round."""
+        self.idle += 1
+        report_kept(outcome.reason, self.idle, outcome.level)
+        trajectory = self.models.trajectory
+        if trajectory is None or not deploys or not self.models.pending:
+            return self._incoming, {}
+        request = Request(trajectory, self.models.pending, None, None, self._incoming, clients, deploys, equally)
+        deployed: Deployed = deploy(self.setup, request)
+        self.models.deploy(deployed.params)
+        return deployed.params, deployed.numbers
+
+    def _deploys(self, server_round: int) -> bool:
+        """Whether clients are asked for the deployment in this round."""
+        how = self.setup.options.deploy
+        if how == "every" or server_round == self.total:
+            return True
+        if how != "last":
+            return server_round % how == 0
+        if self.total is None and self.setup.asks and not self._said:
+            self._said = True
+            log(INFO, "\t> the number of rounds is unknown: every round deploys")
+        return self.total is None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything remembered, as tensors."""
+        return self.setup.aligner.memory.state_dict() | self.models.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Remember that instead."""
+        self.setup.aligner.memory.load_state_dict({k: v for k, v in state.items() if not k.startswith(PREFIX)})
+        self.models.load_state_dict({key: value for key, value in state.items() if key.startswith(PREFIX)})

@@ -1,0 +1,224 @@
+"""What a strategy is built from, checked once: model, symmetries, calibration data, options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from logging import INFO, WARNING
+
+import torch
+from flwr.supercore import log
+from torch import nn
+
+from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.errors import CalibrationError, ConfigError
+from c2m3_fl.flower.aligner import Aligner
+from c2m3_fl.flower.client_head import Head, check_head, resolve_head
+from c2m3_fl.flower.client_refit import ClientRefit, RegMean
+from c2m3_fl.flower.client_repair import ClientStatistics, check_measurable
+from c2m3_fl.flower.evidence import unusable
+from c2m3_fl.flower.judge import ClientJudge
+from c2m3_fl.flower.options import Options, resolve_device
+from c2m3_fl.merging.recalibrate.auto import Auto
+from c2m3_fl.merging.recalibrate.held_out import split_batches
+from c2m3_fl.merging.recalibrate.registry import Recalibration, resolve_for
+from c2m3_fl.network.calibration import Calibration, ExampleInputs
+from c2m3_fl.network.calibration_set import CalibrationSet
+from c2m3_fl.symmetry.discover import permutation_spec, require_invariance
+
+_HELD_OUT = 5  # every fifth labelled example judges, as everywhere else in the package
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a strategy is built from; nothing here changes but the aligner's memory.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The architecture.
+    options : Options
+        See `C2M3`.
+    spec : PermutationSpec
+        The symmetries of the network.
+    aligner : Aligner
+        Aligns the replies.
+    device : torch.device
+        Where to compute.
+    data : CalibrationSet
+        Example inputs, and the server's calibration batches where there are any.
+    statistics : ClientStatistics, optional
+        Where clients measure instead.
+    moments : ClientStatistics, optional
+        Where clients measure as well, for the guard.
+    recalibration : Recalibration, optional
+        What was asked for by name; None where evidence decides, or for nothing.
+    decides : bool
+        Whether evidence decides: `recalibrate` was left at None.
+    refit : ClientRefit or RegMean, optional
+        The refit that clients are asked for.
+    head : Head, optional
+        The last layer that clients are asked for.
+    judge : ClientJudge or CalibrationSet, optional
+        Who judges the candidates: clients, or held-out labelled data.
+    """
+
+    model: nn.Module
+    options: Options
+    spec: PermutationSpec
+    aligner: Aligner
+    device: torch.device
+    data: CalibrationSet
+    statistics: ClientStatistics | None = None
+    moments: ClientStatistics | None = None
+    recalibration: Recalibration | None = None
+    decides: bool = True
+    refit: ClientRefit | RegMean | None = None
+    head: Head | None = None
+    judge: ClientJudge | CalibrationSet | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether aggregates may be recalibrated by the server's data or by clients' moments."""
+        given = bool(self.data.batches) or self.statistics is not None
+        return given and (self.decides or self.recalibration is not None)
+
+    @property
+    def asks(self) -> list[str]:
+        """The options that ask clients about their data or deploy another model than the trajectory."""
+        found = {"recalibrate": self.refit, "head": self.head, "judge": self.judge, "moments": self.moments}
+        return [name for name, value in found.items() if value is not None]
+
+    @property
+    def separate(self) -> bool:
+        """Whether each reply is aligned by itself."""
+        return self.options.alignment == "separate"
+
+    def describe(self) -> str:
+        """What recalibration is on, for the log."""
+        server = "the clients' moments" if self.statistics else f"{self.data.inputs} inputs on the server"
+        parts = []
+        if self.calibrated:
+            what = "as the evidence of each round allows" if self.decides else f"{self.recalibration}"
+            parts.append(f"{what}, with {server}")
+        parts += [f"{value}" for value in (self.refit, self.head) if value is not None]
+        return "; ".join(parts) or "OFF"
+
+
+def build_setup(
+    model: nn.Module,
+    options: Options,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    inputs: Sequence[str] | None = None,
+    calibration: Calibration | ClientStatistics | None = None,
+    recalibrate: Recalibration | ClientRefit | RegMean | str | None = None,
+    moments: ClientStatistics | None = None,
+    spec: PermutationSpec | None = None,
+    head: Head | str | None = None,
+    judge: ClientJudge | str | None = None,
+    judge_key: str | None = None,
+    device: torch.device | str | None = None,
+) -> Setup:
+    """Check everything that a user passed; see `C2M3` for the parameters.
+
+    Raises
+    ------
+    ConfigError, CalibrationError, TraceError, SpecError
+        For options that do not fit each other, unusable calibration data, a model that cannot be exported, or a
+        spec that does not preserve its function.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is {model!r}, expected a module such as Net()")
+    place = resolve_device(device)
+    refit: ClientRefit | RegMean | None = None
+    chosen: Recalibration | None = None
+    statistics = calibration if isinstance(calibration, ClientStatistics) else None
+    given = None if isinstance(calibration, ClientStatistics) else calibration
+    data = CalibrationSet.of(model, given, example_inputs=example_inputs, inputs=inputs)
+    if isinstance(recalibrate, ClientRefit | RegMean):
+        refit = recalibrate
+    else:
+        chosen = resolve_for(recalibrate, data=calibration is not None, default="none")
+    if statistics is not None:
+        check_measurable(chosen)
+    data = _usable(data, chosen)
+    if spec is None:
+        spec = permutation_spec(model, data.example_inputs)
+    else:
+        require_invariance(model, spec, data.example_inputs)
+    last = resolve_head(head)
+    if last is not None:
+        check_head(data.program, model.state_dict(), last)
+    fitted, judging = _resolve_judge(judge, judge_key, data)
+    decides = recalibrate is None or refit is not None
+    _check_moments(moments, fitted, chosen, decides=decides)
+    aligner = Aligner(
+        spec,
+        mode=options.alignment,
+        basis=options.basis,
+        memory=options.memory,
+        device=place,
+        max_steps=options.max_steps,
+        tolerance=options.tolerance,
+    )
+    return Setup(
+        model, options, spec, aligner, place, fitted, statistics, moments, chosen, decides, refit, last, judging
+    )
+
+
+def log_setup(setup: Setup, strategy: object) -> None:
+    """Log what a strategy was built from, and what it wraps."""
+    options, spec = setup.options, setup.spec
+    log(INFO, "\t├──> C2M3 settings:")
+    log(INFO, "\t│\t├── Wrapped strategy: %s", type(strategy).__name__)
+    units = sum(group.size for group in spec.groups.values())
+    log(INFO, "\t│\t├── Permutable: %d units in %d groups", units, len(spec.groups))
+    log(INFO, "\t│\t├── Alignment: %s | basis: %s", options.alignment, options.basis)
+    log(INFO, "\t│\t├── Recalibration: %s", setup.describe())
+    log(INFO, "\t│\t├── Feedback: %s | deploy: %s", options.feedback, options.deploy)
+    log(INFO, "\t│\t└── Device: %s", setup.device)
+
+
+def _usable(data: CalibrationSet, recalibration: Recalibration | None) -> CalibrationSet:
+    """The data, without batches that nothing can be measured on; an error where a recalibration was asked for."""
+    reason = unusable(data.batches)
+    if reason is None:
+        return data
+    if recalibration is not None:
+        raise CalibrationError(f"{reason}: pass more, and more varied, inputs as calibration, or recalibrate='none'")
+    log(WARNING, "%s: nothing is recalibrated with them", reason)
+    return CalibrationSet(data.model, data.example_inputs)
+
+
+def _resolve_judge(
+    judge: ClientJudge | str | None, key: str | None, data: CalibrationSet
+) -> tuple[CalibrationSet, ClientJudge | CalibrationSet | None]:
+    """The data to fit to, and who judges."""
+    if judge in (None, "none") and key is None:
+        return data, None
+    if judge == "labels":
+        if key is not None:
+            raise ConfigError("judge='labels' compares likelihoods: leave judge_key out")
+        if not data.labelled:
+            raise CalibrationError("judge='labels' needs calibration data with labels on the server")
+        kept, held = split_batches(data.batches, _HELD_OUT)
+        if not kept or not held:
+            raise CalibrationError(f"judge='labels' holds out one of {_HELD_OUT} examples: got {data.inputs} in all")
+        return replace(data, batches=tuple(kept)), replace(data, batches=tuple(held))
+    if judge in (None, "clients"):
+        return data, ClientJudge(key=key)
+    if not isinstance(judge, ClientJudge):
+        raise ConfigError(f"judge is {judge!r}, expected 'clients', 'labels', ClientJudge(...) or None")
+    return data, judge if key is None else replace(judge, key=key)
+
+
+def _check_moments(moments: object, data: CalibrationSet, chosen: Recalibration | None, *, decides: bool) -> None:
+    if not isinstance(moments, ClientStatistics | None):
+        raise ConfigError(f"moments is {moments!r}, expected ClientStatistics()")
+    if moments is None:
+        return
+    if not data.batches:
+        raise ConfigError("moments tell whether the server's calibration data are like the clients': pass calibration")
+    if not decides and not isinstance(chosen, Auto):
+        raise ConfigError(f'moments serve recalibrate="auto" and None, not {chosen!r}: leave one of them out')

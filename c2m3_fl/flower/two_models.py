@@ -1,0 +1,139 @@
+"""The trajectory, which clients train, and the deployed model, which is evaluated and returned.
+
+The trajectory is what the wrapped strategy aggregated. The deployed model is the trajectory recalibrated. Training a
+recalibrated model feeds back: on the digits with Dirichlet .1, twelve rounds of REPAIR took FedAvg from .344 to .120.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from logging import INFO, WARNING
+
+import torch
+from flwr.supercore import log
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import digest
+from c2m3_fl.errors import SpecError
+from c2m3_fl.flower.options import Feedback
+from c2m3_fl.flower.rounds import AlignedReplies
+
+PREFIX = "two-models/"
+# Share of moved units beyond which feedback="moved" trains the deployed model. Shared starts move less than .02 of the
+# units in any round on the digits, own starts more than .5 in their first.
+MOVED = 0.1
+
+
+class TwoModels:
+    """Which model clients train next, remembered from round to round.
+
+    Parameters
+    ----------
+    feedback : {"never", "moved", "always"}
+        When the deployed model becomes the trajectory.
+    """
+
+    def __init__(self, feedback: Feedback) -> None:
+        self.feedback = feedback
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew: what comes next is a new start."""
+        self.trajectory: Params | None = None
+        self.returned = ""
+        self.pending: tuple[int, ...] = ()
+        self.fed: set[int] = set()
+        self.stopped = False
+
+    def next_start(self, incoming: Params) -> Params:
+        """What clients train next: the trajectory where `incoming` was returned for it, otherwise `incoming`."""
+        if self.trajectory is None or digest(incoming) != self.returned:
+            self.trajectory, self.returned, self.pending = None, "", ()
+            return incoming
+        known = self.trajectory
+        return {name: known[name] for name in incoming}
+
+    def follows(self) -> bool:
+        """Whether the model that was sent last is a trajectory, and not a new start."""
+        return self.trajectory is not None
+
+    def record(self, trajectory: Params, deployed: Params, aligned: AlignedReplies, *, pending: bool) -> int:
+        """Remember both models of a round; 1 where the deployed model is what clients train next.
+
+        Parameters
+        ----------
+        trajectory, deployed : mapping of str to Tensor
+            The aggregate, and the aggregate recalibrated: the same object where nothing was.
+        aligned : AlignedReplies
+            What was aggregated.
+        pending : bool
+            Whether clients are still to be asked for the deployment of this trajectory.
+        """
+        feeds = deployed is not trajectory and self._feeds(deployed, aligned)
+        self.trajectory = deployed if feeds else trajectory
+        self.returned = digest(deployed)
+        self.pending = tuple(aligned.nodes) if pending else ()
+        if feeds:
+            self.fed |= {node for node, share in zip(aligned.nodes, aligned.shares, strict=True) if share > 0}
+            log(INFO, "\t> the deployed model is what clients train next")
+        return int(feeds)
+
+    def deploy(self, deployed: Params) -> None:
+        """Remember what was returned for a trajectory that stays."""
+        self.returned, self.pending = digest(deployed), ()
+
+    def _feeds(self, deployed: Params, aligned: AlignedReplies) -> bool:
+        if self.feedback == "never" or self.stopped:
+            return False
+        if self.feedback == "moved":
+            pairs = zip(aligned.nodes, aligned.shares, strict=True)
+            fresh = sum(share for node, share in pairs if node not in self.fed) / len(aligned.nodes)
+            if fresh <= MOVED:
+                return False
+        found, largest = _norm(deployed), max(_norm(params) for params in aligned.params)
+        if not found <= largest:  # NaN is refused, too
+            self.stopped = True
+            text = "\t> the deployed model's norm %.3g exceeds the replies' %.3g: clients do not train it any more"
+            log(WARNING, text, found, largest)
+            return False
+        return True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything remembered, as tensors whose names start with ``two-models/``."""
+        state = {f"trajectory/{name}": value for name, value in (self.trajectory or {}).items()}
+        if self.returned:
+            state["returned"] = torch.tensor(list(bytes.fromhex(self.returned)), dtype=torch.uint8)
+        state |= {f"fed/{node}": torch.ones((), dtype=torch.uint8) for node in sorted(self.fed)}
+        for place, node in enumerate(self.pending):
+            state[f"pending/{place}/{node}"] = torch.ones((), dtype=torch.uint8)
+        state["stopped"] = torch.tensor(int(self.stopped), dtype=torch.uint8)
+        return {PREFIX + name: value for name, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Remember that instead; `SpecError` for names that `state_dict` does not give."""
+        self.forget()
+        trajectory: dict[str, Tensor] = {}
+        pending: dict[int, int] = {}
+        for key, value in state.items():
+            kind, _, rest = key.removeprefix(PREFIX).partition("/")
+            if kind == "trajectory":
+                trajectory[rest] = value
+            elif kind == "returned":
+                self.returned = bytes(value.tolist()).hex()
+            elif kind == "fed":
+                self.fed.add(int(rest))
+            elif kind == "pending":
+                place, _, node = rest.partition("/")
+                pending[int(place)] = int(node)
+            elif kind == "stopped":
+                self.stopped = bool(value)
+            else:
+                raise SpecError(f"remembered {key!r} is not part of a strategy's state")
+        self.trajectory = trajectory or None
+        self.pending = tuple(node for _, node in sorted(pending.items()))
+
+
+def _norm(params: Params) -> float:
+    squares = [value.double().square().sum() for value in params.values() if value.is_floating_point()]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
