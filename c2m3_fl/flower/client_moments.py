@@ -78,13 +78,25 @@ def answer_statistics(
 
     @app.query(SUMS)
     def sums(message: Message, context: Context) -> Message:
-        limits = {"min_examples": min_examples, "first_layer": first_layer}
-        return answer_sums(message, model(context), data(context), **limits, programs=traced)
+        return answer_sums(
+            message,
+            model(context),
+            data(context),
+            min_examples=min_examples,
+            first_layer=first_layer,
+            programs=traced,
+        )
 
     @app.query(LABELS)
     def labels(message: Message, context: Context) -> Message:
-        limits = {"min_examples": min_examples, "first_layer": first_layer}
-        return answer_head(message, model(context), data(context), **limits, programs=traced)
+        return answer_head(
+            message,
+            model(context),
+            data(context),
+            min_examples=min_examples,
+            first_layer=first_layer,
+            programs=traced,
+        )
 
 
 def answer_moments(

@@ -38,6 +38,7 @@ from c2m3_fl.network.program import Program
 __all__ = ["ClientRefit", "Price", "RegMean", "asks_clients", "price", "refit_by_clients"]
 
 _SILENT = "no client gave a usable answer about it"
+_CPU = torch.device("cpu")
 _NO_HOLDOUT = 5  # where all examples count alike
 _CLIENTS, _SEEDS = 100_003, 2**31  # every client draws positions of its own
 
@@ -82,7 +83,7 @@ def refit_by_clients(
     start = time.perf_counter()
     plan = plan_of(options, program, merged)
     _log_price(options, price(options, program, merged))
-    params, own = to_device(merged, "cpu"), [to_device(endpoint, "cpu") for endpoint in endpoints]
+    params, own = to_device(merged, _CPU), [to_device(endpoint, _CPU) for endpoint in endpoints]
     far = far_networks(program, own)
     for index in far:
         log(WARNING, "\t> node %d is not asked for sums: its weights are far from the others'", nodes[index])

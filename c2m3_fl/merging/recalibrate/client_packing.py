@@ -35,7 +35,7 @@ def pack(answer: Answer, dtype: torch.dtype) -> dict[str, Tensor]:
         return {f"{part}/{name}": value for part, each in parts.items() for name, value in _moments(each).items()}
     if isinstance(answer, GramAnswer):
         return {f"inputs/{name}": value for name, value in _inputs(answer.sums, dtype).items()}
-    found = {}
+    found: dict[str, Tensor] = {}
     for part, sums, further in (
         ("train", answer.train, answer.sum_train),
         ("held-out", answer.held_out, answer.sum_held_out),

@@ -205,7 +205,7 @@ class _Pair:
         source, weight = self._own.value(operator.input), self._own_params[operator.weight]
         positions = sample_positions(operator, operator.node.meta["val"], count, seed).to(source.device)
         total: Sums | None = None
-        for chosen in positions.split(_CHUNK):
+        for chosen in torch.split(positions, _CHUNK):
             rows = input_rows(operator, source, weight, shape, chosen)
             part = Sums.of(rows, rows[:, :, :0])
             total = part if total is None else total.combine(part)
@@ -248,7 +248,7 @@ class _Pair:
         source, weight = self._merged.value(operator.input), self._merged_params[operator.weight]
         matrix, offset = effective(operator, norm, self._merged_params)
         total, beside = _nothing(matrix), None if detour is None else _nothing(matrix)
-        for chosen in torch.arange(len(positions), device=positions.device).split(_CHUNK):
+        for chosen in torch.split(torch.arange(len(positions), device=positions.device), _CHUNK):
             rows = input_rows(operator, source, weight, shape, positions[chosen]).double()
             fitted = rows @ matrix + offset[:, None, :]
             residuals = _grouped(goal[chosen].double(), len(matrix)) - fitted
