@@ -13,7 +13,7 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.merging.recalibrate.client_plan import Role, norm_behind, skip_beside, triangle
+from c2m3_fl.merging.recalibrate.client_plan import Role, skip_beside, triangle
 from c2m3_fl.merging.recalibrate.client_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.moments import Moments
@@ -116,12 +116,6 @@ def expected_channels(operator: Operator, params: Params) -> int:
     shape = operator.node.meta["val"].shape
     axes = operator.channel_axes(params) if operator.weight else (operator.layout.channel,)
     return torch.Size(shape[axis] for axis in axes).numel()
-
-
-def folded_names(program: Program, operator: Operator) -> tuple[str, ...]:
-    """Names of the operators that an answer about this one covers: itself and the BatchNorm behind it."""
-    norm = norm_behind(program, operator)
-    return (operator.name,) if norm is None else (operator.name, norm.name)
 
 
 def _moments(moments: Moments) -> dict[str, Tensor]:
