@@ -176,7 +176,9 @@ def test_nobody_is_sent_another_clients_network_unless_asked_for():
 
 
 def run(grid, rounds=2, **options):
-    strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, **{"recalibrate": "repair", **options})
+    strategy = C2M3(
+        FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, **{"recalibrate": "repair", **options}
+    )
     return strategy.start(grid, from_params(mlp().state_dict()), num_rounds=rounds)
 
 
