@@ -1,7 +1,7 @@
-"""Which units of a network may move: derived from its graph, proven on numbers.
+"""Which units of a network may be permuted: derived from its graph, checked on numbers.
 
-`permutation_spec` derives a spec, `check_invariance` and `require_invariance` check one. A rule for an operator of
-your own is a function of a `Call` and of `Labels`, registered by `rule`.
+`permutation_spec` derives a spec; `check_invariance` and `require_invariance` check one. A rule for a custom operator
+is a function of a `Call` and of `Labels`, registered by `rule`.
 """
 
 from c2m3_fl.symmetry.discover import check_invariance, permutation_spec, require_invariance

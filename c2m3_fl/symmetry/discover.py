@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
 
-from c2m3_fl.core.spec import Axis, PermutationSpec, Pin, Segment, TensorSpec
+from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import SpecError, TraceError
 from c2m3_fl.network.calibration import ExampleInputs, Inputs, as_inputs
 from c2m3_fl.network.exporting import aliases, export
 from c2m3_fl.symmetry.build_spec import build_spec
 from c2m3_fl.symmetry.facts import Structure
+from c2m3_fl.symmetry.pinning import without
 from c2m3_fl.symmetry.proof import Prover, guilty
 from c2m3_fl.symmetry.tracing import is_plain, label_graph
 
-_DRAWS = 2  # one permutation may by chance be a symmetry that a wrong group contains
+_DRAWS = 2  # a single random permutation of a wrong group may by chance be a symmetry
 
 
 def permutation_spec(
@@ -28,9 +28,9 @@ def permutation_spec(
 ) -> PermutationSpec:
     """Derive which units of a network may be permuted without changing its function.
 
-    The network is exported with `torch.export` and every ATen operator contributes what it proves about the axes of
-    the parameters. What no rule proves is pinned and listed in `spec.pins`. Before it is returned the spec is checked
-    on numbers: a group that does not leave the outputs unchanged is pinned as well.
+    `torch.export` turns the network into a graph of ATen operators. One rule per operator says which axes carry the
+    same units. Axes that no rule covers are pinned and listed in `spec.pins`. The spec is then checked on numbers: a
+    group that changes the outputs is pinned as well.
 
     Parameters
     ----------
@@ -39,7 +39,12 @@ def permutation_spec(
     example_inputs : Tensor, tuple or dict
         Arguments of one call: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
     pin : iterable of str
-        Parameters that shall not move: ``"conv1.weight"``, or one axis of one, ``"conv1.weight:1"``.
+        Parameters that must stay: ``"conv1.weight"``, or one axis of one, ``"conv1.weight:1"``.
+
+    Returns
+    -------
+    PermutationSpec
+        The groups, where their units are, and every pinned axis with its reason. ``print`` shows all of it.
 
     Raises
     ------
@@ -47,6 +52,44 @@ def permutation_spec(
         When the network cannot be called with the example inputs, or `torch.export` refuses it.
     SpecError
         When `pin` names a tensor or an axis that the network does not have.
+
+    Examples
+    --------
+    The six hidden units of two layers form one group; inputs and outputs are pinned:
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from c2m3_fl import permutation_spec
+    >>> network, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4)
+    >>> spec = permutation_spec(network, inputs)
+    >>> spec.groups
+    {'0': Group(size=6, parent=None)}
+    >>> spec.members("0")
+    (('0.weight', 0), ('0.bias', 0), ('2.weight', 1))
+    >>> [(pin.tensor, pin.axis, pin.reason) for pin in spec.pins][-1]
+    ('2.bias', 0, 'network output')
+
+    Units that another part of the program addresses by their index can be pinned by name:
+
+    >>> permutation_spec(network, inputs, pin=["0.weight:0"]).groups
+    {}
+
+    A network whose control flow depends on values cannot be traced. The error names the line. Rewrite it:
+
+    >>> class Branch(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layer = nn.Linear(4, 2)
+    ...
+    ...     def forward(self, x):
+    ...         return self.layer(x) if x.sum() > 0 else self.layer(-x)
+    >>> permutation_spec(Branch(), inputs)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    c2m3_fl.errors.TraceError: torch.export cannot trace Branch ... use torch.where or torch.cond, ...
+    >>> Branch.forward = lambda self, x: self.layer(torch.where(x.sum() > 0, x, -x))
+    >>> permutation_spec(Branch(), inputs).groups  # inputs and outputs only: nothing may move
+    {}
     """
     inputs = as_inputs(example_inputs)
     spec, modes = derive(model, inputs, pin=pin)
@@ -65,8 +108,27 @@ def check_invariance(
 ) -> float:
     """Largest relative change of any output under random permutations of all groups at once.
 
-    The comparison runs on a copy in double precision (single where the network insists on it), with BatchNorm
-    statistics and constant parameters (zero heads, layer scales) randomised. Rounding stays below 1e-9 (1e-4).
+    The comparison runs on a copy of the network in evaluation mode and in double precision (in single precision if
+    the network requires it). Constant tensors (heads of zeros, layer scales, new BatchNorm statistics) are randomised.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; it is not changed.
+    spec : PermutationSpec
+        The spec to check.
+    example_inputs : Tensor, tuple or dict
+        Arguments of one call: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    draws : int
+        Number of random permutations.
+    seed : int
+        Seed of the permutations and of the randomised tensors.
+
+    Returns
+    -------
+    float
+        Rounding stays below 1e-9 in double and below 1e-4 in single precision. Infinite if all outputs are zero or
+        not finite.
 
     Raises
     ------
@@ -74,6 +136,37 @@ def check_invariance(
         When the spec does not describe this network's tensors.
     TraceError
         When the network cannot be called with the example inputs.
+
+    Examples
+    --------
+    A spec by hand for two layers, in which the columns of the second layer follow the hidden units:
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from c2m3_fl import Group, PermutationSpec, Segment, TensorSpec, check_invariance
+    >>> network, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4)
+    >>> units = (Segment.contiguous("hidden", 6),)
+    >>> tensors = {
+    ...     "0.weight": TensorSpec((6, 4), (units, ())),
+    ...     "0.bias": TensorSpec((6,), (units,)),
+    ...     "2.weight": TensorSpec((2, 6), ((), units)),
+    ...     "2.bias": TensorSpec((2,), ((),)),
+    ... }
+    >>> check_invariance(network, PermutationSpec({"hidden": Group(6)}, tensors), inputs) < 1e-9
+    True
+
+    If the columns are forgotten, the outputs change. `require_invariance` names the group at fault; correct its
+    segments, or derive the spec by `permutation_spec`:
+
+    >>> tensors["2.weight"] = TensorSpec((2, 6), ((), ()))
+    >>> wrong = PermutationSpec({"hidden": Group(6)}, tensors)
+    >>> check_invariance(network, wrong, inputs) > 0.01
+    True
+    >>> from c2m3_fl.symmetry import require_invariance
+    >>> require_invariance(network, wrong, inputs)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    c2m3_fl.errors.SpecError: groups ['hidden'] change the outputs (relative error ...); correct their segments ...
     """
     spec.check(_tensors(model), "model")
     prover = Prover(model, as_inputs(example_inputs), seed=seed)
@@ -81,7 +174,16 @@ def check_invariance(
 
 
 def require_invariance(model: nn.Module, spec: PermutationSpec, example_inputs: ExampleInputs) -> None:
-    """Accept a spec written by hand only if it fits the network and every group of it preserves the function.
+    """Accept a spec written by hand only if it fits the network and all of its groups preserve the function.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; it is not changed.
+    spec : PermutationSpec
+        The spec to check.
+    example_inputs : Tensor, tuple or dict
+        Arguments of one call, as for `check_invariance`.
 
     Raises
     ------
@@ -101,9 +203,9 @@ def require_invariance(model: nn.Module, spec: PermutationSpec, example_inputs: 
 
 
 def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tuple[PermutationSpec, tuple[bool, ...]]:
-    """The spec that tracing finds, not yet proven, and the modes (training or not) that it was traced in.
+    """The spec that tracing finds, before any check on numbers, and the modes (training or not) of the traces.
 
-    Training mode is traced as well when evaluation leaves parameters unused: auxiliary heads are trained too.
+    If evaluation mode leaves parameters unused, training mode is traced as well: it runs auxiliary heads.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"model is a {type(model).__name__}, expected a module; pass the network itself, Net()")
@@ -130,7 +232,7 @@ def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tupl
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without what is no tensor."""
+    """The tensors of the state dict; other entries are left out."""
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
@@ -151,7 +253,7 @@ def _pin_named(structure: Structure, state: dict[str, Tensor], first_name: dict[
 
 
 def prove(spec: PermutationSpec, prover: Prover) -> PermutationSpec:
-    """Pin the groups that change the outputs, until none is left that does."""
+    """Pin groups until no remaining group changes the outputs."""
     while spec.groups and _fails(spec, prover, None):
         found = guilty(partial(_fails, spec, prover), list(spec.groups))
         for name in found or list(spec.groups):
@@ -161,42 +263,3 @@ def prove(spec: PermutationSpec, prover: Prover) -> PermutationSpec:
 
 def _fails(spec: PermutationSpec, prover: Prover, chosen: Collection[str] | None) -> bool:
     return any(not prover.error(spec, chosen) <= prover.tolerance for _ in range(_DRAWS))
-
-
-def without(spec: PermutationSpec, group: str, reason: str) -> PermutationSpec:
-    """The same spec with one group pinned; units of a nested group still follow their blocks.
-
-    Groups nested in `group` are pinned with it: their blocks have nothing to follow.
-    """
-    if group not in spec.groups:
-        return spec
-    for child in spec.children(group):
-        spec = without(spec, child, reason)
-    parent = spec.groups[group].parent
-    pins = tuple(Pin(tensor, axis, reason) for tensor, axis in spec.members(group))
-    groups = {name: value for name, value in spec.groups.items() if name != group}
-    tensors = {name: _freed(value, group, parent, spec) for name, value in spec.tensors.items()}
-    return PermutationSpec(groups, tensors, spec.pins + pins)
-
-
-def _freed(tensor: TensorSpec, group: str, parent: str | None, spec: PermutationSpec) -> TensorSpec:
-    def axis(segments: Axis) -> Axis:
-        kept = []
-        for segment in segments:
-            if group not in segment.groups:
-                kept.append(segment)
-            elif segment.slots == group:
-                kept.append(replace(segment, slots=""))
-            elif segment.slots:
-                kept.append(_by_slots(segment, spec.groups[segment.slots].size))
-            elif parent is not None:
-                kept.append(Segment(parent, segment.positions.reshape(spec.groups[parent].size, -1)))
-        return tuple(kept)
-
-    return replace(tensor, axes=tuple(axis(segments) for segments in tensor.axes))
-
-
-def _by_slots(segment: Segment, size: int) -> Segment:
-    """The same coordinates as units of the group of the slots alone, which has `size` units."""
-    blocks = segment.positions.reshape(size // segment.inner, -1, segment.inner)
-    return Segment(segment.slots, blocks.swapaxes(1, 2).reshape(size, -1))
