@@ -1,4 +1,4 @@
-"""The coverage table of torchvision's classifiers: measured once, kept as JSON, drawn from it as Markdown."""
+"""The coverage table of torchvision's classifiers: measured once, kept as JSON, printed from it as Markdown."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ HEADER = (
     "| --- | ---: | ---: | ---: | ---: | ---: |"
 )
 _IMAGE = 64  # side of the example image; parameters do not depend on it unless a network fixes its own
+_PACKAGES = ("c2m3-fl", "torch", "torchvision", "numpy", "scipy")
 _SIDES = {"vit": 224, "maxvit": 224, "inception": 299}
 
 
@@ -67,13 +68,13 @@ class Entry:
 
 
 def example_image(name: str) -> torch.Tensor:
-    """Two random images of the smallest usual size that the classifier takes."""
+    """Two random images: 64 pixels wide, or as wide as the classifier requires."""
     side = next((side for prefix, side in _SIDES.items() if name.startswith(prefix)), _IMAGE)
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def survey(name: str) -> tuple[Entry, PermutationSpec]:
-    """Trace a classifier and measure its invariance; nothing is pinned after the fact."""
+    """Trace a classifier and measure the invariance of what tracing found, before any group is pinned by the check."""
     torch.manual_seed(0)
     network, image = build_classifier(name), as_inputs(example_image(name))
     begin = time.process_time()
@@ -85,7 +86,7 @@ def survey(name: str) -> tuple[Entry, PermutationSpec]:
 
 
 def measure(names: Sequence[str] | None, file: Path | None) -> Iterator[Entry]:
-    """Survey classifiers (None: all of torchvision's) one at a time; `file` holds all that are done so far."""
+    """Survey classifiers (None: all of torchvision's) one at a time; after each, all results so far go into `file`."""
     done = []
     for name in names or classifiers():
         done.append(survey(name)[0])
@@ -101,10 +102,10 @@ def load(file: Path) -> list[Entry]:
     Raises
     ------
     DataError
-        When the file cannot be read or does not hold them.
+        When the file cannot be read or does not hold a coverage table.
     """
     try:
-        return [Entry(**entry) for entry in json.loads(file.read_text())["networks"]]
+        return [Entry(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file} holds no coverage table ({error}); write one: c2m3-fl inspect --zoo --save {file}"
@@ -114,12 +115,16 @@ def load(file: Path) -> list[Entry]:
 def _write(entries: Sequence[Entry], file: Path) -> None:
     content = {
         "command": "c2m3-fl inspect --zoo --save FILE",
+        "configuration": {"seed": 0, "images": 2, "side": _IMAGE, "other sides": _SIDES},
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine()},
-        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")}
-        | {"python": platform.python_version()},
-        "networks": [asdict(entry) for entry in entries],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "rows": [asdict(entry) for entry in entries],
     }
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(file)

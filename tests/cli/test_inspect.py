@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from c2m3_fl.cli import zoo
 from c2m3_fl.cli.app import app
 from c2m3_fl.core.spec_json import load_spec
-from c2m3_fl.errors import ConfigError
+from c2m3_fl.errors import ConfigError, DataError
 from c2m3_fl.symmetry.discover import permutation_spec
+from tests.benchmarks.records import read_record
 
 _RUNNER = CliRunner()
 
@@ -52,6 +54,30 @@ def test_zoo_prints_a_line_per_network() -> None:
     result = _RUNNER.invoke(app, ["inspect", "--zoo", "squeezenet1_1"])
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[2].startswith("| squeezenet1_1 | 1,235,496 | 25 | 99.92 % |")
+
+
+def test_coverage_table_is_printed_from_the_file_that_measuring_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zoo, "classifiers", lambda: ["tiny"])
+    monkeypatch.setattr(zoo, "build_classifier", lambda name: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)))
+    file = tmp_path / "zoo.json"
+    measured = _RUNNER.invoke(app, ["inspect", "--zoo", "--save", str(file)])
+    assert measured.exit_code == 0, measured.output
+    assert measured.stdout.splitlines()[2].startswith("| tiny | 186 | 1 |")  # 4·3·9 + 4 + 2·4·9 + 2; four channels
+    record = read_record(file)
+    assert [row["name"] for row in record["rows"]] == ["tiny"]
+    assert set(record) == {"command", "configuration", "date", "versions", "machine", "rows"}
+    printed = _RUNNER.invoke(app, ["inspect", "--zoo", "--from", str(file)])
+    assert printed.stdout == measured.stdout
+
+
+def test_a_file_without_a_coverage_table_is_refused_naming_the_command(tmp_path: Path) -> None:
+    file = tmp_path / "zoo.json"
+    file.write_text('{"rows": [{"name": "tiny"}]}')
+    result = _RUNNER.invoke(app, ["inspect", "--zoo", "--from", str(file)])
+    assert isinstance(result.exception, DataError)
+    assert f"write one: c2m3-fl inspect --zoo --save {file}" in str(result.exception)
 
 
 @pytest.mark.parametrize(
