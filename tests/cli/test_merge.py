@@ -154,7 +154,7 @@ def test_torch_files_are_read_and_pickles_refused(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match="holds no state dict"):
         load_params(tmp_path / "list.pt")
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="no safetensors file"):
+    with pytest.raises(DataError, match="not a safetensors file"):
         load_params(tmp_path / "broken.safetensors")
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(DataError, match="cannot read it"):
