@@ -10,8 +10,15 @@ from c2m3_fl.errors import MissingExtraError
 Extra = Literal["cli", "simulation"]
 
 
-def require(extra: Extra, *modules: str) -> None:
+def require(extra: Extra | None, *modules: str) -> None:
     """Check that modules which an extra installs can be found; none of them is imported.
+
+    Parameters
+    ----------
+    extra : {"cli", "simulation"}, optional
+        The extra; None for modules that are installed under their own names.
+    *modules : str
+        Top-level names.
 
     Raises
     ------
@@ -28,4 +35,5 @@ def require(extra: Extra, *modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise MissingExtraError(f"{', '.join(missing)} {verb} not installed; run: pip install 'c2m3-fl[{extra}]'")
+        what = " ".join(missing) if extra is None else f"'c2m3-fl[{extra}]'"
+        raise MissingExtraError(f"{', '.join(missing)} {verb} not installed; run: pip install {what}")

@@ -1,5 +1,11 @@
 """The adapters to Flower: strategies, records, checkpoints, and a federation inside one process."""
 
+# ruff: noqa: E402  # what is missing is named before anything imports it
+
+from c2m3_fl.extras import require
+
+require(None, "flwr")
+
 from c2m3_fl.flower.client_head import Head
 from c2m3_fl.flower.client_moments import answer_statistics
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
