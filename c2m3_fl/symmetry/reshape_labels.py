@@ -90,7 +90,7 @@ def product(structure: Structure, x: Labels, factors: Sequence[Atoms], dims: fro
         common = support(factor) & dims
         structure.tie(project(structure, pairs, common), project(structure, factor, common))
     if x.stiff & dims:
-        structure.pin(project(structure, pairs, x.stiff & dims), "meets ordered content")
+        structure.pin(project(structure, pairs, x.stiff & dims), "combined with ordered content")
     return pairs
 
 
@@ -177,7 +177,7 @@ def _cover(structure: Structure, x: Labels, joint: frozenset[int], dim: int) -> 
         return product(structure, x, touched, joint)
     fill = structure.fresh(*(size if index == dim else 1 for index, size in enumerate(x.shape)))
     if dim in x.stiff:
-        structure.pin(fill, "meets ordered content")
+        structure.pin(fill, "combined with ordered content")
     else:
         structure.gather(fill)
     return fill

@@ -127,7 +127,7 @@ def _meet(structure: Structure, x: Labels, y: Labels) -> None:
         for factor in one.factors:
             common = support(factor) & two.stiff
             if common:
-                structure.pin(project(structure, factor, common), "meets ordered content")
+                structure.pin(project(structure, factor, common), "combined with ordered content")
 
 
 def reduce(structure: Structure, x: Labels, dims: Iterable[int], *, keepdim: bool = False) -> Labels:
