@@ -21,14 +21,14 @@ def test_an_ascent_is_done_as_far_as_its_gain_has_fallen_in_orders_of_magnitude(
     assert shares == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 1])
 
 
-def test_reheatings_are_half_of_a_match_that_may_have_them():
-    # Their budget is the work of the first ascent.
+def test_reheatings_are_two_thirds_of_a_match_that_may_have_them():
+    # Their budget is twice the work of the first ascent, 20: the whole is 60.
     estimate = Estimate(1e-3)
     estimate.add(step(1, 1e-1, 4, work=10))
-    assert estimate.add(step(2, 0.0, 4, work=20)) == pytest.approx(1 / 2)
-    assert estimate.add(step(1, 1e-2, 4, work=30, trial=True)) == pytest.approx(3 / 4)
-    assert estimate.add(step(3, 1e-4, 4, work=35)) == pytest.approx(7 / 8)
-    assert estimate.add(step(1, 1e-2, 4, work=50, trial=True)) == 1
+    assert estimate.add(step(2, 0.0, 4, work=20)) == pytest.approx(20 / 60)
+    assert estimate.add(step(1, 1e-2, 4, work=30, trial=True)) == pytest.approx(30 / 60)
+    assert estimate.add(step(3, 1e-4, 4, work=35)) == pytest.approx(35 / 60)
+    assert estimate.add(step(1, 1e-2, 4, work=70, trial=True)) == 1
 
 
 def test_a_first_step_without_gain_ends_the_ascent():
@@ -42,7 +42,7 @@ def test_the_estimate_never_falls_during_a_match(count):
     match(mlp(12, 24, 24, 6), nodes, callback=lambda step: shares.append(estimate.add(step)))
     assert shares == sorted(shares)
     assert 0 <= shares[0] <= shares[-1] <= 1
-    assert shares[-1] > 0.5
+    assert shares[-1] > 0.3
 
 
 def test_the_rest_follows_from_the_time_that_has_passed():
