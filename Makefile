@@ -60,6 +60,7 @@ bench: $(READY)
 	$(BENCH).rounds --identity --many 100
 	$(BENCH).rounds --many 1000 --network mlp
 	$(BENCH).recovery
+	$(BENCH).reheating
 	$(BENCH).quality                # from here on networks are trained, on scikit-learn's digits
 	$(BENCH).sequences
 	$(BENCH).merging_gallery results/gallery

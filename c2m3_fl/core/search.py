@@ -26,12 +26,14 @@ from c2m3_fl.core.starts import soften, start_point
 from c2m3_fl.core.universe import Universe
 
 FEW = 3  # nodes up to which nothing is reheated: it gained too little there for its work
-# What reheatings may cost, as a share of the first ascent's work: another one starts while less has been spent.
-# Counted, not timed, so that results can be reproduced. Over 47 matches of 4 to 20 nodes (`tests.benchmarks.reheating`)
-# a reheating cost .6 to .8 of the first ascent's work, alike for all numbers of nodes; the first gained in 39 matches
-# and raised the agreement by .12 % on average, the second and the third gained in 18 and 19, by .05 % each. A budget of
-# two nearly always lets all three start; a budget of one ends after two, and costs five digits MLPs .14 %.
-BUDGET = 2.0
+# What reheatings may cost together: the first ascent's work of so many nodes, so that what they add to a match of many
+# nodes vanishes. Counted, not timed, so that results can be reproduced. Over 47 matches of 4 to 20 nodes
+# (`tests.benchmarks.reheating`) a reheating cost .6 to .8 of the first ascent's work, alike for all numbers of nodes.
+# The first gained in 39 matches and raised the agreement by .12 % on average, the second and the third gained in 18
+# and 19, by .05 % each. Twelve nodes' work lets three start with up to five nodes, which five digits MLPs need (.14 %),
+# two with seven, one with ten, and none from sixteen on.
+BUDGET = 12
+_COST = 0.8  # of a reheating, as a share of the first ascent's work: one starts where so much is left
 WARMTHS = (0.5, 0.6, 0.7)  # how far towards the barycentre to reheat: from .3 the same point is found again
 PASSES = 2  # of Frank-Wolfe from a reheated point; the polish does the rest
 _FADING = 0.01  # share of the whole rise below which the polish gains more than another pass
@@ -83,9 +85,9 @@ def reheat(problem: Problem, found: Found, pool: Executor, limits: Limits, callb
         The end of the first ascent.
     """
     short = replace(limits, max_steps=min(limits.max_steps, PASSES))
-    first = found.work
+    first, budget = found.work, found.work * BUDGET / (problem.count - problem.frozen)
     for warmth in WARMTHS:
-        if found.work - first >= BUDGET * first:
+        if found.work - first + _COST * first > budget:
             break
         tell = None if callback is None else _trial(callback, found.work)
         again = ascend(problem, soften(problem, found.permutations, warmth), pool, short, tell)

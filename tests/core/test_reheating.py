@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from c2m3_fl.core import permutation
+from c2m3_fl.core import permutation, search
 from c2m3_fl.core.match import match
 from tests.core.networks import ALL, draws, mlp, planted
 
@@ -50,3 +50,16 @@ def test_a_start_that_no_step_improves_is_not_reheated(monkeypatch):
     assert found.steps == 0
     for perm, wanted in zip(found.permutations, perms, strict=True):
         assert all(torch.equal(perm[name], wanted[name]) for name in spec.groups)
+
+
+def test_reheatings_of_many_nodes_cost_what_those_of_few_cost(monkeypatch):
+    # the first ascent's work of twelve nodes in all: three with 5 nodes, two with 7, one with 10, none with 16
+    spec, seen = mlp(12, 24, 24, 6), []
+    soften = search.soften
+    monkeypatch.setattr(search, "soften", lambda *args: seen.append(1) or soften(*args))
+    counts = []
+    for count in (5, 7, 10, 16):
+        seen.clear()
+        match(spec, planted(spec, count, 2.0, seed=0)[0])
+        counts.append(len(seen))
+    assert counts == [3, 2, 1, 0]
