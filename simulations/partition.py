@@ -7,7 +7,13 @@ import warnings
 import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner, PathologicalPartitioner
+from flwr_datasets.partitioner import (
+    DirichletPartitioner,
+    IidPartitioner,
+    Partitioner,
+    PathologicalPartitioner,
+    ShardPartitioner,
+)
 
 from c2m3_fl.errors import ConfigError
 from simulations.settings import Settings
@@ -33,6 +39,7 @@ def partition(labels: Indices, settings: Settings, seed: int) -> tuple[Indices, 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a Dirichlet draw that is drawn again
+            warnings.simplefilter("ignore", FutureWarning)  # pyarrow's, about how shards are sorted
             parts = [partitioner.load_partition(client)["index"] for client in range(settings.clients)]
     except ValueError as error:
         raise ConfigError(f"partition {settings.partition!r} of {len(labels)} images failed: {error}") from error
@@ -45,6 +52,12 @@ def _partitioner(settings: Settings, seed: int, classes: int) -> Partitioner:
     if settings.partition == "dirichlet":
         return DirichletPartitioner(
             settings.clients, "label", settings.alpha, min_partition_size=_SMALLEST, shuffle=False, seed=seed
+        )
+    if (
+        settings.partition == "shards"
+    ):  # McMahan et al. 2017: images sorted by class, cut, and dealt; no class is missing
+        return ShardPartitioner(
+            settings.clients, "label", num_shards_per_partition=settings.classes_per_client, shuffle=False, seed=seed
         )
     if settings.classes_per_client > classes:
         raise ConfigError(f"classes-per-client is {settings.classes_per_client}, the data have {classes} classes")

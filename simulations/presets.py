@@ -16,6 +16,8 @@ PRESETS: Mapping[str, Mapping[str, Value]] = {
         "alpha": 0.3,
         "rounds": 5,
         "local_epochs": 5,
+        "holdout": 0.2,
+        "strategy": "fedavg,c2m3,c2m3+judged",
     },
     # one-shot federation of independently initialised MLPs
     "mnist": {

@@ -92,10 +92,12 @@ class Settings:
     width: float = _option(1.0, "factor on the channels of convolutional networks", above=0)
     clients: int = _option(5, "clients, one per partition of the training images", at_least=1)
     partition: str = _option(
-        "dirichlet", "how labels are spread over clients", choices=("iid", "dirichlet", "pathological")
+        "dirichlet", "how labels are spread over clients", choices=("iid", "dirichlet", "pathological", "shards")
     )
     alpha: float = _option(0.5, "concentration of the Dirichlet partition", above=0)
-    classes_per_client: int = _option(2, "classes of each client in the pathological partition", at_least=1)
+    classes_per_client: int = _option(
+        2, "classes of each client in the pathological partition, shards of each in that of shards", at_least=1
+    )
     initialisation: str = _option(
         "independent", "do clients start round 1 from one model or each from its own", choices=("independent", "shared")
     )

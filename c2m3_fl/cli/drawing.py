@@ -19,6 +19,9 @@ _COLOURS = {  # Okabe and Ito's palette, told apart without red and green
     "fedmedian": "#CC79A7",
     "c2m3": "#0072B2",
     "c2m3+repair": "#D55E00",
+    "c2m3+default": "#E69F00",
+    "c2m3+client-refit+head": "#009E73",
+    "c2m3+judged": "#D55E00",
 }
 _INK, _FAINT = "#333333", "#dddddd"
 _REFERENCES: dict[str, tuple[Callable[[Round], float], str]] = {
@@ -59,7 +62,7 @@ def _lines(axes: Axes, comparison: Comparison) -> None:
         axes.plot(numbers, [_best(comparison, number, value) for number in numbers], style, color=_INK, label=label)
     for strategy in comparison.strategies:
         values = [_accuracies(comparison.at(strategy, number)) for number in numbers]
-        colour = _COLOURS[strategy]
+        colour = _colour(comparison, strategy)
         axes.plot(numbers, [mean(row) for row in values], "o-", color=colour, linewidth=2.2, label=TITLES[strategy])
         if len(comparison.seeds) > 1:
             low, high = [min(row) for row in values], [max(row) for row in values]
@@ -75,9 +78,20 @@ def _bars(axes: Axes, comparison: Comparison) -> None:
         values = _accuracies(comparison.at(strategy, 1))
         height = mean(values)
         spread = [[height - min(values)], [max(values) - height]] if len(values) > 1 else None
-        axes.bar(position, height, 0.6, color=_COLOURS[strategy], yerr=spread, ecolor=_INK, capsize=4)
+        axes.bar(position, height, 0.6, color=_colour(comparison, strategy), yerr=spread, ecolor=_INK, capsize=4)
         axes.annotate(f"{height:.1%}", (position, 0.02), ha="center", color="white", fontweight="bold")
     axes.set_xticks(range(len(comparison.strategies)), [TITLES[name] for name in comparison.strategies])
+
+
+def _colour(comparison: Comparison, strategy: str) -> str:
+    """Of the table above, or for a strategy that is not in it the next of twenty others."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    if strategy in _COLOURS:
+        return _COLOURS[strategy]
+    others = [name for name in comparison.strategies if name not in _COLOURS]
+    return to_hex(colormaps["tab20"](others.index(strategy) % 20))
 
 
 def _accuracies(rounds: Sequence[Round]) -> list[float]:
@@ -91,9 +105,10 @@ def _best(comparison: Comparison, number: int, value: Callable[[Round], float]) 
 
 def _title(comparison: Comparison) -> str:
     settings = comparison.settings
-    spread = {"iid": "IID", "dirichlet": f"Dirichlet {settings['alpha']:g}", "pathological": "pathological"}
+    partition = str(settings["partition"])
+    spread = {"iid": "IID", "dirichlet": f"Dirichlet {settings['alpha']:g}"}.get(partition, partition)
     many = f", {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
     return (
         f"{settings['data']}, {settings['model']}: {settings['clients']} clients, "
-        f"{spread[str(settings['partition'])]} partition, {settings['initialisation']} initialisation{many}"
+        f"{spread} partition, {settings['initialisation']} initialisation{many}"
     )

@@ -38,7 +38,14 @@ def test_a_smaller_alpha_concentrates_the_labels():
     assert largest_share(0.1) > 2 * largest_share(100.0)
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
+def test_shards_leave_no_class_out_and_give_every_client_few():
+    labels = np.repeat(np.arange(10), 130)
+    parts = partition(labels, Settings(partition="shards", clients=5), seed=0)
+    assert sorted(np.concatenate(parts)) == list(range(1300))
+    assert [len(np.unique(labels[part])) for part in parts] == [2] * 5
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "shards"])
 def test_the_seed_decides(kind):
     settings = Settings(partition=kind)
     first, again = (partition(LABELS, settings, seed=5) for _ in range(2))
