@@ -1,8 +1,8 @@
 """From cells of units that play the same role to groups that a spec can express: a forest of blocks, one level deep.
 
-Cells whose units correspond one to one move together and become one *bundle*. A bundle whose units lie in the blocks
-of another is nested in it. Where two block structures cross, or blocks nest more than one level deep, the structure
-with the least freedom is *frozen*: its units keep their rank inside the block that holds them.
+Cells whose units correspond one to one move together and form one *bundle*. A bundle whose units lie in the blocks of
+another is nested in it. A spec expresses neither crossing blocks nor blocks nested more than one level deep. In both
+cases the structure with the least freedom is *frozen*: its units keep their rank inside their block.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Forest:
     sizes : ndarray, shape (bundles,)
         Number of units of every bundle.
     bundle : ndarray, shape (classes,)
-        The bundle that a class belongs to, or -1 where nothing can move.
+        The bundle that a class belongs to, or -1 if the class cannot move.
     unit : ndarray, shape (classes,)
         The unit of the bundle that a class is part of.
     cell : ndarray, shape (classes,)
         Classes of one cell are corresponding parts of their units.
     parent : mapping of int to (int, ndarray)
-        For nested bundles the bundle that holds them, and the block, a unit of it, of each of their units.
+        For each nested bundle: the bundle of its blocks, and the block (a unit of that bundle) of each of its units.
     products : mapping of int to ((int, ndarray), (int, ndarray))
-        Bundles whose units are pairs of units of two others, each pair that shares a block once: those bundles, and
-        the unit of each that every unit is made of.
+        Bundles whose units are pairs of units of two others; each pair that shares a block occurs once. Per factor: the
+        other bundle, and the unit of it in each pair.
     frozen : tuple of (ndarray, str)
-        Classes that could move more freely than a spec expresses, and why they do not.
+        Classes that could move more freely than a spec expresses, and the reason why they do not.
     """
 
     sizes: Atoms
@@ -58,7 +58,7 @@ class _Unsettled(Exception):  # noqa: N818  # not an error: control returns to r
 
 
 def settle(facts: Facts, on_axis: Atoms) -> Forest:
-    """Refine and freeze until what is left can be expressed.
+    """Refine and freeze until a spec can express the rest.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def settle(facts: Facts, on_axis: Atoms) -> Forest:
 
 
 class _Arrangement:
-    """Cells of one refinement, bundled; raises `_Unsettled` with added facts until it is a forest."""
+    """Cells of one refinement, bundled; raises `_Unsettled` with added facts unless they form a forest."""
 
     def __init__(self, facts: Facts, colours: Atoms, on_axis: Atoms) -> None:
         self.facts = facts
@@ -114,7 +114,7 @@ class _Arrangement:
         whole = components(self.facts.size, first, second)
         moving = np.flatnonzero(self.moves)
         pairs, counts = np.unique(np.stack([whole[moving], self.colours[moving]]), axis=1, return_counts=True)
-        if (counts > 1).any():  # a unit tied to itself in another place: no rank could stay consistent
+        if (counts > 1).any():  # a unit tied to itself in another place: no rank is consistent
             cell = pairs[1, counts > 1].min()
             found = np.flatnonzero(self.colours == cell)
             self._freeze(found, np.arange(len(found)), found, "its units are tied to one another out of order")
@@ -148,7 +148,7 @@ class _Arrangement:
         return maps
 
     def forest(self) -> Forest:
-        """Check that blocks nest, one level deep; derive what follows from the rest."""
+        """Check that blocks nest one level deep, and build the forest."""
         self._chains()
         pairs = {lower: self._product(lower) for lower in sorted(self.maps)}
         rest = [lower for lower, factors in pairs.items() if factors is None]
@@ -168,7 +168,7 @@ class _Arrangement:
         return Forest(self.sizes, bundle, self.unit, self.colours, nested, products, self.facts.frozen)
 
     def _chains(self) -> None:
-        """Blocks that determine other blocks are nested in them (or are the same): state it."""
+        """State the nesting of blocks that determine other blocks: they lie in them, or are the same."""
         derived: dict[tuple[int, int], Atoms] = {}
         for found in self.maps.values():
             for first, f in found.items():
@@ -182,9 +182,9 @@ class _Arrangement:
             self._relate([(self._face(low), self._face(high)[block]) for (low, high), block in derived.items()])
 
     def _product(self, lower: int) -> tuple[Factor, Factor] | None:
-        """The two bundles whose units these are pairs of, each pair that shares a block once; those on an axis last.
+        """The two bundles whose pairs of units these units are, the bundle on a parameter axis last; otherwise None.
 
-        Where no bundle stands for the blocks yet, one is stated first.
+        Each pair that shares a block must occur once. If no bundle represents the blocks yet, one is added first.
         """
         found = self.maps[lower]
         above = {upper for middle in found for upper in self.maps.get(middle, {})}
@@ -207,11 +207,11 @@ class _Arrangement:
             return None
         uppers = [self.maps.get(factor, {}) for factor in factors]
         if any(len(found) != (count > 1) or any(map(self.maps.get, found)) for found in uppers):
-            return None  # a spec has no words for the blocks that hold these
+            return None  # a spec cannot express blocks of these
         return (first, found[first]), (second, found[second])
 
     def _share(self, factors: list[int], joint: Atoms) -> bool:
-        """Whether some bundle has these very blocks."""
+        """Whether a bundle represents exactly these blocks."""
         known = [self.maps.get(factor, {}) for factor in factors]
         for upper in known[0].keys() & known[1].keys():
             blocks = np.concatenate([each[upper] for each in known])
@@ -228,7 +228,7 @@ class _Arrangement:
                 pairs = np.unique(np.stack([f, g]), axis=1)
                 grid = pairs.shape[1] == self.sizes[first] * self.sizes[second]
                 if grid and not self.matters[lower]:
-                    continue  # every pair exists once and no parameter hangs on it: both may move
+                    continue  # every pair occurs once, on no parameter axis: both may move
                 joint = components(int(self.sizes[first] + self.sizes[second]), pairs[0], self.sizes[first] + pairs[1])
                 options = [(first, joint[: self.sizes[first]]), (second, joint[self.sizes[first] :])]
                 chosen = min(options, key=lambda option: _freedom(option[1]))
@@ -252,7 +252,7 @@ class _Arrangement:
     # ------------------------------------------------------------------------------------------------- more facts
 
     def _freeze_bundle(self, bundle: int, block: Atoms, lower: int, reason: str) -> None:
-        """Let the units of a bundle keep their rank in their block, so that those of `lower` can be expressed."""
+        """Freeze the rank of a bundle's units in their blocks, so that a spec can express the units of `lower`."""
         members = np.flatnonzero(self.bundle == bundle)
         cell = members[self.colours[members] == self.colours[members].min()]
         held = np.flatnonzero(self.bundle == lower)
@@ -264,7 +264,7 @@ class _Arrangement:
         raise _Unsettled(replace(self.facts, marks=marks, frozen=(*self.facts.frozen, (held, reason))))
 
     def _relate(self, pairs: list[tuple[Atoms, Atoms]], added: int = 0) -> None:
-        """State that the first classes of each pair lie in the second, `added` of which nothing has stood for yet."""
+        """State that the first classes of each pair lie in the second, `added` of which are new classes."""
         facts = self.facts
         kinds = [
             np.broadcast_to(mix(-(2**42), len(facts.kinds), number).view(np.int64), len(below))

@@ -23,7 +23,7 @@ def build_spec(
     Parameters
     ----------
     structure : Structure
-        What tracing found, about tensors under the first of their names.
+        The facts of tracing. Tied tensors occur under their first name.
     state : mapping of str to Tensor
         The state dict.
     first_name : mapping of str to str
@@ -76,7 +76,7 @@ class _Builder:
     # ------------------------------------------------------------------------------------------------------- units
 
     def _ranks(self) -> dict[int, Atoms]:
-        """Place of every unit in its group: by first coordinate in the state dict, block by block when nested."""
+        """Rank of every unit in its group: by first coordinate in the state dict, block by block if nested."""
         forest = self.forest
         keys = {}
         for bundle in map(int, np.unique(forest.bundle[forest.bundle >= 0])):
@@ -98,7 +98,7 @@ class _Builder:
         return ranks
 
     def _names(self) -> dict[int, str]:
-        """Readable, unique names, in the order of first appearance in the state dict, blocks before what they hold."""
+        """Readable, unique names, in the order of first appearance in the state dict, blocks before their units."""
         place = {key: index for index, key in enumerate(self.axes)}
         holders = {upper for upper, _ in self.forest.parent.values()}
         homes = self._homes(place)
@@ -111,7 +111,7 @@ class _Builder:
         return names
 
     def _homes(self, place: Mapping[AxisKey, int]) -> dict[int, AxisKey]:
-        """The axis that names each group: the first that computes its units; for blocks, that of what they hold."""
+        """The axis that names each group: the first that computes its units; for blocks, that of the units in them."""
         produced = [key for key in place if key in self.structure.outputs]
         homes: dict[int, AxisKey] = {}
         for key in [*produced, *place]:
@@ -127,7 +127,7 @@ class _Builder:
         return homes
 
     def _factors(self, bundle: int) -> tuple[int, ...]:
-        """The bundles that move the units of one: the two that a product is made of, otherwise itself."""
+        """The bundles that move the units of a bundle: the two factors of a product, otherwise itself."""
         factors = self.forest.products.get(bundle)
         return (bundle,) if factors is None else (factors[0][0], factors[1][0])
 
@@ -169,7 +169,7 @@ class _Builder:
         return causes
 
     def _cause(self, atom: int) -> Cause:
-        """Why an atom stays: what pinned itself, a unit tied to it, or the block that holds it."""
+        """Why an atom stays: it was pinned, or a unit tied to it, or its block."""
         own = self.pinned_by[atom]
         if own >= 0:
             cause: Cause = self.structure.pins[own][1]
@@ -179,7 +179,7 @@ class _Builder:
     def _pins(self, tensor: str, dim: int) -> list[Pin]:
         atoms = self.axes.get((tensor, dim), np.empty(0, np.int64))
         classes = self.facts.classes[atoms]
-        still = atoms[self.forest.bundle[classes] < 0] if len(atoms) > 1 else atoms[:0]  # one alone has no choice
+        still = atoms[self.forest.bundle[classes] < 0] if len(atoms) > 1 else atoms[:0]  # a single unit cannot move
         found = dict.fromkeys(self._cause(int(one)) for one in still)
         moving = classes[self.forest.bundle[classes] >= 0]
         found |= dict.fromkeys(Cause(why) for held, why in self.forest.frozen if np.isin(moving, held).any())

@@ -1,9 +1,9 @@
 """Which units play the same role: colour refinement of the facts that tracing found.
 
-Ties merge atoms into *classes*. Within its class an atom has a *role*: the axis it comes from and its rank there, the
-slot of a spec's segment. Exchanging two classes moves atoms to the atoms of the same role, so classes may have one
-colour only if all statements about them, role by role, are the same. Colours then spread along relations until
-nothing splits any further. Classes of one colour form a *cell*.
+Ties merge atoms into *classes*. The *role* of an atom within its class is the axis it comes from and its rank there;
+it becomes the slot of a spec's segment. Exchanging two classes moves atoms to atoms of the same role. Two classes
+therefore start with the same colour only if all facts about them agree, role by role. Colours are then refined along
+relations until no colour splits. Classes of one colour form a *cell*.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Facts:
     size : int
         Number of classes.
     marks : ndarray of uint64, shape (size,)
-        A hash of what each class is by itself.
+        A hash of the facts about each class alone.
     kinds, children, parents : ndarray, shape (relations,)
-        Class `children[i]` lies in block `parents[i]`; `kinds[i]` tells statements, and roles within them, apart.
+        Class `children[i]` lies in block `parents[i]`; `kinds[i]` numbers the statement and the roles.
     frozen : tuple of (ndarray, str)
-        Classes that lost freedom because no spec expresses it, and what they lost.
+        Classes whose freedom was reduced because no spec expresses it, and the reason.
     """
 
     classes: Atoms

@@ -1,14 +1,14 @@
 """What tracing learns about a network's units, as plain relations between *atoms*.
 
-Every coordinate of every axis of every parameter is an atom, a unit until proven otherwise; block structures
-(attention heads, channel groups) are atoms of their own. Tracing only ever states four kinds of facts:
+Every coordinate of every axis of every parameter is an atom: a unit of its own unless a fact says otherwise. Blocks
+(attention heads, channel groups) are further atoms. Tracing states four kinds of facts:
 
     tie       these two coordinates carry the same unit
     relate    this unit lies in that block: blocks move as wholes
-    gather    these units form a set: they may only be exchanged among themselves
+    gather    these units form a set: only members of the set may be exchanged
     pin       this unit stays where it is, for this reason
 
-`c2m3_fl.symmetry.build_spec` turns the facts into groups, once all of them are known.
+Once all facts are known, `c2m3_fl.symmetry.build_spec` turns them into groups.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Structure:
     diagonal : dict of str to int
         Number of diagonal blocks of the weights of grouped convolutions.
     outputs : dict of (str, int) to None
-        Axes that produce units (rows of a linear layer), in the order of their first use: they name groups.
+        Axes that compute units (rows of a linear layer), in the order of their first use. Groups are named after them.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Structure:
         self._blocks: dict[tuple[bytes, int], Atoms] = {}
 
     def fresh(self, *shape: int) -> Atoms:
-        """New atoms that nothing is known about."""
+        """New atoms, about which no fact is known."""
         count = int(np.prod(shape, dtype=np.int64))
         self.starts.append(self.size)
         self.size += count
@@ -81,7 +81,7 @@ class Structure:
     def virtual(self, tensor: str, blocks: int, width: int) -> Atoms | None:
         """Atoms of the virtual axis 1 of a block-diagonal weight, shape (blocks, width).
 
-        None when the same tensor already serves with another number of blocks.
+        None if the same tensor is already used with another number of blocks.
         """
         if self.diagonal.get(tensor, blocks) != blocks:
             return None
@@ -106,7 +106,7 @@ class Structure:
         self.relations.append((children.ravel(), parents.ravel()))
 
     def gather(self, atoms: Atoms) -> None:
-        """State that these units are a set: together they enter something that ignores their order."""
+        """State that these units are a set: they are the arguments of a symmetric function."""
         flat = np.ascontiguousarray(atoms).ravel()
         self.sets.setdefault(flat.tobytes(), flat)
 

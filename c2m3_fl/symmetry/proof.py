@@ -1,4 +1,4 @@
-"""Proof by numbers: a network with permuted units must compute the same outputs."""
+"""Numerical proof: a network with permuted units must compute the same outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.network.calibration import Inputs
 from c2m3_fl.network.exporting import aliases, mode, plain_attention, require_runs
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; what rounding alone stays below
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; rounding alone stays below
 
 
 class Prover:
@@ -44,7 +44,7 @@ class Prover:
         self._first_name = aliases(model)
         try:
             self._prepare(model, inputs, torch.float64, seed)
-        except Exception:  # a constant or a cast inside the network insists on single precision
+        except Exception:  # a constant or a cast inside the network requires single precision
             with mode(model, training=training):
                 require_runs(model, inputs)
             self._prepare(model, inputs, torch.float32, seed)
@@ -67,7 +67,7 @@ class Prover:
     def error(self, spec: PermutationSpec, chosen: Collection[str] | None = None) -> float:
         """Largest relative change of any output when a random permutation moves each of the `chosen` groups (all).
 
-        Infinite where nothing can be told, because all outputs are zero or not finite.
+        Infinite if all outputs are zero or not finite: then no change would show.
         """
         if not any(_tells(leaf) for leaf in self._expected):
             return float("inf")
@@ -88,7 +88,7 @@ class Prover:
 
 
 def stirring(spec: PermutationSpec, generator: torch.Generator) -> dict[str, Tensor]:
-    """A random permutation that moves units of every group, also of small ones."""
+    """A random permutation that is not the identity on any group, however small."""
     perm = random(spec, generator)
     for name in spec.roots:
         if torch.equal(perm[name], torch.arange(len(perm[name]))):
@@ -104,7 +104,7 @@ def stirring(spec: PermutationSpec, generator: torch.Generator) -> dict[str, Ten
 
 
 def restrict(spec: PermutationSpec, perm: Permutation, chosen: Collection[str]) -> dict[str, Tensor]:
-    """The part of a permutation that moves only the `chosen` groups; units of others follow their blocks."""
+    """The part of a permutation that moves the `chosen` groups only; other nested units follow their blocks."""
     result = identity(spec)
     for name in spec.roots:
         if name in chosen:
@@ -120,7 +120,7 @@ def restrict(spec: PermutationSpec, perm: Permutation, chosen: Collection[str]) 
 
 
 def guilty(bad: Callable[[list[str]], bool], groups: list[str]) -> list[str]:
-    """The groups that fail, by bisection; the first half of those that only fail together."""
+    """The groups that fail, by bisection. Of groups that fail only together, the first half."""
     if not groups or not bad(groups):
         return []
     if len(groups) == 1:
@@ -130,7 +130,7 @@ def guilty(bad: Callable[[list[str]], bool], groups: list[str]) -> list[str]:
 
 
 def generic(params: Params, generator: torch.Generator, first_name: Mapping[str, str]) -> dict[str, Tensor]:
-    """The same params with constant tensors randomised: nothing hides behind a zero (heads) or a one (scales)."""
+    """The same params with constant tensors randomised: zeros (heads) or ones (scales) would hide an error."""
     result: dict[str, Tensor] = {}
     for name, value in params.items():
         first = first_name.get(name, name)
@@ -160,7 +160,7 @@ def _cast(inputs: Inputs, dtype: torch.dtype, generator: torch.Generator) -> Inp
         if not value.is_floating_point():
             return value
         if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
-            value = torch.randn(value.shape, generator=generator)  # a blank example would hide what pixels are for
+            value = torch.randn(value.shape, generator=generator)  # constant inputs would hide errors
         return value.to(dtype)
 
     found: Inputs = pytree.tree_map(cast, inputs)
@@ -168,7 +168,7 @@ def _cast(inputs: Inputs, dtype: torch.dtype, generator: torch.Generator) -> Inp
 
 
 def _tells(output: Tensor) -> bool:
-    """Whether an output can show a change."""
+    """Whether an output would show a change."""
     return not output.is_floating_point() or bool((output.isfinite() & (output != 0)).any())
 
 

@@ -21,7 +21,7 @@ def reshape(structure: Structure, x: Labels, shape: Sequence[int]) -> Labels:
         return Labels.ordered(target)
     steps = sorted({*_borders(x.shape), *_borders(target)})
     if all(big % small == 0 for small, big in pairwise(steps)):
-        # Splitting before merging keeps apart what the merge does not touch.
+        # Split before merging: dimensions that the merge does not touch keep factors of their own.
         x = _regroup(structure, x, tuple(big // small for small, big in pairwise(steps)))
     return _regroup(structure, x, target)
 
@@ -56,7 +56,7 @@ def _regroup(structure: Structure, x: Labels, shape: Shape) -> Labels:
     fixed = {dim for before, after in runs if x.fixed & set(before) for dim in after if shape[dim] > 1}
     moved = [_move(factor, x.shape, shape, runs) for factor in factors]
     for old, new in zip(factors, moved, strict=True):
-        # Where one unit repeats along a new dimension its parts may differ: nothing says that they are copies.
+        # A unit that repeats along a new dimension has several parts there; no fact says that they are copies.
         fixed |= {dim for dim in _spread(old, shape, runs) if new.shape[dim] == 1}
     return Labels(shape, maximal(structure, moved), frozenset(fixed))
 
@@ -69,10 +69,10 @@ def _spread(factor: Atoms, shape: Shape, runs: Sequence[tuple[list[int], list[in
 
 
 def _fuse(structure: Structure, x: Labels, factors: list[Atoms], run: frozenset[int]) -> list[Atoms]:
-    """One factor instead of several on dimensions that are about to be merged: its units are pairs of theirs.
+    """Replace several factors on dimensions that are about to be merged by one, whose units are pairs of theirs.
 
-    Copies along a dimension without content of its own (keys that several queries share) are units too: whatever meets
-    them may be exchanged inside the block of one original.
+    Copies along a uniform dimension (keys that several queries share) become units as well: units that are combined
+    with copies of the same original may be exchanged with one another.
     """
     touched = [factor for factor in factors if support(factor) & run]
     covered = frozenset().union(*(support(factor) for factor in touched))
@@ -118,7 +118,7 @@ def copies(structure: Structure, x: Labels, dim: int, count: int) -> Labels:
 
 
 def concatenate(structure: Structure, pieces: Sequence[Labels], dim: int) -> Labels:
-    """Join along a dimension; what has units there keeps them, the rest gets units that only stay or swap inside."""
+    """Join along a dimension. Pieces with units there keep them; others get new units, pinned if they are ordered."""
     dim = pieces[0].dim(dim)
     pieces = [x for x in pieces if x.shape[dim] > 0]
     if len(pieces) == 1:
@@ -145,9 +145,9 @@ def concatenate(structure: Structure, pieces: Sequence[Labels], dim: int) -> Lab
 
 
 def _told_apart(structure: Structure, covers: Sequence[Atoms]) -> Iterator[Atoms]:
-    """Units of pieces; where a piece holds those of one before, atoms of its own that are tied to them.
+    """Units of the pieces; a piece that repeats units of an earlier one gets new atoms that are tied to them.
 
-    Which piece a part of a unit comes from would be lost otherwise, once both are interleaved.
+    Without new atoms, interleaving would lose which piece a part of a unit comes from.
     """
     seen = np.empty(0, np.int64)
     for cover in covers:
@@ -161,7 +161,7 @@ def _told_apart(structure: Structure, covers: Sequence[Atoms]) -> Iterator[Atoms
 
 
 def _stacked(pieces: Sequence[Labels], dim: int) -> frozenset[int]:
-    """Support of the joint units when different tensors are stacked: every one keeps its own."""
+    """Support of the joint units if different tensors are stacked, each with units of its own."""
     single = all(x.shape[dim] == 1 and len(x.factors) == 1 for x in pieces)
     if not single or all(np.array_equal(x.factors[0], pieces[0].factors[0]) for x in pieces):
         return frozenset()

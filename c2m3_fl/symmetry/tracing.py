@@ -18,25 +18,25 @@ from c2m3_fl.symmetry.rules.elementwise import constant, elementwise
 from c2m3_fl.symmetry.rules.registry import RULES, Call, Result, Rule, unknown
 from c2m3_fl.symmetry.unit_labels import Labels, Shape, combine, in_order
 
-_FOLDED = 2**22  # constants beyond this many entries are not evaluated, only taken as ordered
+_FOLDED = 2**22  # results with more entries are not evaluated: they count as ordered
 
 
 def label_graph(program: ExportedProgram, model: nn.Module, structure: Structure) -> set[str]:
-    """Add all facts that one exported forward pass reveals to `structure`.
+    """Add all facts of one exported forward pass to `structure`.
 
     Returns
     -------
     set of str
-        State-dict names, without further names of tied tensors, of the tensors that the pass uses.
+        State-dict names of the tensors that the pass uses; tied tensors by their first name.
     """
     return _Labeller(program, model, structure).run()
 
 
 def is_plain(program: ExportedProgram) -> bool:
-    """Whether every operator has a rule, and those that write in place write what a later reader may see.
+    """Whether every operator has a rule, and operators that write in place leave all labels valid.
 
-    ``relu_`` keeps the units of every coordinate. ``x += y`` does, too, where `x` is computed from parameters or
-    inputs, not a constant: their units are tied, so the labels of `x` and of its views stay true.
+    ``relu_`` keeps the unit of every coordinate. So does ``x += y`` if `x` is computed from parameters or inputs and is
+    not a constant: the units of `x` and `y` are tied, so the labels of `x` and of its views stay valid.
     """
     constants = {
         spec.arg.name
@@ -67,7 +67,7 @@ def _in_place(node: fx.Node) -> bool:
 
 
 def _rule_name(node: fx.Node) -> str:
-    """Name of an operator's rule: without overload, that of the functional operator for one in place."""
+    """Name of an operator's rule: without overload; for an in-place operator, that of the functional one."""
     name = ".".join(str(node.target).split(".")[:2])
     return name.removesuffix("_") if _in_place(node) else name
 

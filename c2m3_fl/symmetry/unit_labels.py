@@ -1,4 +1,4 @@
-"""Which unit every coordinate of a tensor belongs to, and how layout and arithmetic carry that along.
+"""Which unit every coordinate of a tensor belongs to, and how operators on layout and values change that.
 
 The units of a tensor are described by *factors*: integer arrays of atoms that broadcast against the tensor. A factor
 has full size on the dimensions that its units depend on (its *support*) and size 1 elsewhere:
@@ -8,8 +8,8 @@ has full size on the dimensions that its units depend on (its *support*) and siz
     values per head (N, heads, T, d)       one factor,  (1, heads, 1, d): a unit lives in its head
 
 A dimension outside every support is *fixed* (its content is ordered: pixels, tokens) or uniform (constant along it).
-Layout operators act literally on the arrays, so a flatten repeats a channel's atom once per pixel, and
-concatenation, interleaving or packed projections need no rule of their own.
+Layout operators are applied to the arrays of atoms themselves: a flatten repeats a channel's atom once per pixel.
+Concatenation, interleaving and packed projections therefore need no special rule.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Labels:
 
     @classmethod
     def ordered(cls, shape: Sequence[int]) -> Labels:
-        """Content that no permutation reaches: every dimension is fixed."""
+        """Ordered content, such as an input: every dimension is fixed."""
         return cls(tuple(shape), (), frozenset(dim for dim, size in enumerate(shape) if size > 1))
 
     @property
@@ -82,7 +82,7 @@ def project(structure: Structure, factor: Atoms, dims: Iterable[int]) -> Atoms:
 
 
 def maximal(structure: Structure, factors: Iterable[Atoms]) -> tuple[Atoms, ...]:
-    """The factors whose support lies in no other's; a factor without support is a set of one unit."""
+    """The factors whose support is not contained in another's; a factor without support is a set of one unit."""
     kept: list[Atoms] = []
     for factor in sorted(factors, key=lambda factor: -len(support(factor))):
         if not support(factor):
@@ -105,7 +105,7 @@ def align(x: Labels, ndim: int) -> Labels:
 
 
 def combine(structure: Structure, *operands: Labels) -> Labels:
-    """Elementwise operator with broadcasting: coordinates that meet carry the same unit."""
+    """Elementwise operator with broadcasting: coordinates that are combined carry the same unit."""
     ndim = max(x.ndim for x in operands)
     aligned = [align(x, ndim) for x in operands]
     shape = np.broadcast_shapes(*(x.shape for x in aligned))
@@ -117,7 +117,7 @@ def combine(structure: Structure, *operands: Labels) -> Labels:
 
 
 def _meet(structure: Structure, x: Labels, y: Labels) -> None:
-    """State what follows when two aligned operands meet coordinate by coordinate."""
+    """State what follows when two aligned operands are combined coordinate by coordinate."""
     for factor in x.factors:
         for other in y.factors:
             common = support(factor) & support(other)
@@ -173,7 +173,7 @@ Index = Hashable
 def einsum(
     structure: Structure, terms: Sequence[Sequence[Index]], output: Sequence[Index], operands: Sequence[Labels]
 ) -> Labels:
-    """Sum of products: one index per dimension of every operand, those missing in `output` are summed over."""
+    """Sum of products: one index per dimension of every operand. Indices missing in `output` are summed over."""
     order = list(dict.fromkeys(index for term in terms for index in term))
     order.sort(key=lambda index: output.index(index) if index in output else len(output))
     spread = []

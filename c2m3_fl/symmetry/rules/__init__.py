@@ -1,6 +1,6 @@
 """One rule per ATen operator, one file per family of operators: how the axes of inputs and outputs correspond.
 
-Importing the package registers all of them.
+Importing this package registers all rules.
 """
 
 from c2m3_fl.symmetry.rules import contraction, elementwise, normalisation, pooling, recurrent, reduction, reshape

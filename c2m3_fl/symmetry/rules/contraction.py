@@ -67,7 +67,7 @@ def einstein(call: Call, equation: str, operands: Sequence[Labels], **_: Argumen
         longest = max((sum(x.startswith(".") for x in term) for term in terms), default=0)
         output = _letters(right, longest + len(right.replace("...", "")))
     for term, x in zip(terms, operands, strict=True):
-        if len(set(term)) < len(term):  # a diagonal
+        if len(set(term)) < len(term):  # a repeated index takes a diagonal
             in_order(call.structure, x, range(x.ndim), f"no rule for the diagonal in {equation!r}")
             return Labels.ordered(call.shape)
     return einsum(call.structure, terms, output, list(operands))
@@ -98,7 +98,7 @@ def transposed(call: Call, x: Labels, weight: Labels, bias: Labels | None = None
 
 @rule("aten.convolution")
 def general(call: Call, x: Labels, weight: Labels, bias: Labels | None, *args: Argument) -> Result:
-    """Either of the two; the arguments are stride, padding, dilation, transposed, output padding, groups."""
+    """Convolution or its transpose; `args`: stride, padding, dilation, transposed, output padding, groups."""
     turn: Rule = transposed if args[3] else convolution
     return turn(call, x, weight, bias, *args[:3], args[5])
 
@@ -121,14 +121,14 @@ def _convolve(call: Call, x: Labels, weight: Labels, bias: Labels | None, groups
 
 
 def _without(x: Labels, pixels: int) -> Labels:
-    """The first dimensions only, once nothing depends on the last ones."""
+    """Drop the last dimensions, on which no factor may depend."""
     kept = x.ndim - pixels
     factors = tuple(factor.reshape(factor.shape[:kept]) for factor in x.factors)
     return Labels(x.shape[:kept], factors, frozenset(dim for dim in x.fixed if dim < kept))
 
 
 def _kernel(call: Call, weight: Labels, groups: int) -> Labels:
-    """Weight of a convolution as (blocks, axis 0 of a block, axis 1 of a block); its pixels are ordered."""
+    """Weight of a convolution as (blocks, axis 0 of a block, axis 1 of a block); its pixels are pinned."""
     structure = call.structure
     pixels = range(2, weight.ndim)
     flat = _without(in_order(structure, weight, pixels, "position in a convolution kernel"), len(pixels))

@@ -23,7 +23,7 @@ _BINARY = (
 @rule(*(f"aten.{name}" for name in _UNARY.split()))
 @rule(*(f"aten.{name}" for name in _BINARY.split()))
 def elementwise(call: Call, *args: Argument, **kwargs: Argument) -> Labels:
-    """Coordinates that meet carry the same unit."""
+    """Coordinates that are combined carry the same unit."""
     return combine(call.structure, *tensors([*args, *kwargs.values()]))
 
 
@@ -35,7 +35,7 @@ def constant(call: Call, *_: Argument, **__: Argument) -> Labels:
 
 @rule("aten.fill", "aten.empty_like", "aten.zero")
 def fill(call: Call, x: Labels, value: Argument = 0, **_: Argument) -> Labels:
-    """The same number everywhere, also when it is computed."""
+    """The same number everywhere, a constant or a computed one."""
     return Labels(call.shape)
 
 
@@ -53,12 +53,12 @@ def copy(call: Call, target: Labels, source: Labels, *_: Argument) -> Labels:
 
 @rule("aten.tril", "aten.triu")
 def triangle(call: Call, x: Labels, *_: Argument) -> Labels:
-    """Reads the last two dimensions in order."""
+    """Read the last two dimensions in order."""
     return in_order(call.structure, x, [-2, -1])
 
 
 def per_channel(call: Call, x: Labels, *params: Labels | None) -> Labels:
-    """Parameters and statistics of shape (C,) meet dimension 1 of `x`, shape (N, C, …)."""
+    """Combine parameters and statistics of shape (C,) with dimension 1 of `x`, shape (N, C, …)."""
     spread = [insert(value, range(1, x.ndim - 1)) for value in params if value is not None]
     return combine(call.structure, x, *spread)
 

@@ -10,7 +10,7 @@ from c2m3_fl.symmetry.unit_labels import Labels, in_order
 
 
 def _resample(call: Call, x: Labels, spatial: int) -> Labels:
-    """Anything that works on every channel alike and reads the last dimensions in order."""
+    """An operator that treats all channels alike and reads the last dimensions in order."""
     x = in_order(call.structure, x, range(x.ndim - spatial, x.ndim), "position in an image")
     dims = {dim for dim in range(x.ndim - spatial, x.ndim) if call.shape[dim] > 1}
     return Labels(call.shape, x.factors, frozenset(dim for dim in x.fixed if dim < x.ndim - spatial) | dims)

@@ -103,5 +103,5 @@ def _layer(
 
 
 def _together(call: Call, pre: Labels, gates: int) -> Labels:
-    """The gates of a unit meet in its state."""
+    """Combine the gates of each unit, as its state does."""
     return combine(call.structure, *(select(call.structure, pre, 2, gate) for gate in range(gates)))

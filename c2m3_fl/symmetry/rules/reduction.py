@@ -9,7 +9,7 @@ from c2m3_fl.symmetry.unit_labels import Labels, combine, in_order, normalise, r
 
 
 def every(x: Labels, dims: Argument) -> list[int]:
-    """The dimensions that an optional argument names; all of them for None or an empty list."""
+    """The dimensions that an optional argument names; all dimensions for None or an empty list."""
     if dims is None or (isinstance(dims, Sequence) and not dims):
         return list(range(x.ndim))
     return [x.dim(dim) for dim in (dims if isinstance(dims, Sequence) else [dims])]
@@ -77,6 +77,6 @@ def softmax(call: Call, x: Labels, dim: int, *_: Argument, **__: Argument) -> La
 
 @rule("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin")
 def cumulative(call: Call, x: Labels, dim: int, **_: Argument) -> Result:
-    """Reads one dimension in order."""
+    """Read one dimension in order."""
     found = in_order(call.structure, x, [dim])
     return found if len(call.outputs) == 1 else (found, found)

@@ -1,7 +1,7 @@
-"""The registry of operator rules: one per ATen operator, from the labels of its inputs to those of its outputs.
+"""The registry of operator rules: a rule maps the labels of an operator's inputs to those of its outputs.
 
-A rule is called with a `Call` and with the operator's own arguments, tensors replaced by their `Labels`. The inputs
-of an operator without a rule are pinned and reported (`unknown`), never guessed.
+A rule is called with a `Call` and with the operator's own arguments, tensors replaced by their `Labels`. If an
+operator has no rule, its inputs are pinned and the pins name it (`unknown`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Call:
     Attributes
     ----------
     structure : Structure
-        Where rules state what they find.
+        The object that takes the rule's facts.
     outputs : tuple of (tuple of int)
         Shapes of the tensors that the operator returns.
     values : mapping of int to ndarray
-        For arguments whose content is known at tracing time (constant indices), the values by position.
+        Values of arguments that are known at tracing time (constant indices), by position.
     """
 
     structure: Structure
@@ -47,7 +47,7 @@ class Call:
 
 
 def rule(*names: str) -> Callable[[RuleT], RuleT]:
-    """Register a rule for ATen operators, whatever their overload; `names` are like ``"aten.relu"``.
+    """Register a rule for operators and all their overloads; `names` are like ``"aten.relu"``.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def tensors(args: Iterable[Argument]) -> list[Labels]:
 
 
 def unknown(call: Call, *args: Argument, **kwargs: Argument) -> Result:
-    """An operator without a rule: its inputs stay where they are."""
+    """The rule of operators without a rule: all axes of the inputs are pinned."""
     for x in tensors([*args, *kwargs.values()]):
         in_order(call.structure, x, range(x.ndim), f"no rule for {call.structure.operator}")
     return as_output([Labels.ordered(shape) for shape in call.outputs])

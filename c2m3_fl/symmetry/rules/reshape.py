@@ -18,7 +18,7 @@ from c2m3_fl.symmetry.unit_labels import Labels, combine, expand, in_order, inse
 )
 @rule("aten.unsqueeze", "aten.view_as", "aten.reshape_as", "aten.atleast_1d", "aten.atleast_2d")
 def view(call: Call, x: Labels, *_: Argument) -> Labels:
-    """Same entries in row-major order; the output's shape says everything."""
+    """Same entries in row-major order, in the shape of the output."""
     return reshape(call.structure, x, call.shape)
 
 
@@ -46,7 +46,7 @@ def transpose(call: Call, x: Labels, first: int = -1, second: int = -2) -> Label
 
 @rule("aten.movedim", "aten.moveaxis")
 def movedim(call: Call, x: Labels, source: Argument, target: Argument) -> Labels:
-    """Some dimensions taken to other places."""
+    """Move some dimensions to other places."""
     sources = [x.dim(dim) for dim in (source if isinstance(source, Sequence) else [source])]
     targets = [x.dim(dim) for dim in (target if isinstance(target, Sequence) else [target])]
     order = [dim for dim in range(x.ndim) if dim not in sources]
@@ -91,7 +91,7 @@ def broadcast(call: Call, x: Labels, *_: Argument, **__: Argument) -> Labels:
 
 @rule("aten.repeat", "aten.tile")
 def repeat(call: Call, x: Labels, repeats: Sequence[int]) -> Labels:
-    """The whole tensor again and again along dimensions."""
+    """Repeat the whole tensor along dimensions."""
     x = insert(x, range(len(call.shape) - x.ndim))
     for dim, size in enumerate(call.shape):
         if size != x.shape[dim]:
@@ -142,7 +142,7 @@ def narrow(call: Call, x: Labels, dim: int, start: int, length: int) -> Labels:
     "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_split", "aten.unsafe_chunk"
 )
 def split(call: Call, x: Labels, sizes: Argument, dim: int = 0) -> tuple[Labels, ...]:
-    """Runs of entries along a dimension; the outputs' shapes say how long."""
+    """Runs of entries along a dimension, as long as the shapes of the outputs."""
     dim, start, parts = x.dim(dim), 0, []
     for shape in call.outputs:
         parts.append(take(call.structure, x, dim, np.arange(start, start + shape[dim])))
@@ -166,7 +166,7 @@ def flip(call: Call, x: Labels, dims: Sequence[int]) -> Labels:
 
 @rule("aten.roll")
 def roll(call: Call, x: Labels, shifts: Argument, dims: Argument = ()) -> Labels:
-    """Entries moved along dimensions, those that fall out coming back in."""
+    """Move entries along dimensions, cyclically."""
     shifts, dims = ([value] if isinstance(value, int) else list(value) for value in (shifts, dims))
     if not dims:
         flat = reshape(call.structure, x, (int(np.prod(x.shape)),))
@@ -187,7 +187,7 @@ def index_select(call: Call, x: Labels, dim: int, index: Labels) -> Labels:
 
 @rule("aten.index")
 def index(call: Call, x: Labels, indices: Sequence[Labels | None]) -> Labels:
-    """Entries at the places of one index; several, or masks, read every indexed dimension in order."""
+    """Entries at the places of one index. Several indices, or masks, read every indexed dimension in order."""
     used = [dim for dim, value in enumerate(indices) if value is not None]
     given = [value for value in indices if value is not None]
     if len(used) == 1 and 1 in call.values and x.shape[used[0]] > 0 and call.values[1].dtype != np.bool_:
@@ -224,7 +224,7 @@ def slice_scatter(
     dim = x.dim(dim)
     places = np.arange(x.shape[dim])[slice(start, end, step)]
     if not source.factors and not source.fixed and any(factor.shape[dim] > 1 for factor in x.factors):
-        return combine(call.structure, x)  # a constant written over some units: their labels still fit
+        return combine(call.structure, x)  # a constant written over some units: their labels stay valid
     joined = concatenate(call.structure, [x, source], dim)
     order = np.arange(x.shape[dim])
     order[places] = x.shape[dim] + np.arange(len(places))
@@ -242,7 +242,7 @@ def select_scatter(call: Call, x: Labels, source: Labels, dim: int, index: int) 
 @rule("aten.constant_pad_nd", "aten.pad", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad2d")
 @rule("aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad3d")
 def pad(call: Call, x: Labels, widths: Sequence[int], mode: Argument = "constant", *_: Argument) -> Labels:
-    """A margin: constant next to units, ordered content elsewhere."""
+    """Add a margin: uniform if the dimension has units, otherwise ordered."""
     structure = call.structure
     labelled = {dim for factor in x.factors for dim, size in enumerate(factor.shape) if size > 1}
     for place in range(len(widths) // 2):
