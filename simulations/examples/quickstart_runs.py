@@ -17,7 +17,7 @@ from simulations.settings import Value
 
 APP = Path(__file__).parent / "quickstart"
 RESULTS = Path(__file__).parents[1] / "results" / "quickstart.json"
-STRATEGIES = ("fedavg", "c2m3")
+STRATEGIES = ("fedavg", "c2m3", "c2m3-head", "c2m3-refit")
 CLIENTS = 10
 
 

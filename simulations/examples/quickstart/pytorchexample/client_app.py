@@ -9,10 +9,12 @@ from datasets import Dataset
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from c2m3_fl.flower import answer_statistics
 from pytorchexample.data import loader, share
 from pytorchexample.task import Net, test, train
 
 app = ClientApp()
+answer_statistics(app, model=lambda context: Net(), data=lambda context: loader(own(context)[0], 256))
 
 
 @app.train()

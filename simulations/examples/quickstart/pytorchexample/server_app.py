@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
 from c2m3_fl import C2M3
+from c2m3_fl.flower import ClientRefit
 from pytorchexample.data import SERVER, cifar10, loader
 from pytorchexample.task import Net, test
 
@@ -27,6 +28,8 @@ def calibration() -> list[Tensor]:
 STRATEGIES: dict[str, Callable[[FedAvg], Strategy]] = {
     "fedavg": lambda fedavg: fedavg,
     "c2m3": lambda fedavg: C2M3(fedavg, model=Net(), calibration=calibration()),
+    "c2m3-head": lambda fedavg: C2M3(fedavg, model=Net(), calibration=calibration(), head="labels"),
+    "c2m3-refit": lambda fedavg: C2M3(fedavg, model=Net(), calibration=calibration(), recalibrate=ClientRefit()),
 }
 
 
