@@ -11,6 +11,7 @@ from flwr.supercore.run import Run
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import SimulationError
+from c2m3_fl.flower.private import readdress
 from c2m3_fl.flower.records import to_params
 
 PARTITION = "partition-id"
@@ -125,6 +126,5 @@ def _outgoing(message: Message, nodes: list[int]) -> Message:
 def _incoming(reply: Message) -> Message:
     """The reply, as if the client's id were the SuperNode's."""
     client, _, group = reply.metadata.group_id.partition("/")
-    reply.metadata.__dict__["_src_node_id"] = int(client)
-    reply.metadata.__dict__["_group_id"] = group
+    readdress(reply, source=int(client), group=group)
     return reply

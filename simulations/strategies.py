@@ -130,7 +130,9 @@ def c2m3_repair_moved(server: Server) -> C2M3:
 
 def _asking(server: Server, **options: Any) -> C2M3:  # noqa: ANN401  # C2M3's own
     """C2M3 that asks the clients in the last round; the server has no data."""
-    return C2M3(fedavg(server), model=server.model, example_inputs=server.calibration[0][:2], **options)
+    return C2M3(
+        fedavg(server), model=server.model, example_inputs=server.calibration[0][:2], **{"judge": None, **options}
+    )
 
 
 def c2m3_fedavgm(server: Server) -> C2M3:

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.core.state_dicts import check_finite
+from c2m3_fl.core.state_dicts import check_finite, same
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower.client_head import head_by_clients, report_head
 from c2m3_fl.flower.client_refit import refit_by_clients
@@ -27,6 +27,7 @@ from c2m3_fl.flower.server_side import recalibrate_aggregate
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.wrapped import typed_like
 from c2m3_fl.merging.recalibrate.auto import Auto
+from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.merging.recalibrate.registry import Recalibration
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair
 from c2m3_fl.merging.reports import Recalibrated
@@ -110,6 +111,8 @@ class Candidates:
         What was measured while making them.
     failed : int
         How many could not be made.
+    last : str
+        The candidate in which every step was taken that the evidence supports without a judge.
     """
 
     def __init__(self, setup: Setup, request: Request) -> None:
@@ -117,21 +120,41 @@ class Candidates:
         self.params: dict[str, Params] = {AGGREGATE: typed_like(setup.model.state_dict(), request.aggregate)}
         self.numbers: Numbers = {}
         self.failed = 0
+        self.last = AGGREGATE
         if request.aligned is not None:
             self._add_server_side(request.aligned)
         elif request.returned is not None:
             self.params["returned"] = typed_like(setup.model.state_dict(), request.returned)
+            self.last = "returned"
         if request.deploys and request.clients is not None:
             self._add_client_side(request.clients)
-        if setup.judge is not None and request.deploys and request.aligned is not None and request.returned is not None:
+        if self._compares_previous() and request.returned is not None:
             self.params["previous"] = typed_like(setup.model.state_dict(), request.returned)
 
     @property
-    def last(self) -> str:
-        """The candidate in which every step was taken: what is deployed where nobody judges."""
-        return [name for name in self.params if name != "previous"][-1]
+    def judged(self) -> dict[str, Params]:
+        """The candidates to compare, each network once; the aggregate alone where nobody is to judge."""
+        if self.setup.tentative and not self._open():
+            return {AGGREGATE: self.params[AGGREGATE]}
+        distinct: dict[str, Params] = {}
+        for name, params in self.params.items():
+            if not any(same(params, known) for known in distinct.values()):
+                distinct[name] = params
+        return distinct
 
-    def _add(self, name: str, make: Callable[[], Recalibrated]) -> None:
+    def _open(self) -> bool:
+        """Whether clients judge by default: of what the server makes, its labels are the stronger evidence."""
+        asked = self.setup.refit is not None or self.setup.head is not None
+        return self.request.deploys and (asked or not self.setup.data.labelled)
+
+    def _compares_previous(self) -> bool:
+        """Whether the model that was returned before is compared: for a judge, where there is anything new."""
+        setup, request = self.setup, self.request
+        if setup.judge is None or not request.deploys or request.aligned is None:
+            return False
+        return not setup.tentative or (self._open() and len(self.params) > 1)
+
+    def _add(self, name: str, make: Callable[[], Recalibrated], *, step: bool = True) -> None:
         try:
             found = make()
             check_finite(found.state_dict)
@@ -141,12 +164,17 @@ class Candidates:
             return
         self.numbers |= report_recalibration(found.report) | report_head(found.report)
         self.params[name] = found.state_dict
+        if step:
+            self.last = name
 
     def _add_server_side(self, aligned: AlignedReplies) -> None:
         setup, request = self.setup, self.request
         means = _means(setup, request, aligned)
         if setup.calibrated and setup.decides:
             log(INFO, "\t> the evidence supports: %s", means.value)
+        moved, labels = any(share > 0 for share in aligned.shares), means is Means.LABELS
+        unjudged = _means(setup, request, aligned, judge=False)
+        steps = {name for name, _ in _methods(setup, unjudged)}
         for name, recalibration in _methods(setup, means):
             make = partial(
                 recalibrate_aggregate,
@@ -158,8 +186,11 @@ class Candidates:
                 grid=request.clients.grid if request.clients is not None else None,
                 insists=means is Means.ASKED,
             )
-            moved = any(share > 0 for share in aligned.shares)
-            self._add(name, make if means is not Means.MOMENTS or moved else partial(_unless_repaired, make))
+            self._add(
+                name,
+                partial(_unless_repaired, make) if name == "auto" and not labels and not moved else make,
+                step=means is not Means.JUDGED or name in steps,
+            )
 
     def _add_client_side(self, clients: Clients) -> None:
         setup, request, aligned = self.setup, self.request, self.request.aligned
@@ -177,26 +208,28 @@ class Candidates:
             log(INFO, "\t> no refit by the clients: there are no replies in this round")
         if setup.head is None:
             return
-        bases = [self.last] if setup.judge is None else list(dict.fromkeys([AGGREGATE, self.last]))
+        final, newest = self.last, list(self.params)[-1]
+        bases = [final] if setup.judge is None else list(dict.fromkeys([AGGREGATE, newest, final]))
         for base in bases:
             name = "head" if base == AGGREGATE else f"{base}+head"
             head, nodes, below = setup.head, list(request.nodes), self.params[base]
             self._add(
                 name,
                 partial(head_by_clients, head, clients.grid, nodes, program, below, equally=request.equally),
+                step=base == final,
             )
 
 
 _WHO = {"client-refit": "refit by the clients", "head": "the head from labels"}
 
 
-def _means(setup: Setup, request: Request, aligned: AlignedReplies) -> Means:
+def _means(setup: Setup, request: Request, aligned: AlignedReplies, *, judge: bool = True) -> Means:
     return choose_means(
         asked=setup.recalibration is not None,
         decides=setup.decides,
         data=setup.calibrated,
         labels=setup.data.labelled,
-        judge=isinstance(setup.judge, ClientJudge) and request.deploys and request.clients is not None,
+        judge=judge and isinstance(setup.judge, ClientJudge) and request.deploys and request.clients is not None,
         moments=setup.moments is not None,
         moved=any(share > 0 for share in aligned.shares),
     )
@@ -213,6 +246,8 @@ def _methods(setup: Setup, means: Means) -> Iterator[tuple[str, Recalibration]]:
         if any(operator.mean for operator in setup.data.program.operators):
             yield "batchnorm", BatchNormStatistics()
         yield "repair", Repair()
+        if setup.data.batches:
+            yield ("auto", Auto()) if setup.moments is not None else ("refit", Refit())
     elif means is Means.REPAIR:
         yield "repair", Repair()
 

@@ -6,7 +6,7 @@ No value that one client sends and no failure of a candidate disables the deploy
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, INFO
@@ -30,10 +30,14 @@ __all__ = ["Clients", "Deployed", "Request", "deploy", "wants_plain"]
 
 @dataclass(frozen=True, eq=False)
 class Deployed:
-    """The deployed model, the aggregate's own object where that was chosen; and the numbers."""
+    """The deployed model, the aggregate's own object where that was chosen; and the numbers.
+
+    `unjudged` says why clients were to judge and did not; "" otherwise.
+    """
 
     params: Params
     numbers: Numbers
+    unjudged: str = ""
 
 
 def wants_plain(setup: Setup) -> bool:
@@ -57,7 +61,7 @@ def deploy(setup: Setup, request: Request) -> Deployed:
     started = perf_counter()
     with _undisturbed():
         found = Candidates(setup, request)
-        chosen, numbers = _choose(setup, request, found)
+        chosen, numbers, unjudged = _choose(setup, request, found)
     tried = setup.calibrated or (request.deploys and bool(setup.asks))
     if not tried:
         return Deployed(request.aggregate, {})
@@ -72,27 +76,31 @@ def deploy(setup: Setup, request: Request) -> Deployed:
         "c2m3-repaired": int(changed),
         "c2m3-repair-seconds": perf_counter() - started,
     }
-    return Deployed(request.aggregate if chosen == AGGREGATE else found.params[chosen], numbers)
+    return Deployed(request.aggregate if chosen == AGGREGATE else found.params[chosen], numbers, unjudged)
 
 
-def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Numbers]:
-    """The judge's choice; without a judge the candidate in which every step was taken."""
-    if setup.judge is None or len(found.params) < 2:
-        return found.last, {}
+def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Numbers, str]:
+    """The judge's choice; without a judgement the candidate in which every step was taken, and why none was made."""
+    candidates = found.judged
+    if len(candidates) < 2:
+        return found.last, {}, ""
     try:
-        verdict = _judge(setup, request, found)
+        verdict = _judge(setup, request, candidates)
     except Exception as error:  # if the judge fails, keep the aggregate
         log(ERROR, "\t> %s: the aggregate is deployed", failure("the judge", error))
-        return AGGREGATE, {}
-    return (found.last, {}) if verdict is None else (verdict.chosen, report_verdict(verdict))
+        return AGGREGATE, {}, ""
+    if verdict is None:
+        return found.last, {}, ""
+    numbers = report_verdict(verdict)
+    return (verdict.chosen, numbers, "") if verdict.judged else (found.last, numbers, verdict.reason)
 
 
-def _judge(setup: Setup, request: Request, found: Candidates) -> Verdict | None:
-    """The verdict; None where clients are to judge and are not asked in this round."""
+def _judge(setup: Setup, request: Request, candidates: Mapping[str, Params]) -> Verdict | None:
+    """The verdict; None where nobody judges, or clients are to judge and are not asked in this round."""
     if setup.judge is None:
         return None
     if not isinstance(setup.judge, ClientJudge):
-        return judge_by_labels(setup.judge.programs, found.params, setup.judge.batches)
+        return judge_by_labels(setup.judge.programs, candidates, setup.judge.batches)
     if not request.deploys or request.clients is None:
         return None
     clients = request.clients
@@ -100,7 +108,7 @@ def _judge(setup: Setup, request: Request, found: Candidates) -> Verdict | None:
         setup.judge,
         clients.grid,
         request.nodes,
-        found.params,
+        candidates,
         round_number=clients.round_number,
         config=clients.config,
         arrays_key=clients.arrays_key,

@@ -117,21 +117,22 @@ def judge_candidates(
         for node in asked:
             content = RecordDict({arrays_key: arrays, config_key: ConfigRecord(dict(sent))})
             messages.append(Message(content, node, MessageType.EVALUATE, group_id=str(index)))
-    answers = _answers(grid.send_and_receive(messages, timeout=options.timeout), asked, names)
+    answers, faults = _answers(grid.send_and_receive(messages, timeout=options.timeout), asked, names)
     key, sign = _metric(options.key, answers.values())
     if not key:
         wanted = "whose name contains 'loss'" if options.key is None else f"{options.key!r}"
-        reason = f"no metric {wanted} in the evaluations of {len(answers)} clients and candidates"
-        stays = f"{names[0]!r} stays; name one as judge_key"
-        return Verdict(names[0], f"{reason}: {stays}", "", tuple(_unjudged(name) for name in names), judged=False)
+        reason = f"no metric {wanted} in {len(answers)} evaluations"
+        reason += f" (the first fault: {faults[0]})" if faults else ""
+        reason += ": name one as judge_key"
+        return Verdict(names[0], reason, "", tuple(_unjudged(name) for name in names), judged=False)
     votes = _votes(answers, names, key, sign, None if equally else weighted_by)
     return decide(names, votes, key)
 
 
 def report_verdict(verdict: Verdict) -> Numbers:
-    """Log what was compared and decided; the numbers for the metrics."""
-    level = INFO if verdict.judged else WARNING
-    log(level, "\t> judge: %r is deployed: %s", verdict.chosen, verdict.reason)
+    """Log what was compared and, where there was a comparison, decided; the numbers for the metrics."""
+    if verdict.judged:
+        log(INFO, "\t> judge: %r is deployed: %s", verdict.chosen, verdict.reason)
     numbers: Numbers = {}
     for each in verdict.candidates:
         facts = {"loss": each.loss, "gain": each.gain, "robust-gain": each.robust_gain}
@@ -139,7 +140,7 @@ def report_verdict(verdict: Verdict) -> Numbers:
         if known:
             text = ", ".join(f"{name} {value:.4g}" for name, value in known.items())
             log(INFO, "\t> judge: %r: %s (%d voters)", each.name, text, each.voters)
-        numbers[f"c2m3-judge-chosen/{each.name}"] = int(each.name == verdict.chosen)
+        numbers[f"c2m3-judge-chosen/{each.name}"] = int(verdict.judged and each.name == verdict.chosen)
         numbers[f"c2m3-judge-voters/{each.name}"] = each.voters
         numbers |= {f"c2m3-judge-{name}/{each.name}": value for name, value in known.items()}
     return numbers
@@ -148,9 +149,13 @@ def report_verdict(verdict: Verdict) -> Numbers:
 Answers = dict[tuple[int, str], MetricRecord]  # by node and candidate
 
 
-def _answers(replies: Iterable[Message], asked: Sequence[int], names: Sequence[str]) -> Answers:
-    """The metrics of every readable reply; two replies of one node about one candidate count as none."""
+def _answers(replies: Iterable[Message], asked: Sequence[int], names: Sequence[str]) -> tuple[Answers, list[str]]:
+    """The metrics of every readable reply, and what is wrong with the others; a second reply makes both unreadable.
+
+    The faults are logged where anything is readable; otherwise the first of them is the reason for all.
+    """
     found: Answers = {}
+    faults: list[str] = []
     twice: set[tuple[int, str]] = set()
     places = {str(index): name for index, name in enumerate(names)}
     for reply in replies:
@@ -164,12 +169,15 @@ def _answers(replies: Iterable[Message], asked: Sequence[int], names: Sequence[s
             if len(records) != 1:
                 raise ParamsError(f"the reply has {len(records)} MetricRecords, expected exactly one")
         except ParamsError as error:
-            log(WARNING, "\t> no evaluation of %r from node %d: %s", about, node, error)
+            faults.append(f"no evaluation of {about!r} from node {node}: {error}")
             continue
         if (node, about) in found:
             twice.add((node, about))
         found[node, about] = records[0]
-    return {key: record for key, record in found.items() if key not in twice}
+    known = {key: record for key, record in found.items() if key not in twice}
+    for fault in faults if known else []:
+        log(WARNING, "\t> %s", fault)
+    return known, faults
 
 
 def _metric(key: str | None, records: Iterable[MetricRecord]) -> tuple[str, float]:

@@ -38,8 +38,10 @@ def aggregate_messages(
     return None if arrays is None else to_params(arrays), MetricRecord(dict(metrics or {}))
 
 
-def personal_messages(aligner: Aligner, messages: Iterable[Message]) -> list[Message]:
-    """The same messages, every client's model in the basis in which it was last found."""
+def personal_messages(aligner: Aligner, messages: Iterable[Message]) -> Iterable[Message]:
+    """The same messages, every client's model in the basis in which it was last found where that was asked for."""
+    if aligner.basis != "client":
+        return messages
     personal = []
     for message in messages:
         key, record = next(iter(message.content.array_records.items()))

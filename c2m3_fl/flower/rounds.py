@@ -33,6 +33,8 @@ class AlignedReplies:
     ----------
     replies : tuple of Reply
         As they came.
+    weights : tuple of float
+        What they count in a recalibration: the claimed weights, or all the same under strategies that ignore those.
     params : tuple of mappings of str to Tensor
         Their aligned params; the reply's own where nothing moved.
     moves : tuple of Permutation
@@ -46,6 +48,7 @@ class AlignedReplies:
     """
 
     replies: tuple[Reply[Any], ...]
+    weights: tuple[float, ...]
     params: tuple[Params, ...]
     moves: tuple[Permutation, ...]
     shares: tuple[float, ...]
@@ -56,11 +59,6 @@ class AlignedReplies:
     def nodes(self) -> list[int]:
         """Who replied."""
         return [reply.node for reply in self.replies]
-
-    @property
-    def weights(self) -> list[float]:
-        """Averaging weights."""
-        return [reply.weight for reply in self.replies]
 
 
 Aggregate = Callable[[AlignedReplies], tuple[Params | None, Metrics | None]]
@@ -164,6 +162,7 @@ def _align(start: RoundStart, replies: Sequence[Reply[Any]]) -> AlignedReplies:
     shares = match.share_moved
     return AlignedReplies(
         tuple(replies[index] for index in kept),
+        tuple(weights[index] for index in kept),
         tuple(match.params[index] for index in kept),
         tuple(match.moves[index] for index in kept),
         tuple(shares[index] for index in kept),

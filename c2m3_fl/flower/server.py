@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from logging import INFO
+from logging import INFO, WARNING
 from typing import Any, TypeVar
 
 from flwr.supercore import log
@@ -48,7 +48,7 @@ class Server:
         self.total: int | None = None
         self.idle = 0
         self._incoming: Params = {}
-        self._said = False
+        self._said = self._unjudged = False
 
     def begin_run(self, num_rounds: int) -> None:
         """Forget the trajectory of an earlier run; the last of `num_rounds` rounds deploys."""
@@ -102,6 +102,7 @@ class Server:
             self.setup,
             Request(outcome.params, tuple(aligned.nodes), aligned, outcome.plain, returned, clients, deploys, equally),
         )
+        self._say(deployed)
         pending = not deploys and bool(self.setup.asks)
         fed = self.models.record(outcome.params, deployed.params, aligned, pending=pending)
         numbers = {**deployed.numbers, **({} if deployed.params is outcome.params else {"c2m3-fed-back": fed})}
@@ -118,8 +119,15 @@ class Server:
             return self._incoming, {}
         request = Request(trajectory, self.models.pending, None, None, self._incoming, clients, deploys, equally)
         deployed: Deployed = deploy(self.setup, request)
+        self._say(deployed)
         self.models.deploy(deployed.params)
         return deployed.params, deployed.numbers
+
+    def _say(self, deployed: Deployed) -> None:
+        """Log once that the clients' judgement is not to be had."""
+        if deployed.unjudged and not self._unjudged:
+            self._unjudged = True
+            log(WARNING, "\t> the clients do not judge, other evidence decides: %s", deployed.unjudged)
 
     def _deploys(self, server_round: int) -> bool:
         """Whether clients are asked for the deployment in this round."""

@@ -61,6 +61,8 @@ class Setup:
         The last layer that clients are asked for.
     judge : ClientJudge or CalibrationSet, optional
         Who judges the candidates: clients, or held-out labelled data.
+    tentative : bool
+        Whether clients judge because nothing else was asked for: then only where there is something to judge.
     """
 
     model: nn.Module
@@ -76,6 +78,7 @@ class Setup:
     refit: ClientRefit | RegMean | None = None
     head: Head | None = None
     judge: ClientJudge | CalibrationSet | None = None
+    tentative: bool = False
 
     @property
     def calibrated(self) -> bool:
@@ -86,7 +89,8 @@ class Setup:
     @property
     def asks(self) -> list[str]:
         """The options that ask clients about their data or deploy another model than the trajectory."""
-        found = {"recalibrate": self.refit, "head": self.head, "judge": self.judge, "moments": self.moments}
+        judge = None if self.tentative else self.judge
+        found = {"recalibrate": self.refit, "head": self.head, "judge": judge, "moments": self.moments}
         return [name for name, value in found.items() if value is not None]
 
     @property
@@ -102,6 +106,8 @@ class Setup:
             what = "as the evidence of each round allows" if self.decides else f"{self.recalibration}"
             parts.append(f"{what}, with {server}")
         parts += [f"{value}" for value in (self.refit, self.head) if value is not None]
+        if parts and isinstance(self.judge, ClientJudge):
+            parts.append("the clients judge the candidates" + (", where they can" if self.tentative else ""))
         return "; ".join(parts) or "OFF"
 
 
@@ -150,8 +156,11 @@ def build_setup(
     last = resolve_head(head)
     if last is not None:
         check_head(data.program, model.state_dict(), last)
-    fitted, judging = _resolve_judge(judge, judge_key, data)
     decides = recalibrate is None or refit is not None
+    tentative = judge == "auto" and judge_key is None
+    fitted, judging = _resolve_judge(judge, judge_key, data)
+    if tentative and not decides:
+        judging = None  # a recalibration that was asked for by name is what is deployed
     _check_moments(moments, fitted, chosen, decides=decides)
     aligner = Aligner(
         spec,
@@ -163,7 +172,20 @@ def build_setup(
         tolerance=options.tolerance,
     )
     return Setup(
-        model, options, spec, aligner, place, fitted, statistics, moments, chosen, decides, refit, last, judging
+        model,
+        options,
+        spec,
+        aligner,
+        place,
+        fitted,
+        statistics,
+        moments,
+        chosen,
+        decides,
+        refit,
+        last,
+        judging,
+        tentative,
     )
 
 
@@ -195,7 +217,9 @@ def _resolve_judge(
     judge: ClientJudge | str | None, key: str | None, data: CalibrationSet
 ) -> tuple[CalibrationSet, ClientJudge | CalibrationSet | None]:
     """The data to fit to, and who judges."""
-    if judge in (None, "none") and key is None:
+    if judge in (None, "none"):
+        if key is not None:
+            raise ConfigError(f"judge_key is {key!r}, but judge is {judge!r}: leave one of them out")
         return data, None
     if judge == "labels":
         if key is not None:
@@ -206,10 +230,10 @@ def _resolve_judge(
         if not kept or not held:
             raise CalibrationError(f"judge='labels' holds out one of {_HELD_OUT} examples: got {data.inputs} in all")
         return replace(data, batches=tuple(kept)), replace(data, batches=tuple(held))
-    if judge in (None, "clients"):
+    if judge in ("auto", "clients"):
         return data, ClientJudge(key=key)
     if not isinstance(judge, ClientJudge):
-        raise ConfigError(f"judge is {judge!r}, expected 'clients', 'labels', ClientJudge(...) or None")
+        raise ConfigError(f"judge is {judge!r}, expected 'auto', 'clients', 'labels', ClientJudge(...) or None")
     return data, judge if key is None else replace(judge, key=key)
 
 

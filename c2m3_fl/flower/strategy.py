@@ -30,7 +30,7 @@ from c2m3_fl.flower.replies import report_dropped, sort_evaluations, sort_messag
 from c2m3_fl.flower.reports import failure, report_idle
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup, log_setup
-from c2m3_fl.flower.wrapped import check_instance, continue_from, required_metrics, stock_averages
+from c2m3_fl.flower.wrapped import check_instance, continue_from, record_keys, required_metrics, stock_averages
 from c2m3_fl.merging.recalibrate.registry import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 
@@ -65,12 +65,13 @@ class C2M3(Strategy):
         Which keys of dict batches and dict example inputs are the network's inputs: ``("img",)``.
     calibration : iterable of batches or ClientStatistics, optional
         Inputs that the server holds, with labels or without, read once; or `ClientStatistics()`, to let the clients
-        measure channel moments on theirs.
+        measure channel moments on theirs. Inputs of another range or spread than the clients' are refused where
+        BatchNorm's buffers or `moments` show it; without either nothing does, so scale them as in training.
     recalibrate : str, Recalibration, ClientRefit or RegMean, optional
         What the deployed model is made of. None (default): what the evidence supports, see `evidence.choose_means`:
         labels in the calibration data, else the clients' judgement, else their moments, else REPAIR after rounds in
         which units moved, else the plain aggregate. "none", "repair", or any other name or object that `merge`
-        takes: that, in every round. `ClientRefit()`: what the clients' own data refit.
+        takes: that, in every round. `ClientRefit()`: what the clients' own data refit, besides.
     moments : ClientStatistics, optional
         With calibration data on the server: ask every client for the channel moments of its own reply on its own
         data, which show whether the server's data are like theirs.
@@ -78,9 +79,11 @@ class C2M3(Strategy):
         The symmetries of the network, proven on the example inputs; by default they are derived.
     head : {"labels"} or Head, optional
         Fit the deployed model's last layer to the clients' labels.
-    judge : {"clients", "labels"} or ClientJudge, optional
+    judge : {"auto", "clients", "labels"} or ClientJudge, optional
         Who compares the candidates for deployment: the clients by their own evaluation, or held-out calibration
-        labels on the server. None (default): nobody, the candidate in which every step was taken is deployed.
+        labels on the server. "auto" (default): the clients, once in a deploying round, where there are candidates
+        besides the aggregate and no recalibration was asked for by name. Where they cannot, and with None: nobody;
+        the candidate in which every step was taken that the other evidence supports is deployed.
     judge_key : str, optional
         The metric by which clients judge; by default the one whose name contains "loss".
     device : torch.device or str, optional
@@ -141,7 +144,7 @@ class C2M3(Strategy):
         moments: ClientStatistics | None = None,
         spec: PermutationSpec | None = None,
         head: Head | str | None = None,
-        judge: ClientJudge | str | None = None,
+        judge: ClientJudge | str | None = "auto",
         judge_key: str | None = None,
         device: torch.device | str | None = None,
         alignment: Mode = "joint",
@@ -228,16 +231,16 @@ class C2M3(Strategy):
         self.sent = arrays.copy() if start is params else from_params(start)
         self._grid = grid
         continue_from(self.strategy, self.sent)
-        return self._personal(self.strategy.configure_train(server_round, self.sent.copy(), config, grid))
+        messages = self.strategy.configure_train(server_round, self.sent.copy(), config, grid)
+        return personal_messages(self.setup.aligner, messages)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Align the replies, aggregate them with the wrapped strategy, and deploy the result."""
         expected = reply_schema(self._schema, schema_of(self.sent))
-        found = sort_messages(
-            replies, expected, weighted_by=self._weighted_by, required=required_metrics(self.strategy)
-        )
+        *_, weight = record_keys(self.strategy)
+        found = sort_messages(replies, expected, weighted_by=weight, required=required_metrics(self.strategy))
         if self.server.sent is None:
             self.server.next_start(to_params(self.sent))
         aggregate = partial(aggregate_messages, self.strategy, server_round)
@@ -251,12 +254,14 @@ class C2M3(Strategy):
     ) -> Iterable[Message]:
         """Let the wrapped strategy configure the evaluation."""
         self._evaluate_config = ConfigRecord(dict(config))
-        return self._personal(self.strategy.configure_evaluate(server_round, arrays, config, grid))
+        messages = self.strategy.configure_evaluate(server_round, arrays, config, grid)
+        return personal_messages(self.setup.aligner, messages)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Let the wrapped strategy aggregate the evaluation; a failed evaluation must not end the run either."""
         if stock_averages(self.strategy):
-            found = sort_evaluations(replies, weighted_by=self._weighted_by)
+            *_, weight = record_keys(self.strategy)
+            found = sort_evaluations(replies, weighted_by=weight)
             report_dropped(found.dropped)
             replies = [each.source for each in found.replies]
         try:
@@ -279,12 +284,6 @@ class C2M3(Strategy):
         self.server.load_state_dict(state)
 
     @property
-    def _weighted_by(self) -> str:
-        """Key of the averaging weight, as the innermost wrapped strategy has it."""
-        averages = stock_averages(self.strategy)
-        return averages[-1].weighted_by_key if averages else "num-examples"
-
-    @property
     def _private(self) -> _Private:
         return {"separate": self.setup.separate, "calibrated": self.setup.calibrated, "asks": self.setup.asks}
 
@@ -292,12 +291,4 @@ class C2M3(Strategy):
         """Whom to ask in this round; None before anything was sent out."""
         if self._grid is None:
             return None
-        averages = stock_averages(self.strategy)
-        keys = (averages[-1].arrayrecord_key, averages[-1].configrecord_key) if averages else ("arrays", "config")
-        return Clients(self._grid, server_round, self._evaluate_config, *keys, self._weighted_by)
-
-    def _personal(self, messages: Iterable[Message]) -> Iterable[Message]:
-        """The same messages, every client's model in its own basis where that was asked for."""
-        if self.setup.options.basis != "client":
-            return messages
-        return personal_messages(self.setup.aligner, messages)
+        return Clients(self._grid, server_round, self._evaluate_config, *record_keys(self.strategy))

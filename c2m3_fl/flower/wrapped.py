@@ -77,6 +77,14 @@ def stock_averages(strategy: object) -> list[FedAvg]:
     return [each for each in chain(strategy) if isinstance(each, FedAvg)]
 
 
+def record_keys(strategy: object) -> tuple[str, str, str]:
+    """Names of the arrays, the config and the averaging weight, as the innermost averaging strategy has them."""
+    averages = stock_averages(strategy)
+    if not averages:
+        return "arrays", "config", "num-examples"
+    return averages[-1].arrayrecord_key, averages[-1].configrecord_key, averages[-1].weighted_by_key
+
+
 def required_metrics(strategy: object) -> list[str]:
     """Metrics without which the wrapped strategy cannot aggregate."""
     return [each.train_loss_key for each in chain(strategy) if isinstance(each, QFedAvg)]

@@ -78,12 +78,18 @@ def accuracy(make: Callable[[], nn.Module], arrays: ArrayRecord) -> float:
 
 
 def digits_app(
-    make: Callable[[int], nn.Module] = mlp, *, independent: bool = False, epochs: int = 2, rate: float = 0.1
+    make: Callable[[int], nn.Module] = mlp,
+    *,
+    independent: bool = False,
+    epochs: int = 2,
+    rate: float = 0.1,
+    evaluates: str = "accuracy",
 ) -> ClientApp:
     """Clients that train on their share of the digits.
 
     With `independent` they start, in round one, from an initialisation of their own. What a client does depends
-    on its partition and the round, on nothing else.
+    on its partition and the round, on nothing else. `evaluates` names their metric: accuracy on the test set, "loss"
+    on what they train on, or "" for clients without an evaluation.
     """
     app = ClientApp()
 
@@ -99,12 +105,27 @@ def digits_app(
         metrics = MetricRecord({"num-examples": len(data), "train_loss": loss})
         return Message(RecordDict({"arrays": from_params(model.state_dict()), "metrics": metrics}), reply_to=message)
 
-    @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        metrics = MetricRecord({"num-examples": 1, "accuracy": accuracy(make, message.content["arrays"])})
+        found = (
+            accuracy(make, message.content["arrays"]) if evaluates == "accuracy" else own_loss(make, message, context)
+        )
+        metrics = MetricRecord({"num-examples": 1, evaluates: found})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
+    if evaluates:
+        app.evaluate()(evaluate)
     return app
+
+
+def own_loss(make: Callable[[int], nn.Module], message: Message, context: Context) -> float:
+    """The loss of a model that was sent on what the client trains on."""
+    partition, count = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
+    model = make(0)
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    model.eval()
+    data, labels = (each[:_TRAINING][partition::count] for each in digits())
+    with torch.no_grad():
+        return float(functional.cross_entropy(model(data), labels))
 
 
 def reply(
@@ -196,8 +217,10 @@ def pooled(count: int = 3) -> list[Tensor]:
     return [data[partition * 100 : partition * 100 + 60 + 20 * partition] for partition in range(count)]
 
 
-def answering(make: Callable[[], nn.Module] = mlp, app: ClientApp | None = None) -> ClientApp:
-    """A client app that answers queries for channel moments."""
+def answering(
+    make: Callable[[], nn.Module] = mlp, app: ClientApp | None = None, *, first_layer: bool = False
+) -> ClientApp:
+    """A client app that answers the server's queries."""
     app = app or ClientApp()
-    answer_statistics(app, model=lambda context: make(), data=share)
+    answer_statistics(app, model=lambda context: make(), data=share, first_layer=first_layer)
     return app

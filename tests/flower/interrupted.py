@@ -34,7 +34,7 @@ STRATEGIES = {
 }
 
 
-def run(strategy, make, killed_in=None, rounds=ROUNDS):
+def run(strategy, make, killed_in=None, rounds=ROUNDS, app=None):
     """Train five clients of independent initialisation; `killed_in` a round, after its training."""
     trained = iter(range(1, 100))
 
@@ -46,7 +46,7 @@ def run(strategy, make, killed_in=None, rounds=ROUNDS):
     def evaluate(current, arrays):
         return MetricRecord({"accuracy": accuracy(make, arrays), "round": current})
 
-    grid = SerialGrid(digits_app(make, independent=True, epochs=1), 5, transit=transit)
+    grid = SerialGrid(app or digits_app(make, independent=True, epochs=1), 5, transit=transit)
     return strategy.start(grid, from_params(make().state_dict()), num_rounds=rounds, evaluate_fn=evaluate)
 
 

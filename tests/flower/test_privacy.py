@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import (
 )
 
 from c2m3_fl.errors import ConfigError
+from c2m3_fl.flower.client_refit import ClientRefit
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.resuming import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
@@ -63,6 +64,18 @@ def test_refusal_looks_through_other_wrappers(tmp_path):
 def test_recalibration_by_every_clients_statistics_is_refused_too(wrap):
     with pytest.raises(ConfigError, match="pass calibration=None"):
         C2M3(wrap(FedAvg()), model=mlp(), calibration=calibration(), alignment="separate")
+
+
+ASKING = {"head": {"head": "labels"}, "recalibrate": {"recalibrate": ClientRefit()}, "judge": {"judge": "clients"}}
+
+
+@each_wrapper
+@pytest.mark.parametrize(("name", "options"), ASKING.items(), ids=ASKING.keys())
+def test_what_asks_the_clients_is_refused_by_name_inside_and_outside(wrap, name, options):
+    with pytest.raises(ConfigError, match=f"{name} asks the clients for more about their data"):
+        c2m3(wrap(FedAvg()), alignment="separate", **options)
+    with pytest.raises(ConfigError, match=f"leave {name} out"):
+        sending(wrap(c2m3(alignment="separate", **options)))
 
 
 @each_wrapper

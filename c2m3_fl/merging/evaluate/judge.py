@@ -112,7 +112,7 @@ def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> Verdict:
     if not gains:
         most = max((each.voters for each in found[1:]), default=0)
         reason = f"{most} voters answered for {aggregate!r} and another candidate, expected at least {_LEAST}"
-        return Verdict(aggregate, f"{reason}: {aggregate!r} stays", key, found, judged=False)
+        return Verdict(aggregate, reason, key, found, judged=False)
     best = max(gains, key=gains.__getitem__)
     if not gains[best] > 0:
         reason = f"no candidate lowers {key!r} of {aggregate!r} whichever voter is left out (best: {best!r}"

@@ -131,8 +131,9 @@ def shift(setting: Setting) -> float | None:
     distances = []
     for name in hidden:
         pairs = [_compared(found[name], kept[name]) for found, kept in zip(setting.moments, own, strict=True)]
-        shared = sum(_shared(torch.stack(part), weights) for part in zip(*pairs, strict=True))
-        distances.append(math.sqrt(max(0.0, shared)))
+        # offsets that oppose each other, as under label skew, must not hide a stretch that all nodes share
+        shared = sum(max(0.0, _shared(torch.stack(part), weights)) for part in zip(*pairs, strict=True))
+        distances.append(math.sqrt(shared))
     return max(distances)
 
 
