@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -11,12 +10,9 @@ import click
 import typer
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from c2m3_fl.errors import C2M3Error, ConfigError
-
-# Before torch is imported: OpenMP threads that spin while they wait made a match twenty times slower on busy cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _COMMANDS = {  # a command is the function of that name in the module of that name
     "barrier": "Draw how much worse the networks between two given ones are.",
@@ -40,6 +36,11 @@ def _module(command: str) -> ModuleType:
         ) from error
 
 
+class _Command(TyperCommand):
+    def get_help(self, ctx: click.Context) -> str:
+        return super().get_help(ctx).replace(r"\[", "[")  # typer escapes brackets for rich, which does not print this
+
+
 class _Commands(TyperGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -48,7 +49,7 @@ class _Commands(TyperGroup):
         if cmd_name not in _COMMANDS:
             return None
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        alone.command(cmd_name)(getattr(_module(cmd_name), cmd_name))
+        alone.command(cmd_name, cls=_Command)(getattr(_module(cmd_name), cmd_name))
         return typer.main.get_command(alone)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -78,8 +78,9 @@ def describe(spec: Described) -> str:
     """Readable text, one line per group and one paragraph per reason of a pin."""
     total = sum(prod(tensor.shape) for tensor in spec.tensors.values() if not tensor.buffer)
     nested = sum(group.parent is not None for group in spec.groups.values())
+    count = len(spec.groups)
     head = (
-        f"{len(spec.groups)} groups{f' ({nested} nested)' if nested else ''}; "
+        f"{count} group{'' if count == 1 else 's'}{f' ({nested} nested)' if nested else ''}; "
         f"permutations move {100 * coverage(spec):.2f} % of {total:,} parameters"
     )
     return "\n".join([head, *_groups(spec), *_pins(spec.pins)])

@@ -23,6 +23,7 @@ def test_every_command_explains_itself(name):
     result = RUNNER.invoke(entry.app, [name, "--help"])
     assert result.exit_code == 0, result.output
     assert "Usage:" in result.output
+    assert "\\" not in result.output
 
 
 def test_an_unknown_command_is_refused():

@@ -32,6 +32,11 @@ def test_nothing_moves_in_a_spec_without_groups() -> None:
     assert coverage(PermutationSpec({}, {})) == 1
 
 
+def test_one_group_is_not_plural() -> None:
+    spec = PermutationSpec({"h": Group(2)}, {"w": TensorSpec((2,), ((Segment.contiguous("h", 2),),))})
+    assert str(spec).startswith("1 group; ")
+
+
 def test_print_shows_groups_members_and_share() -> None:
     text = str(mlp(3, 5, 4, 2))
     assert text.startswith(
