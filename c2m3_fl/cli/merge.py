@@ -18,15 +18,15 @@ from c2m3_fl.cli.convergence import draw_convergence
 from c2m3_fl.cli.curves import draw_agreement
 from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
 from c2m3_fl.core.basis import consensus
-from c2m3_fl.core.progress import Estimate
+from c2m3_fl.core.estimate import Estimate
 from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError
 from c2m3_fl.merging.align.methods import METHODS, CycleConsistent, MergeStart, resolve_method
 from c2m3_fl.merging.evaluate.scoring import evaluate
 from c2m3_fl.merging.merge import Merge
 from c2m3_fl.merging.merge import merge as merge_networks
-from c2m3_fl.merging.recalibrate.registry import SHORT_NAMES
 from c2m3_fl.merging.recalibrate.setting import check_params
+from c2m3_fl.merging.recalibrate.short_names import SHORT_NAMES
 from c2m3_fl.network.calibration import ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.symmetry.discover import permutation_spec

@@ -28,8 +28,8 @@ from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.wrapped import typed_like
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.refit import Refit
-from c2m3_fl.merging.recalibrate.registry import Recalibration
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair
+from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.reports import Recalibrated
 
 AGGREGATE = "aggregate"

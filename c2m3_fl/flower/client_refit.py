@@ -27,8 +27,8 @@ from c2m3_fl.merging.recalibrate.client_fit import fit_operator
 from c2m3_fl.merging.recalibrate.client_packing import expected, expected_channels, unpack
 from c2m3_fl.merging.recalibrate.client_plan import Plan, Role, Step, norm_behind
 from c2m3_fl.merging.recalibrate.client_pool import far_networks, outlying, pool_fits, pool_moments, shares_of
-from c2m3_fl.merging.recalibrate.client_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer, effective
 from c2m3_fl.merging.recalibrate.correction import rescale, restate
+from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer, effective
 from c2m3_fl.merging.recalibrate.regmean import assign_regression_mean, shrunk
 from c2m3_fl.merging.recalibrate.targets import Target
 from c2m3_fl.merging.reports import OperatorReport, Recalibrated, RecalibrationReport

@@ -23,8 +23,8 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower.client_moments import ACTION
 from c2m3_fl.flower.records import from_params, to_params
-from c2m3_fl.merging.recalibrate.registry import Recalibration
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, repair_measured
+from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.recalibrate.targets import Target, output_moments, pool, pooled_targets
 from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 from c2m3_fl.network.calibration_set import CalibrationSet

@@ -14,7 +14,7 @@ from c2m3_fl.flower.client_answers import read_data, read_network
 from c2m3_fl.flower.records import from_params
 from c2m3_fl.merging.recalibrate.client_packing import pack
 from c2m3_fl.merging.recalibrate.client_plan import Role
-from c2m3_fl.merging.recalibrate.client_sums import Drawing, measure
+from c2m3_fl.merging.recalibrate.fit_sums import Drawing, measure
 from c2m3_fl.merging.recalibrate.last_layer import reads_input
 from c2m3_fl.network.calibration import Batch, Calibration
 from c2m3_fl.network.program import Program

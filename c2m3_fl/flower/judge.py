@@ -19,7 +19,7 @@ from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.flower.records import from_params
 from c2m3_fl.flower.replies import check_weight
 from c2m3_fl.flower.reports import Numbers
-from c2m3_fl.merging.evaluate.judge import Judged, Verdict, Vote, decide
+from c2m3_fl.merging.evaluate.decide import Judged, Verdict, Vote, decide
 
 # words of a metric's name that say that less of it is better
 _LESS = re.compile(r"loss|error|nll|perplexity|(?:^|[^a-z])(?:r?mse|mae)(?:$|[^a-z])")
@@ -85,7 +85,7 @@ def judge_candidates(
     weighted_by: str = "num-examples",
     equally: bool = False,
 ) -> Verdict:
-    """Send every candidate to a sample of clients and decide by their metrics; see `merging.evaluate.judge.decide`.
+    """Send every candidate to a sample of clients and decide by their metrics; see `merging.evaluate.decide.decide`.
 
     Parameters
     ----------

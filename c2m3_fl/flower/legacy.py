@@ -35,7 +35,7 @@ from c2m3_fl.flower.rounds import AlignedReplies
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup
 from c2m3_fl.flower.wrapped import chain, check_instance
-from c2m3_fl.merging.recalibrate.registry import Recalibration
+from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 
 Result = tuple[ClientProxy, FitRes]

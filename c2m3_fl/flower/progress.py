@@ -9,7 +9,7 @@ from math import isfinite
 
 from flwr.supercore import log
 
-from c2m3_fl.core.progress import Estimate
+from c2m3_fl.core.estimate import Estimate
 from c2m3_fl.core.result import Step
 
 _SILENCE = 5.0  # seconds between two lines at INFO, and before the first: most matches are over by then

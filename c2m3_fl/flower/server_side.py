@@ -18,9 +18,9 @@ from c2m3_fl.flower.client_repair import own_moments, repair_by_clients
 from c2m3_fl.flower.evidence import FAR
 from c2m3_fl.flower.rounds import AlignedReplies
 from c2m3_fl.flower.setup import Setup
-from c2m3_fl.merging.recalibrate.registry import Recalibration, recalibrate
 from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.shift import OwnMoments, shift, with_own_moments
+from c2m3_fl.merging.recalibrate.short_names import Recalibration, recalibrate
 from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.network.moments import Moments
 

@@ -21,7 +21,7 @@ from c2m3_fl.flower.judge import ClientJudge
 from c2m3_fl.flower.options import Options, resolve_device
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.held_out import split_batches
-from c2m3_fl.merging.recalibrate.registry import Recalibration, resolve_for
+from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve_for
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.symmetry.discover import permutation_spec, require_invariance

@@ -31,7 +31,7 @@ from c2m3_fl.flower.reports import failure, report_idle
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup, log_setup
 from c2m3_fl.flower.wrapped import check_instance, continue_from, record_keys, required_metrics, stock_averages
-from c2m3_fl.merging.recalibrate.registry import Recalibration
+from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]

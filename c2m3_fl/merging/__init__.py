@@ -19,10 +19,10 @@ from c2m3_fl.merging.evaluate.scoring import Score
 from c2m3_fl.merging.merge import Merge, merge
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.refit import Refit
-from c2m3_fl.merging.recalibrate.registry import Recalibration
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, recalibration_report, repair
 from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.shift import channel_moments
+from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.reports import MergeReport, Recalibrated, RecalibrationReport
 
 __all__ = [

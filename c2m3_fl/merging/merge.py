@@ -19,11 +19,11 @@ from c2m3_fl.core.state_dicts import order_by_weight, to_device
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.merging.align.base import Alignment, Method, Nodes
 from c2m3_fl.merging.align.methods import CycleConsistent, MergeStart, resolve_method
-from c2m3_fl.merging.recalibrate import registry
+from c2m3_fl.merging.recalibrate import short_names
 from c2m3_fl.merging.recalibrate.auto import Auto
-from c2m3_fl.merging.recalibrate.registry import Recalibration, resolve, resolve_for
 from c2m3_fl.merging.recalibrate.setting import Setting, check_params, check_types, prepare, usable_device
 from c2m3_fl.merging.recalibrate.shift import OwnMoments, with_own_moments
+from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve, resolve_for
 from c2m3_fl.merging.reports import MergeReport, RecalibrationReport
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
@@ -163,7 +163,7 @@ def merge(
     merged = weighted_mean([alignment.params[index] for index in order], share[order])
     report = None
     if recalibration is not None and nodes.calibration is not None:
-        done = registry.recalibrate(recalibration, _setting(nodes, nodes.calibration, alignment, merged, moments))
+        done = short_names.recalibrate(recalibration, _setting(nodes, nodes.calibration, alignment, merged, moments))
         merged, report = done.state_dict, done.report
     seconds = time.perf_counter() - begin
     versions = model.state_dict()  # some modules ask a state dict for its version when they load it

@@ -31,10 +31,10 @@ from c2m3_fl.merging.align.methods import METHODS, CycleConsistent, MergeMany
 from c2m3_fl.merging.merge import Merge, merge
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.refit import Refit
-from c2m3_fl.merging.recalibrate.registry import Recalibration
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair
 from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.shift import channel_moments, with_own_moments
+from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.symmetry.discover import permutation_spec

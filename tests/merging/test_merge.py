@@ -17,8 +17,8 @@ from c2m3_fl.errors import C2M3Error, CalibrationError, ConfigError, ParamsError
 from c2m3_fl.merging.align.methods import METHODS, GitReBasin
 from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.recalibrate.refit import Refit
-from c2m3_fl.merging.recalibrate.registry import SHORT_NAMES, Recalibration
 from c2m3_fl.merging.recalibrate.repair import Repair
+from c2m3_fl.merging.recalibrate.short_names import SHORT_NAMES, Recalibration
 from c2m3_fl.network import program
 from c2m3_fl.symmetry.discover import permutation_spec
 from tests.merging.networks import CALIBRATION, NETWORKS, nodes, outputs

@@ -14,7 +14,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.merging.recalibrate.client_plan import Role, skip_beside, triangle
-from c2m3_fl.merging.recalibrate.client_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer
+from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator

@@ -13,7 +13,7 @@ from torch import Tensor
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params
 from c2m3_fl.merging.recalibrate.client_outliers import capped, far_from_others
-from c2m3_fl.merging.recalibrate.client_sums import Answer, FitAnswer, GramAnswer
+from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.program import Program

@@ -17,10 +17,10 @@ from c2m3_fl.merging.align.cca import CCA
 from c2m3_fl.merging.align.linear_maps import folded, mapped, normalised, reading_axes, seen_through, spread_again
 from c2m3_fl.merging.merge import merge
 from c2m3_fl.merging.recalibrate.refit import Refit
-from c2m3_fl.merging.recalibrate.registry import Recalibration
 from c2m3_fl.merging.recalibrate.repair import Repair
 from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.shift import channel_moments
+from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.network.calibration import load_batches
 from c2m3_fl.network.program import Walk, export_batches, export_program
 from c2m3_fl.symmetry.discover import permutation_spec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from c2m3_fl.core.estimate import Estimate
 from c2m3_fl.core.match import match
-from c2m3_fl.core.progress import Estimate
 from c2m3_fl.core.result import Step
 from tests.core.networks import mlp, planted
 

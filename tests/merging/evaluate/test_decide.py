@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.merging.evaluate.judge import Vote, decide, judge_by_labels
+from c2m3_fl.merging.evaluate.decide import Vote, decide, judge_by_labels
 from c2m3_fl.network.calibration import load_batches
 from c2m3_fl.network.program import export_batches
 
