@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from logging import ERROR
 from time import perf_counter
 from typing import Literal
 
-import numpy as np
 import torch
-from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters, Scalar, ndarrays_to_parameters
+from flwr.common import EvaluateIns, EvaluateRes, FitIns, Parameters, Scalar
 from flwr.common import parameters_to_ndarrays as to_ndarrays
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
@@ -20,25 +18,23 @@ from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, Strategy
 from flwr.supercore import log
 from torch import nn
 
-from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.flower.aligner import Basis, Mode
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics
+from c2m3_fl.flower.legacy_messages import Result, aggregate_results, named_params, to_parameters, to_scalars
 from c2m3_fl.flower.options import Feedback, Options
 from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.records import Schema, read_npy, reply_schema, schema_of_params
 from c2m3_fl.flower.replies import Dropped, Reply, Sorted, check_weight, content_of
-from c2m3_fl.flower.reports import Numbers, failure
-from c2m3_fl.flower.rounds import AlignedReplies
+from c2m3_fl.flower.reports import failure
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup
 from c2m3_fl.flower.wrapped import chain, check_instance
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
-
-Result = tuple[ClientProxy, FitRes]
 
 
 class C2M3(Strategy):
@@ -57,14 +53,44 @@ class C2M3(Strategy):
     ----------
     strategy : Strategy, optional
         Aggregates the aligned replies; `FedAvg()` by default.
-    recalibrate : str or Recalibration, optional
-        As there, without `ClientRefit`.
+    model : nn.Module
+        The architecture whose arrays are exchanged; not mutated.
+    example_inputs : Tensor, tuple or dict, optional
+        Inputs that the network can be traced with; by default the first calibration batch.
+    inputs : sequence of str, optional
+        Which keys of dict batches and dict example inputs are the network's inputs: ``("img",)``.
     calibration : iterable of batches, optional
-        As there, without `ClientStatistics`.
-    model, example_inputs, inputs, spec, device
-        As there.
-    alignment, basis, min_replies, outliers, memory, max_steps, tolerance, diagnostics, feedback
-        As there.
+        Inputs that the server holds, with labels or without, read once, scaled as in training: only BatchNorm's
+        buffers show where they are not.
+    recalibrate : str or Recalibration, optional
+        What the deployed model is made of. None (default): what the evidence supports, labels in the calibration
+        data, else REPAIR after rounds in which units moved, else the plain aggregate. "none", "repair", or any other
+        name or object that `merge` takes: that, in every round.
+    spec : PermutationSpec, optional
+        The symmetries of the network, proven on the example inputs; by default they are derived.
+    device : torch.device or str, optional
+        Where to match and repair; by default CUDA when there is one, else the CPU.
+    alignment : {"joint", "separate"}
+        Match all replies with each other (default), or each one with nothing but the model that was sent out.
+    basis : {"global", "largest", "client"} or int
+        Where every round ends: in the basis of the model that was sent out ("global", the default), the same with
+        every client's model sent in its own basis ("client"), or in the basis of the reply of largest weight or of
+        that node.
+    min_replies : int
+        With fewer valid replies than this (default 1), the previous global model stays.
+    outliers : {"report", "drop"}
+        Whether replies that do not fit the others are named only (default), or left out as well.
+    memory : int
+        How many nodes' permutations to remember between rounds (default 1000).
+    max_steps : int
+        Upper limit of the solver's steps before it polishes (default 100).
+    tolerance : float
+        Relative duality gap at which the solver stops (default 1e-4).
+    diagnostics : bool
+        Whether the metrics also hold what is known of every node and every tensor (default False).
+    feedback : {"never", "moved", "always"}
+        When clients train the deployed model next instead of the trajectory: "never" (default), after rounds in which
+        many units "moved" (at most once per node), or "always".
     head, judge, moments : None
         Refused: they ask clients.
 
@@ -125,7 +151,7 @@ class C2M3(Strategy):
     def trajectory(self) -> Parameters | None:
         """What clients train next; None before the first aggregate."""
         found = self.server.models.trajectory
-        return None if found is None else _parameters(found)
+        return None if found is None else to_parameters(found)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What is remembered between rounds: where each node was last found, the trajectory and its digest."""
@@ -144,12 +170,12 @@ class C2M3(Strategy):
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Send out the trajectory, or `parameters` where they are a new start, to whom the wrapped strategy chooses."""
         check_callers(separate=self.setup.separate, calibrated=self.setup.calibrated)
-        named = self._named(parameters, "the parameters to send out")
+        named = named_params(self.schema, parameters, "the parameters to send out")
         self.setup.spec.check(named, "the parameters to send out")
         check_finite(named, "the parameters to send out")
         start = self.server.next_start(named)
         self.expected = reply_schema(self.schema, schema_of_params(start))
-        self.sent = parameters if start is named else _parameters(start)
+        self.sent = parameters if start is named else to_parameters(start)
         _continue_from(self.strategy, self.sent)
         chosen = self.strategy.configure_fit(server_round, self.sent, client_manager)
         return [(proxy, FitIns(self._personal(proxy, ins.parameters), ins.config)) for proxy, ins in chosen]
@@ -160,10 +186,10 @@ class C2M3(Strategy):
         """Align the replies, aggregate them with the wrapped strategy, and recalibrate the result."""
         if self.sent is None:
             return self.strategy.aggregate_fit(server_round, results, failures)
-        aggregate = partial(_aggregate_results, self.strategy, server_round, failures, self.schema)
+        aggregate = partial(aggregate_results, self.strategy, server_round, failures, self.schema)
         params, metrics, numbers = self.server.play(server_round, self._sorted(results), self.strategy, aggregate)
-        scalars = _scalars(numbers, spelled_out=self.setup.options.diagnostics)
-        return _parameters(params), {**(metrics or {}), **scalars}
+        scalars = to_scalars(numbers, spelled_out=self.setup.options.diagnostics)
+        return to_parameters(params), {**(metrics or {}), **scalars}
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -220,16 +246,13 @@ class C2M3(Strategy):
             for (name, entry), data in zip(self.expected.items(), parameters.tensors, strict=True)
         }
 
-    def _named(self, parameters: Parameters, who: str) -> dict[str, torch.Tensor]:
-        return _named(self.schema, parameters, who)
-
     def _personal(self, proxy: ClientProxy, parameters: Parameters) -> Parameters:
         """The model in the client's own basis where that was asked for."""
         if self.setup.options.basis != "client":
             return parameters
-        params = self._named(parameters, "the parameters to send out")
+        params = named_params(self.schema, parameters, "the parameters to send out")
         own = self.setup.aligner.own_basis(node_of(proxy), params)
-        return parameters if own is params else _parameters(own)
+        return parameters if own is params else to_parameters(own)
 
 
 def node_of(proxy: ClientProxy) -> int:
@@ -257,57 +280,3 @@ def _continue_from(strategy: Strategy, parameters: Parameters) -> None:
             each.initial_parameters = parameters
         if isinstance(each, FedOpt):
             each.current_weights = to_ndarrays(parameters)
-
-
-def _aggregate_results(
-    strategy: Strategy,
-    server_round: int,
-    failures: list[Result | BaseException],
-    schema: Schema,
-    aligned: AlignedReplies,
-) -> tuple[Params | None, dict[str, Scalar]]:
-    """The wrapped strategy's aggregate of aligned replies, and its metrics."""
-    parameters, metrics = strategy.aggregate_fit(server_round, _results(aligned), failures)
-    return None if parameters is None else _named(schema, parameters, "the result"), dict(metrics or {})
-
-
-def _named(schema: Schema, parameters: Parameters, who: str) -> dict[str, torch.Tensor]:
-    """A server's own parameters by name, of whatever shapes and element types they are."""
-    if len(parameters.tensors) != len(schema):
-        raise ParamsError(f"{who}: {len(parameters.tensors)} tensors, expected {len(schema)}")
-    arrays = to_ndarrays(parameters)
-    named = {name: torch.from_numpy(np.asarray(array)) for name, array in zip(schema, arrays, strict=True)}
-    schema_of_params(named, who)
-    return named
-
-
-def _results(aligned: AlignedReplies) -> list[Result]:
-    """The replies with aligned parameters; integers go as float64, which every strategy's arithmetic takes.
-
-    What did not change is the client's own.
-    """
-    results = []
-    for reply, params in zip(aligned.replies, aligned.params, strict=True):
-        proxy, fit = reply.source
-        floats = {name: value if value.is_floating_point() else value.double() for name, value in params.items()}
-        kept = [value is reply.params[name] for name, value in floats.items()]
-        encoded = zip(kept, fit.parameters.tensors, _parameters(floats).tensors, strict=True)
-        tensors = [own if unchanged else new for unchanged, own, new in encoded]
-        results.append((proxy, replace(fit, parameters=replace(fit.parameters, tensors=tensors))))
-    return results
-
-
-def _parameters(params: Params) -> Parameters:
-    return ndarrays_to_parameters([np.asarray(value.detach().cpu().numpy()) for value in params.values()])
-
-
-def _scalars(numbers: Numbers, *, spelled_out: bool) -> dict[str, Scalar]:
-    """Legacy metrics hold no lists: what is known of every node gets a key of its own where that was asked for."""
-    scalars: dict[str, Scalar] = {}
-    nodes = numbers.get("c2m3-nodes", [])
-    for name, value in numbers.items():
-        if not isinstance(value, list):
-            scalars[name] = value
-        elif spelled_out and isinstance(nodes, list) and name != "c2m3-nodes":
-            scalars |= {f"{name}/{node}": each for node, each in zip(nodes, value, strict=True)}
-    return scalars
