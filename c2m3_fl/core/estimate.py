@@ -6,14 +6,15 @@ from math import log
 
 from c2m3_fl.core.block_ascent import TAIL
 from c2m3_fl.core.result import Step
-from c2m3_fl.core.search import BUDGET, FEW
+from c2m3_fl.core.search import expected_reheating
 
 
 class Estimate:
     """The share of a match that is done, step by step.
 
     Gains shrink about geometrically until they are too small to go on for, so the logarithm of the smallest gain so far
-    says how much of the ascent is done. Reheatings, where there are any, take up to their budget of counted work.
+    says how much of the ascent is done. Reheatings, where the budget allows any, take about .8 of the first ascent's
+    counted work each.
 
     Parameters
     ----------
@@ -29,13 +30,13 @@ class Estimate:
 
     def add(self, step: Step) -> float:
         """Take in a step; the share of the match that is done, in [0, 1], which never falls."""
-        whole = 1 + BUDGET if step.nodes > FEW else 1.0
+        more = expected_reheating(step.nodes)
         self._tried |= step.trial
         if self._tried:
-            share = 1 + min(BUDGET, step.work / max(self._ascent, 1) - 1)
+            share = 1 + min(more, step.work / max(self._ascent, 1) - 1)
         else:
             share, self._ascent = self._share(step), step.work
-        self.done = min(max(self.done, share / whole), 1.0)
+        self.done = min(max(self.done, share / (1 + more)), 1.0)
         return self.done
 
     def _share(self, step: Step) -> float:

@@ -63,6 +63,11 @@ def search(
     return reheat(problem, found, pool, limits, callback)
 
 
+def expected_reheating(nodes: int) -> float:
+    """The work that reheatings of so many moving nodes are expected to cost, as a share of the first ascent's."""
+    return 0.0 if nodes <= FEW else _COST * min(len(WARMTHS), int(BUDGET / (_COST * nodes)))
+
+
 def ascend(
     problem: Problem, point: dict[str, Tensor], pool: Executor, limits: Limits, callback: Callback | None = None
 ) -> Found:

@@ -7,6 +7,7 @@ import pytest
 from c2m3_fl.core.estimate import Estimate
 from c2m3_fl.core.match import match
 from c2m3_fl.core.result import Step
+from c2m3_fl.core.search import expected_reheating
 from tests.core.networks import mlp, planted
 
 
@@ -21,14 +22,19 @@ def test_an_ascent_is_done_as_far_as_its_gain_has_fallen_in_orders_of_magnitude(
     assert shares == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 1])
 
 
-def test_reheatings_are_two_thirds_of_a_match_that_may_have_them():
-    # Their budget is twice the work of the first ascent, 20: the whole is 60.
+def test_reheatings_are_counted_where_the_budget_allows_them():
+    # The first ascent's work is 20. Four nodes are reheated three times, for .8 of it each: the whole is 68.
     estimate = Estimate(1e-3)
     estimate.add(step(1, 1e-1, 4, work=10))
-    assert estimate.add(step(2, 0.0, 4, work=20)) == pytest.approx(20 / 60)
-    assert estimate.add(step(1, 1e-2, 4, work=30, trial=True)) == pytest.approx(30 / 60)
-    assert estimate.add(step(3, 1e-4, 4, work=35)) == pytest.approx(35 / 60)
+    assert estimate.add(step(2, 0.0, 4, work=20)) == pytest.approx(20 / 68)
+    assert estimate.add(step(1, 1e-2, 4, work=30, trial=True)) == pytest.approx(30 / 68)
+    assert estimate.add(step(3, 1e-4, 4, work=35)) == pytest.approx(35 / 68)
     assert estimate.add(step(1, 1e-2, 4, work=70, trial=True)) == 1
+
+
+@pytest.mark.parametrize(("nodes", "count"), [(3, 0), (4, 3), (5, 3), (7, 2), (10, 1), (15, 1), (16, 0)])
+def test_reheatings_are_expected_in_the_numbers_that_the_page_names(nodes, count):
+    assert expected_reheating(nodes) == pytest.approx(0.8 * count)
 
 
 def test_a_first_step_without_gain_ends_the_ascent():
