@@ -10,6 +10,7 @@ from rich.console import Console
 
 from c2m3_fl.cli.curves import draw_segments
 from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
+from c2m3_fl.cli.options import Classes, ImageSize, KeepStatistics, LabelledImages, Model, Picture, Raw
 from c2m3_fl.core import permutation
 from c2m3_fl.core.match import match
 from c2m3_fl.merging.evaluate.barrier import barrier as segment
@@ -21,21 +22,14 @@ from c2m3_fl.symmetry.discover import permutation_spec
 def barrier(
     first: Annotated[Path, typer.Argument(help="Weights of one network.")],
     second: Annotated[Path, typer.Argument(help="Weights of the other.")],
-    model: Annotated[str, typer.Option(help="A torchvision classifier, or package.module:factory.")],
-    data: Annotated[Path, typer.Option(help="Folder of images, one subfolder per class.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("barrier.png"),
+    model: Model,
+    data: LabelledImages,
+    output: Picture = Path("barrier.png"),
     points: Annotated[int, typer.Option(min=2, help="Points of the segment, ends included.")] = 11,
-    keep_statistics: Annotated[
-        bool, typer.Option("--keep-statistics", help="Do not estimate BatchNorm's statistics anew between networks.")
-    ] = False,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of the images, in pixels; by default the factory's example inputs', or 224."),
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Leave pixels in [0, 1]; else they are scaled by ImageNet's mean and spread.")
-    ] = False,
-    classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
+    keep_statistics: KeepStatistics = False,
+    image_size: ImageSize = None,
+    raw: Raw = False,
+    classes: Classes = 0,
 ) -> None:
     """Draw loss and accuracy along the segment between two networks, as they are and in one basis."""
     check_output(output, PICTURES)

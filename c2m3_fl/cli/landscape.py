@@ -11,6 +11,7 @@ from rich.console import Console
 
 from c2m3_fl.cli.curves import draw_landscapes
 from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
+from c2m3_fl.cli.options import Classes, ImageSize, KeepStatistics, LabelledImages, Model, Picture, Raw
 from c2m3_fl.core import permutation
 from c2m3_fl.core.match import match
 from c2m3_fl.errors import ConfigError
@@ -22,21 +23,14 @@ from c2m3_fl.symmetry.discover import permutation_spec
 
 def landscape(
     files: Annotated[list[Path], typer.Argument(help="Weights of three networks.")],
-    model: Annotated[str, typer.Option(help="A torchvision classifier, or package.module:factory.")],
-    data: Annotated[Path, typer.Option(help="Folder of images, one subfolder per class.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("landscape.png"),
+    model: Model,
+    data: LabelledImages,
+    output: Picture = Path("landscape.png"),
     resolution: Annotated[int, typer.Option(min=2, help="Points along each side.")] = 15,
-    keep_statistics: Annotated[
-        bool, typer.Option("--keep-statistics", help="Do not estimate BatchNorm's statistics anew between networks.")
-    ] = False,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of the images, in pixels; by default the factory's example inputs', or 224."),
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Leave pixels in [0, 1]; else they are scaled by ImageNet's mean and spread.")
-    ] = False,
-    classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
+    keep_statistics: KeepStatistics = False,
+    image_size: ImageSize = None,
+    raw: Raw = False,
+    classes: Classes = 0,
 ) -> None:
     """Draw the loss across the plane through three networks, as they are and in one basis."""
     if len(files) != 3:

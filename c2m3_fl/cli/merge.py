@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from c2m3_fl.cli.convergence import draw_convergence
 from c2m3_fl.cli.curves import draw_agreement
 from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
+from c2m3_fl.cli.options import Classes, ImageSize, Model, Raw
 from c2m3_fl.core.basis import consensus
 from c2m3_fl.core.estimate import Estimate
 from c2m3_fl.core.result import Step
@@ -34,7 +35,7 @@ from c2m3_fl.symmetry.discover import permutation_spec
 
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Weights of the networks: safetensors, or torch files.")],
-    model: Annotated[str, typer.Option(help="A torchvision classifier, or package.module:factory.")],
+    model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the merged weights go (safetensors).")],
     calibration: Annotated[
         Path | None, typer.Option(help="Folder of images; one subfolder per class gives labels.")
@@ -47,14 +48,9 @@ def merge(
         str | None, typer.Option(help=f"One of {', '.join(SHORT_NAMES)}; by default repair, if there are images.")
     ] = None,
     weights: Annotated[list[float] | None, typer.Option(help="Averaging weight, once per file.")] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Side of the images, in pixels; by default the factory's example inputs', or 224."),
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Leave pixels in [0, 1]; else they are scaled by ImageNet's mean and spread.")
-    ] = False,
-    classes: Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")] = 0,
+    image_size: ImageSize = None,
+    raw: Raw = False,
+    classes: Classes = 0,
     picture: Annotated[
         Path | None, typer.Option(help="Draw how well the networks agree in every tensor, before and after.")
     ] = None,

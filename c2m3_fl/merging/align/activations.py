@@ -67,14 +67,8 @@ def two_sided_features(
 
     Parameters
     ----------
-    spec : PermutationSpec
-        The network's symmetries.
-    programs : sequence of Program
-        The exported network, one entry per batch.
-    batches : sequence of Batch
-        Calibration data.
-    params : mapping of str to Tensor
-        State dict of the network.
+    spec, programs, batches, params
+        As for `unit_features`.
 
     Raises
     ------

@@ -6,14 +6,15 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.merging.evaluate.scoring import Score, Scorer
-from c2m3_fl.network.calibration import Calibration, ExampleInputs
+from c2m3_fl.merging.evaluate.scoring import Score, Scorer, ScorerOptions
+from c2m3_fl.network.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,7 @@ def barrier(
     data: Calibration,
     *,
     points: int = 11,
-    example_inputs: ExampleInputs | None = None,
-    inputs: Sequence[str] | None = None,
-    renormalise: bool | None = None,
+    **options: Unpack[ScorerOptions],
 ) -> Line:
     """Score the segment between two networks.
 
@@ -103,12 +102,9 @@ def barrier(
         What to score on.
     points : int
         Number of equidistant points, ends included.
-    example_inputs : Tensor, tuple or dict, optional
-        A tuple or dict says how many inputs the network takes; otherwise one.
-    inputs : sequence of str, optional
-        The keys that are inputs, where batches are dicts: see `load_batches`.
-    renormalise : bool, optional
-        Whether running statistics of BatchNorm are re-estimated between the networks: see `Scorer`.
+    **options
+        `example_inputs` and `inputs` as for `merge`; `renormalise`, whether running statistics of BatchNorm are
+        estimated again between the networks (by default where there are any).
 
     Examples
     --------
@@ -121,7 +117,7 @@ def barrier(
     """
     if points < 2:
         raise ConfigError(f"points is {points}, expected at least the two ends")
-    scorer = Scorer(model, [first, second], data, example_inputs=example_inputs, inputs=inputs, renormalise=renormalise)
+    scorer = Scorer(model, [first, second], data, **options)
     positions = tuple(index / (points - 1) for index in range(points))
     return Line(positions, tuple(scorer.score([1 - t, t]) for t in positions))
 
@@ -132,9 +128,7 @@ def pairwise_barriers(
     data: Calibration,
     *,
     points: int = 11,
-    example_inputs: ExampleInputs | None = None,
-    inputs: Sequence[str] | None = None,
-    renormalise: bool | None = None,
+    **options: Unpack[ScorerOptions],
 ) -> dict[tuple[int, int], Line]:
     """The segment between every pair of networks: see `barrier`.
 
@@ -148,12 +142,9 @@ def pairwise_barriers(
         What to score on.
     points : int
         Number of equidistant points, ends included.
-    example_inputs : Tensor, tuple or dict, optional
-        A tuple or dict says how many inputs the network takes; otherwise one.
-    inputs : sequence of str, optional
-        The keys that are inputs, where batches are dicts: see `load_batches`.
-    renormalise : bool, optional
-        Whether running statistics of BatchNorm are re-estimated between the networks: see `Scorer`.
+    **options
+        `example_inputs` and `inputs` as for `merge`; `renormalise`, whether running statistics of BatchNorm are
+        estimated again between the networks (by default where there are any).
 
     Examples
     --------
@@ -161,7 +152,7 @@ def pairwise_barriers(
     >>> list(pairwise_barriers(nn.Linear(4, 3), nodes, [(torch.randn(8, 4), torch.randint(3, (8,)))], points=3))
     [(0, 1), (0, 2), (1, 2)]
     """
-    between = partial(barrier, points=points, example_inputs=example_inputs, inputs=inputs, renormalise=renormalise)
+    between = partial(barrier, points=points, **options)
     return {(i, j): between(model, nodes[i], nodes[j], data) for i, j in itertools.combinations(range(len(nodes)), 2)}
 
 
@@ -172,9 +163,7 @@ def simplex(
     *,
     samples: int = 0,
     seed: int = 0,
-    example_inputs: ExampleInputs | None = None,
-    inputs: Sequence[str] | None = None,
-    renormalise: bool | None = None,
+    **options: Unpack[ScorerOptions],
 ) -> Simplex:
     """Score the corners and the centre of the simplex that many networks span, and points drawn uniformly from it.
 
@@ -190,12 +179,9 @@ def simplex(
         Number of points that are drawn.
     seed : int
         Decides which.
-    example_inputs : Tensor, tuple or dict, optional
-        A tuple or dict says how many inputs the network takes; otherwise one.
-    inputs : sequence of str, optional
-        The keys that are inputs, where batches are dicts: see `load_batches`.
-    renormalise : bool, optional
-        Whether running statistics of BatchNorm are re-estimated between the networks: see `Scorer`.
+    **options
+        `example_inputs` and `inputs` as for `merge`; `renormalise`, whether running statistics of BatchNorm are
+        estimated again between the networks (by default where there are any).
 
     Examples
     --------
@@ -210,7 +196,7 @@ def simplex(
         raise ConfigError(f"a simplex needs at least two networks, got {len(nodes)}")
     if samples < 0:
         raise ConfigError(f"samples is {samples}, expected none or more")
-    scorer = Scorer(model, nodes, data, example_inputs=example_inputs, inputs=inputs, renormalise=renormalise)
+    scorer = Scorer(model, nodes, data, **options)
     count = len(nodes)
     corners = [[float(row == column) for column in range(count)] for row in range(count)]
     drawn = -torch.rand(samples, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).log()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.merging.evaluate.scoring import Scorer
-from c2m3_fl.network.calibration import Calibration, ExampleInputs
+from c2m3_fl.merging.evaluate.scoring import Scorer, ScorerOptions
+from c2m3_fl.network.calibration import Calibration
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +44,7 @@ def landscape(
     *,
     resolution: int = 21,
     margin: float = 0.25,
-    example_inputs: ExampleInputs | None = None,
-    inputs: Sequence[str] | None = None,
-    renormalise: bool | None = None,
+    **options: Unpack[ScorerOptions],
 ) -> Landscape:
     """Score a grid in the plane through three networks.
 
@@ -61,12 +60,9 @@ def landscape(
         Points along each side.
     margin : float
         How far the grid reaches beyond the networks, relative to their extent.
-    example_inputs : Tensor, tuple or dict, optional
-        A tuple or dict says how many inputs the network takes; otherwise one.
-    inputs : sequence of str, optional
-        The keys that are inputs, where batches are dicts: see `load_batches`.
-    renormalise : bool, optional
-        Whether running statistics of BatchNorm are re-estimated between the networks: see `Scorer`.
+    **options
+        `example_inputs` and `inputs` as for `merge`; `renormalise`, whether running statistics of BatchNorm are
+        estimated again between the networks (by default where there are any).
 
     Examples
     --------
@@ -81,7 +77,7 @@ def landscape(
         raise ConfigError(f"a plane goes through three networks, got {len(nodes)}")
     if resolution < 2:
         raise ConfigError(f"resolution is {resolution}, expected at least two points along each side")
-    scorer = Scorer(model, nodes, data, example_inputs=example_inputs, inputs=inputs, renormalise=renormalise)
+    scorer = Scorer(model, nodes, data, **options)
     origin, across, up = (torch.cat([node[name].double().flatten() for name in scorer.names]) for node in nodes)
     width = float((across - origin).norm())
     along = float((up - origin) @ (across - origin)) / width if width else 0.0

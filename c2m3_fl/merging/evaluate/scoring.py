@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,14 @@ def evaluate(model: nn.Module, params: Params, batches: Sequence[Batch]) -> Scor
             correct += int((logits.argmax(1) == batch.labels).sum())
             count += len(batch.labels)
     return Score(loss / count, correct / count)
+
+
+class ScorerOptions(TypedDict, total=False):
+    """What the functions that score many combinations pass on: see `Scorer`."""
+
+    example_inputs: ExampleInputs | None
+    inputs: Sequence[str] | None
+    renormalise: bool | None
 
 
 class Scorer:

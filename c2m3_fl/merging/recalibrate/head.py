@@ -39,14 +39,8 @@ def measure_labels(programs: Sequence[Program], params: Params, batches: Sequenc
 
     Parameters
     ----------
-    programs : sequence of Program
-        One per batch.
-    params : mapping of str to Tensor
-        State dict of the network.
-    batches : sequence of Batch
-        With labels.
-    every : int
-        One example in so many is held out; see `held_out.held_out`.
+    programs, params, batches, every
+        As for `last_layer.labelled_inputs`.
 
     Raises
     ------

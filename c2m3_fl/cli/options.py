@@ -1,0 +1,23 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option(help="A torchvision classifier, or package.module:factory.")]
+LabelledImages = Annotated[Path, typer.Option(help="Folder of images, one subfolder per class.")]
+Picture = Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")]
+KeepStatistics = Annotated[
+    bool, typer.Option("--keep-statistics", help="Do not estimate BatchNorm's statistics anew between networks.")
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Side of the images, in pixels; by default the factory's example inputs', or 224."),
+]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Leave pixels in [0, 1]; else they are scaled by ImageNet's mean and spread.")
+]
+Classes = Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")]
