@@ -25,6 +25,10 @@ PREFIX = "two-models/"
 # first round from own starts (.953). Digits, MLP 64-32-32-10, 5 clients, IID, Dirichlet .1 and two classes, 1 and 5
 # local epochs, learning rates .1 and .02, 8 rounds, seeds 10 and 11, which no table shows.
 MOVED = 0.4
+# How many times the largest reply's norm a deployed model may have and still be trained. Digits, seed 11, which no table
+# shows, 12 rounds of REPAIR or refit fed back: IID clients stay below 1.14; the runs that diverged, under label skew,
+# pass 1.25 first, and then 2 to 1e6.
+GROWTH = 1.25
 
 
 class TwoModels:
@@ -94,7 +98,7 @@ class TwoModels:
             if fresh <= MOVED:
                 return False
         found, largest = _norm(deployed), max(_norm(params) for params in aligned.params)
-        if not found <= largest:  # NaN is refused, too
+        if not found <= GROWTH * largest:  # NaN is refused, too
             self.stopped = True
             text = "\t> the deployed model's norm %.3g exceeds the replies' %.3g: clients do not train it any more"
             log(WARNING, text, found, largest)
