@@ -111,8 +111,8 @@ class C2M3(Strategy):
         Whether the metrics also hold the agreement of every tensor of every client (default False).
     feedback : {"never", "moved", "always"}
         When clients train the deployed model next instead of the trajectory: "never" (default), after rounds in which
-        many units "moved" (at most once per node), or "always". A deployed model whose norm exceeds the replies' by a quarter ends
-        it for the run.
+        many units "moved" (at most once per node), or "always". A deployed model whose norm exceeds the replies' by a
+        quarter ends it for the run.
     deploy : {"last", "every"} or int
         In which rounds clients are asked for the deployment (`ClientRefit`, head, judge): the "last" one (default),
         "every" one, or every n-th and the last. In the others the aggregate is returned, recalibrated by the server

@@ -25,9 +25,9 @@ PREFIX = "two-models/"
 # first round from own starts (.953). Digits, MLP 64-32-32-10, 5 clients, IID, Dirichlet .1 and two classes, 1 and 5
 # local epochs, learning rates .1 and .02, 8 rounds, seeds 10 and 11, which no table shows.
 MOVED = 0.4
-# How many times the largest reply's norm a deployed model may have and still be trained. Digits, seed 11, which no table
-# shows, 12 rounds of REPAIR or refit fed back: IID clients stay below 1.14; the runs that diverged, under label skew,
-# pass 1.25 first, and then 2 to 1e6.
+# How many times the largest reply's norm a deployed model may have and still be trained. Digits, seed 11, which no
+# table shows, 12 rounds of REPAIR or refit fed back: IID clients stay below 1.14; the runs that diverged, under label
+# skew, pass 1.25 first, and then 2 to 1e6.
 GROWTH = 1.25
 
 
