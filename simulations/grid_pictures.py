@@ -57,7 +57,10 @@ def _panel(panel: Axes, record: Record, cell: Mapping[str, str], names: Sequence
             continue
         numbers = range(1, len(found[0].accuracy) + 1)
         values = [accuracies(found, number - 1) for number in numbers]
-        panel.plot(numbers, [mean(each) for each in values], color=colour, linewidth=1.6, label=TITLES.get(name, name))
+        first = name == names[0]  # dashed and on top: methods that change nothing lie under it
+        style: dict[str, Any] = {"linestyle": "--", "zorder": 5} if first else {"linestyle": "-"}
+        means = [mean(each) for each in values]
+        panel.plot(numbers, means, color=colour, linewidth=1.6, label=TITLES.get(name, name), **style)
         if len(found) > 1:
             low, high = [min(each) for each in values], [max(each) for each in values]
             panel.fill_between(numbers, low, high, color=colour, alpha=0.13, linewidth=0)
