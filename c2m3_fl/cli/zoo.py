@@ -33,7 +33,7 @@ _SIDES = {"vit": 224, "maxvit": 224, "inception": 299}
 
 
 @dataclass(frozen=True)
-class Entry:
+class Row:
     """One line of the coverage table.
 
     Attributes
@@ -60,7 +60,7 @@ class Entry:
     error: float
 
     def line(self) -> str:
-        """The entry as a line of a Markdown table."""
+        """The row as a line of a Markdown table."""
         return (
             f"| {self.name} | {self.parameters:,} | {self.groups} | {100 * self.coverage:.2f} % "
             f"| {self.seconds:.1f} | {self.error:.0e} |"
@@ -73,7 +73,7 @@ def example_image(name: str) -> torch.Tensor:
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def survey(name: str) -> tuple[Entry, PermutationSpec]:
+def survey(name: str) -> tuple[Row, PermutationSpec]:
     """Trace a classifier and measure the invariance of what tracing found, before any group is pinned by the check."""
     torch.manual_seed(0)
     network, image = build_classifier(name), as_inputs(example_image(name))
@@ -82,10 +82,10 @@ def survey(name: str) -> tuple[Entry, PermutationSpec]:
     seconds = time.process_time() - begin
     error = max(Prover(network, image, training=training).error(spec) for training in modes)
     parameters = sum(value.numel() for value in network.parameters())
-    return Entry(name, parameters, len(spec.groups), coverage(spec), seconds, error), spec
+    return Row(name, parameters, len(spec.groups), coverage(spec), seconds, error), spec
 
 
-def measure(names: Sequence[str] | None, file: Path | None) -> Iterator[Entry]:
+def measure(names: Sequence[str] | None, file: Path | None) -> Iterator[Row]:
     """Survey classifiers (None: all of torchvision's) one at a time; after each, all results so far go into `file`."""
     done = []
     for name in names or classifiers():
@@ -96,8 +96,8 @@ def measure(names: Sequence[str] | None, file: Path | None) -> Iterator[Entry]:
         gc.collect()
 
 
-def load(file: Path) -> list[Entry]:
-    """The entries that `measure` wrote to a file.
+def load(file: Path) -> list[Row]:
+    """The rows that `measure` wrote to a file.
 
     Raises
     ------
@@ -105,14 +105,14 @@ def load(file: Path) -> list[Entry]:
         When the file cannot be read or does not hold a coverage table.
     """
     try:
-        return [Entry(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+        return [Row(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file} holds no coverage table ({error}); write one: c2m3-fl inspect --zoo --save {file}"
         ) from error
 
 
-def _write(entries: Sequence[Entry], file: Path) -> None:
+def _write(entries: Sequence[Row], file: Path) -> None:
     content = {
         "command": "c2m3-fl inspect --zoo --save FILE",
         "configuration": {"seed": 0, "images": 2, "side": _IMAGE, "other sides": _SIDES},

@@ -25,7 +25,7 @@ from c2m3_fl.flower.client_sums import ACTION
 from c2m3_fl.flower.records import Entry, from_params, to_params
 from c2m3_fl.merging.recalibrate.client_fit import fit_operator
 from c2m3_fl.merging.recalibrate.client_packing import expected, expected_channels, unpack
-from c2m3_fl.merging.recalibrate.client_plan import Plan, Role, Step, norm_behind
+from c2m3_fl.merging.recalibrate.client_plan import Plan, Question, Role, norm_behind
 from c2m3_fl.merging.recalibrate.client_pool import far_networks, outlying, pool_fits, pool_moments, shares_of
 from c2m3_fl.merging.recalibrate.correction import rescale, restate
 from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer, effective
@@ -132,7 +132,7 @@ class _Clients:
         self._options, self._grid, self._program, self._equally = options, grid, program, equally
         self._nodes, self._own, self._weights = list(own), own, weights
 
-    def ask(self, exchange: Sequence[Step], params: Params) -> dict[str, dict[int, Answer]]:
+    def ask(self, exchange: Sequence[Question], params: Params) -> dict[str, dict[int, Answer]]:
         """The usable answers, by operator name and node in the order of the nodes."""
         read: dict[int, dict[str, Answer]] = {}
         failed: list[str] = []
@@ -166,7 +166,7 @@ class _Clients:
             log(WARNING, "\t> node %d's sums of %s are left out: %s", node, operator.module or operator.name, reason)
         return {node: answer for node, answer in found.items() if node not in odd}
 
-    def correct(self, step: Step, answers: Mapping[int, Answer], params: dict[str, Tensor]) -> list[OperatorReport]:
+    def correct(self, step: Question, answers: Mapping[int, Answer], params: dict[str, Tensor]) -> list[OperatorReport]:
         """Put an operator's correction in place."""
         operator = self._program.operators[step.place]
         shares = shares_of([self._weights[node] for node in answers], equally=self._equally)
@@ -185,7 +185,7 @@ class _Clients:
         target = Target(own_moments.mean, own_moments.std)
         return [rescale(self._program, operator, params, merged, target)]
 
-    def _messages(self, exchange: Sequence[Step], params: Params) -> list[Message]:
+    def _messages(self, exchange: Sequence[Question], params: Params) -> list[Message]:
         options = self._options
         shared = {} if isinstance(options, RegMean) else {"merged": from_params(params)}
         found = []
@@ -204,7 +204,7 @@ class _Clients:
             found.append(Message(content, node, f"query.{ACTION}"))
         return found
 
-    def _read(self, reply: Message, exchange: Sequence[Step], params: Params) -> dict[str, Answer]:
+    def _read(self, reply: Message, exchange: Sequence[Question], params: Params) -> dict[str, Answer]:
         """A client's answers by operator name; what cannot be read of it is left out, operator by operator."""
         record = _record(reply)
         node, found = reply.metadata.src_node_id, {}
@@ -216,7 +216,7 @@ class _Clients:
                 log(WARNING, "\t> no sums of %s from node %d: %s", operator.module or operator.name, node, error)
         return found
 
-    def _read_one(self, record: ArrayRecord, step: Step, params: Params) -> Answer:
+    def _read_one(self, record: ArrayRecord, step: Question, params: Params) -> Answer:
         operator = self._program.operators[step.place]
         channels = expected_channels(operator, params)
         shapes = expected(self._program, operator, params, step.role, channels, self._options.double)
@@ -227,7 +227,7 @@ class _Clients:
         return unpack({name.removeprefix(prefix): value for name, value in tensors.items()}, step.role)
 
 
-def _layer(program: Program, step: Step, params: Params) -> tuple[Tensor, Tensor] | None:
+def _layer(program: Program, step: Question, params: Params) -> tuple[Tensor, Tensor] | None:
     """The layer to which an answer's residuals refer."""
     operator = program.operators[step.place]
     return effective(operator, norm_behind(program, operator), params) if step.role is Role.FIT else None

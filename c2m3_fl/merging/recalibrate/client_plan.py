@@ -32,7 +32,7 @@ class Role(Enum):
 
 
 @dataclass(frozen=True)
-class Step:
+class Question:
     """One operator that clients are asked about.
 
     Attributes
@@ -56,7 +56,7 @@ class Plan:
 
     Attributes
     ----------
-    exchanges : tuple of tuples of Step
+    exchanges : tuple of tuples of Question
         In forward order; the operators of one exchange are measured under one merged network.
     too_large : tuple of str
         Names of the operators whose sums exceed the limit; their channel moments are repaired instead.
@@ -64,7 +64,7 @@ class Plan:
         Names of the operators that read the network's input, whose second moments are not asked for.
     """
 
-    exchanges: tuple[tuple[Step, ...], ...]
+    exchanges: tuple[tuple[Question, ...], ...]
     too_large: tuple[str, ...]
     kept_back: tuple[str, ...]
 
@@ -105,11 +105,11 @@ def plan_refit(
     steps = []
     for place, operator in enumerate(program.operators):
         if place in fitted:
-            steps.append(Step(place, Role.FIT, fitted[place]))
+            steps.append(Question(place, Role.FIT, fitted[place]))
         elif operator.mean and operator.name not in folded:
-            steps.append(Step(place, Role.STATISTICS, _moments_size(program, operator)))
+            steps.append(Question(place, Role.STATISTICS, _moments_size(program, operator)))
         elif not operator.mean and operator.weight and not operator.feeds_norm:
-            steps.append(Step(place, Role.MOMENTS, 2 * _moments_size(program, operator)))
+            steps.append(Question(place, Role.MOMENTS, 2 * _moments_size(program, operator)))
     names = tuple(program.operators[place].name for place in too_large)
     return Plan(_chunks(steps, exchanges), names, _kept_back(program, first_layer))
 
@@ -122,7 +122,7 @@ def plan_gram(program: Program, params: Params, *, width: int, max_bytes: int, f
         if operator.kind in FITTED and (first_layer or not reads_input(program, operator))
     }
     asked, too_large = _below(candidates, max_bytes)
-    steps = [Step(place, Role.GRAM, size) for place, size in asked.items()]
+    steps = [Question(place, Role.GRAM, size) for place, size in asked.items()]
     names = tuple(program.operators[place].name for place in too_large)
     return Plan(_chunks(steps, 1), names, _kept_back(program, first_layer))
 
@@ -204,7 +204,7 @@ def _below(sizes: Mapping[int, int], limit: int) -> tuple[dict[int, int], list[i
     return kept, sorted(left_out)
 
 
-def _chunks(steps: Sequence[Step], exchanges: int | None) -> tuple[tuple[Step, ...], ...]:
+def _chunks(steps: Sequence[Question], exchanges: int | None) -> tuple[tuple[Question, ...], ...]:
     """Evenly many consecutive steps per exchange."""
     count = len(steps) if exchanges is None else min(exchanges, len(steps))
     bounds = [len(steps) * index // count for index in range(count + 1)] if count else []
