@@ -23,7 +23,7 @@ from c2m3_fl.flower.evidence import Means, choose_means
 from c2m3_fl.flower.judge import ClientJudge
 from c2m3_fl.flower.reports import Numbers, failure, report_recalibration
 from c2m3_fl.flower.rounds import AlignedReplies
-from c2m3_fl.flower.server_side import recalibrate_aggregate
+from c2m3_fl.flower.server_side import ServerSide
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.wrapped import typed_like
 from c2m3_fl.merging.recalibrate.auto import Auto
@@ -175,17 +175,10 @@ class Candidates:
         moved, labels = any(share > 0 for share in aligned.shares), means is Means.LABELS
         unjudged = _means(setup, request, aligned, judge=False)
         steps = {name for name, _ in _methods(setup, unjudged)}
+        grid = request.clients.grid if request.clients is not None else None
+        server = ServerSide(setup, self.params[AGGREGATE], aligned, plain=request.plain, grid=grid)
         for name, recalibration in _methods(setup, means):
-            make = partial(
-                recalibrate_aggregate,
-                setup,
-                recalibration,
-                self.params[AGGREGATE],
-                aligned,
-                plain=request.plain,
-                grid=request.clients.grid if request.clients is not None else None,
-                insists=means is Means.ASKED,
-            )
+            make = partial(server.recalibrate, recalibration, insists=means is Means.ASKED)
             self._add(
                 name,
                 partial(_unless_repaired, make) if name == "auto" and not labels and not moved else make,

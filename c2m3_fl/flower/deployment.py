@@ -86,8 +86,11 @@ def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Num
         return found.last, {}, ""
     try:
         verdict = _judge(setup, request, candidates)
-    except Exception as error:  # if the judge fails, keep the aggregate
-        log(ERROR, "\t> %s: the aggregate is deployed", failure("the judge", error))
+    except Exception as error:  # if a judge fails that was asked for, keep the aggregate
+        reason = failure("the judge", error)
+        if setup.tentative:
+            return found.last, {}, reason
+        log(ERROR, "\t> %s: the aggregate is deployed", reason)
         return AGGREGATE, {}, ""
     if verdict is None:
         return found.last, {}, ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from logging import WARNING
 
 import torch
@@ -25,24 +26,13 @@ from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.network.moments import Moments
 
 
-def recalibrate_aggregate(
-    setup: Setup,
-    recalibration: Recalibration,
-    merged: Params,
-    aligned: AlignedReplies,
-    *,
-    plain: Params | None = None,
-    grid: Grid | None = None,
-    insists: bool = False,
-) -> Recalibrated:
-    """Recalibrate with the server's data, or with what clients measure where it holds none.
+class ServerSide:
+    """What the server can make of one aggregate; what was prepared for one recalibration serves the next.
 
     Parameters
     ----------
     setup : Setup
         Of the strategy.
-    recalibration : Recalibration
-        What to do.
     merged : mapping of str to Tensor
         The aggregate, in the model's element types; not mutated.
     aligned : AlignedReplies
@@ -51,58 +41,86 @@ def recalibrate_aggregate(
         The aggregate without alignment, for a guard.
     grid : Grid, optional
         Where clients can be asked.
-    insists : bool
-        Whether to go on, with a warning, where the data are not of the clients' kind.
-
-    Raises
-    ------
-    CalibrationError
-        When there is nothing to measure with, or the data are not of the clients' kind.
     """
-    if setup.statistics is not None:
-        if grid is None:
-            raise CalibrationError("there is no grid to ask clients for moments: send out a model first")
-        nodes, weights = aligned.nodes, aligned.weights
-        return repair_by_clients(
-            setup.statistics, recalibration, grid, nodes, setup.data, merged, aligned.params, weights
+
+    def __init__(
+        self,
+        setup: Setup,
+        merged: Params,
+        aligned: AlignedReplies,
+        *,
+        plain: Params | None = None,
+        grid: Grid | None = None,
+    ) -> None:
+        self.setup, self.merged, self.aligned, self.plain, self.grid = setup, merged, aligned, plain, grid
+        self._settings: dict[torch.device, Setting] = {}
+
+    def recalibrate(self, recalibration: Recalibration, *, insists: bool = False) -> Recalibrated:
+        """Recalibrate with the server's data, or with what clients measure where it holds none.
+
+        Parameters
+        ----------
+        recalibration : Recalibration
+            What to do.
+        insists : bool
+            Whether to go on, with a warning, where the data are not of the clients' kind.
+
+        Raises
+        ------
+        CalibrationError
+            When there is nothing to measure with, or the data are not of the clients' kind.
+        """
+        setup, aligned = self.setup, self.aligned
+        if setup.statistics is not None:
+            if self.grid is None:
+                raise CalibrationError("there is no grid to ask clients for moments: send out a model first")
+            nodes, weights = aligned.nodes, aligned.weights
+            return repair_by_clients(
+                setup.statistics, recalibration, self.grid, nodes, setup.data, self.merged, aligned.params, weights
+            )
+
+        def compute(device: torch.device) -> Recalibrated:
+            setting = self._setting(device)
+            _check_kind(setting, insists=insists)
+            found = recalibrate(recalibration, setting)
+            return replace(found, state_dict={name: value.cpu() for name, value in found.state_dict.items()})
+
+        return with_cpu_fallback(compute, setup.device, "recalibration")[0]
+
+    @cached_property
+    def _own(self) -> Sequence[OwnMoments]:
+        """Each client's moments of its own reply on its own data; empty where they are not known."""
+        setup, aligned = self.setup, self.aligned
+        if setup.moments is None or self.grid is None:
+            return []
+        try:
+            return own_moments(setup.moments, self.grid, aligned.nodes, setup.data, aligned.params)
+        except CalibrationError as error:
+            log(WARNING, "\t> the clients' own moments are not known, so nothing shows a shift: %s", error)
+            return []
+
+    def _setting(self, device: torch.device) -> Setting:
+        if device not in self._settings:
+            self._settings[device] = self._prepared(device)
+        return self._settings[device]
+
+    def _prepared(self, device: torch.device) -> Setting:
+        setup, weights = self.setup, self.aligned.weights
+        setting = prepare(
+            setup.model,
+            self.merged,
+            self.aligned.params,
+            setup.data,
+            weights=weights,
+            device=device,
+            plain=self.plain,
+            # the replies are in order of their content already, so that nothing is digested again
+            order=sorted(range(len(weights)), key=lambda index: -weights[index]),
         )
-    own = _own(setup, grid, aligned)
-
-    def compute(device: torch.device) -> Recalibrated:
-        setting = _prepared(setup, merged, aligned, own, device, plain)
-        _check_kind(setting, insists=insists)
-        found = recalibrate(recalibration, setting)
-        return replace(found, state_dict={name: value.cpu() for name, value in found.state_dict.items()})
-
-    return with_cpu_fallback(compute, setup.device, "recalibration")[0]
-
-
-def _own(setup: Setup, grid: Grid | None, aligned: AlignedReplies) -> Sequence[OwnMoments]:
-    """Each client's moments of its own reply on its own data; empty where they are not known."""
-    if setup.moments is None or grid is None:
-        return []
-    try:
-        return own_moments(setup.moments, grid, aligned.nodes, setup.data, aligned.params)
-    except CalibrationError as error:
-        log(WARNING, "\t> the clients' own moments are not known, so nothing shows a shift: %s", error)
-        return []
-
-
-def _prepared(
-    setup: Setup,
-    merged: Params,
-    aligned: AlignedReplies,
-    own: Sequence[OwnMoments],
-    device: torch.device,
-    plain: Params | None,
-) -> Setting:
-    setting = prepare(
-        setup.model, merged, aligned.params, setup.data, weights=aligned.weights, device=device, plain=plain
-    )
-    if not own:
-        return setting
-    here = [{name: _moved(each, device) for name, each in moments.items()} for moments in own]
-    return with_own_moments(setting, setup.spec, [identity(setup.spec)] * len(here), here)
+        if not self._own:
+            return setting
+        here = [{name: _moved(each, device) for name, each in moments.items()} for moments in self._own]
+        return with_own_moments(setting, setup.spec, [identity(setup.spec)] * len(here), here)
 
 
 def _check_kind(setting: Setting, *, insists: bool) -> None:

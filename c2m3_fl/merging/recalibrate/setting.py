@@ -113,6 +113,7 @@ def prepare(
     device: torch.device | str | None = None,
     plain: Params | None = None,
     views: Sequence[View] | None = None,
+    order: Sequence[int] | None = None,
 ) -> Setting:
     """Check everything, export the network, and bring it all to one device.
 
@@ -138,6 +139,8 @@ def prepare(
         The average without any alignment: one more candidate for a guard.
     views : sequence of View, optional
         How each endpoint's outputs are seen in the basis of the average; by default as they are.
+    order : sequence of int, optional
+        The endpoints' canonical order where the caller knows one; by default by weight and a digest of each.
 
     Raises
     ------
@@ -159,7 +162,7 @@ def prepare(
     held = CalibrationSet.of(model, calibration, example_inputs=example_inputs, inputs=inputs).to(place)
     if not held.batches:
         raise CalibrationError("there are example inputs alone, expected calibration batches: pass calibration")
-    order = order_by_weight(endpoints, share)
+    order = order_by_weight(endpoints, share) if order is None else order
     return Setting(
         programs=held.programs,
         batches=held.batches,

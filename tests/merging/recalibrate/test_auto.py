@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -17,6 +18,7 @@ from c2m3_fl.merging.recalibrate.repair import Repair
 from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.shift import channel_moments, shift, with_own_moments
 from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
+from c2m3_fl.symmetry.discover import permutation_spec
 from tests.merging.networks import CALIBRATION, images, lively, nodes, outputs
 from tests.merging.test_merge import SEED, spec_of
 
@@ -141,6 +143,18 @@ def test_a_shift_that_only_one_node_sees_does_not_count() -> None:
     together = [mine + 0.7 * torch.randn(mine.shape[1:], generator=SEED(20))] * 6
     assert measured([mine] * 6) == pytest.approx(0, abs=1e-3)
     assert measured(skewed) < 0.5 * measured(together)
+
+
+def test_offsets_that_oppose_each_other_do_not_hide_inputs_of_another_range() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    params, mine = model.state_dict(), torch.randn(200, 6, generator=SEED(20))
+    mine -= mine.mean(0)
+    spec = permutation_spec(model, (mine,))
+    moments = [channel_moments(model, params, [mine + offset]) for offset in (-20, 20)]
+    setting = prepare(model, params, [params] * 2, [255 * mine])
+    found = shift(with_own_moments(setting, spec, [permutation.identity(spec)] * 2, moments))
+    assert found is not None
+    assert found > 0.9 * math.log(255), "the stretch that both nodes share"
 
 
 def test_repair_is_held_back_where_a_safer_network_agrees_more_with_the_ensemble() -> None:
