@@ -247,6 +247,11 @@ BAD_OPTIONS = {
     "deploy never": ({"deploy": 0}, ConfigError, "deploy is 0, expected a whole number"),
     "head": ({"head": "hydra"}, ConfigError, "head is 'hydra'"),
     "judge": ({"judge": "dredd"}, ConfigError, "judge is 'dredd'"),
+    "judge_key without a judge": (
+        {"judge": None, "judge_key": "loss"},
+        ConfigError,
+        "judge_key is 'loss', but judge is None",
+    ),
     "judge without labels": ({"judge": "labels"}, CalibrationError, "needs calibration data with labels"),
     "repair without data": ({"recalibrate": "repair"}, CalibrationError, "needs calibration inputs"),
     "alignment": ({"alignment": "none"}, ConfigError, "alignment is 'none'"),
