@@ -45,14 +45,14 @@ CASES = {
 
 MATCHERS: dict[str, Matcher] = {
     "published": lambda spec, nodes: published_match(spec, nodes).permutations,
-    "c2m3": lambda spec, nodes: match(spec, nodes).permutations,
-    "c2m3, from the identity": lambda spec, nodes: match(spec, nodes, start="identity").permutations,
-    "c2m3, from the barycentre": lambda spec, nodes: match(spec, nodes, start="barycentre").permutations,
-    "c2m3, all nodes at once": lambda spec, nodes: match(spec, nodes, together=None).permutations,
-    "c2m3, without polish": lambda spec, nodes: match(spec, nodes, polish=False).permutations,
-    "c2m3, balanced": lambda spec, nodes: match(spec, nodes, balance=True).permutations,
-    "mergemany": merge_many,
-    "pairwise": pairwise_matching,
+    "C2M3 (default)": lambda spec, nodes: match(spec, nodes).permutations,
+    "from the identity": lambda spec, nodes: match(spec, nodes, start="identity").permutations,
+    "from the barycentre": lambda spec, nodes: match(spec, nodes, start="barycentre").permutations,
+    "all nodes at once": lambda spec, nodes: match(spec, nodes, together=None).permutations,
+    "without polish": lambda spec, nodes: match(spec, nodes, polish=False).permutations,
+    "every tensor weighted alike (`balance=True`)": lambda spec, nodes: match(spec, nodes, balance=True).permutations,
+    "MergeMany": merge_many,
+    "pairwise, to the first": pairwise_matching,
     "unmatched": lambda spec, nodes: [permutation.identity(spec)] * len(nodes),
 }
 
