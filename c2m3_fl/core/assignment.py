@@ -37,7 +37,7 @@ def assignment_pool() -> ThreadPoolExecutor:
     """A pool with one thread for every processor that this process may use."""
     try:
         count = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows do not tell
+    except AttributeError:  # macOS and Windows lack this function
         count = os.cpu_count() or 1
     return ThreadPoolExecutor(max_workers=count, thread_name_prefix="assignment")
 
@@ -50,7 +50,7 @@ def identity_is_optimal(gain: Matrix) -> bool:
     part of C. Without it the condition is ``2 C_ab <= C_aa + C_bb``, which holds for identical nodes.
     """
     half = 0.5 * gain.diagonal()
-    if gain.shape[0] > _SAMPLE:  # nearly always one row is enough to see that there is no proof
+    if gain.shape[0] > _SAMPLE:  # one row nearly always shows that there is no proof
         row = gain[0]
         if (row + gain[:, 0] > 2 * (half + half[0])).any():
             return False
@@ -61,8 +61,9 @@ def identity_is_optimal(gain: Matrix) -> bool:
 def potentials(gain: Matrix) -> tuple[Vector, Vector]:
     """Dual potentials u, v that nearly solve the assignment problem: ``u_a + v_b`` is hardly below ``C_ab``.
 
-    Sinkhorn scaling of ``exp(C / T)`` while the temperature T falls (Kosowsky and Yuille, 1994). Nothing depends on
-    how good they are but the time of the exact solver, which takes short paths where few entries of C stand out.
+    Sinkhorn scaling of ``exp(C / T)`` while the temperature T falls (Kosowsky and Yuille, 1994). How good
+    they are changes the time of the exact solver, which takes short paths where few entries of C stand out, and nothing
+    else.
     """
     rows = gain.max(axis=1)
     with np.errstate(over="ignore"):
@@ -73,13 +74,13 @@ def potentials(gain: Matrix) -> tuple[Vector, Vector]:
     if not np.finfo(below.dtype).tiny < _TEMPERATURES[-1] * unit < np.inf:
         return np.zeros_like(rows), np.zeros_like(columns)  # nothing stands out, or nothing that the dtype can scale
     for temperature in _TEMPERATURES:
-        kelvin = below.dtype.type(temperature * unit)
-        kernel = np.exp(below / kelvin) + below.dtype.type(_UNDERFLOW)
+        scale = below.dtype.type(temperature * unit)
+        kernel = np.exp(below / scale) + below.dtype.type(_UNDERFLOW)
         b = np.ones(len(gain), below.dtype)
         for _ in range(_SCALINGS):
             a = 1 / (kernel @ b)
             b = 1 / (a @ kernel)
-        u, v = -kelvin * np.log(a), -kelvin * np.log(b)
+        u, v = -scale * np.log(a), -scale * np.log(b)
         rows, columns = rows + u, columns + v
         below -= u[:, None]
         below -= v

@@ -25,7 +25,7 @@ _ROUNDS = 20  # of MergeMany, which may cycle
 
 
 def weight_matching(spec: PermutationSpec, reference: Params, params: Params) -> dict[str, torch.Tensor]:
-    """Git Re-Basin's map of one network into the basis of another, from the identity.
+    """Git Re-Basin's map of one network into the basis of another, starting at the identity.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def weight_matching(spec: PermutationSpec, reference: Params, params: Params) ->
 
 
 def pairwise_matching(spec: PermutationSpec, nodes: Sequence[Params], reference: int = 0) -> tuple[Permutation, ...]:
-    """Every node matched to one reference, alone: the simplest merge of many, which no other node informs."""
+    """Every node matched to one reference; the other nodes play no part in its permutation."""
     here = permutation.identity(spec)
     return tuple(
         here if index == reference else weight_matching(spec, nodes[reference], node)

@@ -21,7 +21,7 @@ from c2m3_fl.core.assignment import oracle
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.terms import Term
 
-_LENGTH = 1 << 12  # numbers of a term in one unit's profile: more tell units apart no better and take long to sort
+_LENGTH = 1 << 12  # numbers of a term in one unit's profile: more do not separate units better and take long to sort
 
 
 def profile_vertex(problem: Problem, pool: Executor) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def profile_vertex(problem: Problem, pool: Executor) -> dict[str, Tensor]:
     for term in problem.terms:
         for axis, group in enumerate(term.groups):
             known = profiles(term, axis, 0)
-            centre = known.mean(0)  # what all units share decides nothing, and would cost digits
+            centre = known.mean(0)  # what all units share changes no assignment, and would cost precision
             for node, gain in enumerate(gains[group], start=1):
                 gain.addmm_(known - centre, (profiles(term, axis, node) - centre).T)
     first = {name: torch.arange(gain.shape[1], device=gain.device)[None] for name, gain in gains.items()}

@@ -32,7 +32,7 @@ class Term:
     Attributes
     ----------
     groups : tuple of str
-        The groups of the grouped axes; a group may stand on several.
+        The groups of the grouped axes; a group may occur on several.
     value : Tensor, shape (nodes, C_1, R, C_2, ..., C_k)
         The parameters of every node in that node's own order.
     """
@@ -162,7 +162,7 @@ def densify(tensor: TensorSpec, value: Tensor) -> tuple[tuple[Axis, ...], Tensor
     """A block-diagonal stacked tensor in a form whose axes move independently.
 
     With one column (or one row) per block the rows (or columns) say everything about how it moves; otherwise
-    it is embedded in the dense block-diagonal tensor that it stands for.
+    it is embedded in the dense block-diagonal tensor that it represents.
     """
     blocks = tensor.diagonal
     if blocks == 1:
