@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -58,41 +60,22 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge networks that were trained apart: permute their units into one universe, average, recalibrate."""
-    if convergence is not None and method != "c2m3":
-        raise ConfigError(f"--convergence draws the course of method 'c2m3', which {method!r} does not have")
-    if len(files) < 2:
-        raise ConfigError(f"got {len(files)} file, expected at least two networks to merge")
+    _check(files, method, start, convergence)
     check_output(output, (".safetensors",))
     for drawing in (each for each in (picture, convergence) if each is not None):
         check_output(drawing, PICTURES)
-    resolve_method(method)
-    if start != "auto" and method != "c2m3":
-        raise ConfigError(f"--start is for method 'c2m3', which {method!r} is not")
-    steps: list[Step] = []
-    estimate = Estimate(CycleConsistent.tolerance)
     network, example = load_network(model, classes)
     nodes = [load_params(file) for file in files]
     for file, node in zip(files, nodes, strict=True):
         check_params(network, node, str(file))
-    images = (
-        None
-        if calibration is None
-        else load_images(calibration, size_of(example, image_size), channels=channels_of(example), raw=raw)
-    )
-    if images is None and (start == "activations" or method in ("activations", "activations-universe", "cca")):
+    size, images = size_of(example, image_size), None
+    if calibration is not None:
+        images = load_images(calibration, size, channels=channels_of(example), raw=raw)
+    elif start == "activations" or method in ("activations", "activations-universe", "cca"):
         raise ConfigError("this method compares activations: name a folder of images with --calibration")
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"merging {len(nodes)} networks by {method} …", total=1.0)
-
-        def tell(step: Step) -> None:
-            steps.append(step)
-            left = f"gain {step.gain:.0e}" if step.gap is None else f"gap {step.gap:.0e}"
-            text = f"{'reheating, ' if step.trial else ''}step {step.step}, agreement {step.objective:.5g}, {left}"
-            progress.update(task, description=text, completed=estimate.add(step))
-
-        shown = _example(example, size_of(example, image_size)) if images is None else None
-        held = CalibrationSet.of(network, images, example_inputs=shown)
+    steps: list[Step] = []
+    with _progress(f"merging {len(nodes)} networks by {method} …", steps) as tell:
+        held = CalibrationSet.of(network, images, example_inputs=_example(example, size) if images is None else None)
         spec = permutation_spec(network, held.example_inputs)
         merged = merge_networks(
             network,
@@ -109,10 +92,7 @@ def merge(
             report["accuracy"] = {
                 name: evaluate(network.eval(), each, held.batches).accuracy for name, each in scored.items()
             }
-    try:
-        save_file({name: value.contiguous().clone() for name, value in merged.state_dict.items()}, output)
-    except OSError as error:
-        raise C2M3Error(f"{output} cannot be written: {error}") from error
+    _save(merged, output)
     if picture is not None:
         before = consensus(spec, nodes, merged.report.weights).layers
         draw_agreement({name: row.tolist() for name, row in before.items()}, merged.report.layers, picture)
@@ -124,6 +104,41 @@ def merge(
         typer.echo(json.dumps(report, indent=1))
     else:
         _print(merged, report, output)
+
+
+def _check(files: Sequence[Path], method: str, start: str, convergence: Path | None) -> None:
+    """Refuse options that do not go together before anything is read."""
+    if convergence is not None and method != "c2m3":
+        raise ConfigError(f"--convergence draws the course of method 'c2m3', which {method!r} does not have")
+    if len(files) < 2:
+        raise ConfigError(f"got {len(files)} file, expected at least two networks to merge")
+    resolve_method(method)
+    if start != "auto" and method != "c2m3":
+        raise ConfigError(f"--start is for method 'c2m3', which {method!r} is not")
+
+
+@contextmanager
+def _progress(title: str, steps: list[Step]) -> Iterator[Callable[[Step], None]]:
+    """A bar on the error stream; the function that it gives takes the steps of a match and keeps them in `steps`."""
+    estimate = Estimate(CycleConsistent.tolerance)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=1.0)
+
+        def tell(step: Step) -> None:
+            steps.append(step)
+            left = f"gain {step.gain:.0e}" if step.gap is None else f"gap {step.gap:.0e}"
+            text = f"{'reheating, ' if step.trial else ''}step {step.step}, agreement {step.objective:.5g}, {left}"
+            progress.update(task, description=text, completed=estimate.add(step))
+
+        yield tell
+
+
+def _save(merged: Merge, output: Path) -> None:
+    try:
+        save_file({name: value.contiguous().clone() for name, value in merged.state_dict.items()}, output)
+    except OSError as error:
+        raise C2M3Error(f"{output} cannot be written: {error}") from error
 
 
 def _example(given: ExampleInputs | None, size: int) -> ExampleInputs:
