@@ -21,7 +21,7 @@ _COLOURS = {  # Okabe and Ito's palette, told apart without red and green
     "c2m3+repair": "#D55E00",
     "c2m3+default": "#E69F00",
     "c2m3+client-refit+head": "#009E73",
-    "c2m3+judged": "#D55E00",
+    "c2m3+judged": "#AA3377",
 }
 _INK, _FAINT = "#333333", "#dddddd"
 _REFERENCES: dict[str, tuple[Callable[[Round], float], str]] = {

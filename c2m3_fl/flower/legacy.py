@@ -89,8 +89,8 @@ class C2M3(Strategy):
     diagnostics : bool
         Whether the metrics also hold what is known of every node and every tensor (default False).
     feedback : {"never", "moved", "always"}
-        When clients train the deployed model next instead of the trajectory: "never" (default), after rounds in which
-        many units "moved" (at most once per node), or "always".
+        When clients train the deployed model next instead of the trajectory: after rounds in which many units "moved"
+        (default; at most once per node), "never" or "always".
     head, judge, moments : None
         Refused: they ask clients.
 
@@ -122,7 +122,7 @@ class C2M3(Strategy):
         max_steps: int = 100,
         tolerance: float = 1e-4,
         diagnostics: bool = False,
-        feedback: Feedback = "never",
+        feedback: Feedback = "moved",
         head: None = None,
         judge: None = None,
         moments: None = None,

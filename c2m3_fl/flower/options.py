@@ -35,7 +35,7 @@ class Options:
     max_steps: int = 100
     tolerance: float = 1e-4
     diagnostics: bool = False
-    feedback: Feedback = "never"
+    feedback: Feedback = "moved"
     deploy: Deploy = "last"
 
     def __post_init__(self) -> None:

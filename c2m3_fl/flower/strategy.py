@@ -110,9 +110,9 @@ class C2M3(Strategy):
     diagnostics : bool
         Whether the metrics also hold the agreement of every tensor of every client (default False).
     feedback : {"never", "moved", "always"}
-        When clients train the deployed model next instead of the trajectory: "never" (default), after rounds in which
-        many units "moved" (at most once per node), or "always". A deployed model whose norm exceeds the replies' by a
-        quarter ends it for the run.
+        When clients train the deployed model next instead of the trajectory: after rounds in which many units "moved"
+        (default; at most once per node), "never" or "always". A deployed model of more than twice the largest reply's
+        norm ends it for the run.
     deploy : {"last", "every"} or int
         In which rounds clients are asked for the deployment (`ClientRefit`, head, judge): the "last" one (default),
         "every" one, or every n-th and the last. In the others the aggregate is returned, recalibrated by the server
@@ -155,7 +155,7 @@ class C2M3(Strategy):
         max_steps: int = 100,
         tolerance: float = 1e-4,
         diagnostics: bool = False,
-        feedback: Feedback = "never",
+        feedback: Feedback = "moved",
         deploy: Deploy = "last",
     ) -> None:
         self.strategy = FedAvg() if strategy is None else strategy

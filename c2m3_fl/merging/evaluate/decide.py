@@ -17,6 +17,7 @@ from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.program import Program, Walk
 
 _FAR = 10.0  # times the median size of the gains: what counts of a larger one
+_MARGIN = 0.01  # of the aggregate's loss: a smaller gain is within the noise of a few hundred held-out examples
 _DEVIATIONS = 2.0  # standard errors by which a gain on labelled data must be positive
 _LIKELIHOOD = "negative log-likelihood"
 _LEAST = 2  # voters: each of them must gain where the other is left out
@@ -90,11 +91,11 @@ class Verdict:
 
 
 def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> Verdict:
-    """Replace the aggregate by the candidate of largest robust gain, if that is positive.
+    """Replace the aggregate by the candidate of largest robust gain, if that is more than a hundredth of its loss.
 
-    A candidate's pooled paired gain must stay positive when any one voter is left out. One voter that lies can
+    A candidate's pooled paired gain must stay that large when any one voter is left out. One voter that lies can
     therefore veto a candidate but not install it: without its answers the others' pooled gain would have to be
-    positive. With two voters both must gain. One voter alone decides nothing, and the aggregate stays.
+    large enough. With two voters both must gain. One voter alone decides nothing, and the aggregate stays.
 
     Parameters
     ----------
@@ -114,7 +115,8 @@ def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> Verdict:
         reason = f"{most} voters answered for {aggregate!r} and another candidate, expected at least {_LEAST}"
         return Verdict(aggregate, reason, key, found, judged=False)
     best = max(gains, key=gains.__getitem__)
-    if not gains[best] > 0:
+    least = _MARGIN * abs(found[0].loss or 0.0)
+    if not gains[best] > least:
         reason = f"no candidate lowers {key!r} of {aggregate!r} whichever voter is left out (best: {best!r}"
         return Verdict(aggregate, f"{reason}, {gains[best]:.3g})", key, found, judged=True)
     reason = f"it lowers {key!r} of {aggregate!r} by at least {gains[best]:.3g} whichever voter is left out"
