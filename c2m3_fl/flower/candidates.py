@@ -21,7 +21,7 @@ from c2m3_fl.flower.client_head import head_by_clients, report_head
 from c2m3_fl.flower.client_refit import refit_by_clients
 from c2m3_fl.flower.evidence import Means, choose_means
 from c2m3_fl.flower.judge import ClientJudge
-from c2m3_fl.flower.reports import Numbers, failure, report_recalibration
+from c2m3_fl.flower.metrics import Numbers, failure, report_recalibration
 from c2m3_fl.flower.rounds import AlignedReplies
 from c2m3_fl.flower.server_side import ServerSide
 from c2m3_fl.flower.setup import Setup

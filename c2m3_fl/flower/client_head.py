@@ -20,8 +20,8 @@ from flwr.supercore import log
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower.client_labels import ACTION, LAYERS, SIDES, SPARSEST
+from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.flower.records import Entry, from_params, to_params
-from c2m3_fl.flower.reports import Numbers
 from c2m3_fl.merging.recalibrate.head import METHOD, FitHead, fit_head, operator_report
 from c2m3_fl.merging.recalibrate.head_checks import check_label_sums, outlying
 from c2m3_fl.merging.recalibrate.label_sums import LabelSums, pool_sums, read_sums

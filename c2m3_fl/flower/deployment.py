@@ -20,7 +20,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import same
 from c2m3_fl.flower.candidates import AGGREGATE, Candidates, Clients, Request
 from c2m3_fl.flower.judge import ClientJudge, judge_candidates, report_verdict
-from c2m3_fl.flower.reports import Numbers, failure
+from c2m3_fl.flower.metrics import Numbers, failure
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.merging.evaluate.decide import Verdict, judge_by_labels
 from c2m3_fl.merging.recalibrate.auto import Auto

@@ -16,9 +16,9 @@ from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError, ParamsError
+from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.flower.records import from_params
 from c2m3_fl.flower.replies import check_weight
-from c2m3_fl.flower.reports import Numbers
 from c2m3_fl.merging.evaluate.decide import Judged, Verdict, Vote, decide
 
 # words of a metric's name that say that less of it is better

@@ -25,11 +25,11 @@ from c2m3_fl.flower.aligner import Basis, Mode
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.legacy_messages import Result, aggregate_results, named_params, to_parameters, to_scalars
+from c2m3_fl.flower.metrics import failure
 from c2m3_fl.flower.options import Feedback, Options
 from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.records import Schema, read_npy, reply_schema, schema_of_params
 from c2m3_fl.flower.replies import Dropped, Reply, Sorted, check_weight, content_of
-from c2m3_fl.flower.reports import failure
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup
 from c2m3_fl.flower.wrapped import chain, check_instance

@@ -13,8 +13,8 @@ from flwr.server.strategy import Strategy
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.flower.records import Schema, schema_of_params
-from c2m3_fl.flower.reports import Numbers
 from c2m3_fl.flower.rounds import AlignedReplies
 
 Result = tuple[ClientProxy, FitRes]

@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
 from c2m3_fl.flower.checkpoint import Checkpoint, Folder
-from c2m3_fl.flower.reports import report_idle
+from c2m3_fl.flower.metrics import report_idle
 from c2m3_fl.flower.state import capture, restore, snapshot
 from c2m3_fl.flower.strategy import Evaluate
 from c2m3_fl.flower.wrapped import chain

@@ -17,9 +17,9 @@ from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.aligner import Aligner
+from c2m3_fl.flower.metrics import Numbers, aligned_numbers, failure, report_alignment
 from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.replies import Dropped, Reply, Sorted, report_dropped
-from c2m3_fl.flower.reports import Numbers, aligned_numbers, failure, report_alignment
 from c2m3_fl.flower.wrapped import ignores_weights, restore_types, rewinding
 
 Metrics = TypeVar("Metrics")

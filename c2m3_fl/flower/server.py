@@ -11,8 +11,8 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.flower.deployment import Clients, Deployed, Request, deploy, wants_plain
+from c2m3_fl.flower.metrics import KEPT, Numbers, report_kept
 from c2m3_fl.flower.replies import Sorted
-from c2m3_fl.flower.reports import KEPT, Numbers, report_kept
 from c2m3_fl.flower.rounds import Aggregate, Outcome, RoundStart, run_round
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.two_models import PREFIX, TwoModels

@@ -23,11 +23,11 @@ from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.deployment import Clients
 from c2m3_fl.flower.judge import ClientJudge
 from c2m3_fl.flower.messages import aggregate_messages, personal_messages
+from c2m3_fl.flower.metrics import failure, report_idle
 from c2m3_fl.flower.options import Deploy, Feedback, Options
 from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.records import from_params, reply_schema, schema_of, to_params
 from c2m3_fl.flower.replies import report_dropped, sort_evaluations, sort_messages
-from c2m3_fl.flower.reports import failure, report_idle
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup, log_setup
 from c2m3_fl.flower.wrapped import check_instance, continue_from, record_keys, required_metrics, stock_averages
