@@ -12,7 +12,7 @@ from torch import Tensor
 from c2m3_fl.errors import ConfigError
 from simulations.partition import Indices, partition
 from simulations.settings import Settings
-from simulations.sources import KINDS, Kind, Source, open_source
+from simulations.sources import KINDS, DataSetKind, Source, open_source
 
 _CALIBRATION_BATCH = 250  # images; any size gives the same statistics
 
@@ -37,7 +37,7 @@ class FederatedData:
 
     Attributes
     ----------
-    kind : Kind
+    kind : DataSetKind
         The data set's constants.
     image_size : int
         Images are resized to this many pixels square; 0 keeps them.
@@ -53,7 +53,7 @@ class FederatedData:
         Share of its images that a client evaluates on and does not train on.
     """
 
-    kind: Kind
+    kind: DataSetKind
     image_size: int
     train: Source
     test: Source

@@ -30,7 +30,7 @@ _DIGITS_TEST = 360  # of 1,797 scans; the split is fixed, whatever the seed of a
 
 
 @dataclass(frozen=True)
-class Kind:
+class DataSetKind:
     """What is known of a data set before it is read.
 
     Attributes
@@ -53,12 +53,12 @@ class Kind:
 
 
 KINDS = {
-    "digits": Kind(10, (0.3053,), (0.3760,)),
-    "mnist": Kind(10, (0.1307,), (0.3081,), "MNIST"),
-    "fashion-mnist": Kind(10, (0.2860,), (0.3530,), "FashionMNIST"),
-    "emnist": Kind(47, (0.1751,), (0.3332,), "EMNIST", {"split": "balanced"}),
-    "cifar10": Kind(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR10"),
-    "cifar100": Kind(100, (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR100"),
+    "digits": DataSetKind(10, (0.3053,), (0.3760,)),
+    "mnist": DataSetKind(10, (0.1307,), (0.3081,), "MNIST"),
+    "fashion-mnist": DataSetKind(10, (0.2860,), (0.3530,), "FashionMNIST"),
+    "emnist": DataSetKind(47, (0.1751,), (0.3332,), "EMNIST", {"split": "balanced"}),
+    "cifar10": DataSetKind(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR10"),
+    "cifar100": DataSetKind(100, (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR100"),
 }
 
 

@@ -17,7 +17,7 @@ from simulations.settings import TITLES, check_choice
 
 
 @dataclass(frozen=True, eq=False)
-class Server:
+class SimulatedServer:
     """What the server of a federation has.
 
     Attributes
@@ -40,117 +40,117 @@ class Server:
         return {"fraction_evaluate": 0.0, "min_train_nodes": self.clients, "min_available_nodes": self.clients}
 
 
-def fedavg(server: Server) -> FedAvg:
+def fedavg(server: SimulatedServer) -> FedAvg:
     """McMahan et al. 2017."""
     return FedAvg(**server.everyone)
 
 
-def fedavgm(server: Server) -> FedAvgM:
+def fedavgm(server: SimulatedServer) -> FedAvgM:
     """Server momentum: Hsu et al. 2019."""
     return FedAvgM(**server.everyone, server_momentum=0.5)
 
 
-def fedadam(server: Server) -> FedAdam:
+def fedadam(server: SimulatedServer) -> FedAdam:
     """Adam on the server: Reddi et al. 2021."""
     return FedAdam(**server.everyone, eta=0.01)
 
 
-def fedprox(server: Server) -> FedProx:
+def fedprox(server: SimulatedServer) -> FedProx:
     """Clients are pulled towards the model they were sent: Li et al. 2020."""
     return FedProx(**server.everyone, proximal_mu=0.1)
 
 
-def fedmedian(server: Server) -> FedMedian:
+def fedmedian(server: SimulatedServer) -> FedMedian:
     """Coordinate-wise median: Yin et al. 2018."""
     return FedMedian(**server.everyone)
 
 
-def feddf(server: Server) -> FedDF:
+def feddf(server: SimulatedServer) -> FedDF:
     """Distil the clients' ensemble into their average: Lin et al. 2020."""
     return FedDF(model=server.model, inputs=server.calibration, steps=100, **server.everyone)
 
 
-def c2m3(server: Server) -> C2M3:
+def c2m3(server: SimulatedServer) -> C2M3:
     """Alignment alone: the server has no data, nothing is recalibrated."""
     return C2M3(fedavg(server), model=server.model, example_inputs=server.calibration[0][:2])
 
 
-def c2m3_default(server: Server) -> C2M3:
+def c2m3_default(server: SimulatedServer) -> C2M3:
     """The one line of the README."""
     return C2M3(fedavg(server), model=server.model, calibration=server.calibration)
 
 
-def c2m3_repair(server: Server) -> C2M3:
+def c2m3_repair(server: SimulatedServer) -> C2M3:
     """REPAIR on the server's images, deployed."""
     return C2M3(fedavg(server), model=server.model, calibration=server.calibration, recalibrate="repair")
 
 
-def c2m3_refit(server: Server) -> C2M3:
+def c2m3_refit(server: SimulatedServer) -> C2M3:
     """Refit on the server's images, deployed."""
     return C2M3(fedavg(server), model=server.model, calibration=server.calibration, recalibrate="refit")
 
 
-def c2m3_head(server: Server) -> C2M3:
+def c2m3_head(server: SimulatedServer) -> C2M3:
     """The last layer fitted to the clients' labels, deployed; the server has no data."""
     return _asking(server, head="labels")
 
 
-def c2m3_client_refit(server: Server) -> C2M3:
+def c2m3_client_refit(server: SimulatedServer) -> C2M3:
     """Refit from the clients' own data, deployed; the server has no data."""
     return _asking(server, recalibrate=ClientRefit())
 
 
-def c2m3_client_refit_head(server: Server) -> C2M3:
+def c2m3_client_refit_head(server: SimulatedServer) -> C2M3:
     """Both: refit from the clients' data, then the head from their labels."""
     return _asking(server, recalibrate=ClientRefit(), head="labels")
 
 
-def c2m3_judged(server: Server) -> C2M3:
+def c2m3_judged(server: SimulatedServer) -> C2M3:
     """Both as candidates, which the clients compare with the aggregate on what they hold out."""
     return _asking(server, recalibrate=ClientRefit(), head="labels", judge="clients")
 
 
-def c2m3_repair_fed_back(server: Server) -> C2M3:
+def c2m3_repair_fed_back(server: SimulatedServer) -> C2M3:
     """REPAIR on the server's images; clients train the repaired model."""
     data = server.calibration
     return C2M3(fedavg(server), model=server.model, calibration=data, recalibrate="repair", feedback="always")
 
 
-def c2m3_refit_fed_back(server: Server) -> C2M3:
+def c2m3_refit_fed_back(server: SimulatedServer) -> C2M3:
     """Refit on the server's images; clients train the refit model."""
     data = server.calibration
     return C2M3(fedavg(server), model=server.model, calibration=data, recalibrate="refit", feedback="always")
 
 
-def c2m3_repair_moved(server: Server) -> C2M3:
+def c2m3_repair_moved(server: SimulatedServer) -> C2M3:
     """REPAIR on the server's images; clients train the repaired model after rounds in which many units moved."""
     data = server.calibration
     return C2M3(fedavg(server), model=server.model, calibration=data, recalibrate="repair", feedback="moved")
 
 
-def _asking(server: Server, **options: Any) -> C2M3:  # noqa: ANN401  # C2M3's own
+def _asking(server: SimulatedServer, **options: Any) -> C2M3:  # noqa: ANN401  # C2M3's own
     """C2M3 that asks the clients in the last round; the server has no data."""
     return C2M3(
         fedavg(server), model=server.model, example_inputs=server.calibration[0][:2], **{"judge": None, **options}
     )
 
 
-def c2m3_fedavgm(server: Server) -> C2M3:
+def c2m3_fedavgm(server: SimulatedServer) -> C2M3:
     """The default around FedAvgM."""
     return C2M3(fedavgm(server), model=server.model, calibration=server.calibration)
 
 
-def c2m3_fedadam(server: Server) -> C2M3:
+def c2m3_fedadam(server: SimulatedServer) -> C2M3:
     """The default around FedAdam."""
     return C2M3(fedadam(server), model=server.model, calibration=server.calibration)
 
 
-def c2m3_fedprox(server: Server) -> C2M3:
+def c2m3_fedprox(server: SimulatedServer) -> C2M3:
     """The default around FedProx."""
     return C2M3(fedprox(server), model=server.model, calibration=server.calibration)
 
 
-STRATEGIES: Mapping[str, Callable[[Server], Strategy]] = {
+STRATEGIES: Mapping[str, Callable[[SimulatedServer], Strategy]] = {
     "fedavg": fedavg,
     "fedavgm": fedavgm,
     "fedadam": fedadam,
@@ -192,4 +192,4 @@ def build_strategy(name: str, model: nn.Module, data: FederatedData) -> Strategy
         For another name.
     """
     check_choice("strategy", name, tuple(TITLES))
-    return STRATEGIES[name](Server(model, data.calibration, len(data.parts)))
+    return STRATEGIES[name](SimulatedServer(model, data.calibration, len(data.parts)))

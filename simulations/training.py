@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from c2m3_fl.merging.evaluate.scoring import Score
 from simulations.data import Images
 from simulations.settings import Settings
 
 _BATCH = 500  # images per evaluation step
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracy and mean cross-entropy on a set of images."""
-
-    accuracy: float
-    loss: float
 
 
 def default_device() -> torch.device:
@@ -96,7 +88,7 @@ def log_probabilities(model: nn.Module, params: Mapping[str, Tensor], inputs: Te
 def score(predicted: Tensor, labels: Tensor) -> Score:
     """Accuracy and cross-entropy of log-probabilities."""
     accuracy = (predicted.argmax(dim=1) == labels).double().mean()
-    return Score(float(accuracy), float(nn.functional.nll_loss(predicted, labels)))
+    return Score(loss=float(nn.functional.nll_loss(predicted, labels)), accuracy=float(accuracy))
 
 
 def ensemble(predictions: Iterable[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import SimulationError
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
+from c2m3_fl.merging.evaluate.scoring import Score
 from simulations.client_app import Assignment, Trained, Trainer, build_app, train_locally
 from simulations.data import FederatedData, derived_seed, federated_data
 from simulations.ledger import Measurement, finite, now
@@ -29,14 +30,14 @@ from simulations.models import build_model
 from simulations.partition_grid import check_answers, networks
 from simulations.settings import Settings
 from simulations.strategies import build_strategy
-from simulations.training import Score, ensemble, log_probabilities, score
+from simulations.training import ensemble, log_probabilities, score
 
 SERVER_MODEL = 4  # which of the seed's independent streams initialises the server's model
 _MOVED = "c2m3-share-moved"
 
 
 @dataclass(eq=False)
-class Memory:
+class RememberingTrainer:
     """A trainer that remembers what it did.
 
     Attributes
@@ -89,7 +90,7 @@ def run_cell(
     report : callable
         Gets every measurement as soon as it is made.
     trainer : callable, optional
-        Trains the clients; by default a `Memory` that all methods share.
+        Trains the clients; by default a `RememberingTrainer` that all methods share.
 
     Raises
     ------
@@ -97,7 +98,7 @@ def run_cell(
         When the data are missing, the settings do not fit them, or a client failed to train.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    memory = Memory() if trainer is None else trainer
+    memory = RememberingTrainer() if trainer is None else trainer
     examiner = _Examiner(settings)
     for method in methods:
         before, since = getattr(memory, "trained", 0), time.perf_counter()

@@ -9,7 +9,7 @@ from c2m3_fl.errors import SimulationError
 from simulations import client_app
 from simulations.client_app import train_locally
 from simulations.settings import Settings
-from simulations.trial import Memory, key_of, run_cell
+from simulations.trial import RememberingTrainer, key_of, run_cell
 
 SETTINGS = Settings(
     hidden_widths="16,16", clients=3, rounds=3, local_epochs=1, partition="dirichlet", initialisation="shared"
@@ -55,7 +55,7 @@ def test_remembered_trainings_change_no_result(start):
 
 
 def test_what_is_remembered_is_not_changed_by_who_gets_it():
-    memory, seen = Memory(), []
+    memory, seen = RememberingTrainer(), []
 
     def watching(assignment):
         params, loss = memory(assignment)
