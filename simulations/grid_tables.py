@@ -11,6 +11,7 @@ from simulations.settings import TITLES
 from simulations.verdict import Pair, accuracies, at, cells, compare, losses, methods, spread
 
 Labels = Mapping[str, str]
+_SUMMARY = ("fedavg", "c2m3+default", "c2m3+judged", "feddf")  # what the README compares
 
 
 def markdown(record: Record) -> str:
@@ -32,6 +33,12 @@ def markdown(record: Record) -> str:
     if somewhere:
         parts += ["Strategies that run on some cells only, accuracy:", _table(record, somewhere, _accuracy)]
     return "\n\n".join(parts) + "\n"
+
+
+def summary(record: Record) -> str:
+    """Accuracy of FedAvg and of what the README shows, on every cell, and where the numbers come from."""
+    names = [name for name in _SUMMARY if name in methods(record)]
+    return f"{_caption(record)}\n\n{_table(record, names, _accuracy)}\n"
 
 
 def page(text: str, name: str, table: str) -> str:

@@ -49,3 +49,10 @@ def test_from_the_readme_to_how_to_add_a_method_are_two_clicks() -> None:
     first = [ROOT / link.partition("#")[0] for link in links(ROOT / "README.md")]
     second = [(page, link) for page in first if page.suffix == ".md" for link in links(page)]
     assert any(link.endswith("merging/README.md#write-a-method") for _, link in second)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_blank_is_filled(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"@[A-Z]{3,}@|ESTIMATE_[A-Z]+", text)
+    assert not re.findall(r"<!-- results: .* -->\n<!-- end", text)

@@ -53,9 +53,15 @@ def _draw(design: Design, output: Path, console: Console) -> None:
     written = grid_tables.markdown(record)
     table.write_text(written)
     grid_pictures.draw(record, picture)
-    readme = output.parent / "README.md"
-    if output.resolve() == (_FOLDER / "results").resolve() and readme.exists():
-        readme.write_text(grid_tables.page(readme.read_text(), design.name, written))
+    if output.resolve() == (_FOLDER / "results").resolve():
+        pages = {
+            _FOLDER: (design.name, written),
+            _FOLDER.parent: (f"{design.name}, in short", grid_tables.summary(record)),
+        }
+        for folder, (mark, text) in pages.items():
+            readme = folder / "README.md"
+            if readme.exists():
+                readme.write_text(grid_tables.page(readme.read_text(), mark, text))
     for meaning, path in (("results", file), ("tables", table), ("picture", picture)):
         console.print(f"{meaning:>8}: {path.resolve()}", highlight=False, soft_wrap=True)
 
