@@ -137,17 +137,10 @@ def build_setup(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {model!r}, expected a module such as Net()")
     place = resolve_device(device)
-    refit: ClientRefit | RegMean | None = None
-    chosen: Recalibration | None = None
     statistics = calibration if isinstance(calibration, ClientStatistics) else None
     given = None if isinstance(calibration, ClientStatistics) else calibration
     data = CalibrationSet.of(model, given, example_inputs=example_inputs, inputs=inputs)
-    if isinstance(recalibrate, ClientRefit | RegMean):
-        refit = recalibrate
-    else:
-        chosen = resolve_for(recalibrate, data=calibration is not None, default="none")
-    if statistics is not None:
-        check_measurable(chosen)
+    refit, chosen = _resolve_recalibration(recalibrate, calibration)
     data = _usable(data, chosen)
     if spec is None:
         spec = permutation_spec(model, data.example_inputs)
@@ -162,20 +155,11 @@ def build_setup(
     if tentative and not decides:
         judging = None  # a recalibration that was asked for by name is what is deployed
     _check_moments(moments, fitted, chosen, decides=decides)
-    aligner = Aligner(
-        spec,
-        mode=options.alignment,
-        basis=options.basis,
-        memory=options.memory,
-        device=place,
-        max_steps=options.max_steps,
-        tolerance=options.tolerance,
-    )
     return Setup(
         model,
         options,
         spec,
-        aligner,
+        _aligner(spec, options, place),
         place,
         fitted,
         statistics,
@@ -200,6 +184,34 @@ def log_setup(setup: Setup, strategy: object) -> None:
     log(INFO, "\t│\t├── Recalibration: %s", setup.describe())
     log(INFO, "\t│\t├── Feedback: %s | deploy: %s", options.feedback, options.deploy)
     log(INFO, "\t│\t└── Device: %s", setup.device)
+
+
+def _resolve_recalibration(
+    recalibrate: Recalibration | ClientRefit | RegMean | str | None,
+    calibration: Calibration | ClientStatistics | None,
+) -> tuple[ClientRefit | RegMean | None, Recalibration | None]:
+    """The refit that clients are asked for, and the recalibration that `calibration` serves."""
+    refit: ClientRefit | RegMean | None = None
+    chosen: Recalibration | None = None
+    if isinstance(recalibrate, ClientRefit | RegMean):
+        refit = recalibrate
+    else:
+        chosen = resolve_for(recalibrate, data=calibration is not None, default="none")
+    if isinstance(calibration, ClientStatistics):
+        check_measurable(chosen)
+    return refit, chosen
+
+
+def _aligner(spec: PermutationSpec, options: Options, device: torch.device) -> Aligner:
+    return Aligner(
+        spec,
+        mode=options.alignment,
+        basis=options.basis,
+        memory=options.memory,
+        device=device,
+        max_steps=options.max_steps,
+        tolerance=options.tolerance,
+    )
 
 
 def _usable(data: CalibrationSet, recalibration: Recalibration | None) -> CalibrationSet:
