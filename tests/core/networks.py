@@ -170,6 +170,10 @@ def planted(
     return nodes, [permutation.invert(perm) for perm in perms]
 
 
+def same(left: Params, right: Params) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
 def pairwise_agreement(
     spec: PermutationSpec, nodes: Sequence[Params], perms: Sequence[Permutation], weights: Sequence[float]
 ) -> float:
