@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.symmetry.discover import permutation_spec
+
 
 class ChannelNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
@@ -128,3 +131,17 @@ def outputs(model: nn.Module, params: dict[str, Tensor], inputs: Tensor) -> Tens
     with torch.no_grad():
         result: Tensor = torch.func.functional_call(model, params, (inputs,))
     return result
+
+
+SEED = torch.Generator().manual_seed
+SPECS: dict[str, PermutationSpec] = {}
+
+
+def spec_of(network: str) -> PermutationSpec:
+    if network not in SPECS:
+        SPECS[network] = permutation_spec(NETWORKS[network]().eval(), CALIBRATION[0])
+    return SPECS[network]
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)

@@ -17,8 +17,7 @@ from c2m3_fl.merging.align.base import Nodes
 from c2m3_fl.merging.align.methods import METHODS, ActivationMatching
 from c2m3_fl.merging.merge import merge
 from c2m3_fl.network.calibration_set import CalibrationSet
-from tests.merging.networks import CALIBRATION, nodes, outputs
-from tests.merging.test_merge import SEED, equal, spec_of
+from tests.merging.networks import CALIBRATION, SEED, equal, nodes, outputs, spec_of
 
 MOVING = [name for name in METHODS if name != "mean"]
 PERMUTING = [name for name in MOVING if name != "cca"]

@@ -19,8 +19,7 @@ from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.shift import channel_moments, shift, with_own_moments
 from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 from c2m3_fl.symmetry.discover import permutation_spec
-from tests.merging.networks import CALIBRATION, images, lively, nodes, outputs
-from tests.merging.test_merge import SEED, spec_of
+from tests.merging.networks import CALIBRATION, SEED, images, lively, nodes, outputs, spec_of
 
 FOREIGN = [10 + 5 * torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(9))]
 
