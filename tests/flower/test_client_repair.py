@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -23,12 +22,12 @@ from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, repa
 from c2m3_fl.merging.recalibrate.setting import prepare
 from c2m3_fl.merging.recalibrate.shift import channel_moments
 from c2m3_fl.network.calibration_set import CalibrationSet
+from tests.flower.client_repairs import run
 from tests.flower.federation import (
     EXAMPLE,
     accuracy,
     answering,
     calibration,
-    digits,
     digits_app,
     mlp,
     normed,
@@ -175,90 +174,11 @@ def test_nobody_is_sent_another_clients_network_unless_asked_for():
         assert len({each.metadata.group_id for each in seen if each.metadata.dst_node_id == 1}) == subjects
 
 
-def run(grid, rounds=2, **options):
-    strategy = C2M3(
-        FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, **{"recalibrate": "repair", **options}
-    )
-    return strategy.start(grid, from_params(mlp().state_dict()), num_rounds=rounds)
-
-
 def test_a_federation_without_calibration_data_on_the_server_is_repaired():
     app = answering(app=digits_app(independent=True, epochs=5))
     result = run(SerialGrid(app, 4), calibration=ClientStatistics())
     assert [metrics["c2m3-repaired"] for metrics in result.train_metrics_clientapp.values()] == [1, 1]
     assert accuracy(mlp, result.arrays) > 0.8
-
-
-def of_another_subject(replies):
-    """Node 2 answers about the endpoint of another client, which nobody asked it for."""
-    for each in replies:
-        about = each.metadata.group_id
-        if each.metadata.message_type == f"query.{ACTION}" and each.metadata.src_node_id == 2 and about != "merged":
-            each.metadata.__dict__["_group_id"] = str((int(about) + 1) % 4)
-    return replies
-
-
-def test_an_answer_that_nobody_asked_for_is_not_believed(caplog):
-    app = answering(app=digits_app(independent=True, epochs=3))
-    result = run(SerialGrid(app, 4, transit=of_another_subject), calibration=ClientStatistics())
-    assert result.train_metrics_clientapp[1]["c2m3-repaired"] == 1
-    assert any("no moments from node 2: an answer about " in text for text in caplog.messages)
-
-
-def test_clients_without_the_handler_cost_the_repair_not_the_round(caplog):
-    app = digits_app(independent=True, epochs=2)
-    result = run(SerialGrid(app, 4), calibration=ClientStatistics())
-    assert [metrics["c2m3-repaired"] for metrics in result.train_metrics_clientapp.values()] == [0, 0]
-    assert any(
-        "add answer_statistics to its app" in text and "the first reply: the client failed" in text
-        for text in caplog.messages
-    )
-    assert same(result.arrays, run(SerialGrid(app, 4), recalibrate=None).arrays)
-
-
-def corrupt(harm):
-    """Break every answer of node 2 to a query."""
-
-    def transit(replies):
-        for each in replies:
-            if each.metadata.message_type == f"query.{ACTION}" and each.metadata.src_node_id == 2:
-                arrays = to_params(each.content["moments"])
-                each.content["moments"] = from_params({name: harm(name, value) for name, value in arrays.items()})
-        return replies
-
-    return transit
-
-
-HARM = {
-    "NaN": lambda name, value: value * math.nan if name.endswith("mean") else value,
-    "negative spread": lambda name, value: value - 1e9 if name.endswith("deviation") else value,
-    "no inputs": lambda name, value: value * 0 if name.endswith("count") else value,
-    "more inputs than can be": lambda name, value: value * 0 + 2**60 if name.endswith("count") else value,
-    "a count in floats": lambda name, value: value * 1e300 if name.endswith("count") else value,
-    "a mean beyond float32": lambda name, value: value * 1e200 if name.endswith("mean") else value,
-    "other shape": lambda name, value: value[:1] if value.ndim else value,
-}
-
-
-@pytest.mark.parametrize("harm", HARM.values(), ids=HARM.keys())
-def test_answers_that_are_no_moments_are_left_out(harm, caplog):
-    def app():
-        return answering(app=digits_app(independent=True, epochs=3))
-
-    result = run(SerialGrid(app(), 4, transit=corrupt(harm)), calibration=ClientStatistics())
-    assert result.train_metrics_clientapp[1]["c2m3-repaired"] == 1
-    assert any("no moments from node 2" in text for text in caplog.messages)
-    assert all(torch.isfinite(value).all() for value in to_params(result.arrays).values())
-
-
-def test_answers_that_go_missing_are_left_out():
-    def transit(replies):
-        query = [each for each in replies if each.metadata.message_type == f"query.{ACTION}"]
-        return [each for each in replies if each not in query[:1]]
-
-    app = answering(app=digits_app(independent=True, epochs=3))
-    result = run(SerialGrid(app, 4, transit=transit), calibration=ClientStatistics())
-    assert result.train_metrics_clientapp[2]["c2m3-repaired"] == 1
 
 
 def test_what_moments_cannot_give_is_refused_at_once():
@@ -276,32 +196,3 @@ def test_the_result_does_not_depend_on_the_order_of_the_answers():
         return run(SerialGrid(app, 4, transit=order), calibration=ClientStatistics()).arrays
 
     assert same(run_in(list), run_in(lambda replies: replies[::-1]))
-
-
-def guarded(data, app=None, **options):
-    """The round's metrics of a federation whose server holds `data` and lets the guard decide."""
-    app = app or answering(app=digits_app(independent=True, epochs=5))
-    return run(SerialGrid(app, 4), rounds=1, calibration=[data], recalibrate="auto", **options).train_metrics_clientapp[
-        1
-    ]
-
-
-def test_the_clients_own_moments_show_the_guard_whether_the_servers_data_are_like_theirs():
-    data = digits()[0][:400]
-    unknown, like, unlike = guarded(data), *(guarded(each, moments=ClientStatistics()) for each in (data, 3 - 3 * data))
-    assert "c2m3-guard-shift" not in unknown
-    assert like["c2m3-guard-shift"] < 0.2 < 0.8 < unlike["c2m3-guard-shift"]
-    assert [metrics.get("c2m3-guard-kept/refit") for metrics in (unknown, like, unlike)] == [None, 1, None]
-
-
-def test_where_a_client_gives_no_moments_the_guard_holds_back(caplog):
-    data = digits()[0][:400]
-    metrics = guarded(data, digits_app(independent=True, epochs=5), moments=ClientStatistics())
-    assert (metrics["c2m3-repaired"], metrics["c2m3-guard-kept/repair"]) == (1, 1)
-    assert any("nothing shows a shift" in text for text in caplog.messages)
-
-
-def test_moments_without_calibration_data_to_compare_them_with_are_refused():
-    for held in (None, ClientStatistics()):
-        with pytest.raises(ConfigError, match="pass calibration"):
-            C2M3(model=mlp(), example_inputs=EXAMPLE, calibration=held, moments=ClientStatistics())
