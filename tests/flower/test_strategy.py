@@ -9,16 +9,8 @@ from copy import deepcopy
 import pytest
 import torch
 from flwr.app import MetricRecord
-from flwr.server.strategy import FedAvg as LegacyFedAvg
-from flwr.serverapp.strategy import (
-    FedAdam,
-    FedAvg,
-    FedAvgM,
-    FedMedian,
-)
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
 
-from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
-from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.records import from_params, schema_of, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
@@ -231,69 +223,6 @@ def test_metrics_can_be_sent_like_any_record():
     send(strategy, mlp().state_dict())
     _, metrics = strategy.aggregate_train(1, [reply(node, params) for node, params in enumerate(clients(3))])
     assert MetricRecord.inflate(metrics.deflate()) == metrics
-
-
-BAD_OPTIONS = {
-    "model": ({"model": torch.nn.Linear}, ConfigError, r"expected a module such as Net\(\)"),
-    "moments": ({"moments": 1}, ConfigError, r"moments is 1, expected ClientStatistics\(\)"),
-    "moments for nobody": (
-        {"moments": ClientStatistics(), "calibration": calibration(), "recalibrate": "repair"},
-        ConfigError,
-        r'moments serve recalibrate="auto" and None, not Repair',
-    ),
-    "unknown": ({"colour": "red"}, TypeError, "unexpected keyword argument 'colour'"),
-    "feedback": ({"feedback": "now"}, ConfigError, "feedback is 'now', expected 'never'"),
-    "deploy": ({"deploy": "first"}, ConfigError, "deploy is 'first', expected 'last'"),
-    "deploy never": ({"deploy": 0}, ConfigError, "deploy is 0, expected a whole number"),
-    "head": ({"head": "hydra"}, ConfigError, "head is 'hydra'"),
-    "judge": ({"judge": "dredd"}, ConfigError, "judge is 'dredd'"),
-    "judge_key without a judge": (
-        {"judge": None, "judge_key": "loss"},
-        ConfigError,
-        "judge_key is 'loss', but judge is None",
-    ),
-    "judge without labels": ({"judge": "labels"}, CalibrationError, "needs calibration data with labels"),
-    "repair without data": ({"recalibrate": "repair"}, CalibrationError, "needs calibration inputs"),
-    "alignment": ({"alignment": "none"}, ConfigError, "alignment is 'none'"),
-    "basis": ({"basis": "mine"}, ConfigError, "basis is 'mine'"),
-    "min_replies": ({"min_replies": 0}, ConfigError, "min_replies is 0"),
-    "min_replies in part": ({"min_replies": 1.5}, ConfigError, "min_replies is 1.5, expected a whole number"),
-    "min_replies in words": ({"min_replies": "2"}, ConfigError, "min_replies is '2', expected a whole number"),
-    "max_steps": ({"max_steps": -1}, ConfigError, "max_steps is -1"),
-    "max_steps in part": ({"max_steps": 2.5}, ConfigError, "max_steps is 2.5"),
-    "tolerance": ({"tolerance": -1e-4}, ConfigError, "tolerance is -0.0001"),
-    "tolerance NaN": ({"tolerance": float("nan")}, ConfigError, "tolerance is nan"),
-    "tolerance in words": ({"tolerance": "low"}, ConfigError, "tolerance is 'low'"),
-    "device": ({"device": "abacus"}, ConfigError, "device is 'abacus'"),
-    "absent device": ({"device": "cuda:99"}, ConfigError, "device is 'cuda:99'"),
-    "device without values": ({"device": "meta"}, ConfigError, "device is 'meta'"),
-    "itself": ({"strategy": C2M3(model=mlp(), example_inputs=EXAMPLE)}, ConfigError, "strategy is a C2M3 already"),
-    "strategy class": ({"strategy": FedAvg}, ConfigError, r"strategy is the class FedAvg, .* FedAvg\(\)"),
-    "legacy strategy": ({"strategy": LegacyFedAvg()}, ConfigError, "expected an instance of flwr.serverapp.strategy"),
-    "outliers": ({"outliers": "keep"}, ConfigError, "outliers is 'keep'"),
-    "memory": ({"memory": -1}, ConfigError, "memory is -1"),
-    "refit without data": ({"recalibrate": "refit"}, CalibrationError, "'refit' needs calibration inputs"),
-    "recalibrate": ({"recalibrate": "mend"}, ConfigError, "recalibrate is 'mend'"),
-    "no inputs": ({"example_inputs": None}, CalibrationError, "neither example_inputs nor calibration"),
-    "empty calibration": ({"example_inputs": None, "calibration": []}, CalibrationError, "empty"),
-}
-
-
-@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
-def test_bad_options_are_refused_before_any_round(options, error, message):
-    with pytest.raises(error, match=message):
-        C2M3(**{"model": mlp(), "example_inputs": EXAMPLE, **options})
-
-
-def test_sending_out_a_model_that_does_not_fit_is_refused():
-    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
-    with pytest.raises(ParamsError, match="the arrays to send out"):
-        send(strategy, mlp(width=8).state_dict())
-
-
-def test_a_model_in_bfloat16_is_refused_with_advice():
-    with pytest.raises(ParamsError, match=r"bfloat16.*\.float\(\)"):
-        C2M3(model=mlp().bfloat16(), example_inputs=EXAMPLE.bfloat16())
 
 
 def test_identity_is_what_shared_starts_give():
