@@ -25,6 +25,7 @@ from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.merging.evaluate.scoring import Score
 from simulations.client_app import Assignment, Trained, Trainer, build_app, train_locally
 from simulations.data import FederatedData, derived_seed, federated_data
+from simulations.flower_log import flower_log
 from simulations.ledger import Measurement, finite, now
 from simulations.models import build_model
 from simulations.partition_grid import check_answers, networks
@@ -97,29 +98,29 @@ def run_cell(
     C2M3Error
         When the data are missing, the settings do not fit them, or a client failed to train.
     """
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     memory = RememberingTrainer() if trainer is None else trainer
     examiner = _Examiner(settings)
-    for method in methods:
-        before, since = getattr(memory, "trained", 0), time.perf_counter()
-        found = _run_method(settings, method, memory, examiner)
-        report(
-            Measurement(
-                cell=labels,
-                seed=settings.seed,
-                method=method,
-                accuracy=tuple(finite(each.accuracy) for each in found.scores),
-                loss=tuple(finite(each.loss) for each in found.scores),
-                clients=found.clients,
-                ensemble=found.ensemble,
-                metrics=_numbers(found.result),
-                moved=_moved(found.result),
-                trained=getattr(memory, "trained", 0) - before,
-                seconds=round(time.perf_counter() - since, 2),
-                date=now(),
-                key=key_of(settings, method),
+    with flower_log(logging.ERROR):
+        for method in methods:
+            before, since = getattr(memory, "trained", 0), time.perf_counter()
+            found = _run_method(settings, method, memory, examiner)
+            report(
+                Measurement(
+                    cell=labels,
+                    seed=settings.seed,
+                    method=method,
+                    accuracy=tuple(finite(each.accuracy) for each in found.scores),
+                    loss=tuple(finite(each.loss) for each in found.scores),
+                    clients=found.clients,
+                    ensemble=found.ensemble,
+                    metrics=_numbers(found.result),
+                    moved=_moved(found.result),
+                    trained=getattr(memory, "trained", 0) - before,
+                    seconds=round(time.perf_counter() - since, 2),
+                    date=now(),
+                    key=key_of(settings, method),
+                )
             )
-        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import Field, fields, replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
 
@@ -69,25 +69,14 @@ def _serial(runs: list[Settings], report: Report, verbose: bool) -> tuple[Round,
     from c2m3_fl.flower.serial_grid import SerialGrid
     from simulations.client_app import app
     from simulations.comparison import run_comparison
+    from simulations.flower_log import flower_log
 
     rounds: list[Round] = []
-    with _flower_log(logging.NOTSET if verbose else logging.ERROR):  # after the imports: one of them sets the level
+    with flower_log(logging.NOTSET if verbose else logging.ERROR):  # after the imports: one of them sets the level
         for settings in runs:
             grid = SerialGrid(app, settings.clients, run_config=settings.to_run_config())
             rounds += run_comparison(grid, settings, report)
     return tuple(rounds)
-
-
-@contextmanager
-def _flower_log(least: int) -> Iterator[None]:
-    """Flower's log from this level on, or from its own where that is higher."""
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    logger.setLevel(max(level, least))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _flower(runs: list[Settings], report: Report) -> tuple[Round, ...]:

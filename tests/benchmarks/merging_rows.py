@@ -43,7 +43,7 @@ class Row:
 def own_moments(case: Case, found: Trained) -> list[dict[str, Moments]]:
     """What every node sends: the moments of its channels on (500 of) the images it was trained on."""
     clients = range(len(found.nodes))
-    rows = [found.data.share(index).inputs for index in clients]
+    rows = [found.data.training_share(index).inputs for index in clients]
     data = [torch.cat(rows)[:500] if case.whole else rows[index][:500] for index in clients]
     return [channel_moments(found.model, node, [own]) for node, own in zip(found.nodes, data, strict=True)]
 

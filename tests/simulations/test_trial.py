@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -86,3 +87,9 @@ def test_a_failing_client_ends_the_cell(monkeypatch):
     monkeypatch.setattr(client_app, "train", broken)
     with pytest.raises(SimulationError, match="client 0 failed: MemoryError: no more"):
         _run(SETTINGS, ["fedavg"])
+
+
+def test_flowers_log_has_its_level_back_after_a_cell():
+    before = logging.getLogger("flwr").level
+    _run(replace(SETTINGS, rounds=1), ["fedavg"])
+    assert logging.getLogger("flwr").level == before
