@@ -6,8 +6,8 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, fields, replace
 from contextlib import contextmanager
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
 
