@@ -46,7 +46,7 @@ def test_with_nothing_moved_the_trajectory_and_every_draw_are_those_without_reca
 
 
 def test_what_was_returned_last_is_answered_with_the_trajectory_and_anything_else_is_a_new_start():
-    strategy = repairing()
+    strategy = repairing(feedback="never")  # units move in this round
     send(strategy, mlp().state_dict())
     deployed, _ = strategy.aggregate_train(1, good())
     trajectory = strategy.trajectory
