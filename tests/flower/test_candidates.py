@@ -148,6 +148,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED.keys())
 def test_a_run_that_asks_clients_and_was_killed_ends_like_one_that_was_not(options, tmp_path):
     def make(folder):

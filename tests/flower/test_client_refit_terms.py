@@ -61,6 +61,7 @@ def test_clients_refuse_few_rows_and_few_held_out_examples():
         refit_by_clients(sneaky, SerialGrid(app_of(), 1), [1], program, endpoints[0], endpoints[:1], [1.0])
 
 
+@pytest.mark.slow
 def test_the_price_is_that_of_the_answers():
     sizes = []
 

@@ -70,6 +70,7 @@ def test_a_run_that_was_ended_goes_on_and_gives_the_same_file(tmp_path, whole, a
     assert not (tmp_path / "small.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_no_number(tmp_path, whole):
     assert _stable(runner.run_design(DESIGN, tmp_path, workers=2)) == _stable(whole)
 

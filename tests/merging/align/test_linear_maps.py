@@ -160,6 +160,7 @@ def test_scales_of_norms_are_mapped_as_spreads() -> None:
     torch.testing.assert_close(outputs(model, moved, inputs), outputs(model, node, inputs))
 
 
+@pytest.mark.slow
 def test_deep_networks_are_walked_without_recursion() -> None:
     model = nn.Sequential(*(layer for _ in range(400) for layer in (nn.Linear(4, 4), nn.ReLU())))
     inputs = torch.zeros(1, 4)
