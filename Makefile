@@ -1,6 +1,6 @@
 # Needs Python >= 3.11 and make; everything else is installed into .venv at the versions of .ci/constraints.txt.
 #
-#   make demo    FedAvg, C2M3 and C2M3 + REPAIR on Flower's simulation engine; table, JSON and picture in results/demo
+#   make demo    FedAvg, C2M3 and the deployed model on Flower's simulation engine; table, JSON and picture in results/demo
 #   make test    lint, types, floors and the fast tests
 #   make slow    the marked tests: slow ones, real Flower processes, data sets where they are found
 #   make flwr-newest   the adapters' tests with the newest release of Flower that they are known to pass with

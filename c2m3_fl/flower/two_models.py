@@ -1,7 +1,8 @@
 """The trajectory, which clients train, and the deployed model, which is evaluated and returned.
 
 The trajectory is what the wrapped strategy aggregated. The deployed model is the trajectory recalibrated. Training a
-recalibrated model feeds back: on the digits with Dirichlet .1, twelve rounds of REPAIR took FedAvg from .344 to .120.
+recalibrated model feeds back: on digits with two classes a client, fifteen rounds of REPAIR take FedAvg from .794 to
+.283 (`c2m3-fl experiment digits`). Only where many units moved is the first average worth replacing for training.
 """
 
 from __future__ import annotations
