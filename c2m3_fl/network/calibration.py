@@ -1,8 +1,8 @@
-"""Calibration batches and example inputs: the one place that decides what a batch is.
+"""Calibration batches and example inputs: the forms that they may have, reading and checking.
 
 Calibration data are any iterable of batches, or one tensor that is a single batch. A batch is a tensor, a tuple or
-list that starts with the network's inputs, or a dict that names them. Class labels that follow the inputs are kept
-apart. Example inputs are the arguments of one call: a tensor, a tuple of arguments, or a dict of keyword arguments.
+list that starts with the network's inputs, or a dict that names them. Class labels may follow the inputs.
+Example inputs are the arguments of one call: a tensor, a tuple of arguments, or a dict of keyword arguments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Calibration = Iterable[Any]
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
-_TOKENS = (torch.int32, torch.int64)  # integer inputs that an embedding takes; uint8 is an image that was not scaled
+_TOKENS = (torch.int32, torch.int64)  # types of token ids; uint8 is refused: most likely an unscaled image
 _LABELS = ("label", "labels")  # keys of class labels in a batch that is a dict
 
 
@@ -36,7 +36,7 @@ def as_inputs(example_inputs: ExampleInputs) -> Inputs:
 
 @dataclass(frozen=True)
 class Batch:
-    """The inputs of one call of the network, and its labels where the calibration data carry them.
+    """The inputs of one call of the network, and their labels if the calibration data have any.
 
     Attributes
     ----------
@@ -47,9 +47,9 @@ class Batch:
     index : int
         The batch's place in the calibration data, for messages.
     unread : str
-        What followed the inputs, where it is not labels.
+        Type and shape of the element after the inputs, if it does not hold class indices.
     names : tuple of str
-        The keyword of every input; empty where inputs are positional.
+        The keyword of every input; empty if inputs are positional.
     """
 
     inputs: tuple[Tensor, ...]
@@ -65,7 +65,7 @@ class Batch:
 
     @property
     def example(self) -> tuple[Tensor, ...] | dict[str, Tensor]:
-        """The inputs as example inputs: a tuple, or a dict where they have names."""
+        """The inputs as example inputs: a tuple, or a dict if they have names."""
         return dict(zip(self.names, self.inputs, strict=True)) if self.names else self.inputs
 
     @property
@@ -105,7 +105,7 @@ def as_batch(example: ExampleInputs | Batch) -> Batch:
     values = (*args, *kwargs.values())
     for value in values:
         if not isinstance(value, Tensor):
-            raise CalibrationError(f"the example inputs hold a {type(value).__name__}, expected tensors alone")
+            raise CalibrationError(f"the example inputs hold a {type(value).__name__}, expected only tensors")
     return Batch(values, names=tuple(kwargs))
 
 
@@ -117,19 +117,19 @@ def load_batches(
     inputs: Sequence[str] | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Batch, ...]:
-    """Read and check all calibration batches, once.
+    """Read and check all calibration batches.
 
     Parameters
     ----------
     calibration : iterable of batches, or Tensor
         A list, a ``DataLoader``, a single tensor, …
     model : nn.Module, optional
-        The network. The names of its arguments say which keys of a batch that is a dict are inputs.
+        The network. Keys of a dict batch that are names of its arguments are inputs.
     example_inputs : Tensor, tuple or dict, optional
         A tuple or dict says how many of a batch's elements are inputs; otherwise there is one.
     inputs : sequence of str, optional
-        The keys of a batch that is a dict which are inputs. They go in by keyword where all of them are arguments of
-        the network, otherwise in this order.
+        The keys of dict batches that are inputs. They are passed by keyword if all of them are arguments of the
+        network, otherwise by position in this order.
     device : torch.device or str, optional
         Where to put the batches; by default they stay where they are.
 
@@ -162,14 +162,14 @@ def load_batches(
 
 
 def unfit(batch: Batch, params: Mapping[str, Tensor], error: Exception) -> CalibrationError:
-    """The error that says which batch the network cannot take, and why.
+    """The error that names the batch that the network cannot take, and the reason.
 
     Parameters
     ----------
     batch : Batch
         The batch.
     params : mapping of str to Tensor
-        The network's state dict, for its types.
+        The network's state dict; the error quotes its types.
     error : Exception
         What the network raised.
     """
@@ -177,13 +177,13 @@ def unfit(batch: Batch, params: Mapping[str, Tensor], error: Exception) -> Calib
     own = sorted({str(value.dtype) for value in params.values() if value.is_floating_point()})
     return CalibrationError(
         f"calibration batch {batch.index} cannot be fed to the network: its inputs are {given}, the network's tensors "
-        f"are {', '.join(own) or 'none'}: {error}; pass inputs of the shape and type that the network was trained on, "
-        "and say with a tuple or a dict as example_inputs when it takes several"
+        f"are {', '.join(own) or 'none'}: {error}; pass inputs of the shape and type that the network was trained on; "
+        "if it takes several, pass a tuple or a dict as example_inputs"
     )
 
 
 class _Reader:
-    """Turns what users' loaders give into batches."""
+    """Converts what users' loaders yield into batches."""
 
     def __init__(
         self, model: nn.Module | None, example_inputs: ExampleInputs | None, inputs: Sequence[str] | None
@@ -205,8 +205,8 @@ class _Reader:
             return self._named(raw, who, index)
         if self._chosen is not None:
             raise CalibrationError(
-                f"{who} is a {type(raw).__name__}, expected a dict: inputs={self._chosen} chooses among keys; "
-                "leave it out, or let the loader give dicts"
+                f"{who} is a {type(raw).__name__}, expected a dict: inputs={self._chosen} names keys of dicts; "
+                "omit it, or let the loader yield dicts"
             )
         if isinstance(raw, Tensor):
             elements: tuple[Any, ...] = (raw,)
@@ -274,7 +274,7 @@ def _pairs(given: tuple[Any, ...]) -> bool:
 
 
 def _labels(value: Any, inputs: Tensor) -> tuple[Tensor | None, str]:  # noqa: ANN401  # as above
-    """Labels, or in words what stands in their place."""
+    """Labels and "", or None and the type and shape of a value that does not hold class indices."""
     if _is_labels(value, inputs):
         return value, ""
     what = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,4 +1,4 @@
-"""Calibration data made ready once: checked batches, and the network exported for them."""
+"""Calibration data, checked once, and the network, exported once for them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CalibrationSet:
     example_inputs : Tensor, tuple or dict
         The arguments of one call: as given, or the inputs of the first batch.
     batches : tuple of Batch
-        The calibration data; empty where there are only example inputs.
+        The calibration data; empty if only example inputs were given.
     """
 
     model: nn.Module
@@ -42,7 +42,7 @@ class CalibrationSet:
         example_inputs: ExampleInputs | None = None,
         inputs: Sequence[str] | None = None,
     ) -> CalibrationSet:
-        """Read the calibration data, once, and try the network on them.
+        """Read the calibration data once and run the network on them.
 
         Parameters
         ----------
@@ -51,9 +51,9 @@ class CalibrationSet:
         calibration : iterable of batches, or CalibrationSet, optional
             See `load_batches`. A `CalibrationSet` is returned as it is.
         example_inputs : Tensor, tuple or dict, optional
-            What the network takes; by default the inputs of the first batch.
+            The arguments of one call; by default the inputs of the first batch.
         inputs : sequence of str, optional
-            The keys of batches and example inputs which are inputs, where these are dicts: see `load_batches`.
+            The keys of dict batches and dict example inputs that are inputs: see `load_batches`.
 
         Raises
         ------
@@ -65,7 +65,7 @@ class CalibrationSet:
         if calibration is None:
             if example_inputs is None:
                 raise CalibrationError(
-                    "neither example_inputs nor calibration were given; one of them must show an input"
+                    "neither example_inputs nor calibration were given; pass one of them, to show the inputs' shapes"
                 )
             return cls(model, _chosen(model, example_inputs, inputs))
         batches = load_batches(calibration, model=model, example_inputs=example_inputs, inputs=inputs)
@@ -107,7 +107,7 @@ class CalibrationSet:
         return bool(self.batches) and all(batch.labels is not None for batch in self.batches)
 
     def to(self, device: torch.device | str) -> CalibrationSet:
-        """The same data on another device; made once per device."""
+        """The same data on another device; copied once per device."""
         place = torch.empty(0, device=device).device
         if place == self.device:
             return self
@@ -121,7 +121,7 @@ class CalibrationSet:
 
 
 def _chosen(model: nn.Module, example_inputs: ExampleInputs, inputs: Sequence[str] | None) -> ExampleInputs:
-    """Example inputs as the network takes them: the chosen keys of a dict."""
+    """Example inputs of the network; only the chosen keys of a dict."""
     if isinstance(example_inputs, Mapping) and inputs is not None:
         return load_batches([example_inputs], model=model, inputs=inputs)[0].example
     args, kwargs = as_inputs(example_inputs)

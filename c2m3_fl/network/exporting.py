@@ -1,4 +1,4 @@
-"""From a module to a functional ATen graph, through `torch.export`, without touching the module."""
+"""Export a module to an ATen graph with `torch.export`, without mutating the module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LIBRARY = re.compile(r"[/\\](torch|site-packages)[/\\]")
 
 @contextlib.contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Evaluation mode, or training mode without dropout, for a while; every submodule gets its own mode back."""
+    """Context of evaluation mode, or of training mode without dropout; restores every submodule's mode at the end."""
     before = {module: module.training for module in model.modules()}
     model.train(training)
     for module in before:
@@ -38,7 +38,7 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
-    """Export attention as separate operators: its fused inference path is a single opaque one."""
+    """Context in which attention is exported as separate operators, not as the one fused operator for inference."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -49,7 +49,7 @@ def plain_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the exporter's log lines, and the graphs that it prints when it fails: the error is raised anyway."""
+    """Context without the exporter's log lines and the graphs that it prints when it fails; errors are raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -76,8 +76,8 @@ def export(
     inputs : Inputs
         Positional and keyword arguments of one call.
     is_plain : callable, optional
-        Whether a graph can be used as it stands; one that cannot is made functional, which takes as long again. By
-        default every graph can.
+        Whether a graph can be used without decomposition. A graph that cannot is decomposed into functional
+        operators, which takes as long as the export. By default no graph is decomposed.
     training : bool
         Export training mode, without dropout, instead of evaluation mode.
 
@@ -97,7 +97,7 @@ def export(
 
 
 def call_fails(model: nn.Module, inputs: Inputs) -> Exception | None:
-    """What the network, in its present mode, raises when it is called with copies of the inputs; None if nothing."""
+    """The exception that the network, in its present mode, raises on copies of the inputs; None if it raises none."""
     args, kwargs = copy.deepcopy(inputs)
     try:
         with torch.no_grad():
@@ -115,8 +115,8 @@ def require_runs(model: nn.Module, inputs: Inputs) -> None:
     if error is not None:
         raise TraceError(
             f"{type(model).__name__} cannot be called with the example inputs, {_described(inputs)}{_line(error)}: "
-            f"{_first_sentence(error)}. Pass the arguments of one call as the network takes them, of its shapes and "
-            "types: a tensor, a tuple of positional arguments, or a dict of keyword arguments"
+            f"{_first_sentence(error)}. Pass the arguments of one call, in the shapes and types that the network "
+            "takes: a tensor, a tuple of positional arguments, or a dict of keyword arguments"
         ) from error
 
 
@@ -142,7 +142,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
 
 
 def _line(error: Exception) -> str:
-    """The innermost line of the user's own code that the traceback, or the error's text, points at."""
+    """The innermost line of the user's code in the traceback or in the error's text."""
     frames = []
     trace = error.__traceback__
     while trace is not None:
@@ -162,7 +162,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
-    """First name of every parameter and buffer, by each of its names: tied tensors have several."""
+    """Map every name of a parameter or buffer to the tensor's first name; tied tensors have several names."""
     first: dict[int, str] = {}
     named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
     named += [*model.named_buffers(remove_duplicate=False)]

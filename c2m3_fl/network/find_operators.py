@@ -10,7 +10,7 @@ from torch import fx
 
 from c2m3_fl.network.operators import LAYOUTS, Kind, Layout, Operator, obstacle
 
-_TRAINING = 5  # place of that argument of aten.batch_norm
+_TRAINING = 5  # position of the training flag among the arguments of aten.batch_norm
 
 
 def find_operators(graph: fx.Graph, names: Mapping[str, str]) -> tuple[tuple[Operator, ...], dict[str, str]]:
@@ -56,7 +56,7 @@ def _operator(node: fx.Node, index: int, layout: Layout, names: Mapping[str, str
         return None
     source = node.args[weight] if layout.kind in (Kind.LINEAR, Kind.PRODUCT) else None
     if isinstance(source, fx.Node) and source.meta["val"].ndim != 2:
-        return None  # a vector makes no channels, and a stack of matrices shares them
+        return None  # only the columns of a two-dimensional weight are channels
     return Operator(node, index, layout, _module(node), name_of(weight), name_of(bias), *statistics, final)
 
 
@@ -64,7 +64,7 @@ def _feeds_norm(operator: Operator, norms: Collection[fx.Node]) -> bool:
     user = next(iter(operator.node.users), None)
     if user is None or len(operator.node.users) > 1 or user.target is not torch.ops.aten.batch_norm.default:
         return False
-    renewed = user in norms or bool(user.args[_TRAINING])  # statistics of the batch itself are always new
+    renewed = user in norms or bool(user.args[_TRAINING])  # in training mode the batch's own statistics are used
     return renewed and operator.layout.channel % operator.node.meta["val"].ndim == 1
 
 
@@ -74,7 +74,7 @@ def _module(node: fx.Node) -> str:
 
 
 def _final_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes from which the output is reached without passing an operator (these end the search, inclusive)."""
+    """Nodes that reach the output with no parameterised operator in between, the last such operators included."""
     reached: set[fx.Node] = set()
     open_nodes = [graph.output_node()]
     while open_nodes:

@@ -13,7 +13,7 @@ class Moments:
     """Count, mean and summed squared deviation of every channel, in float64.
 
     Moments form a monoid: ``combine`` is associative and `Moments.empty` its neutral element, so batches
-    may be measured apart and pooled (Chan, Golub and LeVeque 1979) without keeping any activation.
+    may be measured separately and pooled (Chan, Golub and LeVeque 1979) without keeping any activation.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int, device: torch.device | str = "cpu") -> Moments:
-        """Nothing seen yet."""
+        """Moments of no values."""
         zeros = torch.zeros(channels, dtype=torch.float64, device=device)
         return cls(0, zeros, zeros)
 
@@ -39,8 +39,8 @@ class Moments:
     def of(cls, values: Tensor, axes: tuple[int, ...]) -> Moments:
         """Moments of one tensor whose channels are the coordinates of `axes`, taken together in order.
 
-        A first, rounded mean is subtracted before anything is squared, so that a large offset does not
-        cancel away the spread; what the rounding left is put right in float64.
+        A first mean, rounded, is subtracted before squaring, so that a large offset does not cancel the
+        spread; the rounding error of that mean is corrected in float64.
         """
         channel = sorted(axis % values.ndim for axis in axes)
         pooled = [axis for axis in range(values.ndim) if axis not in channel]

@@ -1,8 +1,8 @@
 """The parameterised operators of a traced network, and how a change of their output folds into their parameters.
 
-An operator's *channels* are the coordinates of its output that own a row of its weight: the last axis of a
+An operator's *channels* are the coordinates of its output, one for each row of its weight: the last axis of a
 linear layer, axis 1 of a convolution, the normalised axes of a LayerNorm. Rescaling a channel of the output,
-``y -> scale * y + shift``, is exactly a change of weight and bias.
+``y -> scale * y + shift``, is the same as rescaling its row of the weight and its bias.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _aten = torch.ops.aten
 
 
 class Kind(Enum):
-    """What an operator does with its parameters."""
+    """Kinds of parameterised operators."""
 
     LINEAR = "linear"
     CONVOLUTION = "convolution"
@@ -37,7 +37,7 @@ class Layout:
     Attributes
     ----------
     kind : Kind
-        What it does with them.
+        Kind of the operator.
     arguments : tuple of int
         Positions of input, weight and bias; -1 for an operator without bias.
     channel : int
@@ -81,15 +81,15 @@ LAYOUTS: dict[object, Layout] = {
     **_convolutions(),
 }
 
-# The axis of a weight that makes an operator's channels; axis 1 - MADE reads those of its input.
-MADE = {Kind.LINEAR: 0, Kind.CONVOLUTION: 0, Kind.PRODUCT: 1, Kind.TRANSPOSED: 1}
+# The axis of a weight that indexes the operator's output channels; axis 1 - OUTPUT_AXIS indexes its input channels.
+OUTPUT_AXIS = {Kind.LINEAR: 0, Kind.CONVOLUTION: 0, Kind.PRODUCT: 1, Kind.TRANSPOSED: 1}
 
 RECURRENT = (_aten.lstm.input, _aten.gru.input, _aten.rnn_tanh.input, _aten.rnn_relu.input)
 
 
 def obstacle(target: object) -> str:
-    """What keeps an operator's output from being corrected in its parameters."""
-    return "has gates that feed back into themselves" if target in RECURRENT else "has no channels"
+    """Why an operator's output cannot be corrected through its parameters."""
+    return "has recurrent gates" if target in RECURRENT else "has no channels"
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,11 @@ class Operator:
     module : str
         Path of the module that makes the call.
     weight, bias, mean, variance : str
-        Names in the state dict; "" for what it does not have. `mean` and `variance` are running statistics.
+        Names in the state dict; "" for a tensor that the operator lacks. `mean` and `variance` are running statistics.
     final : bool
         Whether its output reaches the network's output without passing another operator.
     feeds_norm : bool
-        Whether the output goes to a BatchNorm of its channels alone, whose new statistics undo any rescaling.
+        Whether only a BatchNorm over the channels uses the output; its new statistics undo any rescaling.
     """
 
     node: fx.Node
@@ -141,7 +141,7 @@ class Operator:
 
     @property
     def kind(self) -> Kind:
-        """What it does with its parameters."""
+        """Kind of the operator."""
         return self.layout.kind
 
     @property
@@ -158,7 +158,7 @@ class Operator:
 
     @property
     def gives_output(self) -> bool:
-        """Whether its output is an output of the network as it stands."""
+        """Whether its output, unchanged, is an output of the network."""
         return any(user.op == "output" for user in self.node.users)
 
     @property

@@ -1,8 +1,8 @@
 """A network as a list of operators: exported once, then run node by node with any parameters.
 
-Statistics must be measured, and parameters corrected, at every parameterised operator in forward order, also where
-a network calls an operator without a module of its own (the packed projections of attention). The exported graph
-shows them all; a `Walk` runs it and may stop at any of them.
+Statistics are measured, and parameters corrected, at every parameterised operator in forward order. Some operators
+have no module of their own (the packed projections of attention), so forward hooks would miss them. The exported
+graph contains them all; a `Walk` runs it and can stop at any of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Program:
     names : mapping of str to str
         State-dict name of every placeholder that stands for a parameter or a persistent buffer.
     constants : mapping of str to Tensor
-        Value of every placeholder that stands for anything else but an input.
+        Value of every placeholder that is neither in `names` nor in `inputs`.
     inputs : tuple of str
         The placeholders of the network's inputs, in order.
     operators : tuple of Operator
@@ -46,7 +46,7 @@ class Program:
     aliases : mapping of str to tuple of str
         Further state-dict names of tied parameters.
     last_use : mapping of fx.Node to int
-        Place in the graph of the last node that needs a value.
+        Index in the graph of the last node that uses a node's value.
     """
 
     graph: fx.Graph
@@ -68,7 +68,7 @@ class Program:
         name : str
             One name of the parameter.
         value : Tensor
-            What it becomes.
+            The new value.
         """
         for alias in self.all_names(name):
             params[alias] = value.to(params[alias].dtype)
@@ -79,14 +79,14 @@ class Program:
 
 
 class Walk:
-    """One network on one batch, run node by node; values are dropped after their last use.
+    """Runs a network on one batch, node by node; values are dropped after their last use.
 
     Parameters
     ----------
     program : Program
         The traced network.
     params : mapping of str to Tensor
-        State dict, read whenever a node runs: a correction made meanwhile is seen by all later nodes.
+        State dict, read whenever a node runs: a correction made in between applies to all later nodes.
     batch : Batch
         Inputs of the shapes that the program was traced with.
     """
@@ -101,7 +101,7 @@ class Walk:
         self._inputs = dict(zip(program.inputs, batch.inputs, strict=True))
 
     def advance(self, index: int) -> None:
-        """Run every node before place `index`."""
+        """Run every node before `index`."""
         while self._next < index:
             node = self._nodes[self._next]
             if node.name not in self._program.names:  # parameters are read when they are used
@@ -112,14 +112,14 @@ class Walk:
                     self._values.pop(used, None)
 
     def value(self, node: fx.Node) -> Any:  # noqa: ANN401  # a node's value may be a tensor, a size, a tuple, …
-        """Value of a node; one that has not run yet is computed, its inputs having run, but not kept."""
+        """Value of a node. The value of a node that has not run is computed from its inputs' values, and not stored."""
         if node.name in self._program.names:
             return self._params[self._program.names[node.name]]
         if node in self._values:
             return self._values[node]
         if node.op == "placeholder":
             constant = self._program.constants.get(node.name)
-            return self._inputs[node.name].clone() if constant is None else constant  # in-place operators exist
+            return self._inputs[node.name].clone() if constant is None else constant  # operators may work in place
         if node.op == "output":
             return fx.map_arg(node.args[0], self.value)
         if node.op == "get_attr":
@@ -130,14 +130,14 @@ class Walk:
             return node.target(*args, **kwargs)
 
     def output(self, operator: Operator) -> Tensor:
-        """Run up to and including an operator; its output."""
+        """Run up to and including an operator, and return its output."""
         self.advance(operator.index + 1)
         result: Tensor = self.value(operator.node)
         return result
 
     @property
     def resident(self) -> int:
-        """Bytes of the activations that are alive."""
+        """Bytes of the activations in memory."""
         kept = (value for node, value in self._values.items() if node.op != "placeholder")
         return sum(value.numel() * value.element_size() for value in kept if isinstance(value, Tensor))
 
@@ -149,7 +149,7 @@ class Walk:
 
 @contextlib.contextmanager
 def feeding(batch: Batch, params: Params) -> Iterator[None]:
-    """Turn what a network raises on a calibration batch into a `CalibrationError` that says which batch it was."""
+    """Context that turns exceptions of the network into a `CalibrationError` that names the calibration batch."""
     try:
         yield
     except (CalibrationError, torch.OutOfMemoryError):
@@ -161,7 +161,8 @@ def feeding(batch: Batch, params: Params) -> Iterator[None]:
 def check_batches(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Run the network, in evaluation mode, on calibration batches.
 
-    Floating batches of one kind stand for each other; integers may be tokens out of range, so each batch is run.
+    Of floating-point batches of one kind only the first is run. Token ids may be out of range in any batch, so all
+    batches with integer inputs are run.
 
     Raises
     ------
@@ -262,7 +263,7 @@ def export_batches(model: nn.Module, batches: Sequence[Batch], *, checked: bool 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, int]:
     last: dict[fx.Node, int] = {}
     for index, node in enumerate(graph.nodes):
-        last[node] = index if node.users else index + 1  # an unused value may still be asked for, once
+        last[node] = index if node.users else index + 1  # an unused value is kept for `output` to read
         for used in node.all_input_nodes:
             last[used] = index
     return last

@@ -1,4 +1,4 @@
-"""What a linear operator multiplies its weight with: rows of its input, patches under a convolution's kernel."""
+"""Rows that a linear operator multiplies with its weight: rows of its input, or patches under a kernel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from c2m3_fl.network.operators import Kind, Operator
 def sample_positions(operator: Operator, output: Tensor, count: int, seed: int) -> Tensor:
     """Up to `count` distinct positions of an operator's output, the same for outputs of the same shape.
 
-    A position is a place on every axis but that of the channels, as a flat index in row-major order; all of them
-    in order where there are no more than `count`.
+    A position is a row-major flat index over all axes except that of the channels. If there are at most `count`
+    positions, all are returned, in order.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ def sample_positions(operator: Operator, output: Tensor, count: int, seed: int) 
     count : int
         Largest number of positions.
     seed : int
-        Decides which are drawn.
+        Seed of the draw.
     """
     channels = output.shape[operator.layout.channel]
     total = output.numel() // channels
@@ -45,7 +45,7 @@ def output_rows(operator: Operator, output: Tensor, positions: Tensor) -> Tensor
     output : Tensor
         Its output.
     positions : Tensor
-        Of `sample_positions`.
+        From `sample_positions`.
     """
     channels_last = output.movedim(operator.layout.channel, -1)
     place = _unravel(positions, channels_last.shape[:-1])
@@ -55,7 +55,7 @@ def output_rows(operator: Operator, output: Tensor, positions: Tensor) -> Tensor
 def input_rows(
     operator: Operator, source: Tensor, weight: Tensor, output_shape: Sequence[int], positions: Tensor
 ) -> Tensor:
-    """What the weight multiplies at the positions, shape (groups, positions, inputs per group).
+    """The rows that the weight multiplies at the positions, shape (groups, positions, inputs per group).
 
     Parameters
     ----------
@@ -66,12 +66,12 @@ def input_rows(
     output_shape : sequence of int
         Shape of its output.
     positions : Tensor
-        Of `sample_positions`.
+        From `sample_positions`.
     """
     if operator.kind is not Kind.CONVOLUTION:
         return source.reshape(-1, source.shape[-1])[positions][None]
     spatial = operator.layout.spatial
-    if source.ndim == spatial + 1:  # an image by itself
+    if source.ndim == spatial + 1:  # an image without a batch axis
         source, output_shape = source[None], (1, *output_shape)
     kernel = weight.shape[2:]
     window = operator.window(kernel)
@@ -111,12 +111,12 @@ def from_matrix(operator: Operator, matrix: Tensor, shape: torch.Size) -> Tensor
 
 
 def input_of(positions: Tensor, shape: Sequence[int], count: int) -> Tensor:
-    """Which of `count` network inputs each position of an output of shape (..., without channels) belongs to.
+    """Index, among `count` network inputs, of the input that each position of an output belongs to.
 
     Parameters
     ----------
     positions : Tensor
-        Of `sample_positions`.
+        From `sample_positions`.
     shape : sequence of int
         Shape of the output, without channels.
     count : int
@@ -126,7 +126,7 @@ def input_of(positions: Tensor, shape: Sequence[int], count: int) -> Tensor:
     for axis in range(len(shape)):
         if shape[axis] == count:
             return place[axis]
-    return place[0] // max(1, shape[0] // count)  # windows of an image lie next to each other
+    return place[0] // max(1, shape[0] // count)  # windows of one image are consecutive
 
 
 def _unravel(positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:

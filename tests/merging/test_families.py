@@ -111,7 +111,7 @@ def test_recurrent_weights_are_reported_and_left_alone(family: str) -> None:
     _, _, _, setting = _setting(family)
     reasons = [reason for name, reason in setting.programs[0].skipped.items() if "weight_hh" in name]
     assert reasons
-    assert all("feed back into themselves" in reason for reason in reasons)
+    assert all("recurrent gates" in reason for reason in reasons)
 
 
 @pytest.mark.slow  # all of them together

@@ -17,7 +17,7 @@ from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Axis, Params, PermutationSpec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.network.calibration import Batch
-from c2m3_fl.network.operators import MADE, Operator
+from c2m3_fl.network.operators import OUTPUT_AXIS, Operator
 from c2m3_fl.network.program import Program, Walk
 from c2m3_fl.network.rows import output_rows, sample_positions
 
@@ -199,9 +199,9 @@ def _values(
     for index, (program, batch) in enumerate(zip(programs, batches, strict=True)):
         walk = Walk(program, params, batch)
         for operator in program.operators:
-            if operator.kind not in MADE:
+            if operator.kind not in OUTPUT_AXIS:
                 continue
-            made = MADE[operator.kind]
+            made = OUTPUT_AXIS[operator.kind]
             for side in (1 - made, made) if reads else (made,):
                 axis = spec.tensors[operator.weight].axes[side]
                 if axis:

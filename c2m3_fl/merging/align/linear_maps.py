@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from c2m3_fl.core.spec import Params, PermutationSpec, Segment, TensorSpec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.recalibrate.targets import View
-from c2m3_fl.network.operators import LAYOUTS, MADE, RECURRENT, Kind, Operator
+from c2m3_fl.network.operators import LAYOUTS, OUTPUT_AXIS, RECURRENT, Kind, Operator
 from c2m3_fl.network.program import Program
 
 _EPS = 7  # place of that argument of aten.batch_norm
@@ -82,10 +82,14 @@ def _reading_axis(tensor: TensorSpec, node: fx.Node, value: fx.Node, user: fx.No
     """The axis by which one use of a parameter reads units: None where it makes them, -1 where that cannot be told."""
     layout, direct, vector = LAYOUTS.get(user.target), value is node, len(tensor.shape) == 1
     if layout is not None:
-        if layout.kind not in MADE or value not in user.args[layout.arguments[1] :][:1] or (vector and not direct):
+        if (
+            layout.kind not in OUTPUT_AXIS
+            or value not in user.args[layout.arguments[1] :][:1]
+            or (vector and not direct)
+        ):
             return None  # a scale, or units that another weight reads
         convolution = layout.kind in (Kind.CONVOLUTION, Kind.TRANSPOSED)
-        axis = 1 - MADE[layout.kind] if direct and (convolution or len(tensor.shape) == 2) else _UNKNOWN
+        axis = 1 - OUTPUT_AXIS[layout.kind] if direct and (convolution or len(tensor.shape) == 2) else _UNKNOWN
     elif user.target in RECURRENT:
         weights = user.args[_WEIGHTS]
         if vector or not isinstance(weights, Sequence) or value not in weights:
@@ -154,7 +158,7 @@ def seen_through(spec: PermutationSpec, maps: Mapping[str, Tensor]) -> View:
 def _seen(spec: PermutationSpec, maps: Mapping[str, Tensor], operator: Operator, value: Tensor) -> Tensor:
     name = operator.weight or operator.mean
     tensor = spec.tensors[name]
-    made = MADE.get(operator.kind)
+    made = OUTPUT_AXIS.get(operator.kind)
     sides = tensor.axes if made is None else tensor.axes[made : made + 1]
     channels = operator.channel_axes({name: torch.empty(tensor.shape, device="meta")})
     for axis, segments in zip(channels, sides, strict=True):
