@@ -124,7 +124,7 @@ def concatenate(structure: Structure, pieces: Sequence[Labels], dim: int) -> Lab
     if len(pieces) == 1:
         return pieces[0]
     covers = [factor for x in pieces for factor in x.factors if dim in support(factor)]
-    joint = frozenset().union(*(support(factor) for factor in covers)) if covers else _stacked(pieces, dim)
+    joint = frozenset().union(*(support(factor) for factor in covers)) if covers else _new_units(pieces, dim)
     rest = []
     for x in pieces:
         shape = (*x.shape[:dim], 1, *x.shape[dim + 1 :])
@@ -160,8 +160,15 @@ def _told_apart(structure: Structure, covers: Sequence[Atoms]) -> Iterator[Atoms
         seen = np.concatenate([seen, cover.ravel()])
 
 
-def _stacked(pieces: Sequence[Labels], dim: int) -> frozenset[int]:
-    """Support of the joint units if different tensors are stacked, each with units of its own."""
+def _new_units(pieces: Sequence[Labels], dim: int) -> frozenset[int]:
+    """Support of the joint units if no piece has units along `dim`.
+
+    Different tensors that are stacked keep the units that each has. Next to ordered content, a run of equal entries
+    (the zeros that a recurrent state starts from) becomes units, which may be exchanged with one another.
+    """
+    if not any(x.factors for x in pieces):
+        equal = any(x.shape[dim] > 1 and dim not in x.fixed for x in pieces)
+        return frozenset({dim}) if equal and any(dim in x.fixed for x in pieces) else frozenset()
     single = all(x.shape[dim] == 1 and len(x.factors) == 1 for x in pieces)
     if not single or all(np.array_equal(x.factors[0], pieces[0].factors[0]) for x in pieces):
         return frozenset()

@@ -39,12 +39,15 @@ class Labels:
         Dimensions with ordered content; on the support of a factor, content besides its units.
     source : str
         Name of the parameter, when the tensor is one as it stands.
+    points : ndarray, shape (n,), optional
+        Of a tensor of indices: the atoms of the dimension that it points into, when its entries move with them.
     """
 
     shape: Shape
     factors: tuple[Atoms, ...] = ()
     fixed: frozenset[int] = frozenset()
     source: str = ""
+    points: Atoms | None = None
 
     @classmethod
     def ordered(cls, shape: Sequence[int]) -> Labels:
@@ -220,9 +223,18 @@ def expand(x: Labels, shape: Sequence[int]) -> Labels:
 
 
 def take(structure: Structure, x: Labels, dim: int, index: Atoms) -> Labels:
-    """Entries `index` along one dimension (slice, flip, roll, lookup)."""
+    """Entries `index` along one dimension (slice, flip, roll, lookup).
+
+    Whatever happens next happens to these units alone: if they are not all, each once, they become a set.
+    """
     dim = x.dim(dim)
-    factors = [np.take(factor, index, axis=dim) if factor.shape[dim] > 1 else factor for factor in x.factors]
+    apart = len(index) != x.shape[dim] or len(np.unique(index)) < len(index)
+    factors = []
+    for factor in x.factors:
+        taken = np.take(factor, index, axis=dim) if factor.shape[dim] > 1 else factor
+        if apart and taken is not factor:
+            structure.gather(taken)
+        factors.append(taken)
     shape = (*x.shape[:dim], len(index), *x.shape[dim + 1 :])
     return Labels(shape, maximal(structure, factors), x.fixed - ({dim} if len(index) < 2 else set()))
 

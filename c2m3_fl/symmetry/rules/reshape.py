@@ -224,6 +224,7 @@ def slice_scatter(
     dim = x.dim(dim)
     places = np.arange(x.shape[dim])[slice(start, end, step)]
     if not source.factors and not source.fixed and any(factor.shape[dim] > 1 for factor in x.factors):
+        take(call.structure, x, dim, places)
         return combine(call.structure, x)  # a constant written over some units: their labels stay valid
     joined = concatenate(call.structure, [x, source], dim)
     order = np.arange(x.shape[dim])
