@@ -17,7 +17,7 @@ from flwr.supercore import log
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import check_finite, same
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.flower.client_head import head_by_clients, report_head
+from c2m3_fl.flower.client_head import Head, head_by_clients, report_head, why_no_head
 from c2m3_fl.flower.client_refit import refit_by_clients
 from c2m3_fl.flower.evidence import Means, choose_means
 from c2m3_fl.flower.judge import ClientJudge
@@ -81,6 +81,8 @@ class Request:
         Whether clients are asked for candidates, and to judge them, in this round.
     equally : bool
         Whether the wrapped strategy ignores weights.
+    offers : bool
+        Whether to ask for a head that nobody asked for: not where clients did not answer before.
     """
 
     aggregate: Params
@@ -91,6 +93,7 @@ class Request:
     clients: Clients | None = None
     deploys: bool = True
     equally: bool = False
+    offers: bool = True
 
 
 class Candidates:
@@ -113,6 +116,8 @@ class Candidates:
         How many could not be made.
     last : str
         The candidate in which every step was taken that the evidence supports without a judge.
+    headless : str
+        Why clients do not answer for a head that nobody asked for; "" otherwise.
     """
 
     def __init__(self, setup: Setup, request: Request) -> None:
@@ -120,6 +125,7 @@ class Candidates:
         self.params: dict[str, Params] = {AGGREGATE: typed_like(setup.model.state_dict(), request.aggregate)}
         self.numbers: Numbers = {}
         self.failed = 0
+        self.headless = ""
         self.last = AGGREGATE
         if request.aligned is not None:
             self._add_server_side(request.aligned)
@@ -199,7 +205,7 @@ class Candidates:
             )
         elif setup.refit is not None:
             log(INFO, "\t> no refit by the clients: there are no replies in this round")
-        if setup.head is None:
+        if setup.head is None or (setup.offered and not self._offers(setup.head, clients)):
             return
         final, newest = self.last, list(self.params)[-1]
         bases = [final] if setup.judge is None else list(dict.fromkeys([AGGREGATE, newest, final]))
@@ -209,8 +215,19 @@ class Candidates:
             self._add(
                 name,
                 partial(head_by_clients, head, clients.grid, nodes, program, below, equally=request.equally),
-                step=base == final,
+                step=base == final and not setup.offered,
             )
+
+    def _offers(self, head: Head, clients: Clients) -> bool:
+        """Whether clients answer for a head that nobody asked for; a client's refusal is no failure."""
+        if self.request.offers:
+            program, nodes = self.setup.data.program, list(self.request.nodes)
+            try:
+                reason = why_no_head(head, clients.grid, nodes, program, self.params[AGGREGATE])
+            except Exception as error:  # a network or a grid of an unforeseen kind leaves the aggregate
+                reason = str(error)
+            self.headless = reason or ""
+        return self.request.offers and not self.headless
 
 
 _WHO = {"client-refit": "refit by the clients", "head": "the head from labels"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from logging import INFO, WARNING
+from logging import DEBUG, INFO, WARNING
 from typing import TypeVar
 
 import torch
@@ -32,6 +32,9 @@ from c2m3_fl.network.program import Program
 from c2m3_fl.network.rows import weight_matrix
 
 Answer = TypeVar("Answer")
+
+_PROBED = 3  # clients that are asked before a head that nobody asked for is given up
+_UNKNOWN = "No query function registered"  # Flower's reason where an app lacks the query
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Head(FitHead):
 
 
 def resolve_head(head: Head | str | None) -> Head | None:
-    """The head's options: "labels" stands for `Head()`, "none" and None for no head.
+    """The head's options: "labels" and "auto" stand for `Head()`, "none" and None for no head.
 
     Raises
     ------
@@ -79,9 +82,9 @@ def resolve_head(head: Head | str | None) -> Head | None:
         return head
     if head in (None, "none"):
         return None
-    if head == "labels":
+    if head in ("auto", "labels"):
         return Head()
-    raise ConfigError(f"head is {head!r}, expected 'labels', Head(...) or None")
+    raise ConfigError(f"head is {head!r}, expected 'auto', 'labels', Head(...) or None")
 
 
 def check_head(program: Program, params: Params, options: Head) -> None:
@@ -97,6 +100,26 @@ def check_head(program: Program, params: Params, options: Head) -> None:
         Says how many bytes a client may be asked for.
     """
     _Wire.of(program, params, options)
+
+
+def why_no_head(options: Head, grid: Grid, nodes: Sequence[int], program: Program, merged: Params) -> str | None:
+    """Why the clients answer no query for label sums; None where one of the first three does.
+
+    They are asked one after another. The reply of a client whose app has no such query speaks for all of them.
+    See `head_by_clients` for the parameters.
+    """
+    wire = _Wire.of(program, merged, options)
+    query, reason = {"arrays": from_params(merged)}, "there is no client to ask"
+    for node in nodes[:_PROBED]:
+        try:
+            _ask(options, grid, [node], "sums", query, wire.read_sums, level=DEBUG)
+        except CalibrationError as error:
+            reason = str(error)
+            if _UNKNOWN in reason:
+                break
+        else:
+            return None
+    return reason
 
 
 def head_by_clients(
@@ -242,6 +265,7 @@ def _ask(
     stage: str,
     query: Mapping[str, ArrayRecord],
     read: Callable[[ArrayRecord], Answer],
+    level: int = WARNING,
 ) -> tuple[dict[int, Answer], dict[int, str]]:
     """The usable answers by node, in the order of the nodes; and why others cannot be used."""
     config = ConfigRecord({"stage": stage, "every": options.holdout})
@@ -255,7 +279,7 @@ def _ask(
                 raise ParamsError("nobody asked it for an answer, or for a second one")
             found[node] = read(_record(reply))
         except ParamsError as error:
-            log(WARNING, "\t> no %s of labels from node %d: %s", stage, node, error)
+            log(level, "\t> no %s of labels from node %d: %s", stage, node, error)
             failed[node] = str(error)
     if not found:
         first = f" (the first reply: {next(iter(failed.values()))})" if failed else ""

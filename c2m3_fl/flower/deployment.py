@@ -32,12 +32,14 @@ __all__ = ["Clients", "Deployed", "Request", "deploy", "wants_plain"]
 class Deployed:
     """The deployed model, the aggregate's own object where that was chosen; and the numbers.
 
-    `unjudged` says why clients were to judge and did not; "" otherwise.
+    `unjudged` says why clients were to judge and did not, `headless` why they did not answer for a head that nobody
+    asked for; "" otherwise.
     """
 
     params: Params
     numbers: Numbers
     unjudged: str = ""
+    headless: str = ""
 
 
 def wants_plain(setup: Setup) -> bool:
@@ -76,7 +78,9 @@ def deploy(setup: Setup, request: Request) -> Deployed:
         "c2m3-repaired": int(changed),
         "c2m3-repair-seconds": perf_counter() - started,
     }
-    return Deployed(request.aggregate if chosen == AGGREGATE else found.params[chosen], numbers, unjudged)
+    return Deployed(
+        request.aggregate if chosen == AGGREGATE else found.params[chosen], numbers, unjudged, found.headless
+    )
 
 
 def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Numbers, str]:

@@ -48,7 +48,7 @@ class Server:
         self.total: int | None = None
         self.idle = 0
         self._incoming: Params = {}
-        self._said = self._unjudged = False
+        self._said = self._unjudged = self._headless = False
 
     def begin_run(self, num_rounds: int) -> None:
         """Forget the trajectory of an earlier run; the last of `num_rounds` rounds deploys."""
@@ -98,10 +98,8 @@ class Server:
             return params, outcome.metrics, {**outcome.numbers, **numbers, KEPT: 1}
         self.idle = 0
         aligned, returned = outcome.aligned, self._incoming if self.models.follows() else None
-        deployed = deploy(
-            self.setup,
-            Request(outcome.params, tuple(aligned.nodes), aligned, outcome.plain, returned, clients, deploys, equally),
-        )
+        asked = (outcome.params, tuple(aligned.nodes), aligned, outcome.plain, returned, clients, deploys, equally)
+        deployed = deploy(self.setup, Request(*asked, offers=not self._headless))
         self._say(deployed)
         pending = not deploys and bool(self.setup.asks)
         fed = self.models.record(outcome.params, deployed.params, aligned, pending=pending)
@@ -124,7 +122,10 @@ class Server:
         return deployed.params, deployed.numbers
 
     def _say(self, deployed: Deployed) -> None:
-        """Log once that the clients' judgement is not to be had."""
+        """Log once what the clients were asked for by default and do not give."""
+        if deployed.headless and not self._headless:
+            self._headless = True
+            log(INFO, "\t> no head from labels among the candidates: %s", deployed.headless)
         if deployed.unjudged and not self._unjudged:
             self._unjudged = True
             log(WARNING, "\t> the clients do not judge, other evidence decides: %s", deployed.unjudged)

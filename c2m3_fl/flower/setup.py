@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from logging import INFO, WARNING
+from logging import DEBUG, INFO, WARNING
 
 import torch
 from flwr.supercore import log
@@ -59,6 +59,8 @@ class Setup:
         The refit that clients are asked for.
     head : Head, optional
         The last layer that clients are asked for.
+    offered : bool
+        Whether the head is a candidate that nobody asked for: it is deployed only where the clients judge so.
     judge : ClientJudge or CalibrationSet, optional
         Who judges the candidates: clients, or held-out labelled data.
     tentative : bool
@@ -77,6 +79,7 @@ class Setup:
     decides: bool = True
     refit: ClientRefit | RegMean | None = None
     head: Head | None = None
+    offered: bool = False
     judge: ClientJudge | CalibrationSet | None = None
     tentative: bool = False
 
@@ -90,7 +93,8 @@ class Setup:
     def asks(self) -> list[str]:
         """The options that ask clients about their data or deploy another model than the trajectory."""
         judge = None if self.tentative else self.judge
-        found = {"recalibrate": self.refit, "head": self.head, "judge": judge, "moments": self.moments}
+        head = None if self.offered else self.head
+        found = {"recalibrate": self.refit, "head": head, "judge": judge, "moments": self.moments}
         return [name for name, value in found.items() if value is not None]
 
     @property
@@ -106,6 +110,8 @@ class Setup:
             what = "as the evidence of each round allows" if self.decides else f"{self.recalibration}"
             parts.append(f"{what}, with {server}")
         parts += [f"{value}" for value in (self.refit, self.head) if value is not None]
+        if self.offered:
+            parts[-1] += ", where clients answer for their labels"
         if parts and isinstance(self.judge, ClientJudge):
             parts.append("the clients judge the candidates" + (", where they can" if self.tentative else ""))
         return "; ".join(parts) or "OFF"
@@ -146,15 +152,25 @@ def build_setup(
         spec = permutation_spec(model, data.example_inputs)
     else:
         require_invariance(model, spec, data.example_inputs)
-    last = resolve_head(head)
-    if last is not None:
-        check_head(data.program, model.state_dict(), last)
     decides = recalibrate is None or refit is not None
     tentative = judge == "auto" and judge_key is None
     fitted, judging = _resolve_judge(judge, judge_key, data)
     if tentative and not decides:
         judging = None  # a recalibration that was asked for by name is what is deployed
     _check_moments(moments, fitted, chosen, decides=decides)
+    recalibrates = decides and (bool(data.batches) or statistics is not None or refit is not None)
+    offered = head == "auto"
+    last = resolve_head(head)
+    if offered and not (recalibrates and isinstance(judging, ClientJudge) and not data.labelled):
+        last, offered = None, False
+    if last is not None:
+        try:
+            check_head(data.program, model.state_dict(), last)
+        except CalibrationError as error:
+            if not offered:
+                raise
+            log(DEBUG, "no head from labels: %s", error)
+            last, offered = None, False
     return Setup(
         model,
         options,
@@ -168,6 +184,7 @@ def build_setup(
         decides,
         refit,
         last,
+        offered,
         judging,
         tentative,
     )

@@ -77,8 +77,9 @@ class C2M3(Strategy):
         data, which show whether the server's data are like theirs.
     spec : PermutationSpec, optional
         The symmetries of the network, proven on the example inputs; by default they are derived.
-    head : {"labels"} or Head, optional
-        Fit the deployed model's last layer to the clients' labels.
+    head : {"auto", "labels"} or Head, optional
+        Fit the deployed model's last layer to the clients' labels. "auto" (default): as a candidate, where there is
+        something to recalibrate, outputs are class scores, and the clients answer (`answer_statistics`) and judge.
     judge : {"auto", "clients", "labels"} or ClientJudge, optional
         Who compares the candidates for deployment: the clients by their own evaluation, or held-out calibration
         labels on the server. "auto" (default): the clients, once in a deploying round, where there are candidates
@@ -143,7 +144,7 @@ class C2M3(Strategy):
         recalibrate: Recalibration | ClientRefit | RegMean | str | None = None,
         moments: ClientStatistics | None = None,
         spec: PermutationSpec | None = None,
-        head: Head | str | None = None,
+        head: Head | str | None = "auto",
         judge: ClientJudge | str | None = "auto",
         judge_key: str | None = None,
         device: torch.device | str | None = None,

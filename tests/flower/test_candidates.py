@@ -201,7 +201,7 @@ def test_by_default_the_clients_judge_once_what_the_server_made():
     strategy, result, _ = played(options, seen=seen)
     plain, *_ = played({**options, "judge": None})
     metrics = result.train_metrics_clientapp[2]
-    assert set(deployed(result, 2)) == {"aggregate", "repair", "refit", "previous"}
+    assert set(deployed(result, 2)) == {"aggregate", "repair", "refit", "head", "refit+head", "previous"}
     asked = [key for key in metrics if key.startswith("c2m3-judge-voters/")]
     assert evaluations(seen) == 3 * len(asked) >= 3 * 3
     assert not any(key.startswith("c2m3-judge") for key in result.train_metrics_clientapp[1])

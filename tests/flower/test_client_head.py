@@ -257,10 +257,10 @@ def test_an_answer_beyond_max_bytes_is_not_asked_for():
 
 
 def test_the_short_name_stands_for_the_options():
-    assert resolve_head("labels") == Head()
+    assert resolve_head("labels") == resolve_head("auto") == Head()
     assert resolve_head(None) is resolve_head("none") is None
     assert resolve_head(OPTIONS) is OPTIONS
-    with pytest.raises(ConfigError, match="expected 'labels'"):
+    with pytest.raises(ConfigError, match="expected 'auto', 'labels'"):
         resolve_head("lables")
     with pytest.raises(ConfigError, match="holdout"):
         Head(holdout=20)

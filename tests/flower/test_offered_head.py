@@ -1,0 +1,98 @@
+"""The head from labels as a candidate that nobody asked for: deployed only where the clients judge it best."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from c2m3_fl.flower.client_head import Head
+from c2m3_fl.flower.client_labels import ACTION
+from c2m3_fl.flower.client_refit import ClientRefit
+from c2m3_fl.flower.strategy import C2M3
+from tests.flower.federation import EXAMPLE, accuracy, calibration, digits_app, mlp, same
+from tests.flower.test_candidates import HELD, app, deployed, played
+
+LABELS = f"query.{ACTION}"
+SAID = "no head from labels among the candidates"
+
+
+def queries(seen):
+    return sum(kind == LABELS for kind, _ in seen)
+
+
+def test_by_default_the_head_is_a_candidate_and_deployed_where_the_clients_judge_it_best():
+    strategy, result, drawn = played({"calibration": calibration()})
+    plain, expected, draws = played({"calibration": calibration(), "head": None})
+    assert {"head", "refit+head"} <= set(deployed(result, 2))
+    assert deployed(result, 2)[0].endswith("head")
+    assert accuracy(mlp, result.arrays) > accuracy(mlp, expected.arrays) + 0.1
+    assert same(strategy.trajectory, plain.trajectory)
+    assert drawn == draws
+
+
+def test_without_a_judgement_no_head_is_deployed():
+    _, found, _ = played({"calibration": calibration()}, clients_app=app(evaluates=""))
+    _, expected, _ = played({"calibration": calibration(), "head": None}, clients_app=app(evaluates=""))
+    assert {"head", "refit+head"} <= set(deployed(found, 2))
+    assert same(found.arrays, expected.arrays)
+
+
+@pytest.mark.parametrize("deploy", ["last", "every"])
+def test_clients_that_do_not_answer_are_asked_once_and_that_is_no_failure(deploy, caplog):
+    silent = digits_app(epochs=1, rate=0.02, evaluates="loss")
+    seen = []
+    options = {"calibration": calibration(), "deploy": deploy}
+    _, found, _ = played(options, clients_app=silent, seen=seen)
+    _, expected, _ = played({**options, "head": None}, clients_app=silent)
+    assert queries(seen) == 1
+    assert [text for text in caplog.messages if SAID in text and "No query function registered" in text]
+    assert sum(SAID in text for text in caplog.messages) == 1
+    assert found.train_metrics_clientapp[2]["c2m3-failed-candidates"] == 0
+    assert same(found.arrays, expected.arrays)
+
+
+def test_one_client_that_answers_garbage_does_not_disable_the_head():
+    garbled = []
+
+    def garble(replies):
+        for each in replies:
+            node = each.metadata.src_node_id
+            if each.metadata.message_type == LABELS and node in (garbled or [node]):
+                garbled.append(node)
+                each.content.clear()
+        return replies
+
+    _, result, _ = played({"calibration": calibration()}, transit=garble)
+    assert len(garbled) == 3  # when it is asked first, and for either base
+    assert "head" in deployed(result, 2)
+
+
+OFF = {
+    "nothing to recalibrate with": {},
+    "a recalibration by name": {"calibration": calibration(), "recalibrate": "repair"},
+    "labels on the server": {"calibration": HELD},
+    "nobody judges": {"calibration": calibration(), "judge": None},
+    "refused": {"calibration": calibration(), "head": None},
+}
+
+
+@pytest.mark.parametrize("options", OFF.values(), ids=OFF.keys())
+def test_no_client_is_asked_for_its_labels_where(options):
+    seen = []
+    played({"deploy": "every", **options}, rounds=1, seen=seen)
+    assert queries(seen) == 0
+
+
+def test_outputs_that_are_no_class_scores_have_no_head():
+    decoder = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 64), nn.Sigmoid())
+    assert C2M3(model=decoder, calibration=calibration()).setup.head is None
+
+
+def test_what_is_offered_is_said_and_what_was_asked_for_is_not_offered():
+    offered = C2M3(model=mlp(), calibration=calibration()).setup
+    assert offered.head == Head()
+    assert "where clients answer for their labels" in offered.describe()
+    assert not offered.asks
+    asked = C2M3(model=mlp(), calibration=calibration(), head="labels").setup
+    assert asked.asks == ["head"]
+    assert C2M3(model=mlp(), example_inputs=EXAMPLE, recalibrate=ClientRefit()).setup.offered
