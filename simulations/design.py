@@ -26,10 +26,11 @@ _QUICK = ("seeds", "methods", "settings", "where")
 
 @dataclass(frozen=True)
 class Also:
-    """Methods that run on some cells only."""
+    """Methods that run on some cells only, or from some seeds only; no seeds stand for all of them."""
 
     methods: tuple[str, ...]
     where: Where
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,19 @@ class Cell:
     settings : Settings
         Everything that decides it, but for the seed and the method.
     methods : tuple of str
-        The strategies that run on it.
+        The strategies that run on it from every seed.
+    sometimes : mapping of str to tuple of int
+        The strategies that run on it from some seeds only.
     """
 
     labels: Labels
     settings: Settings
     methods: tuple[str, ...]
+    sometimes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def methods_from(self, seed: int) -> tuple[str, ...]:
+        """The strategies that run on it from a seed."""
+        return (*self.methods, *(name for name, seeds in self.sometimes.items() if seed in seeds))
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,9 @@ class Design:
         for name in (*self.methods, *(name for each in self.also for name in each.methods)):
             check_choice(f"experiment {self.name!r}: method", name, tuple(TITLES))
         for key, names in (("baseline", (self.baseline,)), ("judged", (self.judged,)), ("drawn", self.drawn)):
+            known = (*self.methods, *(name for each in self.also for name in each.methods if key == "drawn"))
             for name in names:
-                check_choice(f"experiment {self.name!r}: {key}", name, self.methods)
+                check_choice(f"experiment {self.name!r}: {key}", name, known)
         for where in (self.where, *(each.where for each in self.also)):
             for axis, levels in where.items():
                 check_choice(f"experiment {self.name!r}: axis", axis, tuple(self.axes))
@@ -116,8 +125,11 @@ class Design:
             changes = [self.axes[axis][level] for axis, level in labels.items()]
             merged = {key: value for part in (self.settings, *changes) for key, value in part.items()}
             settings = Settings.from_run_config(merged)
-            more = [name for each in self.also if _within(labels, each.where) for name in each.methods]
-            found.append(Cell(labels, settings, tuple(dict.fromkeys([*self.methods, *more]))))
+            here = [each for each in self.also if _within(labels, each.where)]
+            more = [name for each in here if not each.seeds for name in each.methods]
+            methods = tuple(dict.fromkeys([*self.methods, *more]))
+            seldom = {name: each.seeds for each in here for name in each.methods if name not in methods}
+            found.append(Cell(labels, settings, methods, seldom))
         return tuple(found)
 
 
@@ -192,8 +204,9 @@ def _reduced(design: Design, quick: _Reader) -> Design:
 
 
 def _also(who: str, entry: object) -> Also:
-    reader = _Reader(f"{who}: also", entry, ("methods", "where"))
-    return Also(reader.strings("methods"), _where(reader.who, reader.read.get("where", {})))
+    reader = _Reader(f"{who}: also", entry, ("methods", "where", "seeds"))
+    seeds = reader.integers("seeds") if "seeds" in reader.read else ()
+    return Also(reader.strings("methods"), _where(reader.who, reader.read.get("where", {})), seeds)
 
 
 def _where(who: str, read: object) -> Where:

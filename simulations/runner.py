@@ -102,7 +102,7 @@ def run_design(
 def _tasks(design: Design) -> list[Task]:
     """Seed by seed, so that an unfinished run already has every cell once."""
     return [
-        Task(dict(cell.labels), replace(cell.settings, seed=seed), cell.methods)
+        Task(dict(cell.labels), replace(cell.settings, seed=seed), cell.methods_from(seed))
         for seed in design.seeds
         for cell in design.cells
     ]
