@@ -131,6 +131,6 @@ def _caption(record: Record) -> str:
     command = f"{name.removesuffix('-quick')} --quick" if name.endswith("-quick") else name
     return (
         f"{record.about['title']}. Seeds {', '.join(map(str, seeds))}, the first alone where no ± stands; {date}; "
-        f"{cores} cores; {seconds / 60:.0f} minutes of one core. `c2m3-fl experiment {command} --draw` writes these tables from "
-        f"`simulations/results/{name}.json`."
+        f"{cores} cores; {seconds / 60:.0f} minutes of one core. `c2m3-fl experiment {command} --draw` writes these "
+        f"tables from `simulations/results/{name}.json`."
     )
