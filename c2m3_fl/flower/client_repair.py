@@ -22,7 +22,10 @@ from flwr.supercore import log
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower.client_moments import ACTION
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.records import Entry, from_params, to_params
+from c2m3_fl.merging.recalibrate.client_packing import moments_shapes, read_moments
+from c2m3_fl.merging.recalibrate.client_pool import outlying
+from c2m3_fl.merging.recalibrate.fit_sums import MomentsAnswer
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, repair_measured
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.recalibrate.targets import Target, output_moments, pool, pooled_targets
@@ -31,7 +34,6 @@ from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator
 
-_MANY = 2**53  # values per channel: beyond it floats do not count any more
 Ask = tuple[int, str, Params]  # whom, about what, and the network to measure
 
 
@@ -199,6 +201,9 @@ class _Survey:
             except ParamsError as error:
                 log(WARNING, "\t> no moments from node %d: %s", node, error)
                 failed.append(error)
+        for key, reason in self._odd(found).items():
+            log(WARNING, "\t> no moments from node %d: %s", key[0], reason)
+            del found[key]
         if not found:
             first = f" (the first reply: {failed[0]})" if failed else ""
             raise CalibrationError(
@@ -213,9 +218,23 @@ class _Survey:
         records = list(reply.content.array_records.values())
         if len(records) != 1:
             raise ParamsError(f"the answer has {len(records)} ArrayRecords, expected exactly one")
-        arrays = to_params(records[0], who="moments")
-        operators = self._operators if place < 0 else [self._operators[place]]
-        return {operator.name: _read_moments(arrays, operator, self._channels[operator.name]) for operator in operators}
+        names = [operator.name for operator in (self._operators if place < 0 else [self._operators[place]])]
+        schema = {
+            f"{name}/{part}": Entry(*entry)
+            for name in names
+            for part, entry in moments_shapes(self._channels[name]).items()
+        }
+        arrays = to_params(records[0], schema, "moments")
+        return {name: read_moments(arrays, name) for name in names}
+
+    def _odd(self, found: Mapping[tuple[int, str], Mapping[str, Moments]]) -> dict[tuple[int, str], str]:
+        """Answers of another size than the others', and why they do not fit."""
+        reasons: dict[tuple[int, str], str] = {}
+        for operator in self._operators:
+            about = {key: MomentsAnswer(each[operator.name]) for key, each in found.items() if operator.name in each}
+            for key, reason in outlying(about).items():
+                reasons.setdefault(key, f"of {operator.module or operator.name} {reason}")
+        return reasons
 
 
 def _targets(
@@ -233,18 +252,3 @@ def _targets(
         for index in range(len(endpoints))
     ]
     return pooled_targets(found, weights)
-
-
-def _read_moments(arrays: Params, operator: Operator, channels: int) -> Moments:
-    who = f"moments of operator {operator.name!r} ({operator.module})"
-    try:
-        count, mean, deviation = (arrays[f"{operator.name}/{part}"] for part in ("count", "mean", "deviation"))
-    except KeyError as error:
-        raise ParamsError(f"{who} are missing") from error
-    if count.shape != () or {mean.shape, deviation.shape} != {(channels,)}:
-        raise ParamsError(f"{who} are of shape {tuple(mean.shape)}, expected {(channels,)}")
-    if count.is_floating_point() or not 1 <= int(count) <= _MANY:
-        raise ParamsError(f"{who} are of {count} values, expected a whole number from 1 to {_MANY}")
-    if not bool(torch.isfinite(torch.stack([mean, deviation / count]).float()).all()) or bool((deviation < 0).any()):
-        raise ParamsError(f"{who} are not finite, or negative where they must not be")
-    return Moments(int(count), mean.double(), deviation.double())

@@ -67,9 +67,8 @@ def expected(program: Program, operator: Operator, params: Params, role: Role, c
     """
     wide = "float64" if double else "float32"
     if role in (Role.MOMENTS, Role.STATISTICS):
-        one = {"count": ("int64", ()), "mean": ("float64", (channels,)), "deviation": ("float64", (channels,))}
         parts = ("merged", "own") if role is Role.MOMENTS else ("merged",)
-        return {f"{part}/{name}": entry for part in parts for name, entry in one.items()}
+        return {f"{part}/{name}": entry for part in parts for name, entry in moments_shapes(channels).items()}
     groups, inputs, outputs = weight_matrix(operator, params[operator.weight]).shape
     rows: Shapes = {
         "count": ("int64", ()),
@@ -91,6 +90,11 @@ def expected(program: Program, operator: Operator, params: Params, role: Role, c
     return found
 
 
+def moments_shapes(channels: int) -> Shapes:
+    """Element types and shapes of channel moments."""
+    return {"count": ("int64", ()), "mean": ("float64", (channels,)), "deviation": ("float64", (channels,))}
+
+
 def unpack(tensors: Mapping[str, Tensor], role: Role) -> Answer:
     """The inverse of `pack`.
 
@@ -100,8 +104,8 @@ def unpack(tensors: Mapping[str, Tensor], role: Role) -> Answer:
         When no data can have these sums or moments.
     """
     if role in (Role.MOMENTS, Role.STATISTICS):
-        own = _read_moments(tensors, "own") if role is Role.MOMENTS else None
-        return MomentsAnswer(_read_moments(tensors, "merged"), own)
+        own = read_moments(tensors, "own") if role is Role.MOMENTS else None
+        return MomentsAnswer(read_moments(tensors, "merged"), own)
     if role is Role.GRAM:
         return GramAnswer(_read_sums(tensors, "inputs", ""))
     train, held_out = (_read_sums(tensors, part, f"{part}/own") for part in ("train", "held-out"))
@@ -109,6 +113,20 @@ def unpack(tensors: Mapping[str, Tensor], role: Role) -> Answer:
         return FitAnswer(train, held_out)
     further = (_read_sums(tensors, part, f"{part}/sum") for part in ("train", "held-out"))
     return FitAnswer(train, held_out, *further)
+
+
+def read_moments(tensors: Mapping[str, Tensor], part: str) -> Moments:
+    """Channel moments from the tensors whose names start with `part`.
+
+    Raises
+    ------
+    ParamsError
+        When no data can have these moments.
+    """
+    count, mean, deviation = (tensors[f"{part}/{name}"] for name in ("count", "mean", "deviation"))
+    _check_count(int(count))
+    _check_values([mean, (deviation / count).sqrt()])
+    return Moments(int(count), mean.double(), deviation.double())
 
 
 def expected_channels(operator: Operator, params: Params) -> int:
@@ -146,13 +164,6 @@ def _lower(inputs: int) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def _read_moments(tensors: Mapping[str, Tensor], part: str) -> Moments:
-    count, mean, deviation = (tensors[f"{part}/{name}"] for name in ("count", "mean", "deviation"))
-    _check_count(int(count))
-    _check_values([mean, (deviation / count).sqrt()])
-    return Moments(int(count), mean.double(), deviation.double())
-
-
 def _read_sums(tensors: Mapping[str, Tensor], part: str, target: str) -> Sums:
     count = int(tensors[f"{part}/count"])
     _check_count(count)
@@ -180,13 +191,13 @@ def _read_sums(tensors: Mapping[str, Tensor], part: str, target: str) -> Sums:
 
 def _check_count(count: int) -> None:
     if not 1 <= count < _MANY:
-        raise ParamsError(f"sums are of {count} rows, expected a whole number from 1 to {_MANY - 1}")
+        raise ParamsError(f"the answer is of {count} rows, expected a whole number from 1 to {_MANY - 1}")
 
 
 def _check_values(values: list[Tensor]) -> None:
     for value in values:
         if not bool((value.abs() < _LARGE).all()):  # NaN compares as false
-            raise ParamsError(f"sums hold NaN or values beyond {_LARGE:g}, expected finite numbers")
+            raise ParamsError(f"the answer holds NaN or values beyond {_LARGE:g}, expected finite numbers")
 
 
 def _check_gram(gram: Tensor) -> None:

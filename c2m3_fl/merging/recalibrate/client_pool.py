@@ -6,6 +6,7 @@ A sum of Gram matrices is positive semidefinite; an entrywise median of them nee
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.program import Program
 
-# Largest ratios of a mean square to the clients' median. Chosen on the wine and breast cancer data of scikit-learn,
-# which no table shows: perceptrons of honest clients, from alike to one class each, reach 9 and 110 there.
+# Largest ratios of a mean square to the clients' median, and reciprocals of the smallest. Chosen on the wine and breast
+# cancer data of scikit-learn, which no table shows: perceptrons of honest clients, from alike to one class each, reach
+# 9 and 110 there, and at the other end 1/15.
 LIMITS = {"inputs": 30.0, "targets": 300.0, "outputs": 300.0}
 # Distance of a network's weights from the entrywise median, in median distances and in norms of the median: honest
 # clients of the same data reach 1.9 norms; a network that is scaled by -5 has 6, by 5 it has 4.
@@ -27,29 +29,32 @@ _FAR, _FLOOR = 5.0, 3.0
 _FEW = 3  # clients, of which the median is a majority's
 _TINY = 1e-30  # power that counts as none
 Affine = tuple[Tensor, Tensor]
+Client = TypeVar("Client")
 
 
-def outlying(answers: Mapping[int, Answer], layer: Affine | None = None) -> dict[int, str]:
-    """Which clients' answers about one operator are too large to fit the others', and why.
+def outlying(answers: Mapping[Client, Answer], layer: Affine | None = None) -> dict[Client, str]:
+    """Which clients' answers about one operator are too large or too small to fit the others', and why.
 
     Mean squares per row are compared: of inputs, and of targets or outputs. Of two clients the smaller counts.
 
     Parameters
     ----------
-    answers : mapping of int to Answer
-        By client, all of one role.
+    answers : mapping of clients to Answer
+        All of one role.
     layer : pair of Tensor, optional
         Matrices and offsets of the operator in the merged network, to which the residuals refer.
     """
     sizes = {client: _sizes(answer, layer) for client, answer in answers.items()}
-    found: dict[int, str] = {}
+    found: dict[Client, str] = {}
     for name in next(iter(sizes.values()), {}):
-        middle = max(_TINY, _median([each[name] for each in sizes.values()]))
+        limit, middle = LIMITS[name], max(_TINY, _median([each[name] for each in sizes.values()]))
+        least = 1 / limit if middle > _TINY else 0.0  # where most have no power, that is not odd
         for client, each in sizes.items():
             ratio = each[name] / middle
-            if ratio > LIMITS[name]:
+            if not least <= ratio <= limit:
                 found[client] = (
-                    f"the mean square of its {name} is {ratio:.3g} times the median, expected below {LIMITS[name]:g}"
+                    f"the mean square of its {name} is {ratio:.3g} times the median, "
+                    f"expected from 1/{limit:g} to {limit:g}"
                 )
     return found
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.merging.recalibrate.client_outliers import far_from_others
+from c2m3_fl.merging.recalibrate.client_pool import LIMITS
 from c2m3_fl.merging.recalibrate.label_sums import LabelSums
 from c2m3_fl.merging.recalibrate.ridge import Sums
 
@@ -56,16 +57,21 @@ def outlying(answers: Sequence[LabelSums]) -> dict[int, str]:
 
     Notes
     -----
-    A Gram matrix per example is compared with the entrywise median of all; bounds are wide enough for clients
-    with different classes. Labels are compared through the mean input per class, which does not depend on how many
-    examples of a class a client has: they are at odds where most of a client's examples lie in classes whose mean is
-    less than half as far from the others' mean of another class as from that of their own. Unless fewer than half of
-    the clients are at odds, none is dropped for that.
+    A Gram matrix per example is compared with the entrywise median of all, and its trace with the median trace for
+    features that are too small; bounds are wide enough for clients with different classes. Labels are compared through
+    the mean input per class, which does not depend on how many examples of a class a client has: they are at odds where
+    most of a client's examples lie in classes whose mean is less than half as far from the others' mean of another
+    class as from that of their own. Unless fewer than half of the clients are at odds, none is dropped for that.
     """
     found: dict[int, str] = {}
     grams = [answer.total.xx[0] / answer.count for answer in answers]
     for index in far_from_others(grams, limit=_LIMIT, floor=_FLOOR):
         found[index] = "its mean Gram matrix is far from the others'"
+    powers = [float(gram.diagonal().sum()) for gram in grams]
+    least = sorted(powers)[(len(powers) - 1) // 2] / LIMITS["inputs"] if powers else 0.0
+    found |= {
+        index: "its features are far smaller than the others'" for index, each in enumerate(powers) if each < least
+    }
     rest = [index for index in range(len(answers)) if index not in found]
     odd = [index for index in rest if _mislabelled(answers, index, rest)]
     if len(rest) > 2 and 2 * len(odd) < len(rest):

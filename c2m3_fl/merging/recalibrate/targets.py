@@ -10,6 +10,7 @@ from torch import Tensor
 from c2m3_fl.core.averaging import mean_from_first, normalise_weights
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
+from c2m3_fl.merging.recalibrate.client_outliers import capped
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator
@@ -118,7 +119,9 @@ def mean_targets(endpoints: Sequence[Mapping[str, Moments]], weights: Tensor) ->
 
 
 def pool(parts: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
-    """Moments of all parts together, per operator: exactly those of the pooled data.
+    """Moments of all parts together, per operator: those of the pooled data.
+
+    No part counts more values than ten times the parts' median, so that no claim outweighs all others.
 
     Raises
     ------
@@ -127,9 +130,13 @@ def pool(parts: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
     """
     if not parts:
         raise CalibrationError("no usable channel moments for a network that must be measured")
-    total = dict(parts[0])
-    for part in parts[1:]:
-        total = {name: moments.combine(part[name]) for name, moments in total.items()}
+    total: dict[str, Moments] = {}
+    for name in parts[0]:
+        counts = capped([part[name].count for part in parts])
+        for part, count in zip(parts, counts, strict=True):
+            own = part[name]
+            moments = own if count == own.count else Moments(int(count), own.mean, own.variance * int(count))
+            total[name] = total[name].combine(moments) if name in total else moments
     return total
 
 

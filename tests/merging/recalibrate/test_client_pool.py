@@ -100,8 +100,8 @@ def broken(name, value):
 @pytest.mark.parametrize(
     ("name", "value", "match"),
     [
-        ("train/count", lambda value: value * 0, "are of 0 rows"),
-        ("held-out/count", lambda value: -value, "are of -50 rows"),
+        ("train/count", lambda value: value * 0, "is of 0 rows"),
+        ("held-out/count", lambda value: -value, "is of -50 rows"),
         ("train/count", lambda value: value * 0 + 2**53, "rows, expected a whole number"),
         ("train/x", lambda value: value / 0, "NaN or values beyond"),
         ("train/xx", lambda value: value - 100, "not positive semidefinite"),
