@@ -14,6 +14,7 @@ READY := $(VENV)/.ready
 SOURCES := .ci c2m3_fl simulations tests
 NEWEST_FLWR := 1.42.0# raise it with every release of Flower; .ci/constraints.txt has the oldest that is supported
 BENCH := $(BIN)/python -m tests.benchmarks
+PARALLEL := -n auto --dist loadfile # a process per core, with one thread each; what a file's tests share is made once
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -42,16 +43,18 @@ floors: $(READY)
 	$(BIN)/lint-imports
 
 fast: $(READY)
-	$(BIN)/pytest -m 'not slow and not data and not process'
+	$(BIN)/pytest $(PARALLEL) -m 'not slow and not data and not process'
 
+# Tests that start processes of Flower's or Ray's run alone.
 slow: $(READY)
-	$(BIN)/pytest -m 'slow or data or process' -rs
+	$(BIN)/pytest $(PARALLEL) -m '(slow or data) and not process' -rs
+	$(BIN)/pytest -m process -rs
 
 # Flower alone, in a folder that comes before the environment's packages: its own requirements stay as they are pinned.
 flwr-newest: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/newest flwr==$(NEWEST_FLWR)
 	PYTHONPATH=$(VENV)/newest $(BIN)/python -c 'import flwr; assert flwr.__version__ == "$(NEWEST_FLWR)"'
-	PYTHONPATH=$(VENV)/newest $(BIN)/pytest tests/flower -m 'not slow and not data and not process'
+	PYTHONPATH=$(VENV)/newest $(BIN)/pytest $(PARALLEL) tests/flower -m 'not slow and not data and not process'
 
 bench: $(READY)
 	$(BIN)/pytest tests/benchmarks --benchmark-only
