@@ -22,7 +22,7 @@ from c2m3_fl.flower.candidates import AGGREGATE, Candidates, Clients, Request
 from c2m3_fl.flower.judge import ClientJudge, judge_candidates, report_verdict
 from c2m3_fl.flower.metrics import Numbers, failure
 from c2m3_fl.flower.setup import Setup
-from c2m3_fl.merging.evaluate.decide import Verdict, judge_by_labels
+from c2m3_fl.merging.evaluate.decide import DeploymentDecision, judge_by_labels
 from c2m3_fl.merging.recalibrate.auto import Auto
 
 __all__ = ["Clients", "Deployed", "Request", "deploy", "wants_plain"]
@@ -102,7 +102,7 @@ def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Num
     return (verdict.chosen, numbers, "") if verdict.judged else (found.last, numbers, verdict.reason)
 
 
-def _judge(setup: Setup, request: Request, candidates: Mapping[str, Params]) -> Verdict | None:
+def _judge(setup: Setup, request: Request, candidates: Mapping[str, Params]) -> DeploymentDecision | None:
     """The verdict; None where nobody judges, or clients are to judge and are not asked in this round."""
     if setup.judge is None:
         return None

@@ -19,7 +19,7 @@ from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.flower.records import from_params
 from c2m3_fl.flower.replies import check_weight
-from c2m3_fl.merging.evaluate.decide import Judged, Verdict, Vote, decide
+from c2m3_fl.merging.evaluate.decide import DeploymentCandidate, DeploymentDecision, Vote, decide
 
 # words of a metric's name that say that less of it is better
 _LESS = re.compile(r"loss|error|nll|perplexity|(?:^|[^a-z])(?:r?mse|mae)(?:$|[^a-z])")
@@ -84,7 +84,7 @@ def judge_candidates(
     config_key: str = "config",
     weighted_by: str = "num-examples",
     equally: bool = False,
-) -> Verdict:
+) -> DeploymentDecision:
     """Send every candidate to a sample of clients and decide by their metrics; see `merging.evaluate.decide.decide`.
 
     Parameters
@@ -124,12 +124,12 @@ def judge_candidates(
         reason = f"no metric {wanted} in {len(answers)} evaluations"
         reason += f" (the first fault: {faults[0]})" if faults else ""
         reason += ": name one as judge_key"
-        return Verdict(names[0], reason, "", tuple(_unjudged(name) for name in names), judged=False)
+        return DeploymentDecision(names[0], reason, "", tuple(_unjudged(name) for name in names), judged=False)
     votes = _votes(answers, names, key, sign, None if equally else weighted_by)
     return decide(names, votes, key)
 
 
-def report_verdict(verdict: Verdict) -> Numbers:
+def report_verdict(verdict: DeploymentDecision) -> Numbers:
     """Log what was compared and, where there was a comparison, decided; the numbers for the metrics."""
     if verdict.judged:
         log(INFO, "\t> judge: %r is deployed: %s", verdict.chosen, verdict.reason)
@@ -224,5 +224,5 @@ def _number(value: object, key: str) -> float:
     return float(value)
 
 
-def _unjudged(name: str) -> Judged:
-    return Judged(name, None, None, None, 0)
+def _unjudged(name: str) -> DeploymentCandidate:
+    return DeploymentCandidate(name, None, None, None, 0)

@@ -85,16 +85,16 @@ def merge(
         Averaging weights, one per node (numbers of training examples, say); equal by default.
     calibration : iterable of batches, optional
         Inputs like those the network will see: a list or a ``DataLoader`` of tensors, of tuples that start with the
-        network's inputs, or of dicts whose keys are the network's arguments. Labels decide for "auto", and tell refit
-        that outputs are class scores.
+        network's inputs, or of dicts whose keys are the network's arguments. "auto" decides by labels; refit takes them
+        as the sign that outputs are class scores.
     inputs : sequence of str, optional
-        The keys that are inputs, where batches are dicts with other keys than the network's arguments and "label".
+        The keys that are inputs, for dict batches with other keys than the network's arguments and "label".
     recalibrate : Recalibration or str, optional
         What to do with the calibration data: ``Auto()``, ``Repair()``, ``Refit()``, ``BatchNormStatistics()``, or a
         short name: "auto", "repair", "refit", "batchnorm", "none". By default REPAIR with data, nothing without.
     moments : sequence of mappings, optional
-        Each node's `channel_moments` on its own data. With "auto", which alone takes them, they decide whether the
-        calibration data are like the nodes' data.
+        Each node's `channel_moments` on its own data. Only for "auto", which compares them with those on the
+        calibration data to detect a shift.
     method : Method or str
         How the nodes are aligned: an object of `c2m3_fl.merging.align.methods`, or its short name.
     basis : int, optional
@@ -104,7 +104,7 @@ def merge(
         there are any.
     start : str or sequence of Permutation
         Where the match of method "c2m3" starts: see `match`, or "activations", which compares units by their outputs
-        on the calibration data and gave better merges of deep networks. For that method's short name alone.
+        on the calibration data and gave better merges of deep networks. Only with ``method="c2m3"``.
     device : torch.device or str, optional
         Where to compute; by default where the first node is.
 
@@ -138,7 +138,7 @@ def merge(
         raise ConfigError(f"model is {model!r}, expected a module such as Net()")
     aligner = resolve_method(_started(method, start))
     if moments is not None and not (isinstance(resolve(recalibrate), Auto) and calibration is not None):
-        raise ConfigError('moments serve recalibrate="auto" with calibration data alone: leave them out, or pass both')
+        raise ConfigError('only recalibrate="auto" with calibration data uses moments: leave them out, or pass both')
     recalibration = resolve_for(recalibrate, data=calibration is not None)
     share = _check(model, state_dicts, weights, basis)
     held = None
@@ -159,14 +159,14 @@ def merge(
     )
     alignment = aligner(nodes)
     if moments is not None and alignment.moves is None:
-        raise ConfigError(f"moments cannot follow the linear maps of method {method!r}: leave them out")
+        raise ConfigError(f"moments cannot be mapped by the linear maps of method {method!r}: leave them out")
     merged = weighted_mean([alignment.params[index] for index in order], share[order])
     report = None
     if recalibration is not None and nodes.calibration is not None:
         done = short_names.recalibrate(recalibration, _setting(nodes, nodes.calibration, alignment, merged, moments))
         merged, report = done.state_dict, done.report
     seconds = time.perf_counter() - begin
-    versions = model.state_dict()  # some modules ask a state dict for its version when they load it
+    versions = model.state_dict()  # has the modules' versions, which some modules read when they load it
     versions.update(to_device(merged, home))
     return Merge(versions, alignment.match, _report(nodes, alignment, report, seconds))
 
@@ -186,7 +186,7 @@ def _setting(
     merged: Params,
     moments: Sequence[OwnMoments] | None,
 ) -> Setting:
-    """What the recalibration works with."""
+    """The setting of the recalibration."""
     plain = weighted_mean([nodes.params[index] for index in nodes.order], nodes.weights[list(nodes.order)])
     endpoints, views = alignment.params, None
     if alignment.seen is not None:
@@ -238,7 +238,9 @@ def _report(
     if recalibration is None and not nodes.batches:
         notes.append("nothing was recalibrated: there are no calibration data")
     if recalibration is None and any(name.endswith("running_var") for name in nodes.spec.tensors):
-        notes.append("BatchNorm statistics are the nodes' averages, which fit no network; recalibrate with data")
+        notes.append(
+            "BatchNorm statistics are means over the nodes, wrong for the merged network; recalibrate with data"
+        )
     return MergeReport(
         nodes=len(nodes.params),
         basis=nodes.basis,

@@ -1,4 +1,4 @@
-"""What a merge reports: how the nodes were brought together, and per operator what was corrected or could not be."""
+"""Reports of merges and recalibrations: how the nodes agree, and per operator what was corrected or could not be."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_LAYERS = 8  # of a summary: the tensors whose nodes agree least
+_LAYERS = 8  # tensors in a summary, those whose nodes agree least
 
 
 @dataclass(frozen=True)
 class FitReport:
-    """How well an operator could be fitted.
+    """Quality of an operator's fit.
 
     Attributes
     ----------
     strength : float
-        Ridge strength relative to the mean variance of the inputs; infinite where the weights were kept.
+        Ridge strength relative to the mean variance of the inputs; infinite if the weights were kept.
     error_before, error : float
         Held-out squared error, relative to the targets' variance, with the weights kept and with the fit.
     """
@@ -37,13 +37,13 @@ class OperatorReport:
     action : str
         What was done: "mean and spread", "spread only: no bias", "running statistics", "refit", …
     offset : float
-        Before: root mean square over channels of (mean - target) / target spread.
+        Before the correction: root mean square over channels of (mean - target) / target spread.
     spread : float
-        Before: median over channels of spread / target spread; below one where averaging shrank it.
+        Before the correction: median over channels of spread / target spread; below one if averaging shrank it.
     dead : int
         Channels that did not vary and kept their scale.
     fit : FitReport, optional
-        How well it could be fitted, where it was.
+        Quality of the fit, if the operator was fitted.
     """
 
     operator: str
@@ -56,16 +56,16 @@ class OperatorReport:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One of the networks that a guard chose from.
+class RecalibrationCandidate:
+    """One of the networks that a guard, such as `Auto`, chose from.
 
     Attributes
     ----------
     name : str
         Short name.
     accuracy : float, optional
-        Share of labelled calibration inputs that it classifies correctly, for refit of those that were left out of
-        its fit; None without labels.
+        Share of the labelled calibration inputs that it classifies correctly (for refit, of those that were left out
+        of its fit); None without labels.
     agreement : float, optional
         Share of calibration inputs that it classifies as the ensemble of the endpoints does; None for networks
         whose output is not one tensor of scores.
@@ -77,30 +77,33 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What a guard decided.
+class RecalibrationDecision:
+    """Which recalibration a guard, such as `Auto`, chose by accuracy or agreement on the calibration data.
+
+    Which network a federation deploys is another question, answered by paired losses on held-out data: see
+    `merging.evaluate.decide.DeploymentDecision`.
 
     Attributes
     ----------
     chosen : str
         Short name of the candidate.
     reason : str
-        Why.
+        Reason for the choice.
     shift : float, optional
-        Distance of the calibration data from the nodes' own, where it is known.
-    candidates : tuple of Candidate
-        What was compared, the safest first.
+        Distance of the calibration data from the nodes' own, if it is known.
+    candidates : tuple of RecalibrationCandidate
+        The networks that were compared, the safest first.
     """
 
     chosen: str
     reason: str
     shift: float | None
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[RecalibrationCandidate, ...]
 
 
 @dataclass(frozen=True)
 class ScoreQuality:
-    """How good a layer's class scores are on held-out examples.
+    """Quality of a layer's class scores on held-out examples.
 
     Attributes
     ----------
@@ -129,13 +132,13 @@ class HeadReport:
     Attributes
     ----------
     before, after : ScoreQuality
-        The layer that was there before, and the one fitted without the held-out examples, on them.
+        Scores of the previous layer, and of a layer fitted without the held-out examples, on these examples.
     clients : int
-        How many clients' sums it was fitted to; 0 for data that the server holds.
+        Number of clients whose sums it was fitted to; 0 for data on the server.
     examples : float
-        How many labelled examples they have.
+        Number of labelled examples.
     dropped : tuple of (int, str)
-        Nodes whose answers were left out, and why.
+        Nodes whose answers were left out, each with the reason.
     """
 
     before: ScoreQuality
@@ -161,10 +164,10 @@ class RecalibrationReport:
         Number of calibration inputs.
     seconds : float
         Wall-clock time.
-    decision : Decision, optional
-        What a guard decided, where there was one.
+    decision : RecalibrationDecision, optional
+        The decision of a guard, if there was one.
     head : HeadReport, optional
-        How the last layer was fitted to labels, where it was.
+        How the last layer was fitted to labels, if it was.
     """
 
     method: str
@@ -172,13 +175,13 @@ class RecalibrationReport:
     skipped: tuple[tuple[str, str], ...] = ()
     inputs: int = 0
     seconds: float = 0.0
-    decision: Decision | None = None
+    decision: RecalibrationDecision | None = None
     head: HeadReport | None = None
 
 
 @dataclass(frozen=True)
 class Recalibrated:
-    """A recalibrated state dict, and the report of how it came about."""
+    """A recalibrated state dict and its report."""
 
     state_dict: dict[str, Tensor]
     report: RecalibrationReport
@@ -205,7 +208,7 @@ class MergeReport:
     recalibration : RecalibrationReport, optional
         What was recalibrated, what could not be, and why.
     notes : tuple of str
-        What a user should know about the result.
+        Notes on the result, for the user.
     match_seconds, seconds : float
         Wall-clock time of the match, and of everything.
     """
@@ -227,7 +230,7 @@ class MergeReport:
         return "\n".join(f"{name:<{width}}{text}" for name, text in facts)
 
     def facts(self) -> list[tuple[str, str]]:
-        """What a reader wants to know first, as names and texts; of the tensors those whose nodes agree least."""
+        """The main results, as names and texts; of the tensors only those whose nodes agree least."""
         facts = [("networks", f"{self.nodes}, in the basis of number {self.basis}")]
         if self.objectives is not None:
             facts.append(("agreement", f"{self.objectives[0]:.6g} before, {self.objectives[1]:.6g} after"))

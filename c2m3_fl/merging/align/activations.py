@@ -1,8 +1,8 @@
-"""What units do on calibration data, and the maps between nodes that follow from it: permutations, and CCA.
+"""Activations of units on calibration data, and the maps between nodes that fit them: permutations and CCA.
 
-For permutations activations are the outputs of the operators, before any nonlinearity, standardised per channel: a unit
-of a group is compared by all operators whose output channels carry the group. For linear maps they are also the inputs
-of all operators that read the group, behind the nonlinearity, and keep their scale.
+For permutations, activations are the outputs of operators, before any nonlinearity, standardised per channel; the units
+of a group are compared on all operators whose output channels belong to the group. For linear maps, the inputs of all
+operators that read the group, after the nonlinearity, are used as well, and nothing is standardised.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from c2m3_fl.network.operators import OUTPUT_AXIS, Operator
 from c2m3_fl.network.program import Program, Walk
 from c2m3_fl.network.rows import output_rows, sample_positions
 
-_POSITIONS = 4096  # of every operator and batch
-_CONSTANT = 1e-9  # spread of a layer, relative to the other node's, that is rounding
-_ROUNDS = 50  # of the universe-wide search; it ends by itself after a handful
+_POSITIONS = 4096  # drawn per operator and batch
+_CONSTANT = 1e-9  # a layer whose spread, relative to the other node's, is smaller varies by rounding alone
+_ROUNDS = 50  # limit of passes of the universe-wide search, which converges after a few
 
 Features = dict[str, Tensor]  # per group, shape (samples, units)
 
@@ -47,7 +47,7 @@ def unit_features(
     Raises
     ------
     ConfigError
-        When no operator's output shows some group, so that its activations cannot be compared.
+        When a group is on no operator's output channels, so that its activations cannot be compared.
     """
     shown = []
     for axis, output in _values(spec, programs, batches, params, reads=False):
@@ -59,11 +59,12 @@ def unit_features(
 def two_sided_features(
     spec: PermutationSpec, programs: Sequence[Program], batches: Sequence[Batch], params: Params
 ) -> Features:
-    """Units as they are made and as they are read, centred, in their own scale, shape (samples, units) per group.
+    """Outputs and inputs of every group's units, centred but not standardised, shape (samples, units) per group.
 
-    A linear map does not commute with the nonlinearity between the two, as a permutation does, so it has to fit on both
-    sides; nor does it commute with a scale per unit, so nothing is standardised. Rows are divided by the square root of
-    their number, by which products of features are sums of covariances: one per operator, side and slot of the units.
+    A permutation commutes with the nonlinearity between the output of one operator and the input of the next; a linear
+    map does not, so it is fitted to both. It does not commute with a scale per unit either, so nothing is standardised.
+    Rows are divided by the square root of their number: products of features are then sums of covariances, one per
+    operator, side and slot of the units.
 
     Parameters
     ----------
@@ -90,14 +91,14 @@ def match_to(spec: PermutationSpec, reference: Features, features: Features) -> 
     spec : PermutationSpec
         The network's symmetries.
     reference : Features
-        What units are matched to.
+        Features that units are matched to.
     features : Features
-        The node's own.
+        Features of the node.
     """
     gains = {
         name: (reference[name].T @ features[name])[None].cpu()
         if name in features
-        else torch.zeros(1, group.size, group.size, dtype=torch.float64)  # blocks follow the units inside them
+        else torch.zeros(1, group.size, group.size, dtype=torch.float64)  # blocks are matched by the units inside them
         for name, group in spec.groups.items()
     }
     with assignment_pool() as pool:
@@ -143,9 +144,9 @@ def match_all(spec: PermutationSpec, features: Sequence[Features], weights: Sequ
 def canonical_map(reference: Tensor, features: Tensor, regularisation: float) -> Tensor:
     """The linear map that takes units of `features` into the basis of `reference`, by regularised CCA.
 
-    With whitened cross-covariance ``U S Vᵀ`` the canonical directions of both sides are put on top of each other:
-    ``features @ mapᵀ`` has the reference's basis (Horoi et al. 2024, arXiv 2407.05385, equation 5). The regularisation
-    is a share of the units' mean variance. Where one side hardly varies the map is the identity.
+    With the whitened cross-covariance ``U S Vᵀ``, the map sends the canonical directions of one side to those of the
+    other: ``features @ mapᵀ`` has the reference's basis (Horoi et al. 2024, arXiv 2407.05385, equation 5). If one side
+    varies by rounding alone, the map is the identity.
 
     Parameters
     ----------
@@ -166,7 +167,7 @@ def canonical_map(reference: Tensor, features: Tensor, regularisation: float) ->
 
 
 def hardly_varies(reference: Tensor, features: Tensor) -> bool:
-    """Whether units vary by rounding alone, beside those of the other node."""
+    """Whether one node's units vary by rounding alone, relative to the other node's."""
     low, high = sorted((float(reference.norm()), float(features.norm())))
     return low <= _CONSTANT * high
 
@@ -191,9 +192,9 @@ def _score(others: Mapping[str, Tensor], own: Features, perm: Permutation) -> fl
 def _values(
     spec: PermutationSpec, programs: Sequence[Program], batches: Sequence[Batch], params: Params, *, reads: bool
 ) -> list[tuple[Axis, Tensor]]:
-    """Outputs of the operators whose channels carry units, and with `reads` such inputs, at drawn positions; one pass.
+    """Outputs, and with `reads` inputs, of the operators whose channels are units, at drawn positions, in one pass.
 
-    Each comes with the segments of its channels, and has one row per position of all batches.
+    Every entry has the segments of its channels, and one row per position of every batch.
     """
     found: dict[tuple[str, int], tuple[Axis, list[Tensor]]] = {}
     for index, (program, batch) in enumerate(zip(programs, batches, strict=True)):
@@ -218,20 +219,20 @@ def _input(walk: Walk, operator: Operator) -> Tensor:
 
 
 def _by_group(spec: PermutationSpec, shown: Sequence[tuple[Axis, Tensor]]) -> Features:
-    """Rows of all places, put together per group."""
+    """Concatenate the rows of all operators, per group."""
     rows: dict[str, list[Tensor]] = {}
     for axis, values in shown:
         for segment in axis:
             positions = torch.from_numpy(segment.positions).to(values.device)
             units = values[:, positions]
-            if segment.slots:  # their order may differ from node to node, what they amount to does not
+            if segment.slots:  # their order may differ between nodes, so compare their norm
                 units = units.norm(dim=2, keepdim=True)
                 units -= units.mean(0)
             rows.setdefault(segment.group, []).append(units.transpose(1, 2).reshape(-1, segment.size))
     hidden = [name for name in spec.groups if name not in rows and not spec.children(name)]
     if hidden:
         raise ConfigError(
-            f"no operator shows the units of group {hidden[0]!r} on its channels, so activations cannot match them; "
+            f"no operator has the units of group {hidden[0]!r} as its channels, so activations cannot match them; "
             "use a method that compares weights, such as 'c2m3'"
         )
     return {name: torch.cat(rows[name]) for name in spec.groups if name in rows}

@@ -1,4 +1,4 @@
-"""What methods of alignment take and give: the nodes, checked, and the nodes in one basis."""
+"""Input and output of alignment methods: the checked nodes, and the nodes in one basis."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Nodes:
     order : tuple of int
         The nodes in an order that depends on content and weights alone.
     basis : int
-        The node whose order of units the merge shall have.
+        Index of the node whose order of units the merged network has.
     model : nn.Module
         The architecture.
     calibration : CalibrationSet, optional
@@ -55,7 +55,7 @@ class Nodes:
 
     @property
     def batches(self) -> tuple[Batch, ...]:
-        """The calibration batches; none where there are no data."""
+        """The calibration batches; empty without data."""
         return () if self.calibration is None else self.calibration.batches
 
     def programs(self) -> tuple[Program, ...]:
@@ -71,7 +71,7 @@ class Nodes:
         return self.calibration.programs
 
     def features(self, programs: Sequence[Program], *, two_sided: bool = False) -> list[Features]:
-        """What every node's units do on the calibration data: `unit_features`, or `two_sided_features`."""
+        """Activations of every node's units on the calibration data: `unit_features`, or `two_sided_features`."""
         for index, node in enumerate(self.params):
             check_types(self.model.state_dict(), node, f"node {index}")
         with torch.no_grad():
@@ -94,10 +94,10 @@ class Alignment:
     seconds : float
         Wall-clock time.
     seen : tuple of (mapping of str to Tensor, View), optional
-        Where `params` no longer compute what the nodes do: networks that do, and how their outputs are seen in the
+        If `params` do not compute the nodes' functions: networks that do, each with the view of its outputs in the
         basis.
     notes : tuple of str
-        What a user should know.
+        Notes for the user.
     """
 
     params: tuple[Params, ...]
@@ -109,7 +109,7 @@ class Alignment:
 
 
 class Method(Protocol):
-    """Aligns nodes."""
+    """A method of alignment."""
 
     def __call__(self, nodes: Nodes) -> Alignment:
         """Bring all nodes into the basis of ``nodes.basis``."""
@@ -126,7 +126,7 @@ def moved(nodes: Nodes, moves: Sequence[Permutation], match: Match | None, begin
     moves : sequence of Permutation
         Each node's map into the basis.
     match : Match, optional
-        The maps into a universe, where there is one.
+        The maps into a universe, if there is one.
     begin : float
         When the alignment began, by `time.perf_counter`.
     """

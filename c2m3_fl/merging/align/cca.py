@@ -29,11 +29,11 @@ from c2m3_fl.merging.recalibrate.targets import View, as_it_is
 class CCA:
     """CCA Merge: linear maps from regularised canonical correlation, every node to the basis.
 
-    A map goes onto every axis that makes a group's units and its inverse onto every axis that reads them. The scales
-    of a BatchNorm right behind a linear operator are first moved into that operator, which makes the maps exact there;
-    those of other norms are mapped as spreads. Linear maps do not commute with nonlinearities, so unlike permutations
-    they change what a node computes: units are compared on both sides of the nonlinearity, and recalibration aims at
-    the outputs of the nodes themselves, mapped.
+    A group's map is applied to every axis that produces its units, and the inverse to every axis that reads them. The
+    scales of a BatchNorm right after a linear operator are first folded into that operator, so that the maps are exact
+    there; the scales of other norms are mapped as standard deviations. Linear maps do not commute with nonlinearities,
+    so unlike permutations they change a node's function. Units are therefore compared on both sides of the
+    nonlinearity, and the targets of recalibration are the mapped outputs of the original nodes.
 
     Attributes
     ----------
@@ -82,5 +82,5 @@ class CCA:
 
 def _left_in_place(groups: Collection[str]) -> tuple[str, ...]:
     names = ", ".join(map(repr, sorted(groups)))
-    note = f"the units of {names} hardly vary in some network on the calibration data and stayed as they were"
+    note = f"the units of {names} hardly vary in some network on the calibration data and were not mapped"
     return (note,) if groups else ()

@@ -1,4 +1,4 @@
-"""Linear maps of units in place of permutations: onto the axes that make them, inverted onto those that read them."""
+"""Linear maps of units instead of permutations, applied to axes that produce units, inverted on axes that read them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from c2m3_fl.merging.recalibrate.targets import View
 from c2m3_fl.network.operators import LAYOUTS, OUTPUT_AXIS, RECURRENT, Kind, Operator
 from c2m3_fl.network.program import Program
 
-_EPS = 7  # place of that argument of aten.batch_norm
-_WEIGHTS = 2  # place of that argument of recurrent operators
+_EPS = 7  # position of eps among the arguments of aten.batch_norm
+_WEIGHTS = 2  # position of the weights among the arguments of recurrent operators
 _UNKNOWN = -1
 _CONTRACTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "tensordot", "conv")
 
 
 def check_mappable(spec: PermutationSpec) -> None:
-    """Raise `ConfigError` where units are tied in a way that permutations respect and linear maps do not."""
+    """Raise `ConfigError` if the symmetries constrain units in a way that only permutations satisfy."""
     for name, group in spec.groups.items():
         if group.parent is not None:
             raise ConfigError(
@@ -43,12 +43,12 @@ def check_mappable(spec: PermutationSpec) -> None:
 
 
 def reading_axes(spec: PermutationSpec, program: Program) -> dict[str, int]:
-    """The axis of every weight that reads units; all other axes with units make them.
+    """The axis of every weight that reads units; all other axes with units produce them.
 
     Raises
     ------
     ConfigError
-        Where it cannot be told, or the same axis does both, as with an embedding that is the last layer, too.
+        When the axis is unknown, or a tensor both produces and reads units, as an embedding tied to the last layer.
     """
     found: dict[str, int] = {}
     for node in program.graph.nodes:
@@ -58,15 +58,15 @@ def reading_axes(spec: PermutationSpec, program: Program) -> dict[str, int]:
         roles = {_reading_axis(spec.tensors[name], node, value, user) for value, user in _uses(node)}
         if len(roles) > 1 or _UNKNOWN in roles:
             raise ConfigError(
-                f"{name!r} both makes and reads units, or is used in a way that does not tell, so no linear map fits "
-                "it: use a method of permutations, such as 'c2m3'"
+                f"{name!r} both produces and reads units, or its use is not recognised, so it cannot be mapped "
+                "linearly: use a method of permutations, such as 'c2m3'"
             )
         found |= {each: axis for each in program.all_names(name) for axis in roles if axis is not None}
     return found
 
 
 def _uses(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """The operators that read a parameter, or its image under elementwise operators, as a weight or contract it."""
+    """Operators that use a parameter, directly or after elementwise operators, as a weight or in a contraction."""
     reached, open_nodes = {node}, [node]
     while open_nodes:
         value = open_nodes.pop()
@@ -79,7 +79,7 @@ def _uses(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def _reading_axis(tensor: TensorSpec, node: fx.Node, value: fx.Node, user: fx.Node) -> int | None:
-    """The axis by which one use of a parameter reads units: None where it makes them, -1 where that cannot be told."""
+    """The axis of a parameter that reads units in one use: None if that use only produces units, -1 if unknown."""
     layout, direct, vector = LAYOUTS.get(user.target), value is node, len(tensor.shape) == 1
     if layout is not None:
         if (
@@ -107,10 +107,10 @@ def _contracts(node: fx.Node) -> bool:
 def mapped(
     spec: PermutationSpec, maps: Mapping[str, Tensor], params: Params, reads: Mapping[str, int], program: Program
 ) -> dict[str, Tensor]:
-    """Apply each group's map to the axes that make its units, and its inverse to those that read them.
+    """Apply each group's map to the axes that produce its units, and its inverse to those that read them.
 
-    Spreads are mapped as those of uncorrelated units, by the squares: variances of BatchNorm (re-estimate them
-    afterwards), and the scales of norms, which no linear map commutes with.
+    Variances of BatchNorm (re-estimate them afterwards) and the squared scales of norms are mapped as variances of
+    uncorrelated units: by the squared entries of the map.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def _along_all(tensor: TensorSpec, maps: Mapping[str, Tensor], value: Tensor) ->
 
 
 def seen_through(spec: PermutationSpec, maps: Mapping[str, Tensor]) -> View:
-    """How the outputs of a network are seen in the basis that its units are mapped to."""
+    """The view of a network's outputs in the basis that its units are mapped to."""
     return partial(_seen, spec, maps)
 
 
@@ -169,30 +169,29 @@ def _seen(spec: PermutationSpec, maps: Mapping[str, Tensor], operator: Operator,
 
 @dataclass(frozen=True)
 class Normalised:
-    """A linear operator, and the BatchNorm with weight and running statistics that alone reads it."""
+    """A linear operator and the only user of its output, a BatchNorm with weight and running statistics."""
 
     producer: Operator
     norm: Operator
 
     @property
     def eps(self) -> float:
-        """What the norm adds to variances."""
+        """Constant that the norm adds to variances."""
         return float(str(self.norm.node.args[_EPS]))
 
 
 def normalised(program: Program) -> tuple[Normalised, ...]:
-    """The operators of a network whose output a BatchNorm with weight and running statistics takes."""
+    """All pairs of a linear operator and a BatchNorm, with weight and running statistics, that is its only user."""
     producers = {each.node: each for each in program.operators if each.linear and each.feeds_norm}
     norms = (each for each in program.operators if each.mean and each.weight and each.input in producers)
     return tuple(Normalised(producers[norm.input], norm) for norm in norms)
 
 
 def folded(program: Program, pairs: Sequence[Normalised], params: Params) -> dict[str, Tensor]:
-    """The same function with every such norm's scale moved into the operator before it.
+    """Fold every such norm's scale into the operator before it; the function stays the same.
 
-    A linear map of units does not commute with a scale per unit; once the norm scales by one, it does. The norm's
-    weight keeps the spread of its output, with a running variance that undoes it, so that statistics may be
-    re-estimated later.
+    A linear map of units does not commute with a scale per unit, so the norm must multiply by one. The norm's weight
+    becomes the spread of its output, and its running variance the square, so that statistics may be re-estimated later.
 
     Parameters
     ----------
@@ -217,7 +216,7 @@ def folded(program: Program, pairs: Sequence[Normalised], params: Params) -> dic
 
 
 def spread_again(program: Program, pairs: Sequence[Normalised], moved: dict[str, Tensor]) -> None:
-    """Let folded norms, in place, multiply by one again, at the spread of the mapped units.
+    """Make folded norms multiply by one again, in place, with the spread of the mapped units as their weight.
 
     Parameters
     ----------
@@ -233,7 +232,7 @@ def spread_again(program: Program, pairs: Sequence[Normalised], moved: dict[str,
 
 
 def _spread(program: Program, params: dict[str, Tensor], pair: Normalised, variance: Tensor) -> None:
-    """A norm that multiplies by one, written as the weight sqrt(variance) over a running variance of that size."""
+    """Make a norm multiply by one: its weight is sqrt(variance), its running variance (plus eps) the variance."""
     variance = variance.clamp_min(pair.eps)
     program.assign(params, pair.norm.weight, variance.sqrt())
     program.assign(params, pair.norm.variance, variance - pair.eps)

@@ -27,20 +27,20 @@ class Mean:
     """No alignment: the plain weighted mean."""
 
     def __call__(self, nodes: Nodes) -> Alignment:
-        """Leave every node where it is."""
+        """Return every node unchanged."""
         identity = permutation.identity(nodes.spec)
         return Alignment(nodes.params, (identity,) * len(nodes.params), None, 0.0)
 
 
 @dataclass(frozen=True)
 class CycleConsistent:
-    """C2M3: all nodes and layers at once into one universe, from there into the basis; see `match`.
+    """C2M3: match all nodes and layers at once to one universe, then map them into the basis; see `match`.
 
     Attributes
     ----------
     start : str or sequence of Permutation
-        Where the search starts: as `match` takes it, or "activations", where universe-wide activation matching on the
-        calibration data ends. That found higher agreement on deep networks.
+        Where the search starts: as for `match`, or "activations" for the result of universe-wide activation matching
+        on the calibration data. That found higher agreement on deep networks.
     max_steps : int
         Upper limit of Frank-Wolfe steps.
     tolerance : float
@@ -85,12 +85,12 @@ class GitReBasin:
 
 @dataclass(frozen=True)
 class MergeMany:
-    """Every node in turn matched to the mean of the others; see `merge_many`.
+    """Match every node in turn to the mean of the others; see `merge_many`.
 
     Attributes
     ----------
     seed : int
-        Decides the order in which nodes are visited.
+        Seed of the order in which nodes are visited.
     """
 
     seed: int = 0
@@ -118,7 +118,7 @@ class ActivationMatching:
     universe: bool = False
 
     def __call__(self, nodes: Nodes) -> Alignment:
-        """Match by what units do."""
+        """Match units by their activations."""
         begin = time.perf_counter()
         return moved(nodes, self.moves(nodes), None, begin)
 
@@ -162,6 +162,6 @@ def resolve_method(method: Method | str) -> Method:
         raise ConfigError(f"method is the class {method.__name__}, expected an object such as CycleConsistent()")
     if callable(method):
         return method
-    if method not in list(METHODS):  # comparison, not lookup: what is given may be unhashable
+    if method not in list(METHODS):  # a list, because the given value may be unhashable
         raise ConfigError(f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}")
     return METHODS[method]

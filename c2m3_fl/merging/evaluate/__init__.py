@@ -1,1 +1,1 @@
-"""Scores of networks and of what lies between them."""
+"""Scores of networks and of their combinations, and decisions by scores."""

@@ -1,4 +1,4 @@
-"""Barriers: how much worse the networks between given ones are, along a segment or over a simplex."""
+"""Barriers: how much worse than given networks their weighted means are, along a segment or over a simplex."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ def barrier(
     model : nn.Module
         The architecture; not mutated.
     first, second : mapping of str to Tensor
-        The ends, in one basis (or not, to see what that costs).
+        The ends; align them to one basis first, unless the barrier without alignment is wanted.
     data : iterable of labelled batches
         What to score on.
     points : int
         Number of equidistant points, ends included.
     **options
         `example_inputs` and `inputs` as for `merge`; `renormalise`, whether running statistics of BatchNorm are
-        estimated again between the networks (by default where there are any).
+        re-estimated between the networks (by default if there are any).
 
     Examples
     --------
@@ -144,7 +144,7 @@ def pairwise_barriers(
         Number of equidistant points, ends included.
     **options
         `example_inputs` and `inputs` as for `merge`; `renormalise`, whether running statistics of BatchNorm are
-        estimated again between the networks (by default where there are any).
+        re-estimated between the networks (by default if there are any).
 
     Examples
     --------
@@ -172,16 +172,16 @@ def simplex(
     model : nn.Module
         The architecture; not mutated.
     nodes : sequence of mappings of str to Tensor
-        The networks, in one basis (or not, to see what that costs).
+        The networks; align them to one basis first, unless the barrier without alignment is wanted.
     data : iterable of labelled batches
         What to score on.
     samples : int
         Number of points that are drawn.
     seed : int
-        Decides which.
+        Seed of the draw.
     **options
         `example_inputs` and `inputs` as for `merge`; `renormalise`, whether running statistics of BatchNorm are
-        estimated again between the networks (by default where there are any).
+        re-estimated between the networks (by default if there are any).
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Whether another network may replace the aggregate: by paired losses, and so that no single voter decides for it."""
+"""Decide by paired losses whether another network replaces the aggregate; no single voter can force a replacement."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from c2m3_fl.merging.recalibrate.last_layer import class_labels
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.program import Program, Walk
 
-_FAR = 10.0  # times the median size of the gains: what counts of a larger one
-_MARGIN = 0.01  # of the aggregate's loss: a smaller gain is within the noise of a few hundred held-out examples
+_FAR = 10.0  # larger gains are clipped to this multiple of the gains' median size
+_MARGIN = 0.01  # share of the aggregate's loss; a smaller gain is within the noise of a few hundred held-out examples
 _DEVIATIONS = 2.0  # standard errors by which a gain on labelled data must be positive
 _LIKELIHOOD = "negative log-likelihood"
-_LEAST = 2  # voters: each of them must gain where the other is left out
+_LEAST = 2  # number of voters; with two, each alone must have a gain
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ class Vote:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One of the networks that were compared.
+class DeploymentCandidate:
+    """One of the networks that were compared by their losses.
 
     Attributes
     ----------
     name : str
         Short name.
     loss : float, optional
-        Weighted mean over the voters that answered; None where none did.
+        Weighted mean over the voters that answered; None if none did.
     gain : float, optional
         Weighted mean of aggregate's loss - own loss over the voters that answered for both; None for the aggregate.
     robust_gain : float, optional
         The smallest such mean when any one voter is left out; None with fewer than two.
     voters : int
-        How many answered for both; of labelled data the number of examples.
+        Number of voters that answered for both; with labelled data, number of examples.
     """
 
     name: str
@@ -66,36 +66,38 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Which network shall be deployed, and on what evidence.
+class DeploymentDecision:
+    """Which network a federation deploys, with the losses that decided it.
+
+    Which recalibration a merge applies is decided by other evidence: see `merging.reports.RecalibrationDecision`.
 
     Attributes
     ----------
     chosen : str
         Short name of the candidate.
     reason : str
-        Why.
+        Reason for the choice.
     key : str
-        The metric that was compared; "" where nothing was.
-    candidates : tuple of Judged
+        The metric that was compared; "" if nothing was.
+    candidates : tuple of DeploymentCandidate
         The aggregate first.
     judged : bool
-        Whether there was a comparison at all; otherwise the aggregate is chosen.
+        Whether anything was compared; otherwise the aggregate is chosen.
     """
 
     chosen: str
     reason: str
     key: str
-    candidates: tuple[Judged, ...]
+    candidates: tuple[DeploymentCandidate, ...]
     judged: bool
 
 
-def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> Verdict:
+def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> DeploymentDecision:
     """Replace the aggregate by the candidate of largest robust gain, if that is more than a hundredth of its loss.
 
-    A candidate's pooled paired gain must stay that large when any one voter is left out. One voter that lies can
-    therefore veto a candidate but not install it: without its answers the others' pooled gain would have to be
-    large enough. With two voters both must gain. One voter alone decides nothing, and the aggregate stays.
+    A candidate's pooled paired gain must stay that large when any one voter is left out. One dishonest voter can
+    therefore veto a candidate but not install it: the pooled gain of the others alone must be large enough. With two
+    voters, each must have a gain. With one voter the aggregate is kept.
 
     Parameters
     ----------
@@ -105,42 +107,42 @@ def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> Verdict:
         A vote counts in a comparison if it has both losses. Gains count up to ten times their median size, weights up
         to ten times their median.
     key : str
-        What was compared, for the reason.
+        Name of the metric, for the reason.
     """
-    found = tuple(_judged(name, names[0], votes) for name in names)
+    found = tuple(_compared(name, names[0], votes) for name in names)
     gains = {each.name: each.robust_gain for each in found if each.robust_gain is not None}
     aggregate = names[0]
     if not gains:
         most = max((each.voters for each in found[1:]), default=0)
         reason = f"{most} voters answered for {aggregate!r} and another candidate, expected at least {_LEAST}"
-        return Verdict(aggregate, reason, key, found, judged=False)
+        return DeploymentDecision(aggregate, reason, key, found, judged=False)
     best = max(gains, key=gains.__getitem__)
     least = _MARGIN * abs(found[0].loss or 0.0)
     if not gains[best] > least:
         reason = f"no candidate lowers {key!r} of {aggregate!r} whichever voter is left out (best: {best!r}"
-        return Verdict(aggregate, f"{reason}, {gains[best]:.3g})", key, found, judged=True)
+        return DeploymentDecision(aggregate, f"{reason}, {gains[best]:.3g})", key, found, judged=True)
     reason = f"it lowers {key!r} of {aggregate!r} by at least {gains[best]:.3g} whichever voter is left out"
-    return Verdict(best, reason, key, found, judged=True)
+    return DeploymentDecision(best, reason, key, found, judged=True)
 
 
-def _judged(name: str, aggregate: str, votes: Sequence[Vote]) -> Judged:
+def _compared(name: str, aggregate: str, votes: Sequence[Vote]) -> DeploymentCandidate:
     heard = [vote for vote in votes if name in vote.losses]
     told = sorted((vote.losses[name], vote.weight) for vote in heard)
     loss = _mean([each for each, _ in told], capped([weight for _, weight in told])) if told else None
     if name == aggregate:
-        return Judged(name, loss, None, None, len(heard))
+        return DeploymentCandidate(name, loss, None, None, len(heard))
     pairs = sorted(
         (vote.losses[aggregate] - vote.losses[name], vote.weight) for vote in heard if aggregate in vote.losses
     )
     pairs = [(gain, weight) for gain, weight in pairs if math.isfinite(gain)]
     if not pairs:
-        return Judged(name, loss, None, None, 0)
+        return DeploymentCandidate(name, loss, None, None, 0)
     gains, weights = _clipped([gain for gain, _ in pairs]), capped([weight for _, weight in pairs])
     robust = None
     if len(pairs) >= _LEAST:
         rest = [[index for index in range(len(pairs)) if index != left_out] for left_out in range(len(pairs))]
         robust = min(_mean([gains[index] for index in kept], [weights[index] for index in kept]) for kept in rest)
-    return Judged(name, loss, _mean(gains, weights), robust, len(pairs))
+    return DeploymentCandidate(name, loss, _mean(gains, weights), robust, len(pairs))
 
 
 def _clipped(gains: Sequence[float]) -> list[float]:
@@ -155,8 +157,10 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
     return sum(share * value for share, value in zip(shares, values, strict=True))
 
 
-def judge_by_labels(programs: Sequence[Program], candidates: Mapping[str, Params], batches: Sequence[Batch]) -> Verdict:
-    """Judge by labelled data that the server holds, and that no candidate was fitted to (see `split_batches`).
+def judge_by_labels(
+    programs: Sequence[Program], candidates: Mapping[str, Params], batches: Sequence[Batch]
+) -> DeploymentDecision:
+    """Decide by labelled data on the server to which no candidate was fitted (see `split_batches`).
 
     The aggregate is replaced by the candidate of largest robust gain in negative log-likelihood, if that is positive:
     the mean over the examples less two standard errors.
@@ -178,18 +182,18 @@ def judge_by_labels(programs: Sequence[Program], candidates: Mapping[str, Params
     names = list(candidates)
     losses = {name: _likelihoods(programs, params, batches) for name, params in candidates.items()}
     aggregate = losses[names[0]]
-    found, count = [Judged(names[0], float(aggregate.mean()), None, None, len(aggregate))], len(aggregate)
+    found, count = [DeploymentCandidate(names[0], float(aggregate.mean()), None, None, len(aggregate))], len(aggregate)
     for name in names[1:]:
         gains = aggregate - losses[name]
         robust = float(gains.mean() - _DEVIATIONS * gains.std() / count**0.5) if count > 1 else None
-        found.append(Judged(name, float(losses[name].mean()), float(gains.mean()), robust, count))
+        found.append(DeploymentCandidate(name, float(losses[name].mean()), float(gains.mean()), robust, count))
     sure = {each.name: each.robust_gain for each in found if each.robust_gain is not None and each.robust_gain > 0}
     if not sure:
         reason = f"no candidate lowers the loss of {names[0]!r} on {count} labelled examples beyond chance"
-        return Verdict(names[0], reason, _LIKELIHOOD, tuple(found), judged=count > 1)
+        return DeploymentDecision(names[0], reason, _LIKELIHOOD, tuple(found), judged=count > 1)
     best = max(sure, key=sure.__getitem__)
     reason = f"it lowers the loss of {names[0]!r} on {count} labelled examples by at least {sure[best]:.3g}"
-    return Verdict(best, reason, _LIKELIHOOD, tuple(found), judged=True)
+    return DeploymentDecision(best, reason, _LIKELIHOOD, tuple(found), judged=True)
 
 
 def _likelihoods(programs: Sequence[Program], params: Params, batches: Sequence[Batch]) -> Tensor:

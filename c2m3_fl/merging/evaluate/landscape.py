@@ -25,7 +25,7 @@ class Landscape:
     x, y : tuple of float
         Coordinates of the grid's columns and rows, in the units of parameter space.
     corners : tuple of (float, float)
-        Where the three networks are.
+        Coordinates of the three networks.
     loss, accuracy : Tensor of float64, shape (rows, columns)
         The scores.
     """
@@ -62,7 +62,7 @@ def landscape(
         How far the grid reaches beyond the networks, relative to their extent.
     **options
         `example_inputs` and `inputs` as for `merge`; `renormalise`, whether running statistics of BatchNorm are
-        estimated again between the networks (by default where there are any).
+        re-estimated between the networks (by default if there are any).
 
     Examples
     --------
@@ -74,7 +74,7 @@ def landscape(
     torch.Size([5, 5])
     """
     if len(nodes) != 3:
-        raise ConfigError(f"a plane goes through three networks, got {len(nodes)}")
+        raise ConfigError(f"a plane is spanned by three networks, got {len(nodes)}")
     if resolution < 2:
         raise ConfigError(f"resolution is {resolution}, expected at least two points along each side")
     scorer = Scorer(model, nodes, data, **options)
@@ -83,7 +83,9 @@ def landscape(
     along = float((up - origin) @ (across - origin)) / width if width else 0.0
     height = float((up - origin).square().sum() - along**2) ** 0.5 if width else 0.0
     if not height > 1e-9 * width > 0:
-        raise ConfigError("the three networks lie on one line, through which there are many planes")
+        raise ConfigError(
+            "the three networks lie on one line, so they do not span a plane; pass three different networks"
+        )
     x = _axis(min(0.0, along), max(width, along), resolution, margin)
     y = _axis(0.0, height, resolution, margin)
     loss, accuracy = torch.zeros(2, resolution, resolution, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Scores of networks on labelled data, and of mixtures of networks."""
+"""Scores of networks, and of affine combinations of networks, on labelled data."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def evaluate(model: nn.Module, params: Params, batches: Sequence[Batch]) -> Scor
 
 
 class ScorerOptions(TypedDict, total=False):
-    """What the functions that score many combinations pass on: see `Scorer`."""
+    """Options that `barrier`, `simplex` and `landscape` pass to `Scorer`."""
 
     example_inputs: ExampleInputs | None
     inputs: Sequence[str] | None
@@ -67,8 +67,8 @@ class ScorerOptions(TypedDict, total=False):
 class Scorer:
     """Scores affine combinations of networks.
 
-    The networks themselves are scored as they are. Between them the running statistics of BatchNorm fit no network:
-    they are re-estimated on the inputs that are scored.
+    The networks themselves are scored unchanged. For any other combination the averaged running statistics of
+    BatchNorm are wrong: they are re-estimated on the inputs that are scored.
 
     Parameters
     ----------
@@ -81,16 +81,16 @@ class Scorer:
     example_inputs : Tensor, tuple or dict, optional
         A tuple or dict says how many inputs the network takes; otherwise one.
     inputs : sequence of str, optional
-        The keys that are inputs, where batches are dicts: see `load_batches`.
+        The keys of dict batches that are inputs: see `load_batches`.
     renormalise : bool, optional
-        Whether to re-estimate BatchNorm; by default where there is one that keeps running statistics.
+        Whether to re-estimate BatchNorm; by default if one keeps running statistics.
 
     Raises
     ------
     ParamsError, CalibrationError
         When networks or data do not fit.
     ConfigError
-        When there is nothing to re-estimate though that is asked for.
+        When `renormalise` is True and there is nothing to re-estimate.
     """
 
     def __init__(
@@ -117,7 +117,9 @@ class Scorer:
         )
         normed = any(name.endswith("running_var") for name in nodes[0])
         if renormalise and not normed:
-            raise ConfigError(f"{type(model).__name__} keeps no running statistics that could be re-estimated")
+            raise ConfigError(
+                f"{type(model).__name__} keeps no running statistics to re-estimate; leave renormalise out"
+            )
         self._setting: Setting | None = None
         if normed and renormalise is not False:
             self._setting = prepare(self._twin, nodes[0], [nodes[0]], self._batches)

@@ -24,7 +24,7 @@ from c2m3_fl.merging.recalibrate.refit_targets import FOLDS
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, recalibration_report
 from c2m3_fl.merging.recalibrate.setting import Setting
 from c2m3_fl.merging.recalibrate.shift import shift
-from c2m3_fl.merging.reports import Candidate, Decision, Recalibrated
+from c2m3_fl.merging.reports import Recalibrated, RecalibrationCandidate, RecalibrationDecision
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.program import Walk
 
@@ -51,7 +51,7 @@ class Auto:
     limit : float
         Largest shift, in standard deviations of a channel, at which refit is applied; see `LIMIT`.
     repair, refit : Recalibration
-        The candidates; `Repair()` and `Refit()` by default. What stands in for `refit` must not fit weights to the
+        The candidates; `Repair()` and `Refit()` by default. A replacement for `refit` must not fit weights to the
         inputs in ``setting.left_out``.
 
     Examples
@@ -87,7 +87,7 @@ class Auto:
             decision = self._without_labels(setting, candidates, distance)
         unread = next((batch.unread for batch in setting.batches if batch.unread), "")
         if unread:
-            note = f"what follows the inputs, {unread}, is not class labels: expected one integer for each input"
+            note = f"the element after the inputs, {unread}, is not class labels: expected one integer for each input"
             decision = replace(decision, reason=f"{decision.reason}; {note}")
         kept = done[decision.chosen]
         report = replace(
@@ -98,7 +98,7 @@ class Auto:
         )
         return Recalibrated(kept.state_dict, report)
 
-    def _by_labels(self, setting: Setting, done: dict[str, Recalibrated]) -> Decision:
+    def _by_labels(self, setting: Setting, done: dict[str, Recalibrated]) -> RecalibrationDecision:
         """Decide with labels, as described above; refit is added to `done` if it is chosen."""
         best = judge(setting, {name: each.state_dict for name, each in done.items()})
         votes = _votes(setting, [done[best.chosen].state_dict])
@@ -126,7 +126,9 @@ class Auto:
         done["refit"] = self.refit(setting)
         return replace(best, chosen="refit", reason=f"it classifies {gained:.1%} {compared}")
 
-    def _without_labels(self, setting: Setting, candidates: Mapping[str, Params], distance: float | None) -> Decision:
+    def _without_labels(
+        self, setting: Setting, candidates: Mapping[str, Params], distance: float | None
+    ) -> RecalibrationDecision:
         """Decide without labels, as described above."""
         decision = judge(setting, candidates)
         if "refit" in candidates:
@@ -161,8 +163,8 @@ def _as_they_are(setting: Setting) -> dict[str, Recalibrated]:
     }
 
 
-def _safer(candidates: Sequence[Candidate]) -> str | None:
-    """The safer candidate that agrees most with the ensemble, if it agrees more than what REPAIR gives."""
+def _safer(candidates: Sequence[RecalibrationCandidate]) -> str | None:
+    """The safer candidate that agrees most with the ensemble, if it agrees more than the repaired network."""
     agreement = {each.name: each.agreement for each in candidates if each.agreement is not None}
     repaired = agreement.pop("repair", None)
     if repaired is None or not agreement:
@@ -171,7 +173,7 @@ def _safer(candidates: Sequence[Candidate]) -> str | None:
     return best if agreement[best] > repaired else None
 
 
-def judge(setting: Setting, candidates: Mapping[str, Params]) -> Decision:
+def judge(setting: Setting, candidates: Mapping[str, Params]) -> RecalibrationDecision:
     """The best of several networks: by labels where there are any, otherwise by agreement with the ensemble.
 
     Parameters
@@ -192,11 +194,11 @@ def judge(setting: Setting, candidates: Mapping[str, Params]) -> Decision:
         accuracy = None
         if votes is not None and len(known) == len(labels) and sum(map(len, known)) == len(votes):
             accuracy = float((votes == torch.cat(known)).double().mean())
-        found.append(Candidate(name, accuracy, agreement))
+        found.append(RecalibrationCandidate(name, accuracy, agreement))
     return _decide(found)
 
 
-def _decide(found: Sequence[Candidate]) -> Decision:
+def _decide(found: Sequence[RecalibrationCandidate]) -> RecalibrationDecision:
     best = found[0]
     for each in found[1:]:
         if each.accuracy is not None and best.accuracy is not None:
@@ -210,7 +212,7 @@ def _decide(found: Sequence[Candidate]) -> Decision:
         reason = f"it agrees with the ensemble on {best.agreement:.1%} of the calibration inputs"
     else:
         reason = "the outputs are not class scores, so nothing was compared"
-    return Decision(best.name, reason, None, tuple(found))
+    return RecalibrationDecision(best.name, reason, None, tuple(found))
 
 
 def _check_labels(batch: Batch, classes: int) -> None:
@@ -223,7 +225,7 @@ def _check_labels(batch: Batch, classes: int) -> None:
 
 
 def _votes(setting: Setting, networks: Sequence[Params]) -> Tensor | None:
-    """Class that the networks together give every calibration input; None if the outputs are not class scores."""
+    """Class that the networks' ensemble predicts for every calibration input; None if outputs are not class scores."""
     share = setting.weights if len(networks) == len(setting.weights) else torch.ones(1)
     votes = []
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """REPAIR's one loop: in forward order, measure an operator's channels and fold the correction into its parameters.
 
-Where the moments come from is the caller's choice: calibration data on the server, a forecast from the endpoints
-alone, or sums that clients send. Each operator is measured with all earlier ones corrected.
+The caller chooses the source of the moments: calibration data on the server, a forecast from the endpoints alone, or
+sums that clients send. Each operator is measured with all earlier ones corrected.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def correct(
 ) -> tuple[OperatorReport, ...]:
     """Correct a network's operators one after the other.
 
-    Running statistics of BatchNorm become the moments of their inputs. Then, where `fit` is given, the operator is
-    fitted; and where `rescales` says so, the channels of its output get the mean and spread of their target.
+    Running statistics of BatchNorm become the moments of their inputs. Then, if `fit` is given, the operator is fitted;
+    and if `rescales` returns True, the channels of its output get the mean and spread of their target.
 
     Parameters
     ----------
@@ -51,9 +51,9 @@ def correct(
     params : dict of str to Tensor
         Its state dict; corrected in place, so that a measurement sees all earlier corrections.
     measure : Measure
-        Where the moments come from.
+        Source of the moments.
     targets : mapping of str to Target
-        Moments that the channels of every rescaled operator shall have, by the operator's name.
+        Moments that the channels of every rescaled operator should have, by the operator's name.
     rescales : callable
         Whether an operator's output is rescaled.
     fit : callable, optional
@@ -94,7 +94,7 @@ def rescale(
     moments : Moments
         Of the operator's output.
     target : Target
-        Moments that the output shall have.
+        Moments that the output should have.
     """
     dead = moments.std <= _DEAD * (moments.mean.abs() + target.std)
     scale = torch.where(dead, 1.0, target.std / torch.where(dead, 1.0, moments.std))

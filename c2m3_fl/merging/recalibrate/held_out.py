@@ -1,4 +1,4 @@
-"""Which examples are held out: decided by their content, so that a shuffling loader changes nothing."""
+"""Which examples are held out: chosen by their content, so that the order of a shuffling loader has no effect."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from c2m3_fl.network.calibration import Batch
 def held_out(batches: Sequence[Batch], every: int) -> list[Tensor]:
     """Mask of the examples that are held out, one bool tensor of shape (batch,) per batch.
 
-    Examples are ordered by a digest of their inputs and label, and every `every`-th one in that order is held out:
-    the same examples whatever the order in which, and the batches in which, they come. All positions of an example
-    are on the same side.
+    Examples are ordered by a digest of their inputs and label, and every `every`-th one in that order is held out.
+    The choice depends neither on the order of the examples nor on their batches. Of an example, all positions are
+    held out or none.
 
     Parameters
     ----------
     batches : sequence of Batch
-        Axis 0 of the first input counts the examples.
+        Axis 0 of the first input is that of the examples.
     every : int
         At least 2.
 
     Raises
     ------
     ConfigError
-        When `every` is no whole number, or smaller.
+        When `every` is not a whole number of at least 2.
     """
     if type(every) is not int or every < 2:
         raise ConfigError(f"holdout is {every!r}, expected a whole number, at least 2: one example in so many")
@@ -42,19 +42,19 @@ def held_out(batches: Sequence[Batch], every: int) -> list[Tensor]:
 
 
 def split_batches(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
-    """The batches without, and the batches of, the examples that `held_out` names.
+    """Split batches into those of the kept examples and those of the examples that are held out.
 
     Parameters
     ----------
     batches : sequence of Batch
-        All inputs count the examples on axis 0.
+        Axis 0 of all inputs is that of the examples.
     every : int
         One example in so many is held out.
 
     Raises
     ------
     CalibrationError
-        When an input does not count the examples on axis 0.
+        When axis 0 of an input is not that of the examples.
     """
     kept, held = [], []
     for batch, mask in zip(batches, held_out(batches, every), strict=True):

@@ -1,4 +1,4 @@
-"""Sums of a last layer's inputs and their labels: what clients answer with, pooled over all of them."""
+"""Sums of a last layer's inputs and their labels, which clients send, and their pooling over clients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from c2m3_fl.merging.recalibrate.ridge import Sums
 
 @dataclass(frozen=True)
 class LabelSums:
-    """What a client knows of the last layer's inputs and their labels: targets are one-hot rows.
+    """A client's sums of the last layer's inputs and of their labels, as one-hot targets.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class LabelSums:
 
 
 def one_hot_sums(gram: Tensor, by_class: Tensor, classes: Tensor) -> Sums:
-    """Sums of rows and one-hot targets, of which everything else follows.
+    """Sums of rows and one-hot targets.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def read_sums(tensors: Params, part: str) -> Sums:
 
 
 def pool_sums(answers: Sequence[LabelSums], *, equally: bool = False) -> LabelSums:
-    """Sums over all clients' examples; the same bits in whatever order the clients come.
+    """Sums over all clients' examples, bitwise independent of the order of the clients.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The last layer of a network that gives class scores: found, run up to, replaced."""
+"""Find, run and replace the last layer of a network that gives class scores."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def last_layer(program: Program) -> Operator:
     operator = next((each for each in program.operators if each.node is node), None)
     if operator is None or operator.kind not in (Kind.LINEAR, Kind.PRODUCT):
         raise CalibrationError(
-            f"{NO_HEAD} the output is made by {node.target}, expected a linear layer with a weight of its own"
+            f"{NO_HEAD} the output is computed by {node.target}, expected a linear layer with a weight of its own"
         )
     shape = tuple(node.meta["val"].shape)
     if len(shape) != 2 or shape[1] < 2:
@@ -58,7 +58,7 @@ def _has_bias(operator: Operator) -> bool:
 
 
 def reads_input(program: Program, operator: Operator) -> bool:
-    """Whether an operator's input is made of the network's inputs without passing another operator."""
+    """Whether an operator reads the network's inputs with no parameterised operator in between."""
     passed = {each.node for each in program.operators}
     reached, open_nodes = set(), [operator.input]
     while open_nodes:
@@ -110,10 +110,10 @@ def class_labels(batch: Batch, scores: Tensor) -> Tensor:
     Raises
     ------
     CalibrationError
-        When there are none, not one per row of scores, or out of range.
+        When labels are missing, not one per row of scores, or out of range.
     """
     if batch.labels is None:
-        unread = f": what follows the inputs, {batch.unread}, is not one class index for each" if batch.unread else ""
+        unread = f": the element after the inputs, {batch.unread}, is not one class index each" if batch.unread else ""
         raise CalibrationError(f"batch {batch.index} has no labels{unread}; expected batches (inputs, labels)")
     labels = batch.labels.to(scores.device).long()
     if len(scores) != len(labels):

@@ -4,7 +4,8 @@ REPAIR corrects two numbers per channel. Aligned endpoints allow more: the weigh
 position is a target for every weight. Each operator is fitted to it in forward order, by ridge regression towards its
 current weights, on the inputs that it has in the merged network. The fit needs no labels and no learning rate.
 
-Averaging endpoints shrinks the spread of targets, so every channel's moments are then set as REPAIR sets them.
+The mean of the endpoints' outputs has a smaller spread than each of them, so every channel's moments are then set as
+in REPAIR.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class Refit:
     floor : float
         Lower bound of a class's share in the endpoints' mean probabilities, relative to equal shares.
     final_only : bool
-        Fit the operators that give the network's output alone and repair all others.
+        Fit only the operators that give the network's output, and repair all others.
     seed : int
-        Decides which positions are drawn.
+        Seed of the draw of positions.
 
     Examples
     --------
@@ -121,7 +122,7 @@ class Refit:
 def _fit(
     setting: Setting, options: Refit, outputs: MeanOutputs, front: Front, place: int, params: dict[str, Tensor]
 ) -> OperatorReport:
-    """Fit one operator and put its new weight in place; its channels' moments are left to be set."""
+    """Fit one operator and store its new weight in `params`; its channels' moments are set afterwards."""
     program = setting.programs[0]
     operator = program.operators[place]
     weight = params[operator.weight]
@@ -190,7 +191,7 @@ def _shown(outputs: MeanOutputs, front: Front, place: int, params: Params) -> tu
 def _gathered(
     kind: type[Evidence], outputs: MeanOutputs, front: Front, place: int, params: Params
 ) -> tuple[Evidence, Evidence]:
-    """Evidence of inputs to fit and of inputs held out; residuals are what the current weights leave."""
+    """Evidence from the inputs to fit and from those held out, with the residuals of the current weights."""
     found: list[Evidence | None] = [None, None]
     for index, (operator, walk) in enumerate(front.before(place)):
         weight = params[operator.weight]

@@ -15,7 +15,7 @@ from c2m3_fl.network.operators import Kind, Operator
 from c2m3_fl.network.program import Walk
 from c2m3_fl.network.rows import input_of, output_rows, sample_positions
 
-_NUMBERS = 1 << 25  # probabilities that are kept at most: sixty thousand classes leave few positions
+_NUMBERS = 1 << 25  # limit of stored probabilities: with sixty thousand classes few positions are drawn
 FOLDS = 5  # every fifth input is held out for the choice of the strength
 FIT, CHOOSE, LEAVE = range(3)  # inputs to fit to, to choose the strength on, and to leave to a judge
 
@@ -27,9 +27,9 @@ class Drawn:
     Attributes
     ----------
     positions : Tensor of int64, shape (positions,)
-        Flat places on every axis but that of the channels.
+        Flat indices over all axes except that of the channels.
     role : Tensor of int64, shape (positions,)
-        What the input that they belong to is for: FIT, CHOOSE or LEAVE.
+        Use of the input that each position belongs to: FIT, CHOOSE or LEAVE.
     rows : Tensor, shape (positions, channels)
         The endpoints' mean output there, or mean probabilities.
     shape : tuple of int
@@ -50,13 +50,13 @@ class MeanOutputs:
     setting : Setting
         Endpoints and calibration data.
     wanted : callable
-        Which operators.
+        Whether an operator's outputs are measured.
     positions : int
         Largest number of positions per operator, over all batches.
     seed : int
-        Decides which positions are drawn.
+        Seed of the draw of positions.
     floor : float, optional
-        Where the network's outputs are scores of classes: their rows are then the mean of the endpoints'
+        If given, the network's outputs are class scores: their rows are then the mean of the endpoints'
         probabilities, divided by `balance` with this floor. None: fit class scores to the mean output, like any other
         operator.
     """
@@ -95,7 +95,7 @@ class MeanOutputs:
             self._balance(floor)
 
     def at(self, place: int, batch: int) -> Drawn:
-        """What was drawn for operator number `place` in a batch."""
+        """The positions drawn for operator number `place` in a batch."""
         return self._drawn[place, batch]
 
     def rows(self, place: int) -> int:

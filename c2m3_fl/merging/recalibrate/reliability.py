@@ -19,7 +19,7 @@ from c2m3_fl.merging.recalibrate.client_outliers import capped
 from c2m3_fl.merging.reports import ScoreQuality
 
 BINS = 15  # of confidence, equally wide, as in Guo et al.
-_FAR = 10.0  # times the median of the clients' mean negative log-likelihoods: what counts of a larger one
+_FAR = 10.0  # larger mean negative log-likelihoods of clients are clipped to this multiple of their median
 _ROUNDING = 1e-6  # relative, of sums over a client's examples
 
 
@@ -72,13 +72,13 @@ class Reliability:
         return Reliability(*(factor * value for value in vars(self).values()))
 
     def check(self, temperatures: Sequence[float], classes: int) -> None:
-        """Raise `ParamsError` unless these may be the sums of at least one example.
+        """Raise `ParamsError` unless these can be the sums of at least one example.
 
         Parameters
         ----------
         temperatures : sequence of float
-            At which they were taken. In 1 / temperature the negative log-likelihood is convex, from the logarithm of
-            the number of classes at 0.
+            Temperatures of the sums. The negative log-likelihood is convex in 1 / temperature, and at 0 it is the
+            logarithm of the number of classes.
         classes : int
             Number of classes.
         """
@@ -99,7 +99,7 @@ class Reliability:
 
 
 def pool_reliability(parts: Sequence[Reliability], *, equally: bool = False) -> Reliability:
-    """Sums over all clients' examples; the same bits in whatever order the clients come.
+    """Sums over all clients' examples, bitwise independent of the order of the clients.
 
     Parameters
     ----------
@@ -126,12 +126,12 @@ def pool_reliability(parts: Sequence[Reliability], *, equally: bool = False) -> 
 
 
 def quality(pooled: Reliability, temperatures: Sequence[float]) -> ScoreQuality:
-    """Scores as they are, and divided by the temperature of least negative log-likelihood.
+    """Quality of the scores unchanged, and divided by the temperature of least negative log-likelihood.
 
     Parameters
     ----------
     pooled : Reliability
-        At these temperatures.
+        Sums at these temperatures.
     temperatures : sequence of float
         One of them is 1.
     """

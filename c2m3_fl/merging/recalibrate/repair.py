@@ -31,20 +31,20 @@ from c2m3_fl.network.program import Program
 class Repair:
     """Set mean and standard deviation of every channel to the weighted mean of the aligned endpoints'.
 
-    Linear layers, convolutions and matrix products take the correction in weight and bias. LayerNorm, GroupNorm
-    and their kin fix pooled moments only, so their affine parameters are corrected likewise. Running statistics of
-    BatchNorm are re-estimated, exactly, over all calibration inputs. Where there is no bias only the spread can be
-    repaired, and the report says so.
+    The correction goes into weight and bias of linear layers, convolutions and matrix products. LayerNorm, GroupNorm
+    and similar norms fix only pooled moments, so their affine parameters are corrected in the same way. Running
+    statistics of BatchNorm are re-estimated, exactly, over all calibration inputs. Without a bias, only the spread can
+    be repaired, and the report says so.
 
     Attributes
     ----------
     final : bool
         Whether the operators that give the network's output are repaired too.
     closed_form : bool
-        Do not run the merged network at all: take the mean of the endpoints' outputs for what it would do, so that a
-        channel's variance is wᵀ C w with C the covariances between the endpoints' versions of it. Exact for
-        linear operators that read the network's input, an approximation behind them; LayerNorm, GroupNorm and their
-        kin, which undo a loss of spread by themselves, are left alone.
+        Do not run the merged network: assume that its outputs are the mean of the endpoints' outputs, so that a
+        channel's variance is wᵀ C w with C the covariances between the endpoints' versions of it. Exact for linear
+        operators that read the network's input, an approximation for all later ones; LayerNorm, GroupNorm and similar
+        norms, which restore the spread by themselves, are not changed.
     """
 
     final: bool = True
@@ -57,7 +57,7 @@ class Repair:
 
 @dataclass(frozen=True)
 class BatchNormStatistics:
-    """Re-estimate the running statistics of BatchNorm, in forward order, and leave everything else alone."""
+    """Re-estimate the running statistics of BatchNorm, in forward order, and change nothing else."""
 
     def __call__(self, setting: Setting) -> Recalibrated:
         """Re-estimate in ``setting.merged``."""
@@ -93,7 +93,7 @@ def repair(
     example_inputs : Tensor, tuple or dict, optional
         A tuple or dict says how many inputs the network takes; otherwise one.
     inputs : sequence of str, optional
-        The keys that are inputs, where batches are dicts: see `load_batches`.
+        The keys of dict batches that are inputs: see `load_batches`.
     final : bool
         Whether the operators that give the network's output are repaired too.
     device : torch.device or str, optional
@@ -137,7 +137,7 @@ def repair_measured(
     measure: Measure,
     targets: Mapping[str, Target],
 ) -> tuple[OperatorReport, ...]:
-    """Repair a network, or its BatchNorm alone, with moments from anywhere.
+    """Repair a network, or only its BatchNorm statistics, with moments from a given source.
 
     Parameters
     ----------
@@ -148,9 +148,9 @@ def repair_measured(
     params : dict of str to Tensor
         Its state dict; corrected in place.
     measure : Measure
-        Where the moments come from.
+        Source of the moments.
     targets : mapping of str to Target
-        Moments that outputs shall have; BatchNorm needs none.
+        Moments that outputs should have; BatchNorm needs none.
     """
     options = recalibration if isinstance(recalibration, Repair) else None
 
@@ -178,7 +178,7 @@ def _repaired(setting: Setting, recalibration: Repair | BatchNormStatistics, met
 def _forecast(
     forecasts: Mapping[str, Moments], place: int, operator: Operator, params: Params, *, before: bool
 ) -> Moments:
-    """What the endpoints' mean says of an operator, whatever the present parameters are."""
+    """The forecast moments of an operator; a `Measure` that does not depend on the present parameters."""
     return forecasts[operator.name]
 
 
@@ -203,7 +203,7 @@ def recalibration_report(
 
 
 def left_alone(setting: Setting) -> dict[str, str]:
-    """Floating tensors of the state dict that no recalibration touches, each with the reason."""
+    """Floating-point tensors of the state dict that no recalibration changes, each with the reason."""
     program = setting.programs[0]
     touched = {
         name for each in program.operators for name in (each.weight, each.bias, each.mean, each.variance) if name
@@ -213,7 +213,7 @@ def left_alone(setting: Setting) -> dict[str, str]:
     reasons |= {alias: reason for name, reason in program.skipped.items() for alias in program.aliases.get(name, ())}
     used = set(program.names.values())
     rest = {
-        name: "its norm's weight and bias take the correction" if name in used else "not used in evaluation mode"
+        name: "corrected through its norm's weight and bias" if name in used else "not used in evaluation mode"
         for name in floating(setting.merged)
         if name not in touched
     }

@@ -1,4 +1,4 @@
-"""Ridge regression towards given weights, from sums over the data, or from the data where these are fewer numbers."""
+"""Ridge regression towards given weights, from sums over the data, or from the rows themselves if they are smaller."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-_GAIN = 1e-3  # relative improvement below which nothing is gained but noise
-_EXACT = 1e-9  # error, relative to the targets' variance, that float32 rounding alone may leave
+_GAIN = 1e-3  # a smaller relative improvement is noise
+_EXACT = 1e-9  # a smaller error, relative to the targets' variance, is float32 rounding
 
 
 @dataclass(frozen=True)
 class Sums:
     """Sums over rows x and residuals r, in float64: all that a least-squares fit of r by x needs.
 
-    Every attribute has a leading axis of groups, which are fitted apart. Sums form a monoid under `combine`.
+    Every attribute has a leading axis of groups, which are fitted separately. Sums form a monoid under `combine`.
 
     Attributes
     ----------
@@ -120,7 +120,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows themselves, which are fewer numbers than their sums where there are fewer rows than inputs.
+    """The rows themselves; smaller than their sums if there are fewer rows than inputs.
 
     Attributes
     ----------
@@ -202,7 +202,7 @@ class Fit:
 
 
 def choose(train: Evidence, held_out: Evidence, strengths: Sequence[float], spread: Tensor) -> Fit:
-    """Fit with the strength that predicts held-out rows best, or keep the weights where none does better.
+    """Fit with the strength that predicts held-out rows best, or keep the weights if none is better.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def choose(train: Evidence, held_out: Evidence, strengths: Sequence[float], spre
 
 
 def _lifted_solve(matrix: Tensor, ridge: Tensor, right: Tensor) -> Tensor:
-    """Solve ``(matrix + ridge) found = right`` for symmetric matrices; zeros where rounding left no solution."""
+    """Solve ``(matrix + ridge) found = right`` for symmetric matrices; zeros if the factorisation fails."""
     ridge = ridge.clamp_min(torch.finfo(torch.float64).tiny)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     factor, failed = torch.linalg.cholesky_ex(matrix + ridge[:, None, None] * eye)

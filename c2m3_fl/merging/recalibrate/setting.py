@@ -41,17 +41,17 @@ class Setting:
     model : nn.Module
         The architecture.
     order : tuple of int
-        The place at which each endpoint was given.
+        Index of each endpoint in the order of the caller.
     views : tuple of View
-        How each endpoint's outputs are seen in the basis of the average. They are seen as they are, unless a linear
-        map of the endpoint was averaged: the mapped network does not compute the endpoint's function.
+        View of each endpoint's outputs in the basis of the average: `as_it_is`, unless a linear map of the endpoint
+        was averaged, because the mapped network does not compute the endpoint's function.
     own : tuple of mappings of str to Moments
-        Each endpoint's channel moments on its own training data, aligned; empty where they are not known.
+        Each endpoint's channel moments on its own training data, aligned; empty if they are not known.
     plain : mapping of str to Tensor, optional
         The average without any alignment: one more candidate for a guard.
     left_out : tuple of Tensor of bool
         Per batch the inputs that no weights may be fitted to, because a guard will judge the fit on them; moments of
-        channels may be measured on all inputs. Empty where there are none.
+        channels may be measured on all inputs. Empty if no input is left out.
     """
 
     programs: tuple[Program, ...]
@@ -67,7 +67,7 @@ class Setting:
     left_out: tuple[Tensor, ...] = ()
 
     def leaving_out(self, masks: Sequence[Tensor]) -> Setting:
-        """The same setting, with inputs that no weights may be fitted to; what was measured is kept."""
+        """The same setting, with inputs that no weights may be fitted to; measured moments are kept."""
         other = replace(self, left_out=tuple(masks))
         other.__dict__.update({name: self.__dict__[name] for name in _MEASURED if name in self.__dict__})
         return other
@@ -115,7 +115,7 @@ def prepare(
     views: Sequence[View] | None = None,
     order: Sequence[int] | None = None,
 ) -> Setting:
-    """Check everything, export the network, and bring it all to one device.
+    """Check all arguments, export the network, and bring everything to one device.
 
     Parameters
     ----------
@@ -132,15 +132,15 @@ def prepare(
     example_inputs : Tensor, tuple or dict, optional
         A tuple or dict says how many inputs the network takes; otherwise one.
     inputs : sequence of str, optional
-        The keys that are inputs, where batches are dicts: see `load_batches`.
+        The keys of dict batches that are inputs: see `load_batches`.
     device : torch.device or str, optional
         Where to compute; by default where the merged parameters are.
     plain : mapping of str to Tensor, optional
         The average without any alignment: one more candidate for a guard.
     views : sequence of View, optional
-        How each endpoint's outputs are seen in the basis of the average; by default as they are.
+        View of each endpoint's outputs in the basis of the average; by default `as_it_is`.
     order : sequence of int, optional
-        The endpoints' canonical order where the caller knows one; by default by weight and a digest of each.
+        The endpoints' canonical order, if the caller knows it; by default by weight and a digest of each.
 
     Raises
     ------
@@ -161,7 +161,7 @@ def prepare(
     place = torch.device(device) if device is not None else next(iter(merged.values())).device
     held = CalibrationSet.of(model, calibration, example_inputs=example_inputs, inputs=inputs).to(place)
     if not held.batches:
-        raise CalibrationError("there are example inputs alone, expected calibration batches: pass calibration")
+        raise CalibrationError("there are only example inputs, expected calibration batches: pass calibration")
     order = order_by_weight(endpoints, share) if order is None else order
     return Setting(
         programs=held.programs,
@@ -186,7 +186,7 @@ def check_params(model: nn.Module, params: Params, who: str) -> None:
     params : mapping of str to Tensor
         What is checked.
     who : str
-        What to call it in the error.
+        Its name in the error.
     """
     if isinstance(params, nn.Module):
         raise ParamsError(f"{who} is the module {type(params).__name__}, expected its state_dict()")
@@ -213,7 +213,7 @@ def check_params(model: nn.Module, params: Params, who: str) -> None:
 
 
 def check_types(expected: Params, params: Params, who: str) -> None:
-    """Raise `ParamsError` unless all floating tensors are of the types of `expected`: one network cannot run mixed.
+    """Raise `ParamsError` unless all floating-point tensors have the types of those in `expected`.
 
     Parameters
     ----------
@@ -222,7 +222,7 @@ def check_types(expected: Params, params: Params, who: str) -> None:
     params : mapping of str to Tensor
         What is checked.
     who : str
-        What to call it in the error.
+        Its name in the error.
     """
     for name, value in expected.items():
         if value.is_floating_point() and params[name].dtype != value.dtype:
@@ -236,7 +236,7 @@ def usable_device(device: torch.device | str) -> torch.device:
     """A device that can be computed on; raise `ConfigError` for any other."""
     try:
         found = torch.device(device)
-        torch.empty(0, device=found).cpu()  # fails on "meta" as well, which has no values to compute with
+        torch.empty(0, device=found).cpu()  # fails on "meta", too, whose tensors have no values
     except Exception as error:
         raise ConfigError(f"device is {device!r}, which cannot be used here: {error}") from error
     return found

@@ -1,10 +1,10 @@
 """How far the calibration data are from the data that the nodes were trained on, by channel moments.
 
-Quantities computed on the calibration data alone cannot show it. The moments of a network's channels on its own
-training data, compared with those on the calibration data, can. BatchNorm networks carry the former in their buffers;
-other nodes have to send them, see `channel_moments`. They reveal the mean and the spread of every channel over the
-node's data, two floats per channel, and no single input; an average over few inputs still says something about each of
-them, so measure on many.
+Quantities computed on the calibration data alone cannot detect a shift. The moments of a network's channels on its own
+training data, compared with those on the calibration data, can. Networks with BatchNorm store the former in their
+buffers; other nodes have to send them: see `channel_moments`. The moments disclose the mean and the spread of every
+channel over the node's data (two floats per channel), and no single input. A mean over few inputs still discloses
+something about each of them, so measure on many.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from c2m3_fl.network.operators import Kind, Operator
 
 OwnMoments = Mapping[str, Moments]
 
-_SINGLE = 1e-9  # weight of all other nodes below which there is but one
+_SINGLE = 1e-9  # if the other nodes' total weight is smaller, there is only one node
 
 
 def channel_moments(
@@ -39,7 +39,7 @@ def channel_moments(
     example_inputs: ExampleInputs | None = None,
     inputs: Sequence[str] | None = None,
 ) -> dict[str, Moments]:
-    """Channel moments of one network on data of its own: what a node sends so that a shift can be seen.
+    """Channel moments of one network on its own data, which a node sends so that a shift can be detected.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def channel_moments(
     example_inputs : Tensor, tuple or dict, optional
         A tuple or dict says how many inputs the network takes; otherwise one.
     inputs : sequence of str, optional
-        The keys that are inputs, where batches are dicts: see `load_batches`.
+        The keys of dict batches that are inputs: see `load_batches`.
 
     Examples
     --------
@@ -70,7 +70,7 @@ def channel_moments(
 def with_own_moments(
     setting: Setting, spec: PermutationSpec, moves: Sequence[Permutation], moments: Sequence[OwnMoments]
 ) -> Setting:
-    """Return the setting with each node's own moments, mapped into the basis as the nodes themselves were.
+    """Return the setting with each node's own moments, mapped into the basis like the nodes.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def with_own_moments(
     moves : sequence of Permutation
         Each node's map into the basis, in the order in which the nodes were given.
     moments : sequence of mappings of str to Moments
-        What `channel_moments` gave for each node, in the same order.
+        The `channel_moments` of each node, in the same order.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def with_own_moments(
         found: dict[str, Moments] = {}
         for operator in setting.programs[0].operators:
             if operator.kind not in (Kind.LINEAR, Kind.CONVOLUTION):
-                continue  # whose channels are the rows of their weight
+                continue  # their channels are not the rows of a weight
             if operator.name not in moments[index]:
                 raise CalibrationError(f"moments of node {index} lack operator {operator.name!r}")
             given = moments[index][operator.name]
@@ -110,11 +110,11 @@ def with_own_moments(
 def shift(setting: Setting) -> float | None:
     """Distance of the calibration data from the nodes' own, in standard deviations of a channel.
 
-    A node's channel is off by ``(mean - own mean) / own spread`` and stretched by the logarithm of the ratio of
-    spreads. If the calibration data come from another distribution, all nodes differ in the same way; if one node saw
-    few classes, it alone differs. The mean product of two different nodes' offsets, and of their stretches, therefore
-    measures what they share. The shift is its root mean over an operator's channels, largest over all operators but
-    those that give the output, whose channels are classes.
+    A channel's offset is ``(mean - own mean) / own spread``; its stretch is the logarithm of the ratio of spreads. If
+    the calibration data come from another distribution, all nodes differ in the same way; if one node saw few classes,
+    only that node differs. The mean product of two different nodes' offsets, and of their stretches, therefore measures
+    the common difference. The shift is the root of its mean over an operator's channels, maximised over all operators
+    except those that give the output, whose channels are classes.
 
     Returns
     -------
@@ -131,14 +131,14 @@ def shift(setting: Setting) -> float | None:
     distances = []
     for name in hidden:
         pairs = [_compared(found[name], kept[name]) for found, kept in zip(setting.moments, own, strict=True)]
-        # offsets that oppose each other, as under label skew, must not hide a stretch that all nodes share
+        # clamped, since opposite offsets, as under label skew, must not cancel a stretch that all nodes share
         shared = sum(max(0.0, _shared(torch.stack(part), weights)) for part in zip(*pairs, strict=True))
         distances.append(math.sqrt(shared))
     return max(distances)
 
 
 def _shared(values: Tensor, weights: Tensor) -> float:
-    """Weighted mean product of two different nodes' values, mean over channels; of one node its square."""
+    """Mean over channels of the weighted mean product of two different nodes' values; of one node its square."""
     alone = float(weights.square().sum())
     if alone > 1 - _SINGLE:
         return float((weights * values).sum(0).square().mean())
@@ -155,7 +155,7 @@ def _compared(found: Moments, own: Moments) -> tuple[Tensor, Tensor]:
 
 
 def _buffered(setting: Setting) -> tuple[dict[str, Moments], ...]:
-    """The moments that BatchNorm keeps of its inputs, as moments of the operators that feed it."""
+    """Running statistics of BatchNorm, as moments of the operators whose outputs they describe."""
     fed = {operator.name: _next_norm(setting, operator) for operator in setting.programs[0].operators}
     return tuple(
         {

@@ -1,4 +1,4 @@
-"""What may follow an average: the recalibrations, and their short names."""
+"""The recalibrations of an average, and their short names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 
 
 class Recalibration(Protocol):
-    """Corrects an averaged network with what its aligned endpoints do on calibration data."""
+    """Corrects an averaged network by its aligned endpoints' outputs on calibration data."""
 
     def __call__(self, setting: Setting) -> Recalibrated:
         """Return the corrected state dict and a report."""
@@ -31,7 +31,7 @@ SHORT_NAMES: dict[str, Recalibration | None] = {
 
 
 def recalibrate(recalibration: Recalibration, setting: Setting) -> Recalibrated:
-    """Apply a recalibration; where all endpoints are the same network there is nothing to correct."""
+    """Apply a recalibration; if all endpoints are the same network, there is nothing to correct."""
     if all(same(setting.merged, endpoint) for endpoint in setting.endpoints):
         return Recalibrated(dict(setting.merged), RecalibrationReport("nothing: all nodes are the same network"))
     return recalibration(setting)
@@ -54,7 +54,7 @@ def resolve(named: Recalibration | str | None) -> Recalibration | None:
         raise ConfigError(f"recalibrate is the class {named.__name__}, expected {named.__name__}()")
     if named is None or (callable(named) and not isinstance(named, str)):
         return named
-    if named not in list(SHORT_NAMES):  # comparison, not lookup: what is given may be unhashable
+    if named not in list(SHORT_NAMES):  # a list, because the given value may be unhashable
         raise ConfigError(f"recalibrate is {named!r}, expected one of {', '.join(map(repr, SHORT_NAMES))}")
     return SHORT_NAMES[named]
 
@@ -67,11 +67,11 @@ def resolve_for(
     Parameters
     ----------
     named : Recalibration, str or None
-        What was asked for. None stands for the default with data, and for nothing without.
+        As the user gave it. None stands for the default with data, and for nothing without.
     data : bool
         Whether there are calibration data.
     default : Recalibration or str
-        What to do with data where nothing was asked for.
+        What to do with data if `named` is None.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""Fit the scores of classes: softmax regression towards given probabilities, without a learning rate.
+"""Fit class scores: softmax regression towards given probabilities, without a learning rate.
 
 Böhning (1992) bounds the Hessian of softmax regression by half the Gram matrix of the inputs, for every class alike.
-A Newton step with that bound needs one factorisation in all, and can only improve the fit.
+Newton steps with that bound need a single factorisation, and no step worsens the fit.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_STEPS = 100  # at each strength, from the strongest to the weakest, each starting where the one before it ended
+_STEPS = 100  # per strength, from the strongest to the weakest, each fit starting from the previous one
 _EXACT = 1e-9  # divergence that float32 rounding alone may leave
-_GAIN = 1e-3  # relative fall of the held-out divergence below which nothing is gained but noise
+_GAIN = 1e-3  # a smaller relative decrease of the held-out divergence is noise
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class ScoreFit:
 def choose_scores(
     train: Classified, held_out: Classified, layer: Layer, strengths: Sequence[float], *, bias: bool
 ) -> ScoreFit:
-    """Fit with the strength that predicts held-out rows best, or keep the layer where none does better.
+    """Fit with the strength that predicts held-out rows best, or keep the layer if none is better.
 
     Parameters
     ----------
     train, held_out : Classified
         Rows of different inputs.
     layer : Layer
-        The ridge pulls towards its weight; its bias is where an unpenalised one starts.
+        The ridge penalises the distance from its weight. The bias is not penalised; the fit starts at its bias.
     strengths : sequence of float
         Candidates, relative to the mean variance of the inputs.
     bias : bool
@@ -110,7 +110,7 @@ def path(rows: Classified, layer: Layer, strengths: Sequence[float], *, bias: bo
     rows : Classified
         Inputs and the probabilities to fit.
     layer : Layer
-        The ridge pulls towards its weight; the fit starts there.
+        The ridge penalises the distance from its weight; the fit starts there.
     strengths : sequence of float
         Ridge strengths; the fits go from the strongest to the weakest.
     bias : bool
@@ -125,7 +125,7 @@ def path(rows: Classified, layer: Layer, strengths: Sequence[float], *, bias: bo
     found = {}
     for strength in sorted(strengths, reverse=True):
         factor, failed = torch.linalg.cholesky_ex(gram / 2 + strength * scale * eye)
-        if int(failed):  # a ridge that rounding swallows
+        if int(failed):  # the ridge is too weak for a factorisation in float64
             continue
         for _ in range(_STEPS):
             missing = rows.goal - (x @ (layer.weight + change) + offset).softmax(-1)
@@ -139,9 +139,9 @@ def balance(means: Tensor, weights: Tensor, floor: float) -> Tensor:
     """Divisors of the endpoints' mean probabilities, per class, that remove class priors on which they disagree.
 
     Endpoints trained on different label distributions have different class priors, and their mean probability favours
-    classes that many endpoints know, or that few are very sure of. Divided by its mean over all inputs it has a
-    uniform prior. The divisor is taken to the power of the endpoints' mean distance from one another, at most one, so
-    that a class which all endpoints find rare stays rare.
+    classes that many endpoints know, or that a few predict with high confidence. Divided by its mean over all inputs,
+    it has a uniform prior. The divisor is raised to the power of the endpoints' mean distance from their mean, at most
+    one, so that a class that is rare for all endpoints stays rare.
 
     Parameters
     ----------

@@ -114,7 +114,7 @@ def test_weights_that_no_linear_map_fits_are_refused(network: str) -> None:
     build, inputs = ODD[network]
     model = build()
     other = {name: value + 0.1 if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    with pytest.raises(ConfigError, match="so no linear map fits it: use a method of permutations"):
+    with pytest.raises(ConfigError, match="cannot be mapped linearly: use a method of permutations"):
         merge(model, [model.state_dict(), other], calibration=[inputs], method="cca")
 
 
@@ -122,7 +122,7 @@ def test_moments_that_linear_maps_cannot_carry_are_refused() -> None:
     model, params = nodes("mlp", 2)
     own = [channel_moments(model, node, [CALIBRATION[0]]) for node in params]
     options = {"calibration": [CALIBRATION[0]], "spec": spec_of("mlp"), "recalibrate": "auto"}
-    with pytest.raises(ConfigError, match="moments cannot follow the linear maps of method 'cca'"):
+    with pytest.raises(ConfigError, match="moments cannot be mapped by the linear maps of method 'cca'"):
         merge(model, params, method="cca", moments=own, **options)
 
 

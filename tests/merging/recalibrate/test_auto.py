@@ -202,7 +202,7 @@ def test_what_is_not_taken_for_labels_is_named(rest: object, what: str) -> None:
     done = merge(model, params, calibration=[(CALIBRATION[0], rest)], recalibrate="auto").report.recalibration
     assert done is not None
     assert done.decision is not None
-    assert re.search(f"what follows the inputs, {what}", done.decision.reason)
+    assert re.search(f"the element after the inputs, {what}", done.decision.reason)
 
 
 def test_refit_is_judged_on_inputs_that_it_was_not_fitted_to() -> None:

@@ -72,11 +72,11 @@ def test_the_layer_that_gives_the_scores_is_found(model, weight):
     ("model", "reason"),
     [
         (body(nn.Linear(6, 1)), r"gives outputs of shape \(2, 1\)"),
-        (body(nn.Linear(6, 3), nn.Sigmoid()), "made by aten.sigmoid"),
-        (body(nn.Linear(6, 4), nn.Unflatten(1, (2, 2))), "made by aten"),
-        (Added(), "made by aten.add"),
+        (body(nn.Linear(6, 3), nn.Sigmoid()), "computed by aten.sigmoid"),
+        (body(nn.Linear(6, 4), nn.Unflatten(1, (2, 2))), "computed by aten"),
+        (Added(), "computed by aten.add"),
         (Pair(), "has 2 outputs"),
-        (Tied(), "made by aten.linear.default, expected a linear layer with a weight of its own"),
+        (Tied(), "computed by aten.linear.default, expected a linear layer with a weight of its own"),
     ],
 )
 def test_other_outputs_are_named(model, reason):
