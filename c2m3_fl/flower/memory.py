@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from c2m3_fl.core import permutation
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import ConfigError, SpecError
+
+Noted = Mapping[int, dict[str, Tensor]]
 
 
 class Memory:
@@ -51,6 +53,17 @@ class Memory:
         self._maps[node] = {name: index.to(torch.int32).cpu() for name, index in perm.items()}
         if len(self._maps) > self.limit:
             self._maps.popitem(last=False)
+
+    def noted(self) -> Noted:
+        """What is remembered now, for `take_back`."""
+        return self._maps.copy()
+
+    def take_back(self, nodes: Iterable[int], noted: Noted) -> None:
+        """Remember of some nodes what was noted earlier: after a round in which their replies were not used."""
+        for node in nodes:
+            self._maps.pop(node, None)
+            if node in noted:
+                self._maps[node] = noted[node]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything remembered, oldest first, as tensors named ``position/node/group``."""

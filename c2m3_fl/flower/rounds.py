@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from logging import ERROR, WARNING
+from operator import not_
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -16,13 +18,15 @@ from flwr.supercore import log
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower.aligner import Aligner
+from c2m3_fl.flower.aligner import Aligner, RoundMatch
 from c2m3_fl.flower.metrics import Numbers, aligned_numbers, failure, report_alignment
 from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.replies import Dropped, Reply, Sorted, report_dropped
-from c2m3_fl.flower.wrapped import ignores_weights, restore_types, rewinding
+from c2m3_fl.flower.rewind import Before
+from c2m3_fl.flower.wrapped import ignores_weights, remembers_squares, restore_types
 
 Metrics = TypeVar("Metrics")
+_LARGEST_NORM = 3.0  # medians, as for outliers: see `Consensus.outliers`
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +49,8 @@ class AlignedReplies:
         Outliers that were left out.
     numbers : Numbers
         The match in numbers.
+    fits : tuple of bool
+        Which replies fit the others.
     """
 
     replies: tuple[Reply[Any], ...]
@@ -54,11 +60,26 @@ class AlignedReplies:
     shares: tuple[float, ...]
     dropped: tuple[Dropped, ...]
     numbers: Numbers
+    fits: tuple[bool, ...]
 
     @property
     def nodes(self) -> list[int]:
         """Who replied."""
         return [reply.node for reply in self.replies]
+
+    def only(self, kept: Sequence[bool]) -> AlignedReplies:
+        """Some of the replies; the others are dropped as outliers."""
+        left_out = [Dropped(node, "does not fit the other replies") for node in compress(self.nodes, map(not_, kept))]
+        return replace(
+            self,
+            replies=tuple(compress(self.replies, kept)),
+            weights=tuple(compress(self.weights, kept)),
+            params=tuple(compress(self.params, kept)),
+            moves=tuple(compress(self.moves, kept)),
+            shares=tuple(compress(self.shares, kept)),
+            dropped=(*self.dropped, *left_out),
+            fits=tuple(compress(self.fits, kept)),
+        )
 
 
 Aggregate = Callable[[AlignedReplies], tuple[Params | None, Metrics | None]]
@@ -80,6 +101,8 @@ class RoundStart:
         The wrapped strategy, which is taken back to its state of now where its result is unusable.
     plain : bool
         Whether to aggregate the replies without alignment as well: one more candidate for a guard.
+    accept : callable
+        From the aggregate and the replies to what becomes of it; raises `ParamsError` where it is not to be used.
     """
 
     aligner: Aligner
@@ -87,6 +110,7 @@ class RoundStart:
     sent: Params
     strategy: object
     plain: bool = False
+    accept: Callable[[Params, Sequence[Params]], Params] = lambda merged, replies: merged
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,19 +155,27 @@ def run_round(start: RoundStart, found: Sorted[Any], aggregate: Aggregate[Metric
         From the aligned replies to the wrapped strategy's arrays and metrics.
     """
     report_dropped(found.dropped)
-    counts: Numbers = {"c2m3-replies": len(found.replies), "c2m3-dropped": len(found.dropped)}
-    counts["c2m3-check-seconds"] = found.seconds
+    memory, counts = start.aligner.memory, _counts(found)
     if len(found.replies) < start.options.min_replies:
         return Outcome(None, None, counts, reason=f"{len(found.replies)} valid replies are too few")
+    noted = memory.noted()
     try:
         aligned = _align(start, found.replies)
     except Exception as error:  # a failed round must not end the run
         return Outcome(None, None, counts, reason=failure("the alignment", error), level=ERROR)
-    report_dropped(aligned.dropped)
-    counts = {**counts, **aligned.numbers, "c2m3-dropped": len(found.dropped) + len(aligned.dropped)}
-    if len(aligned.replies) < start.options.min_replies:
-        return Outcome(None, None, counts, reason=f"{len(aligned.replies)} replies that fit each other are too few")
-    return _aggregated(start, aligned, aggregate, counts)
+    outcome = _aggregated(start, aligned, aggregate)
+    used = aligned if outcome.aligned is None else outcome.aligned
+    memory.take_back([each.node for each in used.dropped], noted)
+    counts |= {**used.numbers, "c2m3-dropped": len(found.dropped) + len(used.dropped)}
+    return replace(outcome, numbers={**counts, **outcome.numbers})
+
+
+def _counts(found: Sorted[Any]) -> Numbers:
+    return {
+        "c2m3-replies": len(found.replies),
+        "c2m3-dropped": len(found.dropped),
+        "c2m3-check-seconds": found.seconds,
+    }
 
 
 def _align(start: RoundStart, replies: Sequence[Reply[Any]]) -> AlignedReplies:
@@ -157,46 +189,67 @@ def _align(start: RoundStart, replies: Sequence[Reply[Any]]) -> AlignedReplies:
     if start.options.diagnostics:
         numbers |= {f"c2m3-agreement/{name}": layer.tolist() for name, layer in match.consensus.layers.items()}
     report_alignment(nodes, match, odd)
-    left_out = set(odd) if start.options.outliers == "drop" else set()
-    kept = [index for index in range(len(replies)) if index not in left_out]
-    shares = match.share_moved
-    return AlignedReplies(
-        tuple(replies[index] for index in kept),
-        tuple(weights[index] for index in kept),
-        tuple(match.params[index] for index in kept),
-        tuple(match.moves[index] for index in kept),
-        tuple(shares[index] for index in kept),
-        tuple(Dropped(nodes[index], "does not fit the other replies") for index in sorted(left_out)),
+    aligned = AlignedReplies(
+        tuple(replies),
+        tuple(weights),
+        tuple(match.params),
+        tuple(match.moves),
+        tuple(match.share_moved),
+        (),
         numbers,
+        tuple(index not in odd for index in range(len(replies))),
     )
+    if start.options.outliers == "drop":
+        return aligned.only(aligned.fits)
+    return aligned.only(_of_usual_norm(match)) if remembers_squares(start.strategy) else aligned
 
 
-def _aggregated(
-    start: RoundStart, aligned: AlignedReplies, aggregate: Aggregate[Metrics], counts: Numbers
+def _of_usual_norm(match: RoundMatch) -> list[bool]:
+    """Which replies are not far larger than most; all of them where there is no majority."""
+    norms = match.consensus.norms
+    usual: list[bool] = (norms <= _LARGEST_NORM * norms.median()).tolist()
+    return usual if len(norms) > 2 else [True] * len(norms)
+
+
+def _aggregated(start: RoundStart, aligned: AlignedReplies, aggregate: Aggregate[Metrics]) -> Outcome[Metrics]:
+    """Let the wrapped strategy aggregate; where it fails, once more without the replies that do not fit the others."""
+    report_dropped(aligned.dropped)
+    least = start.options.min_replies
+    if len(aligned.replies) < least:
+        return Outcome(None, None, {}, reason=f"{len(aligned.replies)} replies that fit each other are too few")
+    before, started = Before(start.strategy), perf_counter()
+    plain = _aggregate_plain(aligned, aggregate, before) if start.plain else None
+    found, fitting = _attempt(start, aligned, aggregate, before), aligned.only(aligned.fits)
+    if found.reason and least <= len(fitting.replies) < len(aligned.replies):
+        log(found.level, "\t> %s: once more without the replies that do not fit the others", found.reason)
+        report_dropped(fitting.dropped[len(aligned.dropped) :])
+        found, plain = _attempt(start, fitting, aggregate, before), None
+    if found.params is None:
+        return replace(found, reason=found.reason or "the wrapped strategy returned no arrays")
+    return replace(found, numbers={"c2m3-aggregate-seconds": perf_counter() - started}, plain=plain)
+
+
+def _attempt(
+    start: RoundStart, aligned: AlignedReplies, aggregate: Aggregate[Metrics], before: Before
 ) -> Outcome[Metrics]:
-    """Let the wrapped strategy aggregate; where its result is unusable, take it back to where it was."""
-    rewind, started = rewinding(start.strategy), perf_counter()
-    plain = _aggregate_plain(aligned, aggregate, rewind) if start.plain else None
+    """The wrapped strategy's result; where that or the state that it leaves is unusable, its state of before."""
     metrics: Metrics | None = None
     try:
         arrays, metrics = aggregate(aligned)
-        merged = None if arrays is None else restore_types(arrays, [reply.params for reply in aligned.replies])
+        replies = [reply.params for reply in aligned.replies]
+        merged = None if arrays is None else start.accept(restore_types(arrays, replies), replies)
+        before.check()
     except ParamsError as error:
-        rewind()
-        return Outcome(None, metrics, counts, reason=str(error))
+        before.rewind()
+        return Outcome(None, metrics, {}, reason=str(error))
     except Exception as error:  # say, a trimmed mean that trims more than there is
-        rewind()
+        before.rewind()
         reason = failure(f"the wrapped strategy {type(start.strategy).__name__}", error)
-        return Outcome(None, metrics, counts, reason=reason, level=ERROR)
-    if merged is None:
-        return Outcome(None, metrics, counts, reason="the wrapped strategy returned no arrays")
-    counts["c2m3-aggregate-seconds"] = perf_counter() - started
-    return Outcome(merged, metrics, counts, aligned, plain)
+        return Outcome(None, metrics, {}, reason=reason, level=ERROR)
+    return Outcome(merged, metrics, {}, aligned)
 
 
-def _aggregate_plain(
-    aligned: AlignedReplies, aggregate: Aggregate[Metrics], rewind: Callable[[], None]
-) -> Params | None:
+def _aggregate_plain(aligned: AlignedReplies, aggregate: Aggregate[Metrics], before: Before) -> Params | None:
     """The aggregate of the replies as they came; leaves no trace in the wrapped strategy."""
     raw = [reply.params for reply in aligned.replies]
     try:
@@ -206,4 +259,4 @@ def _aggregate_plain(
         log(WARNING, "\t> no plain result to compare with: %s", error)
         return None
     finally:
-        rewind()
+        before.rewind()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar, cast
 
+import numpy as np
 from flwr.app import ArrayRecord
 from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, MultiKrum, QFedAvg, Strategy
+from flwr.serverapp.strategy.fedopt import FedOpt
 from torch import Tensor
 
 from c2m3_fl.core.averaging import weighted_mean
@@ -16,6 +18,7 @@ from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import ConfigError, ParamsError
 
 Wrapping = TypeVar("Wrapping")
+LARGEST = float(np.sqrt(np.finfo(np.float32).max))  # 1.8e19: the square of anything larger overflows float32
 
 _ROBUST = (
     Bulyan,
@@ -35,26 +38,6 @@ def chain(strategy: Wrapping) -> Iterator[Wrapping]:
     while isinstance(inner, Strategy | legacy.Strategy):
         yield cast(Wrapping, inner)
         inner = getattr(inner, "strategy", None)
-
-
-def rewinding(strategy: object) -> Callable[[], None]:
-    """A function that takes a strategy, and those that it wraps, back to their state of now.
-
-    After a round without a usable result: a momentum that holds NaN would never recover. Records are copied, because
-    some strategies empty them.
-    """
-    before = [(each, {name: _kept(value) for name, value in vars(each).items()}) for each in chain(strategy)]
-
-    def rewind() -> None:
-        for each, state in before:
-            vars(each).clear()
-            vars(each).update({name: _kept(value) for name, value in state.items()})
-
-    return rewind
-
-
-def _kept(value: object) -> object:
-    return value.copy() if isinstance(value, ArrayRecord) else value
 
 
 def check_instance(strategy: object, kind: type[object], wrapper: type[object]) -> None:
@@ -109,6 +92,11 @@ def ignores_weights(strategy: object) -> bool:
     return any(isinstance(each, _ROBUST) for each in chain(strategy))
 
 
+def remembers_squares(strategy: object) -> bool:
+    """Whether the strategy divides its steps by squares of earlier ones: one huge reply would freeze later rounds."""
+    return any(isinstance(each, FedOpt | legacy.FedOpt) for each in chain(strategy))
+
+
 def restore_types(aggregated: Params, replies: Sequence[Params]) -> dict[str, Tensor]:
     """A strategy's result, bit for bit where it is floating, in the key order of the replies.
 
@@ -133,6 +121,12 @@ def restore_types(aggregated: Params, replies: Sequence[Params]) -> dict[str, Te
             raise ParamsError(f"the wrapped strategy's result: {name!r} has shape {shapes}")
         result[name] = largest.get(name, found if found.is_floating_point() else found.to(value.dtype))
     check_finite(typed_like(first, result))  # in the types that a client computes with
+    largest_value = max(
+        (float(value.abs().max()) for value in result.values() if value.is_floating_point() and value.numel()),
+        default=0.0,
+    )
+    if largest_value > LARGEST:
+        raise ParamsError(f"the wrapped strategy's result has values of {largest_value:.3g}, whose squares overflow")
     return result
 
 

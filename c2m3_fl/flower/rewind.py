@@ -1,0 +1,168 @@
+"""The state of wrapped strategies before a round, to take them back to it where the round fails."""
+
+from __future__ import annotations
+
+import random
+from collections import UserDict, deque
+from collections.abc import Callable, Iterator
+from enum import Enum
+from functools import partial
+from io import IOBase
+from pathlib import PurePath
+from threading import Lock, RLock
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.wrapped import LARGEST, chain
+
+_LOCKS = (type(Lock()), type(RLock()))
+_CODE = (ModuleType, type, FunctionType, BuiltinFunctionType, MethodType, partial, Enum)
+_RESOURCES = (Grid, Dataset, DataLoader, IOBase)  # data and connections, which are no state
+_PLAIN = (str, bytes, int, complex, PurePath, type(None))
+_LEFT_ALONE = (*_CODE, *_RESOURCES, *_PLAIN)
+_MAPPINGS = (dict, UserDict, ArrayRecord, MetricRecord, ConfigRecord, RecordDict)
+_SEQUENCES = (list, tuple, deque, set, frozenset)
+_LEAVES = (np.ndarray, Tensor, Array, random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+
+
+class Before:
+    """What a strategy, current or legacy, and those that it wraps held before a round.
+
+    Arrays, tensors, records, containers, random generators and the attributes of objects, however deep, are restored
+    in place: whoever shares them sees the restored content, too. Data sets, loaders, grids, files and objects that
+    hold a lock are left alone.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        The outermost wrapped strategy.
+    """
+
+    def __init__(self, strategy: object) -> None:
+        self._strategies = tuple(chain(strategy))
+        self._finite: dict[str, bool] = {}
+        self._restore: list[Callable[[], object]] = []
+        for path, value in _walk(self._strategies):
+            found = _finite(value)
+            if found is not None:
+                self._finite[path] = found
+            restore = _restoring(value)
+            if restore is not None:
+                self._restore.append(restore)
+
+    def rewind(self) -> None:
+        """Take the strategies back."""
+        for restore in self._restore:
+            restore()
+
+    def check(self) -> None:
+        """Raise `ParamsError` where an array, or a number that was none before, is NaN or beyond `LARGEST` now.
+
+        The square of a huge reply in a second moment, say: the result is finite, and freezes every round that follows.
+        What was such a value before the round is the strategy's own choice.
+        """
+        for path, value in _walk(self._strategies):
+            number = isinstance(value, float | np.floating)
+            if _finite(value) is False and self._finite.get(path, not number):
+                raise ParamsError(f"the wrapped strategy's state {path} holds NaN, or values whose squares overflow")
+
+
+def _walk(strategies: tuple[object, ...]) -> Iterator[tuple[str, Any]]:
+    """Numbers, arrays, containers and objects, every object once, with the expressions that reach them."""
+    stack: list[tuple[str, Any]] = [(type(each).__name__, each) for each in reversed(strategies)]
+    seen: set[int] = set()
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, float | np.floating):
+            yield path, value
+        elif not isinstance(value, _LEFT_ALONE) and id(value) not in seen:
+            seen.add(id(value))
+            attributes = _attributes(value)
+            if any(isinstance(each, _LOCKS) for each in attributes.values()):
+                continue
+            yield path, value
+            stack += _children(path, value, attributes)
+
+
+def _children(path: str, value: object, attributes: dict[str, Any]) -> list[tuple[str, Any]]:
+    if isinstance(value, _LEAVES):
+        return []
+    if isinstance(value, _MAPPINGS):
+        return [(f"{path}[{key!r}]", each) for key, each in value.items()]
+    if isinstance(value, _SEQUENCES):
+        return [(f"{path}[{index}]", each) for index, each in enumerate(value)]
+    return [(f"{path}.{name}", each) for name, each in attributes.items()]
+
+
+def _attributes(value: object) -> dict[str, Any]:
+    """The attributes of an object, in its ``__dict__`` and in its slots."""
+    found = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
+
+
+def _finite(value: object) -> bool | None:
+    """Whether no element is NaN or beyond `LARGEST`; None for what holds no floats."""
+    if isinstance(value, Array):
+        value = value.numpy()
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or not value.is_floating_point():
+            return None
+        low, high = torch.aminmax(value.detach()) if value.numel() else (0.0, 0.0)
+    elif isinstance(value, float | np.floating | np.ndarray):
+        array = np.asarray(value)
+        if array.dtype.kind != "f":
+            return None
+        low, high = (array.min(), array.max()) if array.size else (0.0, 0.0)
+    else:
+        return None
+    return float(low) >= -LARGEST and float(high) <= LARGEST  # which NaN is not
+
+
+def _restoring(value: object) -> Callable[[], object] | None:
+    """A function that gives an object the content of now, as often as it is called; None for what cannot change."""
+    if isinstance(value, np.ndarray):
+        return partial(np.copyto, value, value.copy()) if value.flags.writeable else None
+    if isinstance(value, Tensor):
+        return partial(value.data.copy_, value.detach().clone())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, _MAPPINGS):
+        return partial(_refill, value.clear, value.update, dict(value))
+    if isinstance(value, list | deque):
+        return partial(_refill, value.clear, value.extend, list(value))
+    if isinstance(value, set):
+        return partial(_refill, value.clear, value.update, set(value))
+    if isinstance(value, float | np.floating | tuple | frozenset):
+        return None
+    return partial(_reset, value, _attributes(value))
+
+
+def _refill(clear: Callable[[], None], fill: Callable[..., None], content: object) -> None:
+    clear()
+    fill(content)
+
+
+def _reset(value: object, attributes: dict[str, Any]) -> None:
+    for name in _attributes(value).keys() - attributes.keys():
+        object.__delattr__(value, name)
+    for name, each in attributes.items():
+        object.__setattr__(value, name, each)
