@@ -5,20 +5,17 @@ No value that one client sends and no failure of a candidate disables the deploy
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import ERROR, INFO
 from time import perf_counter
 
-import numpy as np
-import torch
 from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import same
 from c2m3_fl.flower.candidates import AGGREGATE, Candidates, Clients, Request
+from c2m3_fl.flower.generators import undisturbed
 from c2m3_fl.flower.judge import ClientJudge, judge_candidates, report_verdict
 from c2m3_fl.flower.metrics import Numbers, failure
 from c2m3_fl.flower.setup import Setup
@@ -61,7 +58,7 @@ def deploy(setup: Setup, request: Request) -> Deployed:
         What the round gave.
     """
     started = perf_counter()
-    with _undisturbed():
+    with undisturbed():
         found = Candidates(setup, request)
         chosen, numbers, unjudged = _choose(setup, request, found)
     tried = setup.calibrated or (request.deploys and bool(setup.asks))
@@ -123,16 +120,3 @@ def _judge(setup: Setup, request: Request, candidates: Mapping[str, Params]) -> 
         weighted_by=clients.weighted_by,
         equally=request.equally,
     )
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Python's, NumPy's and torch's random states, put back at the end: whose clients train next is drawn from them."""
-    python = random.getstate()
-    numpy = np.random.get_state()  # noqa: NPY002  # the state that clients' code may draw from
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002  # as above

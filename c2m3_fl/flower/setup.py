@@ -17,6 +17,7 @@ from c2m3_fl.flower.client_head import Head, check_head, resolve_head
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics, check_measurable
 from c2m3_fl.flower.evidence import unusable
+from c2m3_fl.flower.generators import undisturbed
 from c2m3_fl.flower.judge import ClientJudge
 from c2m3_fl.flower.options import Options, resolve_device
 from c2m3_fl.merging.recalibrate.auto import Auto
@@ -145,7 +146,8 @@ def build_setup(
     place = resolve_device(device)
     statistics = calibration if isinstance(calibration, ClientStatistics) else None
     given = None if isinstance(calibration, ClientStatistics) else calibration
-    data = CalibrationSet.of(model, given, example_inputs=example_inputs, inputs=inputs)
+    with undisturbed(seed=0):  # a shuffling loader gives the same batches when the server is started again
+        data = CalibrationSet.of(model, given, example_inputs=example_inputs, inputs=inputs)
     refit, chosen = _resolve_recalibration(recalibrate, calibration)
     data = _usable(data, chosen)
     if spec is None:

@@ -1,0 +1,47 @@
+"""The global random generators: Python's, NumPy's and torch's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def global_states() -> dict[str, Any]:
+    """The states of the global generators, those of CUDA devices included where they are in use."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002  # the generator that Flower's noise is drawn from
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+    }
+
+
+def set_global_states(states: dict[str, Any]) -> None:
+    """Put the global generators where they were; of CUDA devices those that are there."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002  # as above
+    torch.set_rng_state(states["torch"])
+    for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def undisturbed(seed: int | None = None) -> Iterator[None]:
+    """Leave the global generators as they are, whatever is drawn inside; from `seed` where one is given.
+
+    Whose clients train next is drawn from them. With a seed a shuffling loader gives the same batches in every process.
+    """
+    states = global_states()
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  # as above
+        torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_global_states(states)
