@@ -15,9 +15,9 @@ from typer.core import TyperCommand, TyperGroup
 from c2m3_fl.errors import C2M3Error, ConfigError
 
 _COMMANDS = {  # a command is the function of that name in the module of that name
-    "barrier": "Draw how much worse the networks between two given ones are.",
+    "barrier": "Draw loss and accuracy along the segment between two networks.",
     "compare": "Compare strategies on one simulated federation: table, JSON and picture.",
-    "experiment": "Measure a written-down experiment, or the rest of it, and draw it.",
+    "experiment": "Run an experiment of simulations/experiments, or the rest of it, and draw the results.",
     "inspect": "Show what may be permuted in a network, and what may not and why.",
     "landscape": "Draw the loss across the plane through three networks.",
     "merge": "Merge files of weights into one, with a report of what was done.",
@@ -25,14 +25,14 @@ _COMMANDS = {  # a command is the function of that name in the module of that na
 
 
 def _module(command: str) -> ModuleType:
-    """The module of a command; the experiments' commands import `simulations`, which is no part of the wheel."""
+    """The module of a command; the experiments' commands import `simulations`, which is not in the wheel."""
     try:
         return import_module(f"c2m3_fl.cli.{command}")
     except ModuleNotFoundError as error:
         if error.name != "simulations":
             raise
         raise ConfigError(
-            f"{command} needs a checkout of the repository: the installed package does not hold the simulations"
+            f"{command} needs a checkout of the repository: the installed package does not contain the simulations"
         ) from error
 
 
@@ -53,7 +53,7 @@ class _Commands(TyperGroup):
         return typer.main.get_command(alone)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):  # from the list above: nothing is imported for a list of names
+        with formatter.section("Commands"):  # from the list above, so that listing imports no command
             formatter.write_dl(list(_COMMANDS.items()))
 
 
@@ -64,11 +64,11 @@ app = typer.Typer(
 
 @app.callback()
 def _about() -> None:
-    """Merge networks that do not share a basis, and compare what that gains in a federation."""
+    """Merge networks whose units are in different orders, and compare strategies in simulated federations."""
 
 
 def main() -> None:
-    """Run the command line; an error of this package ends it with status 1 and its message alone."""
+    """Run the command line; an error of this package ends it with status 1, and only its message is printed."""
     try:
         app()
     except C2M3Error as error:

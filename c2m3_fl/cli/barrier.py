@@ -1,4 +1,4 @@
-"""``c2m3-fl barrier``: how much worse the networks between two given ones are, before and after the match."""
+"""``c2m3-fl barrier``: loss and accuracy along the segment between two networks, before and after the match."""
 
 from __future__ import annotations
 

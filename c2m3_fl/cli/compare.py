@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from c2m3_fl.errors import ConfigError
+from c2m3_fl.cli.options import read_seeds
 from simulations.presets import PRESETS
 from simulations.results import PROGRESS, RESULTS, Comparison, Round, load, read_lines, save
 from simulations.settings import TITLES, Settings, Value, check_choice
@@ -39,7 +39,7 @@ def compare(
     """Compare strategies on one simulated federation: a table per round, JSON and a picture."""
     check_choice("engine", engine, _ENGINES)
     settings = _settings(preset, options)
-    chosen = _seeds(seeds) or (settings.seed,)
+    chosen = read_seeds(seeds) or (settings.seed,)
     output.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else _WIDE)
     runs = [replace(settings, seed=seed) for seed in chosen]
@@ -50,7 +50,7 @@ def compare(
 
 
 def _show(console: Console, comparison: Comparison, output: Path) -> None:
-    """Table, JSON, Markdown and picture, and where they are."""
+    """Print the table; write JSON, Markdown and picture, and print their paths."""
     from c2m3_fl.cli.drawing import draw
     from c2m3_fl.cli.tables import markdown, rounds_table
 
@@ -103,7 +103,7 @@ def _flower(runs: list[Settings], report: Report) -> tuple[Round, ...]:
 
 @contextmanager
 def _progress(console: Console, total: int) -> Iterator[Report]:
-    """A bar over all rounds, and a line for each one that is done."""
+    """A bar over all rounds, and a line for each finished one."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=total)
@@ -120,19 +120,12 @@ def _progress(console: Console, total: int) -> Iterator[Report]:
 
 
 def _settings(preset: str, options: Mapping[str, Value | None]) -> Settings:
-    """The preset's settings with the options that were given in their place."""
+    """The preset's settings, overridden by the options that were given."""
     if preset:
         check_choice("preset", preset, tuple(PRESETS))
     given = {name: value for name, value in options.items() if value is not None}
     values: dict[str, Any] = {**(PRESETS[preset] if preset else {}), **given}
     return Settings(**values)
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
-    except ValueError as error:
-        raise ConfigError(f"seeds is {text!r}, expected integers separated by commas, such as '0,1,2'") from error
 
 
 def _option(each: Field[Any], kind: type) -> inspect.Parameter:

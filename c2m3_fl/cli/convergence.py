@@ -11,12 +11,12 @@ from c2m3_fl.core.result import Step
 def draw_convergence(steps: Sequence[Step], file: Path) -> None:
     """Agreement, duality gap or gain, and step size against the steps that a callback has collected.
 
-    Steps of reheatings that were tried are left out; one that gained is a step of its own.
+    Steps of tried reheatings are left out; a reheating that raised the agreement is one step.
 
     Parameters
     ----------
     steps : sequence of Step
-        What `match` told its callback, at least once.
+        The steps that `match` gave its callback, at least one.
     file : Path
         Where the picture goes; its suffix decides the format.
     """

@@ -1,4 +1,4 @@
-"""Comparisons as a picture: accuracy against rounds, or bars where there is but one round."""
+"""Comparisons as a picture: accuracy against rounds, or bars if there is only one round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simulations.settings import TITLES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = {  # Okabe and Ito's palette, told apart without red and green
+_COLOURS = {  # Okabe and Ito's palette, readable for the colour-blind
     "fedavg": "#7F7F7F",
     "fedavgm": "#56B4E9",
     "fedmedian": "#CC79A7",
@@ -33,8 +33,8 @@ _REFERENCES: dict[str, tuple[Callable[[Round], float], str]] = {
 def draw(comparison: Comparison, file: Path) -> None:
     """Every strategy's global model, with the clients' ensemble and the best client as references.
 
-    The references are those of whichever strategy's clients did best in that round; over several seeds
-    means are drawn, and the range is shaded.
+    In every round, a reference is the largest over the strategies. Over several seeds, means are drawn and
+    the range is shaded.
     """
     import matplotlib as mpl
 
@@ -84,7 +84,7 @@ def _bars(axes: Axes, comparison: Comparison) -> None:
 
 
 def _colour(comparison: Comparison, strategy: str) -> str:
-    """Of the table above, or for a strategy that is not in it the next of twenty others."""
+    """Colour from the table above; for a strategy that is not in it, the next of twenty others."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

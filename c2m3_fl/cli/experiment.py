@@ -1,4 +1,4 @@
-"""``c2m3-fl experiment``: a written-down experiment, measured where it is not yet measured, and drawn."""
+"""``c2m3-fl experiment``: run an experiment of ``simulations/experiments``, or the rest of it, and draw the results."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import simulations
-from c2m3_fl.errors import ConfigError
+from c2m3_fl.cli.options import read_seeds
 from simulations.design import Design, load_design, names
 from simulations.ledger import Measurement, load
 from simulations.runner import Watch, result_file, run_design
 from simulations.settings import TITLES
 
 _FOLDER = Path(simulations.__file__).parent
-_WIDE = 120  # columns of what goes to a file or a log
+_WIDE = 120  # columns of output that goes to a file or a log
 
 
 def experiment(
     name: Annotated[str, typer.Argument(help=f"Which one: {', '.join(names())}.")],
-    quick: Annotated[bool, typer.Option("--quick", help="The reduced form, for a look and for tests.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run the reduced form that the experiment defines.")] = False,
     seeds: Annotated[str, typer.Option(help="Seeds in place of the experiment's own, separated by commas.")] = "",
     workers: Annotated[int, typer.Option(help="Processes, with one thread each.", min=1)] = 2,
     output: Annotated[Path, typer.Option(help="Folder for NAME.json, NAME.md and NAME.png.")] = _FOLDER / "results",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is already measured.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop earlier measurements and measure again.")] = False,
     draw: Annotated[bool, typer.Option("--draw", help="Only draw, from NAME.json.")] = False,
 ) -> None:
-    """Run an experiment of simulations/experiments, or the rest of it after it was ended."""
-    design = load_design(name, quick=quick, seeds=_seeds(seeds))
+    """Run an experiment of simulations/experiments, or the rest of one that was interrupted."""
+    design = load_design(name, quick=quick, seeds=read_seeds(seeds))
     console = Console(width=None if sys.stdout.isatty() else _WIDE)
     if not draw:
         console.print(f"{design.title}: {len(design.cells)} cells x {len(design.seeds)} seeds, {workers} workers")
@@ -44,7 +44,7 @@ def experiment(
 
 
 def _draw(design: Design, output: Path, console: Console) -> None:
-    """Tables and picture beside the JSON, and the tables in the page where they are this checkout's results."""
+    """Write tables and picture beside the JSON and, for this checkout's results, the tables in the pages."""
     from simulations import grid_pictures, grid_tables
 
     file = result_file(design, output)
@@ -68,7 +68,7 @@ def _draw(design: Design, output: Path, console: Console) -> None:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Watch]:
-    """A bar over all measurements, a line for each one that is made, and the estimated rest."""
+    """A bar over all measurements, a line for each new one, and the estimated remaining time."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("starting", total=None)
@@ -77,7 +77,7 @@ def _progress(console: Console) -> Iterator[Watch]:
 
         def watch(found: Sequence[Measurement], total: int) -> None:
             nonlocal before
-            if before < 0:  # what an earlier run has left
+            if before < 0:  # the first call: measurements of an earlier run
                 before = len(found)
                 seen.update(each.key for each in found)
             rest = _rest(len(found) - before, total - len(found), time.monotonic() - since)
@@ -104,10 +104,3 @@ def _rest(done: int, left: int, seconds: float) -> str:
         return "remaining time not known yet"
     minutes, seconds = divmod(round(left * seconds / done), 60)
     return f"about {minutes:.0f}:{seconds:02.0f} min left"
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
-    except ValueError as error:
-        raise ConfigError(f"seeds is {text!r}, expected integers separated by commas, such as '0,1,2'") from error

@@ -1,4 +1,4 @@
-"""What the merging commands read: networks by name, weights from files, images from folders."""
+"""Input of the merging commands: networks by name, weights from files, images from folders."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def load_params(file: Path) -> dict[str, Tensor]:
         raise DataError(f"{file} cannot be read: {error}") from error
     except Exception as error:  # a file of another format fails in many ways
         raise DataError(
-            f"{file} was refused: torch.load(weights_only=True) cannot read it, so it may run code when it is opened; "
+            f"{file} was refused: torch.load(weights_only=True) cannot read it, so loading it could run code; "
             "save the state dict with safetensors"
         ) from error
     found = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
@@ -123,7 +123,7 @@ def load_params(file: Path) -> dict[str, Tensor]:
 
 
 def channels_of(example: ExampleInputs | None) -> int:
-    """Channels of the images that a network takes, by the example inputs of its factory; three where it has none."""
+    """Channels of the images that a network takes, by the example inputs of its factory; by default three."""
     return example.shape[1] if isinstance(example, Tensor) and example.ndim == 4 else 3
 
 
@@ -135,14 +135,14 @@ def size_of(example: ExampleInputs | None, asked: int | None) -> int:
 
 
 def load_images(folder: Path, size: int, *, channels: int = 3, raw: bool = False) -> list[tuple[Tensor, ...]]:
-    """Batches of images, with labels where they lie in one subfolder per class.
+    """Batches of images, with labels if there is one subfolder per class.
 
-    Folders named by numbers say the class; others are numbered in alphabetical order.
+    If all subfolders have numbers as names, these are the classes; otherwise classes follow the alphabetical order.
 
     Parameters
     ----------
     folder : Path
-        Where they lie.
+        Folder of the images.
     size : int
         Pixels of each side, to which they are resized.
     channels : {1, 3}
@@ -199,7 +199,7 @@ def _read(file: Path, size: int, channels: int, raw: bool) -> Tensor:
 
 
 def check_output(file: Path, suffixes: Sequence[str]) -> None:
-    """Raise `ConfigError` before any work is done where the result could not be written."""
+    """Raise `ConfigError`, before any work is done, if the result could not be written to `file`."""
     if file.suffix.lower() not in suffixes:
         raise ConfigError(f"{file} ends in {file.suffix!r}, expected {' or '.join(suffixes)}")
     if not file.parent.is_dir():

@@ -32,7 +32,7 @@ def inspect(
         Path | None, typer.Option("--from", help="With --zoo: print the table of a file of measurements.")
     ] = None,
 ) -> None:
-    """Show the groups of interchangeable units of a network, and every axis that is pinned with its reason."""
+    """Show the groups of interchangeable units of a network, and every pinned axis with its reason."""
     console = Console(soft_wrap=True, highlight=False)
     if save is not None:
         check_output(save, (".json",))
@@ -50,7 +50,7 @@ def inspect(
 
 
 def _print_zoo(model: str, save: Path | None, saved: Path | None) -> None:
-    """The coverage table, line by line as networks are done."""
+    """Print the coverage table, one line per finished network."""
     entries = load(saved) if saved is not None else measure([model] if model else None, save)
     typer.echo(HEADER)
     for entry in entries:
@@ -58,7 +58,7 @@ def _print_zoo(model: str, save: Path | None, saved: Path | None) -> None:
 
 
 def _load(name: str, shapes: list[str]) -> tuple[nn.Module, ExampleInputs]:
-    """The network, and the example inputs that the shapes, the factory or the zoo's custom give it."""
+    """The network and its example inputs: of the given shapes, of the factory, or for a classifier an image."""
     network, example = load_network(name)
     module, _, attribute = name.rpartition(":")
     if module in ("", "torchvision"):

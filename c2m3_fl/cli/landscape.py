@@ -1,4 +1,4 @@
-"""``c2m3-fl landscape``: the loss across the plane through three networks, before and after the universe."""
+"""``c2m3-fl landscape``: the loss across the plane through three networks, before and after the match."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def landscape(
 ) -> None:
     """Draw the loss across the plane through three networks, as they are and in one basis."""
     if len(files) != 3:
-        raise ConfigError(f"a plane goes through three networks, got {len(files)} files")
+        raise ConfigError(f"a plane is spanned by three networks, got {len(files)} files")
     check_output(output, PICTURES)
     network, example = load_network(model, classes)
     nodes = [load_params(file) for file in files]
@@ -55,7 +55,7 @@ def landscape(
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """What the picture calls the networks: their files' names, with folders where those do not tell them apart."""
+    """Names of the networks in the picture: the files' names, with folders if the names are not distinct."""
     stems = [file.stem for file in files]
     names = stems if len(set(stems)) == len(stems) else [str(file.with_suffix("")) for file in files]
     return [name.replace("$", r"\$") for name in names]  # a dollar sign would begin a formula

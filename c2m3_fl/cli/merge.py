@@ -99,7 +99,7 @@ def merge(
     if convergence is not None and steps:
         draw_convergence(steps, convergence)
     elif convergence is not None:
-        typer.echo(f"{convergence} is not drawn: the match ended where it began, it has no course", err=True)
+        typer.echo(f"{convergence} is not drawn: the match took no step", err=True)
     if as_json:
         typer.echo(json.dumps(report, indent=1))
     else:
@@ -109,17 +109,17 @@ def merge(
 def _check(files: Sequence[Path], method: str, start: str, convergence: Path | None) -> None:
     """Refuse options that do not go together before anything is read."""
     if convergence is not None and method != "c2m3":
-        raise ConfigError(f"--convergence draws the course of method 'c2m3', which {method!r} does not have")
+        raise ConfigError(f"--convergence draws the steps of method 'c2m3'; method {method!r} has none")
     if len(files) < 2:
         raise ConfigError(f"got {len(files)} file, expected at least two networks to merge")
     resolve_method(method)
     if start != "auto" and method != "c2m3":
-        raise ConfigError(f"--start is for method 'c2m3', which {method!r} is not")
+        raise ConfigError(f"--start is for method 'c2m3', not for {method!r}")
 
 
 @contextmanager
 def _progress(title: str, steps: list[Step]) -> Iterator[Callable[[Step], None]]:
-    """A bar on the error stream; the function that it gives takes the steps of a match and keeps them in `steps`."""
+    """A bar on the error stream, and a callback for the match that shows every step and appends it to `steps`."""
     estimate = Estimate(CycleConsistent.tolerance)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -142,7 +142,7 @@ def _save(merged: Merge, output: Path) -> None:
 
 
 def _example(given: ExampleInputs | None, size: int) -> ExampleInputs:
-    """Inputs to trace with where there are no images: the factory's own, or an image of the stated size."""
+    """Inputs to trace with if there are no images: the factory's own, or images of the given size."""
     return torch.zeros(2, 3, size, size) if given is None else given
 
 

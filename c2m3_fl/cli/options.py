@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from c2m3_fl.errors import ConfigError
+
 Model = Annotated[str, typer.Option(help="A torchvision classifier, or package.module:factory.")]
 LabelledImages = Annotated[Path, typer.Option(help="Folder of images, one subfolder per class.")]
 Picture = Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")]
 KeepStatistics = Annotated[
-    bool, typer.Option("--keep-statistics", help="Do not estimate BatchNorm's statistics anew between networks.")
+    bool, typer.Option("--keep-statistics", help="Do not re-estimate BatchNorm's statistics between networks.")
 ]
 ImageSize = Annotated[
     int | None,
@@ -21,3 +23,11 @@ Raw = Annotated[
     bool, typer.Option("--raw", help="Leave pixels in [0, 1]; else they are scaled by ImageNet's mean and spread.")
 ]
 Classes = Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")]
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """The integers of the option ``--seeds``, without repetition."""
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+    except ValueError as error:
+        raise ConfigError(f"seeds is {text!r}, expected integers separated by commas, such as '0,1,2'") from error

@@ -1,4 +1,4 @@
-"""The coverage table of torchvision's classifiers: measured once, kept as JSON, printed from it as Markdown."""
+"""The coverage table of torchvision's classifiers: measured once, stored as JSON, printed from it as Markdown."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def example_image(name: str) -> torch.Tensor:
 
 
 def survey(name: str) -> tuple[Row, PermutationSpec]:
-    """Trace a classifier and measure the invariance of what tracing found, before any group is pinned by the check."""
+    """Trace a classifier and measure the invariance error of the traced spec, before the check pins any group."""
     torch.manual_seed(0)
     network, image = build_classifier(name), as_inputs(example_image(name))
     begin = time.process_time()
