@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
 
 from c2m3_fl.network.exporting import aliases
 from c2m3_fl.symmetry.facts import Atoms, Structure
 from c2m3_fl.symmetry.rules.elementwise import constant, elementwise
-from c2m3_fl.symmetry.rules.registry import RULES, Call, Result, Rule, unknown
+from c2m3_fl.symmetry.rules.registry import (
+    INDEXING,
+    RULES,
+    SAME_ENTRIES,
+    Call,
+    Result,
+    Rule,
+    expose,
+    unknown,
+)
 from c2m3_fl.symmetry.unit_labels import Labels, Shape, combine, in_order
 
 _FOLDED = 2**22  # results with more entries are not evaluated: they count as ordered
@@ -95,7 +107,20 @@ class _Labeller:
                 self._call(node)
             elif node.op == "output":
                 self._output(node)
+        self._unread()
         return self.used
+
+    def _unread(self) -> None:
+        """Pin what lies beyond a slice on a parameter axis: other inputs may read it, such as longer sequences."""
+        structure = self.structure
+        statements = [side for pair in structure.ties + structure.relations for side in pair]
+        touched = np.zeros(structure.size, dtype=bool)
+        for atoms in [*statements, *structure.sets.values(), *(atoms for atoms, _ in structure.pins)]:
+            touched[atoms] = True
+        structure.operator = structure.module = ""
+        for atoms in structure.axes.values():
+            if touched[atoms].any() and not touched[atoms].all():
+                structure.pin(atoms[~touched[atoms]], "not read with these inputs")
 
     def _locate(self, node: fx.Node) -> None:
         stack = list(node.meta.get("nn_module_stack", {}).values())
@@ -117,15 +142,12 @@ class _Labeller:
         tensor, name = self._state[name], self._first_name.get(name, name)
         if node.users:
             self.used.add(name)
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
             self._constant(node, tensor)
             for dim, size in enumerate(tensor.shape):
                 self.structure.pin(self.structure.axis(name, dim, size), "holds integers, not units")
             return
         self.labels[node] = self._parameter(name, tensor)
-        if spec.kind is InputKind.BUFFER and not _running_statistics(node):
-            for dim in varying(tensor):
-                self.structure.pin(self.structure.axis(name, dim, tensor.shape[dim]), "buffer with content of its own")
 
     def _content(self, name: str) -> Tensor:
         constants: Mapping[str, Any] = self.program.constants
@@ -141,7 +163,7 @@ class _Labeller:
 
     def _constant(self, node: fx.Node, value: Tensor) -> None:
         self.values[node] = value
-        self.labels[node] = Labels(tuple(value.shape), (), frozenset(varying(value)))
+        self.labels[node] = _fixed(value)
 
     # ------------------------------------------------------------------------------------------------------- calls
 
@@ -171,19 +193,22 @@ class _Labeller:
             self._constant(node, result)
         else:
             self.values[node] = result
-            self.labels[node] = tuple(
-                Labels(tuple(value.shape), (), frozenset(varying(value))) if isinstance(value, Tensor) else value
-                for value in result
-            )
+            self.labels[node] = tuple(_fixed(value) if isinstance(value, Tensor) else value for value in result)
         return True
 
     def _apply(self, node: fx.Node) -> Result:
         name = _rule_name(node)
         call = Call(self.structure, _shapes(node), self._known(node))
+        indices = [x for x in map(self.labels.get, node.all_input_nodes) if isinstance(x, Labels) and x.points]
+        if name not in INDEXING | SAME_ENTRIES:
+            for x in indices:
+                expose(self.structure, x)
         args = fx.map_arg(node.args, self.labels.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.labels.__getitem__)
         apply: Rule = RULES.get(name, unknown)
         result = apply(call, *args, **kwargs)
+        if indices and name in SAME_ENTRIES:
+            result = pytree.tree_map(partial(replace, points=indices[0].points), result)
         if _in_place(node):
             self.labels[node.all_input_nodes[0]] = result  # the first argument is the tensor that is written to
         return result
@@ -208,7 +233,7 @@ class _Labeller:
                 name = self._first_name.get(spec.target, spec.target)
                 combine(self.structure, found, self._parameter(name, self._state[spec.target]))
             elif spec.kind is OutputKind.USER_OUTPUT:
-                in_order(self.structure, found, range(found.ndim), "network output")
+                in_order(self.structure, expose(self.structure, found), range(found.ndim), "network output")
 
 
 def _shapes(node: fx.Node) -> tuple[Shape, ...]:
@@ -217,9 +242,11 @@ def _shapes(node: fx.Node) -> tuple[Shape, ...]:
     return tuple(tuple(int(size) for size in x.shape) for x in values if isinstance(x, Tensor))
 
 
-def _running_statistics(node: fx.Node) -> bool:
-    """Whether a buffer holds the running statistics of a normalisation."""
-    return any("batch_norm" in str(user.target) or "instance_norm" in str(user.target) for user in node.users)
+def _fixed(value: Tensor) -> Labels:
+    """Labels of a constant."""
+    content = value.detach().cpu()
+    exact = content.double() if content.is_floating_point() else content.resolve_conj()
+    return Labels(tuple(value.shape), (), frozenset(varying(value)), content=exact.numpy())
 
 
 def varying(tensor: Tensor) -> list[int]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
+import numpy.typing as npt
 
 from c2m3_fl.symmetry.facts import Atoms, Structure
 
@@ -39,15 +40,18 @@ class Labels:
         Dimensions with ordered content; on the support of a factor, content besides its units.
     source : str
         Name of the parameter, when the tensor is one as it stands.
-    points : ndarray, shape (n,), optional
-        Of a tensor of indices: the atoms of the dimension that it points into, when its entries move with them.
+    points : (Labels, int), optional
+        Of a tensor of indices: the tensor and its dimension that the indices point into, if there are units.
+    content : ndarray, optional
+        The values of a constant.
     """
 
     shape: Shape
     factors: tuple[Atoms, ...] = ()
     fixed: frozenset[int] = frozenset()
     source: str = ""
-    points: Atoms | None = None
+    points: tuple[Labels, int] | None = None
+    content: npt.NDArray[np.generic] | None = None
 
     @classmethod
     def ordered(cls, shape: Sequence[int]) -> Labels:
@@ -104,7 +108,8 @@ def align(x: Labels, ndim: int) -> Labels:
     if extra == 0:
         return x
     factors = tuple(factor.reshape((1,) * extra + factor.shape) for factor in x.factors)
-    return Labels((1,) * extra + x.shape, factors, frozenset(dim + extra for dim in x.fixed))
+    content = None if x.content is None else x.content.reshape((1,) * extra + x.shape)
+    return Labels((1,) * extra + x.shape, factors, frozenset(dim + extra for dim in x.fixed), content=content)
 
 
 def combine(structure: Structure, *operands: Labels) -> Labels:
@@ -112,11 +117,28 @@ def combine(structure: Structure, *operands: Labels) -> Labels:
     ndim = max(x.ndim for x in operands)
     aligned = [align(x, ndim) for x in operands]
     shape = np.broadcast_shapes(*(x.shape for x in aligned))
+    aligned = [_by_place(structure, x, aligned[:index] + aligned[index + 1 :]) for index, x in enumerate(aligned)]
     for index, x in enumerate(aligned):
         for other in aligned[:index]:
             _meet(structure, x, other)
     factors = maximal(structure, (factor for x in aligned for factor in x.factors))
     return Labels(tuple(shape), factors, frozenset().union(*(x.fixed for x in aligned)))
+
+
+def _by_place(structure: Structure, x: Labels, others: Sequence[Labels]) -> Labels:
+    """Tell the places of a repeated unit apart where other operands have units along some of its dimensions only.
+
+    A table of offsets, looked up by query and key, repeats its units over both. Rows and columns alone, as sets, do not
+    say at which pairs an offset occurs. The units of the result are the places, which lie in the units of the table.
+    """
+    factors = []
+    for factor in x.factors:
+        dims = support(factor)
+        met = [dims & support(one) for other in others for one in other.factors]
+        stiff = [dims & other.stiff for other in others]
+        apart = any(common and common != dims for common in met + stiff) and dims not in stiff
+        factors.append(structure.places_of(factor) if apart else factor)
+    return replace(x, factors=tuple(factors))
 
 
 def _meet(structure: Structure, x: Labels, y: Labels) -> None:
@@ -130,7 +152,32 @@ def _meet(structure: Structure, x: Labels, y: Labels) -> None:
         for factor in one.factors:
             common = support(factor) & two.stiff
             if common:
-                structure.pin(project(structure, factor, common), "combined with ordered content")
+                _told_by(structure, project(structure, factor, common), two, common)
+
+
+def _told_by(structure: Structure, atoms: Atoms, x: Labels, dims: frozenset[int]) -> None:
+    """Units that are combined with ordered content: those with equal values of a constant remain a set."""
+    flat = atoms.ravel()
+    kinds = np.arange(len(flat))
+    if x.content is not None:
+        rows = np.moveaxis(np.broadcast_to(x.content, x.shape), sorted(dims), range(len(dims))).reshape(len(flat), -1)
+        kinds = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
+    alone = np.bincount(kinds)[kinds] == 1
+    for kind in np.unique(kinds[~alone]):
+        structure.gather(flat[kinds == kind])
+    if alone.any():
+        structure.pin(flat[alone], "combined with ordered content")
+
+
+def targets(structure: Structure, index: Labels) -> Atoms | None:
+    """The units that a tensor of indices points into, shape (n,)."""
+    if index.points is None:
+        return None
+    x, dim = index.points
+    first, *others = [project(structure, factor, [dim]) for factor in x.factors if dim in support(factor)]
+    for other in others:
+        structure.tie(first, other)
+    return first.reshape(-1)
 
 
 def reduce(structure: Structure, x: Labels, dims: Iterable[int], *, keepdim: bool = False) -> Labels:

@@ -106,7 +106,7 @@ def test_permuted_network_in_single_precision_computes_the_same() -> None:
 # ----------------------------------------------------------------------------------------------------- prove or pin
 
 
-class Sorting(nn.Module):
+class Renormalised(nn.Module):
     """An operator without a rule in the middle."""
 
     def __init__(self) -> None:
@@ -114,21 +114,21 @@ class Sorting(nn.Module):
         self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(torch.sort(self.b(self.a(x).relu()), dim=-1).values)
+        return self.c(torch.renorm(self.b(self.a(x).relu()), 2, 0, 1.0))
 
 
 def test_unknown_operator_pins_its_inputs_and_is_named() -> None:
-    spec = permutation_spec(Sorting(), noise(2, 4))
+    spec = permutation_spec(Renormalised(), noise(2, 4))
     assert list(spec.groups) == ["a"]
     found = {(pin.tensor, pin.axis): pin for pin in spec.pins}
     for place in (("b.weight", 0), ("b.bias", 0)):
-        assert found[place].operator == "aten.sort"
-        assert "no rule for aten.sort" in found[place].reason
+        assert found[place].operator == "aten.renorm"
+        assert "no rule for aten.renorm" in found[place].reason
 
 
 def test_unknown_operator_names_its_module() -> None:
-    spec = permutation_spec(nn.Sequential(nn.Linear(3, 4), nn.Sequential(Sorting())), noise(2, 3))
-    assert {pin.module for pin in spec.pins if pin.operator == "aten.sort"} == {"1.0"}
+    spec = permutation_spec(nn.Sequential(nn.Linear(3, 4), nn.Sequential(Renormalised())), noise(2, 3))
+    assert {pin.module for pin in spec.pins if pin.operator == "aten.renorm"} == {"1.0"}
 
 
 def test_wrong_group_is_narrowed_down_pinned_and_reported() -> None:

@@ -3,6 +3,32 @@
 Importing this package registers all rules.
 """
 
-from c2m3_fl.symmetry.rules import contraction, elementwise, normalisation, pooling, recurrent, reduction, reshape
+from c2m3_fl.symmetry.rules import (
+    contraction,
+    elementwise,
+    fourier,
+    lookup,
+    matrix,
+    normalisation,
+    pooling,
+    ranking,
+    recurrent,
+    reduction,
+    reshape,
+    scatter,
+)
 
-__all__ = ["contraction", "elementwise", "normalisation", "pooling", "recurrent", "reduction", "reshape"]
+__all__ = [
+    "contraction",
+    "elementwise",
+    "fourier",
+    "lookup",
+    "matrix",
+    "normalisation",
+    "pooling",
+    "ranking",
+    "recurrent",
+    "reduction",
+    "reshape",
+    "scatter",
+]

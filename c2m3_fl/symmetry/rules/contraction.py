@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from c2m3_fl.symmetry.reshape_labels import copies, reshape
+from c2m3_fl.symmetry.rules.matrix import diagonal
 from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, Rule, rule
 from c2m3_fl.symmetry.unit_labels import Labels, align, combine, drop, einsum, in_order, insert, maximal, normalise
 
@@ -66,11 +67,19 @@ def einstein(call: Call, equation: str, operands: Sequence[Labels], **_: Argumen
     else:
         longest = max((sum(x.startswith(".") for x in term) for term in terms), default=0)
         output = _letters(right, longest + len(right.replace("...", "")))
-    for term, x in zip(terms, operands, strict=True):
-        if len(set(term)) < len(term):  # a repeated index takes a diagonal
-            in_order(call.structure, x, range(x.ndim), f"no rule for the diagonal in {equation!r}")
-            return Labels.ordered(call.shape)
-    return einsum(call.structure, terms, output, list(operands))
+    pairs = [_diagonals(call, term, x) for term, x in zip(terms, operands, strict=True)]
+    return einsum(call.structure, [term for term, _ in pairs], output, [x for _, x in pairs])
+
+
+def _diagonals(call: Call, term: list[str], x: Labels) -> tuple[list[str], Labels]:
+    """A repeated index takes a diagonal."""
+    for letter in dict.fromkeys(term):
+        while term.count(letter) > 1:
+            first = term.index(letter)
+            second = term.index(letter, first + 1)
+            x = diagonal(call.structure, x, first, second)
+            term = [*(other for dim, other in enumerate(term) if dim not in (first, second)), letter]
+    return term, x
 
 
 def _letters(term: str, ndim: int) -> list[str]:
@@ -145,7 +154,7 @@ def _kernel(call: Call, weight: Labels, groups: int) -> Labels:
     )
 
 
-# ------------------------------------------------------------------------------------------ attention, embeddings
+# ------------------------------------------------------------------------------------------------------ attention
 
 
 @rule("aten.scaled_dot_product_attention")
@@ -169,24 +178,3 @@ def attention(
         scores = combine(structure, scores, mask)
     scores = normalise(structure, scores, [-1])
     return einsum(structure, [[*batch, "t", "s"], [*batch, "s", "e"]], [*batch, "t", "e"], [scores, value])
-
-
-@rule("aten.embedding")
-def embedding(call: Call, weight: Labels, index: Labels, *_: Argument, **__: Argument) -> Labels:
-    """Rows of a table, looked up by ordered content."""
-    produces(call, weight, 1)
-    table = in_order(call.structure, weight, [0], "row of a lookup table")
-    return look_up(table, 0, index)
-
-
-def look_up(table: Labels, dim: int, index: Labels) -> Labels:
-    """Replace an ordered dimension by the dimensions of an index."""
-    factors = tuple(
-        factor.reshape(*factor.shape[:dim], *(1 for _ in index.shape), *factor.shape[dim + 1 :])
-        for factor in table.factors
-    )
-    shape = (*table.shape[:dim], *index.shape, *table.shape[dim + 1 :])
-    shift = index.ndim - 1
-    fixed = {old + shift * (old > dim) for old in table.fixed - {dim}}
-    fixed |= {dim + offset for offset, size in enumerate(index.shape) if size > 1}
-    return Labels(shape, factors, frozenset(fixed))

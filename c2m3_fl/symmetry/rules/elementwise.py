@@ -15,7 +15,7 @@ _UNARY = (
 )
 _BINARY = (
     "add sub rsub mul div true_divide floor_divide remainder fmod pow atan2 maximum minimum fmax fmin where clamp "
-    "clamp_min clamp_max eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor "
+    "clamp_min clamp_max lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor "
     "masked_fill lerp addcmul addcdiv xlogy copysign hypot heaviside nextafter __and__ __or__ __xor__"
 )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from c2m3_fl.symmetry.reshape_labels import reshape
 from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, rule
-from c2m3_fl.symmetry.unit_labels import Labels, in_order
+from c2m3_fl.symmetry.unit_labels import Labels, combine, in_order, insert, reduce
 
 
 def _resample(call: Call, x: Labels, spatial: int) -> Labels:
@@ -23,7 +23,7 @@ def _register() -> None:
     names |= {f"aten.{name}": d for d in (2, 3) for name in (f"max_pool{d}d_with_indices", f"_adaptive_avg_pool{d}d")}
     names |= {f"aten.upsample_{kind}2d": 2 for kind in ("bilinear", "bicubic")}
     names |= {"aten._upsample_bilinear2d_aa": 2, "aten._upsample_bicubic2d_aa": 2, "aten.upsample_linear1d": 1}
-    names |= {"aten.upsample_trilinear3d": 3, "aten.grid_sampler": 2, "aten.grid_sampler_2d": 2}
+    names |= {"aten.upsample_trilinear3d": 3}
     for name, spatial in names.items():
 
         @rule(name)
@@ -33,6 +33,23 @@ def _register() -> None:
 
 
 _register()
+
+
+@rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def grid_sampler(call: Call, x: Labels, grid: Labels, *_: Argument) -> Labels:
+    """Values of an image (N, C, …) at the places of a grid (N, …, coordinates)."""
+    structure, pixels = call.structure, range(2, x.ndim)
+    image = reduce(structure, in_order(structure, x, pixels, "position in an image"), pixels, keepdim=True)
+    places = in_order(structure, grid, [-1], "coordinate of a place")
+    places = reduce(structure, places, [-1])
+    return combine(structure, image, insert(places, [1]))
+
+
+@rule("aten.affine_grid_generator")
+def affine_grid(call: Call, theta: Labels, *_: Argument) -> Labels:
+    """A grid of places, from the coefficients of a linear map."""
+    in_order(call.structure, theta, range(theta.ndim), "coefficient of a map of places")
+    return Labels.ordered(call.shape)
 
 
 @rule("aten.im2col")

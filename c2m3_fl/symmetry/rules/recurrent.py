@@ -9,7 +9,7 @@ from c2m3_fl.symmetry.rules.contraction import produces
 from c2m3_fl.symmetry.rules.registry import Argument, Call, rule
 from c2m3_fl.symmetry.unit_labels import Labels, combine, einsum, permute, select
 
-_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # of layers and of cells
 
 
 @rule("aten.lstm")
@@ -81,14 +81,9 @@ def _layer(
     inward, recurrent, *rest = weights
     biases = rest[:2] if has_biases else []
     produces(call, inward, 0)
-    gates = _GATES[call.structure.operator.split(".")[1]]
-    size = inward.shape[0] // gates
-
-    def gated(weight: Labels) -> Labels:
-        return reshape(structure, weight, (gates, size, *weight.shape[1:]))
-
-    pre = einsum(structure, ["tbi", "ghi"], "tbgh", [x, gated(inward)])
-    pre = combine(structure, pre, *(gated(bias) for bias in biases))
+    gates = _gates(call)
+    pre = einsum(structure, ["tbi", "ghi"], "tbgh", [x, _gated(call, inward)])
+    pre = combine(structure, pre, *(_gated(call, bias) for bias in biases))
     units = _together(call, pre, gates)
     if memory is not None:
         units = combine(structure, units, memory)
@@ -97,11 +92,51 @@ def _layer(
         produces(call, rest[-1], 0)
         out = einsum(structure, ["tbh", "ph"], "tbp", [units, rest[-1]])
     out = combine(structure, out, start)
-    back = einsum(structure, ["tbp", "ghp"], "tbgh", [out, gated(recurrent)])
+    back = einsum(structure, ["tbp", "ghp"], "tbgh", [out, _gated(call, recurrent)])
     units = combine(structure, units, _together(call, combine(structure, pre, back), gates))
     return out, units
 
 
+def _gates(call: Call) -> int:
+    return _GATES[call.structure.operator.split(".")[1].removesuffix("_cell")]
+
+
+def _gated(call: Call, weight: Labels) -> Labels:
+    """Rows of a weight or a bias as (gates, units)."""
+    gates = _gates(call)
+    return reshape(call.structure, weight, (gates, weight.shape[0] // gates, *weight.shape[1:]))
+
+
 def _together(call: Call, pre: Labels, gates: int) -> Labels:
     """Combine the gates of each unit, as its state does."""
-    return combine(call.structure, *(select(call.structure, pre, 2, gate) for gate in range(gates)))
+    return combine(call.structure, *(select(call.structure, pre, -2, gate) for gate in range(gates)))
+
+
+@rule("aten.lstm_cell")
+def lstm_cell(call: Call, x: Labels, state: Sequence[Labels], *params: Labels) -> tuple[Labels, Labels]:
+    """One step of long short-term memory: units of the cell state; the hidden state before may have other units."""
+    hidden, cell = state
+    units = combine(call.structure, _step(call, x, hidden, *params), cell)
+    return units, units
+
+
+@rule("aten.gru_cell")
+def gru_cell(call: Call, x: Labels, hidden: Labels, *params: Labels) -> Labels:
+    """One step of a gated recurrent unit, whose state is partly kept."""
+    return combine(call.structure, _step(call, x, hidden, *params), hidden)
+
+
+@rule("aten.rnn_tanh_cell", "aten.rnn_relu_cell")
+def rnn_cell(call: Call, x: Labels, hidden: Labels, *params: Labels) -> Labels:
+    """One step of a plain recurrent layer."""
+    return _step(call, x, hidden, *params)
+
+
+def _step(call: Call, x: Labels, hidden: Labels, inward: Labels, recurrent: Labels, *biases: Labels | None) -> Labels:
+    """Units of one step from an input (batch, inputs) and a hidden state (batch, units), or without a batch."""
+    produces(call, inward, 0)
+    batch = "b" * (x.ndim - 1)
+    pairs = [(x, inward), (hidden, recurrent)]
+    parts = [einsum(call.structure, [batch + "i", "ghi"], batch + "gh", [z, _gated(call, w)]) for z, w in pairs]
+    pre = combine(call.structure, *parts, *(_gated(call, bias) for bias in biases if bias is not None))
+    return _together(call, pre, _gates(call))

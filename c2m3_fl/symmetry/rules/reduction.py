@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, rule
-from c2m3_fl.symmetry.unit_labels import Labels, combine, in_order, normalise, reduce
+from c2m3_fl.symmetry.unit_labels import Labels, in_order, normalise, reduce
 
 
 def every(x: Labels, dims: Argument) -> list[int]:
@@ -48,25 +48,6 @@ def vector_norm(
 ) -> Labels:
     """A norm along dimensions."""
     return reduce(call.structure, x, every(x, dims), keepdim=len(call.shape) == x.ndim)
-
-
-@rule("aten.max", "aten.min")
-def extremum(call: Call, x: Labels, *args: Argument, **_: Argument) -> Result:
-    """Largest entry: of all, along a dimension (with its index, which reveals the order), or of two tensors."""
-    if args and isinstance(args[0], Labels):
-        return combine(call.structure, x, args[0])
-    if not args:
-        return reduce(call.structure, x, range(x.ndim))
-    dim = x.dim(args[0])
-    ordered = reduce(call.structure, in_order(call.structure, x, [dim]), [dim], keepdim=len(call.shape) == x.ndim)
-    return ordered, ordered
-
-
-@rule("aten.argmax", "aten.argmin")
-def argument(call: Call, x: Labels, dim: int | None = None, keepdim: bool = False) -> Labels:
-    """Index of the largest entry, which reveals the order."""
-    dims = every(x, dim)
-    return reduce(call.structure, in_order(call.structure, x, dims), dims, keepdim=keepdim)
 
 
 @rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten._safe_softmax")

@@ -7,12 +7,12 @@ operator has no rule, its inputs are pinned and the pins name it (`unknown`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from c2m3_fl.errors import SpecError
 from c2m3_fl.symmetry.facts import Atoms, Structure
-from c2m3_fl.symmetry.unit_labels import Labels, Shape, in_order
+from c2m3_fl.symmetry.unit_labels import Labels, Shape, in_order, targets
 
 Argument = Any  # labels, numbers, strings, or lists of them
 Result = Any  # labels, or a tuple of them for operators with several outputs
@@ -20,6 +20,13 @@ Rule = Callable[..., Result]
 RuleT = TypeVar("RuleT", bound=Rule)
 
 RULES: dict[str, Rule] = {}
+INDEXING: set[str] = set()  # operators whose rule handles an index that points into units
+_SAME = (
+    "view reshape _unsafe_view flatten unflatten unsqueeze squeeze permute transpose swapaxes t mT movedim expand "
+    "expand_as repeat tile repeat_interleave select slice narrow split split_with_sizes chunk unbind flip clone "
+    "contiguous detach alias to _to_copy lift_fresh_copy"
+)
+SAME_ENTRIES = frozenset(f"aten.{name}" for name in _SAME.split())  # of an index, they return indices
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,16 @@ class Call:
         return self.outputs[0]
 
 
-def rule(*names: str) -> Callable[[RuleT], RuleT]:
-    """Register a rule for operators and all their overloads; `names` are like ``"aten.relu"``.
+def rule(*names: str, indexing: bool = False) -> Callable[[RuleT], RuleT]:
+    """Register a rule for operators and all their overloads.
+
+    Parameters
+    ----------
+    names : str
+        Names such as ``"aten.relu"``.
+    indexing : bool
+        Whether the rule handles an index that points into units (`Labels.points`). For all other operators, the units
+        that an index points into are pinned: its numbers reveal their order.
 
     Raises
     ------
@@ -70,6 +85,8 @@ def rule(*names: str) -> Callable[[RuleT], RuleT]:
                     "for it; remove one of the two, or give the operator another name"
                 )
             RULES[name] = function
+            if indexing:
+                INDEXING.add(name)
         return function
 
     return register
@@ -88,6 +105,14 @@ def tensors(args: Iterable[Argument]) -> list[Labels]:
         elif isinstance(value, list | tuple):
             found.extend(tensors(value))
     return found
+
+
+def expose(structure: Structure, x: Labels) -> Labels:
+    """An index whose numbers are read: the units that it points into keep their order."""
+    units = targets(structure, x)
+    if units is not None:
+        structure.pin(units, "its index is read as a number")
+    return replace(x, points=None)
 
 
 def unknown(call: Call, *args: Argument, **kwargs: Argument) -> Result:

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from c2m3_fl.symmetry.facts import Atoms
 from c2m3_fl.symmetry.reshape_labels import concatenate, copies, reshape, stack
-from c2m3_fl.symmetry.rules.contraction import look_up
 from c2m3_fl.symmetry.rules.registry import Argument, Call, rule
-from c2m3_fl.symmetry.unit_labels import Labels, combine, expand, in_order, insert, permute, select, take
+from c2m3_fl.symmetry.unit_labels import Labels, expand, in_order, insert, permute, select, take
 
 
 @rule(
@@ -176,31 +174,6 @@ def roll(call: Call, x: Labels, shifts: Argument, dims: Argument = ()) -> Labels
     return x
 
 
-@rule("aten.index_select")
-def index_select(call: Call, x: Labels, dim: int, index: Labels) -> Labels:
-    """Entries at the places of an index."""
-    if 2 in call.values:
-        return take(call.structure, x, dim, call.values[2].ravel())
-    dim = x.dim(dim)
-    return look_up(in_order(call.structure, x, [dim], "looked up by its place"), dim, index)
-
-
-@rule("aten.index")
-def index(call: Call, x: Labels, indices: Sequence[Labels | None]) -> Labels:
-    """Entries at the places of one index. Several indices, or masks, read every indexed dimension in order."""
-    used = [dim for dim, value in enumerate(indices) if value is not None]
-    given = [value for value in indices if value is not None]
-    if len(used) == 1 and 1 in call.values and x.shape[used[0]] > 0 and call.values[1].dtype != np.bool_:
-        known: Atoms = call.values[1]
-        taken = take(call.structure, x, used[0], known.ravel() % x.shape[used[0]])
-        return reshape(call.structure, taken, call.shape)
-    x = in_order(call.structure, x, used, "looked up by its place")
-    if len(used) == 1 and len(call.shape) == x.ndim - 1 + given[0].ndim:
-        return look_up(x, used[0], given[0])
-    in_order(call.structure, x, range(x.ndim), "looked up by several indices")
-    return Labels.ordered(call.shape)
-
-
 # ------------------------------------------------------------------------------------------------------ joining it
 
 
@@ -214,30 +187,6 @@ def cat(call: Call, pieces: Sequence[Labels], dim: int = 0) -> Labels:
 def pile(call: Call, pieces: Sequence[Labels], dim: int = 0) -> Labels:
     """Joined along a new dimension."""
     return stack(call.structure, pieces, dim)
-
-
-@rule("aten.slice_scatter")
-def slice_scatter(
-    call: Call, x: Labels, source: Labels, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Labels:
-    """Entries at regular places along a dimension replaced by others."""
-    dim = x.dim(dim)
-    places = np.arange(x.shape[dim])[slice(start, end, step)]
-    if not source.factors and not source.fixed and any(factor.shape[dim] > 1 for factor in x.factors):
-        take(call.structure, x, dim, places)
-        return combine(call.structure, x)  # a constant written over some units: their labels stay valid
-    joined = concatenate(call.structure, [x, source], dim)
-    order = np.arange(x.shape[dim])
-    order[places] = x.shape[dim] + np.arange(len(places))
-    return take(call.structure, joined, dim, order)
-
-
-@rule("aten.select_scatter")
-def select_scatter(call: Call, x: Labels, source: Labels, dim: int, index: int) -> Labels:
-    """One entry along a dimension replaced."""
-    dim = x.dim(dim)
-    index = index % x.shape[dim]
-    return slice_scatter(call, x, insert(source, [dim]), dim, index, index + 1)
 
 
 @rule("aten.constant_pad_nd", "aten.pad", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.replication_pad2d")
