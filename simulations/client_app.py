@@ -1,4 +1,4 @@
-"""The client: trains the network it is sent, or in round 1 its own, on its share of the images."""
+"""The client: trains the network that it receives, or its own in round 1, on its share of the images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simulations.partition_grid import PARTITION, play_partition
 from simulations.settings import Settings
 from simulations.training import default_device, log_probabilities, score, train
 
-_INITIALISATION, _BATCHES = 2, 3  # which of a seed's independent streams; the data use 0 and 1
+_INITIALISATION, _BATCHES = 2, 3  # independent streams derived from the seed; the data use 0 and 1
 _BATCH = 250  # images that a client measures at once
 
 
@@ -32,13 +32,13 @@ class Assignment:
     settings : Settings
         The federation.
     client : int
-        Who trains.
+        Number of the client.
     round : int
         From 1.
     params : mapping of str to Tensor
-        Where training starts, in the types of the network.
+        Initial state dict of the training, in the types of the network.
     proximal : float
-        Strength of FedProx's pull towards `params`.
+        Strength of FedProx's proximal term, which penalises the distance from `params`.
     """
 
     settings: Settings
@@ -53,7 +53,7 @@ Trainer = Callable[[Assignment], Trained]
 
 
 def train_locally(assignment: Assignment) -> Trained:
-    """Train for the local epochs; all that is random is decided by the seed, the client and the round."""
+    """Train for the local epochs; all randomness follows from the seed, the client and the round."""
     settings, client = assignment.settings, assignment.client
     model = _network(settings).to(default_device())
     model.load_state_dict(assignment.params)
@@ -69,14 +69,14 @@ def build_app(trainer: Trainer = train_locally) -> ClientApp:
     Parameters
     ----------
     trainer : callable
-        Does the training; another one may remember what it did.
+        Does the training; another one may cache results.
     """
     app = ClientApp(mods=[play_partition])
     answer_statistics(app, model=_architecture, data=_own_data)
 
     @app.train()
     def fit(message: Message, context: Context) -> Message:
-        """The reply carries the state dict, the number of images and the last loss."""
+        """Reply with the state dict, the number of images and the last loss."""
         settings, client = _who(context)
         arrays, config = _read(message)
         assignment = Assignment(
@@ -93,7 +93,7 @@ def build_app(trainer: Trainer = train_locally) -> ClientApp:
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        """Loss and accuracy of the network sent, on images that this client does not train on."""
+        """Reply with loss and accuracy of the received network on images that this client does not train on."""
         settings, client = _who(context)
         arrays, _ = _read(message)
         images: Images = federated_data(settings).evaluation_share(client)
@@ -106,7 +106,7 @@ def build_app(trainer: Trainer = train_locally) -> ClientApp:
 
 
 def _start(settings: Settings, client: int, current: int, arrays: ArrayRecord) -> Params:
-    """What a client trains: what it is sent or, with independent initialisations in round 1, its own network."""
+    """Initial parameters: those received or, in round 1 with independent initialisations, the client's own."""
     if settings.initialisation == "independent" and current == 1:
         return _network(settings, derived_seed(settings.seed, _INITIALISATION, client)).state_dict()
     model = _network(settings)

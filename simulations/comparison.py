@@ -1,4 +1,4 @@
-"""Runs one strategy after another on the same clients and evaluates every model that appears."""
+"""Runs one strategy after another on the same clients and evaluates all models of every round."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from simulations.training import default_device, ensemble, log_probabilities, sc
 
 Report = Callable[[Round], None]
 
-_SERVER_MODEL = 4  # which of the seed's independent streams initialises the server's model
+_SERVER_MODEL = 4  # stream, derived from the seed, that initialises the server's model
 
 
 def run_comparison(grid: Grid, settings: Settings, report: Report) -> tuple[Round, ...]:
@@ -71,7 +71,7 @@ class _Examiner:
         self._since = time.perf_counter()
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """Scores of a round; before the first there is nothing to compare."""
+        """Scores of a round; nothing is scored before the first."""
         if server_round == 0:
             return None
         images = self._data.held_out

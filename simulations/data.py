@@ -1,4 +1,4 @@
-"""The data of one federation: every client's share of the training images, and what the server keeps."""
+"""The data of one federation: every client's share of the training images, and the server's images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Images:
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Who holds which images.
+    """The images of every client and of the server.
 
     Attributes
     ----------
@@ -88,7 +88,7 @@ class FederatedData:
         return self._share(client)[0]
 
     def evaluation_share(self, client: int) -> Images:
-        """The images that one client holds out; all of them where they are too few to hold one out."""
+        """The images that one client holds out; all of its images if they are too few to hold one out."""
         return self._share(client)[1]
 
     def _share(self, client: int) -> tuple[Images, Images]:
@@ -101,7 +101,7 @@ class FederatedData:
 
     @cached_property
     def _decoded(self) -> dict[int, tuple[Images, Images]]:
-        """Shares that were asked for, because a client trains in every round."""
+        """Cache of shares, because a client trains in every round."""
         return {}
 
     def _images(self, source: Source, rows: Indices) -> Images:
@@ -114,12 +114,12 @@ class FederatedData:
 
 @lru_cache(maxsize=2)
 def federated_data(settings: Settings) -> FederatedData:
-    """Data of the federation that the settings describe, decided by them alone.
+    """Data of the federation that the settings describe; a function of the settings alone.
 
     Raises
     ------
     ConfigError
-        When more images are asked for than there are, or these labels cannot be spread as asked.
+        When there are fewer images than requested, or these labels cannot be partitioned as requested.
     DataError
         When the data set is neither found nor downloaded.
     """
@@ -147,5 +147,5 @@ def federated_data(settings: Settings) -> FederatedData:
 
 
 def derived_seed(seed: int, *path: int) -> int:
-    """A seed of its own for every path below `seed`: distinct paths give independent streams."""
+    """A seed derived from `seed` and a path; distinct paths give independent streams."""
     return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""Experiments as they are written down: one TOML under ``simulations/experiments/`` each, checked when it is read.
+"""Definitions of experiments: one TOML file under ``simulations/experiments/`` each, checked when it is read.
 
 A design is a product of axes (start, partition, local epochs, …), each level of which changes some settings; every
 cell of the product runs the same methods from the same seeds.
@@ -17,8 +17,8 @@ from simulations.settings import TITLES, Settings, Value, check_choice
 
 FOLDER = Path(__file__).parent / "experiments"
 
-Labels = Mapping[str, str]  # from an axis to the level that a cell has on it
-Where = Mapping[str, tuple[str, ...]]  # from an axis to the levels that are meant; every level of the other axes
+Labels = Mapping[str, str]  # a cell's level on every axis
+Where = Mapping[str, tuple[str, ...]]  # selected levels by axis; of axes that are missing, all levels
 
 _KEYS = ("title", "seeds", "methods", "baseline", "judged", "drawn", "settings", "axes", "also", "quick")
 _QUICK = ("seeds", "methods", "settings", "where")
@@ -26,7 +26,7 @@ _QUICK = ("seeds", "methods", "settings", "where")
 
 @dataclass(frozen=True)
 class Also:
-    """Methods that run on some cells only, or from some seeds only; no seeds stand for all of them."""
+    """Methods that run only on some cells, or only from some seeds; empty `seeds` mean all seeds."""
 
     methods: tuple[str, ...]
     where: Where
@@ -42,11 +42,11 @@ class Cell:
     labels : mapping of str to str
         Its level on every axis.
     settings : Settings
-        Everything that decides it, but for the seed and the method.
+        All its settings except the seed and the method.
     methods : tuple of str
         The strategies that run on it from every seed.
     sometimes : mapping of str to tuple of int
-        The strategies that run on it from some seeds only.
+        The strategies that run on it only from some seeds.
     """
 
     labels: Labels
@@ -66,11 +66,11 @@ class Design:
     Attributes
     ----------
     name : str
-        Of its file.
+        Name of its file, without suffix.
     title : str
-        What tables and pictures call it.
+        Title in tables and pictures.
     seeds : tuple of int
-        Every cell runs from each of them.
+        Every cell runs from each of these.
     methods : tuple of str
         Names of `simulations.settings.TITLES`; they run on every cell.
     baseline, judged : str
@@ -80,11 +80,11 @@ class Design:
     settings : mapping
         Run-config keys that all cells share.
     axes : mapping
-        From an axis to its levels, from a level to the run-config keys that it sets.
+        By axis, its levels; by level, the run-config keys that it sets.
     also : tuple of Also
         Further methods of some cells.
     where : mapping
-        The cells that run; all of them where it is empty.
+        The cells that run; all cells if it is empty.
     """
 
     name: str
@@ -138,7 +138,7 @@ def _within(labels: Labels, where: Where) -> bool:
 
 
 def names() -> tuple[str, ...]:
-    """The experiments that are written down."""
+    """Names of all experiments."""
     return tuple(sorted(file.stem for file in FOLDER.glob("*.toml")))
 
 
@@ -150,14 +150,14 @@ def load_design(name: str, *, quick: bool = False, seeds: Sequence[int] = ()) ->
     name : str
         File in `FOLDER`, without its suffix.
     quick : bool
-        Whether to reduce it as its table ``quick`` says.
+        Whether to apply its table ``quick``, which reduces it.
     seeds : sequence of int
-        Seeds in place of those that are written down.
+        Seeds that replace those of the file.
 
     Raises
     ------
     ConfigError
-        For an unknown name, and for whatever in the file is unknown, missing or of the wrong type.
+        For an unknown name, and for unknown, missing or wrongly typed entries of the file.
     """
     check_choice("experiment", name, names())
     return read_design(name, (FOLDER / f"{name}.toml").read_text(), quick=quick, seeds=seeds)
@@ -220,7 +220,7 @@ def _levels(who: str, axis: str, read: Mapping[str, object]) -> Mapping[str, Map
 
 
 class _Reader:
-    """A TOML table whose entries are taken with a check of their type; no keys means that any key is taken."""
+    """A TOML table with typed access to its entries; empty `keys` allow any key."""
 
     def __init__(self, who: str, read: object, keys: Sequence[str]) -> None:
         if not isinstance(read, Mapping):

@@ -1,4 +1,4 @@
-"""Ensemble distillation: the average learns what the clients' models say together on unlabelled images.
+"""Ensemble distillation: the average is trained towards the clients' mean logits on unlabelled images.
 
 Lin, Kong, Stich and Jaggi, "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020,
 algorithm 1.
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from c2m3_fl.core.spec import Params
 from c2m3_fl.flower.records import from_params, to_params
 
-_STEPS = 300  # the paper takes up to 10,000 on far more images than the servers here hold
+_STEPS = 300  # the paper takes up to 10,000, on far more images than these servers have
 _RATE = 1e-3  # Adam's learning rate in the paper, annealed along a cosine
 _BATCH = 128  # the paper's
-_LOOKS = 10  # how often the divergence on all images is measured
+_LOOKS = 10  # number of measurements of the divergence on all images
 
 
 class FedDF(FedAvg):
@@ -68,16 +68,16 @@ class FedDF(FedAvg):
 def distil(
     model: nn.Module, student: Params, teachers: Sequence[Params], inputs: Tensor, *, steps: int = _STEPS, seed: int = 0
 ) -> dict[str, Tensor]:
-    """The student after it has learnt the teachers' mean logits, wherever it was nearest to them.
+    """The student, trained towards the teachers' mean logits, at its least measured divergence from them.
 
-    Its divergence from them on all inputs is never larger than before.
+    The divergence on all inputs is never larger than before the training.
 
     Parameters
     ----------
     model : nn.Module
         The architecture; not mutated.
     student : mapping of str to Tensor
-        Where to start; not mutated.
+        Initial state dict; not mutated.
     teachers : sequence of mappings of str to Tensor
         The ensemble, equally weighted as in the paper's equation 3.
     inputs : Tensor
@@ -85,7 +85,7 @@ def distil(
     steps : int
         Steps of Adam, of 128 images each.
     seed : int
-        Decides the order of the images.
+        Seed of the order of the images.
     """
     network = deepcopy(model)
     network.load_state_dict(student)
@@ -118,7 +118,7 @@ def _logits(model: nn.Module, params: Params, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _divergence(network: nn.Module, inputs: Tensor, wanted: Tensor) -> float:
-    """Kullback-Leibler divergence of the network's class probabilities from those wanted, per input."""
+    """Mean Kullback-Leibler divergence of the network's class probabilities from the wanted ones."""
     predicted = network.eval()(inputs).log_softmax(dim=1)
     return float(nn.functional.kl_div(predicted, wanted, reduction="batchmean"))
 

@@ -1,7 +1,7 @@
-"""Flower's own engine as a child of this process: a SuperLink, ``flwr run``, and nothing left of either.
+"""Flower's own engine as a child of this process: a SuperLink and ``flwr run``, both ended afterwards.
 
-``flwr run .`` would start a SuperLink by itself, on fixed ports, that outlives the command. Here it has a free
-port, a home folder and a process session of its own, and all of it is ended, by process id.
+``flwr run .`` by itself starts a SuperLink on fixed ports, which outlives the command. Here the SuperLink has a free
+port, a home folder and a process session of its own, and all its processes are ended, by process id.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from simulations.settings import OUTPUT, Settings, Value
 
 _STARTING = 90.0  # seconds that a SuperLink may take to answer
 _ENDING = 10.0  # seconds that processes may take to end before they are killed
-_POLL = 0.3  # seconds between looks at a run
-_TAIL = 30  # lines of a log worth showing
+_POLL = 0.3  # seconds between polls of a run
+_TAIL = 30  # last lines of a log that errors quote
 _SHORT = 30  # characters: Ray puts sockets some 70 characters deeper, and a socket's path has at most 107
 
 _ENVIRONMENT = {
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # this environment has what the app needs
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # the app's dependencies are installed already
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for work leave the cores to the clients
@@ -53,21 +53,21 @@ class FlowerEngine:
     home : Path
         Its private folder: configuration, logs, app bundles.
     environment : mapping
-        Environment of every process of this engine; `home` in it marks them as ours.
+        Environment of every process of this engine; `home` in it identifies them.
     """
 
     home: Path
     environment: Mapping[str, str]
 
     def run(self, settings: Settings, output: Path, watch: Callable[[], None]) -> None:
-        """One run of the app in this repository, which leaves its results in `output`.
+        """One run of this repository's app, which writes its results to `output`.
 
         Parameters
         ----------
         settings : Settings
-            Become the run config; one SuperNode per client.
+            The run config; there is one SuperNode per client.
         output : Path
-            The run-config key of that name.
+            Value of the run-config key ``output``.
         watch : callable
             Called now and then while the run lasts.
 
@@ -86,7 +86,7 @@ class FlowerEngine:
         app : Path
             Its folder.
         config : mapping
-            Values of run-config keys, in place of the app's own.
+            Values of run-config keys that replace the app's own.
         nodes : int
             Number of SuperNodes.
         watch : callable
@@ -134,7 +134,7 @@ class FlowerEngine:
 
 @contextmanager
 def flower_engine() -> Iterator[FlowerEngine]:
-    """A SuperLink for the length of a ``with`` block; afterwards none of its processes and files is left.
+    """A SuperLink for the duration of a ``with`` block; afterwards its processes are ended and its files removed.
 
     Raises
     ------
@@ -172,7 +172,7 @@ def flower_engine() -> Iterator[FlowerEngine]:
 
 
 def _leave(number: int, _: object) -> None:
-    """Let a signal that would end this process at once pass through its ``finally`` clauses."""
+    """Exit on a signal by an exception, so that ``finally`` clauses run."""
     sys.exit(128 + number)
 
 
@@ -190,7 +190,7 @@ def _tool(name: str) -> str:
 
 
 def _start(command: list[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """A child in a session of its own, so that Ctrl-C reaches this process first; it writes to the log."""
+    """A child process in its own session, so that Ctrl-C reaches this process first; its output goes to the log."""
     with log.open("w") as stream:
         return subprocess.Popen(
             command,
@@ -230,9 +230,9 @@ def _last(said: str) -> str:
 
 
 def _marked(home: Path) -> list[int]:
-    """Processes that inherited our private home: the SuperLink's children, Ray's daemons included, orphans too.
+    """Processes with our private home in their environment: the SuperLink's children and Ray's daemons.
 
-    Where there is no /proc, Flower and Ray are trusted to end with their parent.
+    Without /proc none are found, and Flower and Ray must end with their parent.
     """
     mark = f"FLWR_HOME={home}".encode()
     found = []
@@ -244,7 +244,7 @@ def _marked(home: Path) -> list[int]:
 
 
 def _end(pids: list[int]) -> None:
-    """Ask the processes to end, then kill those that are still there."""
+    """Ask the processes to end, then kill those that still run."""
     for asked in (signal.SIGTERM, signal.SIGKILL):
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -256,7 +256,7 @@ def _end(pids: list[int]) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Whether the process still runs; a child of ours is collected when it does not."""
+    """Whether the process still runs; a child that has ended is reaped."""
     with suppress(ChildProcessError):
         if os.waitpid(pid, os.WNOHANG)[0] == pid:
             return False

@@ -1,4 +1,4 @@
-"""Flower's log, from a level on, for a while."""
+"""A context in which Flower logs only from a given level on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def flower_log(least: int) -> Iterator[None]:
-    """Flower's log from this level on, or from its own where that is higher; its level comes back at the end."""
+    """Context that raises the level of Flower's logger to `least`, unless it is higher, and restores it at the end."""
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(max(level, least))

@@ -20,9 +20,9 @@ _PANEL = (2.7, 2.1)  # inches
 
 
 def draw(record: Record, file: Path) -> None:
-    """One column per level of the axis with most of them, one row per cell of the other axes.
+    """Draw one column per level of the axis with most levels, and one row per cell of the other axes.
 
-    Lines are means over seeds; the range is shaded.
+    Lines are means over seeds; the range over seeds is shaded.
     """
     import matplotlib as mpl
 
@@ -57,7 +57,7 @@ def _panel(panel: Axes, record: Record, cell: Mapping[str, str], names: Sequence
             continue
         numbers = range(1, len(found[0].accuracy) + 1)
         values = [accuracies(found, number - 1) for number in numbers]
-        first = name == names[0]  # dashed and on top: methods that change nothing lie under it
+        first = name == names[0]  # dashed and on top, so that equal curves stay visible under it
         style: dict[str, Any] = {"linestyle": "--", "zorder": 5} if first else {"linestyle": "-"}
         means = [mean(each) for each in values]
         panel.plot(numbers, means, color=colour, linewidth=1.6, label=TITLES.get(name, name), **style)

@@ -11,11 +11,11 @@ from simulations.settings import TITLES
 from simulations.verdict import Pair, accuracies, at, cells, compare, losses, methods, spread
 
 Labels = Mapping[str, str]
-_SUMMARY = ("fedavg", "c2m3+default", "c2m3+judged", "feddf")  # what the README compares
+_SUMMARY = ("fedavg", "c2m3+default", "c2m3+judged", "feddf")  # methods of the README's table
 
 
 def markdown(record: Record) -> str:
-    """Accuracy and loss of every method on every cell, the acceptance rule, and where the numbers come from."""
+    """Accuracy and loss of every method on every cell, the acceptance rule, and the source of the numbers."""
     everywhere, somewhere = _split(record)
     parts = [
         _caption(record),
@@ -36,13 +36,13 @@ def markdown(record: Record) -> str:
 
 
 def summary(record: Record) -> str:
-    """Accuracy of FedAvg and of what the README shows, on every cell, and where the numbers come from."""
+    """Accuracy of the README's methods on every cell, and the source of the numbers."""
     names = [name for name in _SUMMARY if name in methods(record)]
     return f"{_caption(record)}\n\n{_table(record, names, _accuracy)}\n"
 
 
 def page(text: str, name: str, table: str) -> str:
-    """A page with the table in place of what stands between the marks of that name; unchanged without them."""
+    """A page whose text between the marks of that name is replaced by the table; unchanged without the marks."""
     begin, end = f"<!-- results: {name} -->", f"<!-- end: {name} -->"
     if begin not in text or end not in text:
         return text
@@ -92,7 +92,7 @@ def _gains(record: Record) -> Callable[[tuple[Measurement, ...]], str]:
 
 
 def _rule(record: Record) -> str:
-    """The acceptance rule, cell by cell, and how often it holds."""
+    """The acceptance rule, cell by cell, and the number of cells on which it holds."""
     where = cells(record)
     axes = list(where[0])
     rows = [[*axes, "mean", "least", "loss ratio", "accepted"], ["---"] * (len(axes) + 4)]

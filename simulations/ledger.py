@@ -1,4 +1,4 @@
-"""What an experiment measured: one line per method, cell and seed while it runs, one JSON file in the end."""
+"""Measurements of an experiment: one line per method, cell and seed while it runs, one JSON file at the end."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from c2m3_fl.errors import DataError
 
 _PACKAGES = ("c2m3-fl", "flwr", "torch", "numpy", "scipy")
 _SEQUENCES = ("accuracy", "loss", "clients", "moved")  # fields that JSON holds as lists
-_DIGITS = 5  # significant ones that are kept of an accuracy or a loss
+_DIGITS = 5  # significant digits of a stored accuracy or loss
 
-Number = float | None  # None where a loss is not finite, which JSON cannot hold
+Number = float | None  # None for a loss that is not finite, which JSON cannot hold
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Measurement:
     cell : mapping of str to str
         The cell's level on every axis.
     seed : int
-        Of data, initialisations and batches.
+        Seed of data, initialisations and batches.
     method : str
         A name of `simulations.settings.TITLES`.
     accuracy, loss : tuple of float
-        Of the model that the strategy returned, on the test images, round by round.
+        Of the model that the strategy returned, on the test images, after every round.
     clients : tuple of float
         Accuracy of every client's reply in the last round.
     ensemble : float
@@ -43,15 +43,15 @@ class Measurement:
     metrics : mapping
         The strategy's own numbers in the last round.
     moved : tuple of float
-        Share of units that moved, round by round; empty for strategies without alignment.
+        Share of units that moved in every round; empty for strategies without alignment.
     trained : int
-        Local trainings that no earlier method of the cell had already done.
+        Number of local trainings that no earlier method of the cell had done.
     seconds : float
-        Wall-clock time, their training included.
+        Wall-clock time, including these trainings.
     date : str
-        When it ended, in UTC.
+        Time of the end, in UTC.
     key : str
-        Digest of the settings and the method: a changed experiment does not take it for its own.
+        Digest of the settings and the method, by which a changed experiment ignores old measurements.
     """
 
     cell: Mapping[str, str]
@@ -86,7 +86,7 @@ class Record:
 
 
 def finite(value: float) -> Number:
-    """The number at the precision that is kept; None where it is not finite."""
+    """The number, rounded to the stored precision; None if it is not finite."""
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
 
 
@@ -96,7 +96,7 @@ def now() -> str:
 
 
 def append(measurement: Measurement, file: Path) -> None:
-    """Add one line with one write, so that processes may share the file and a kill leaves no half lines before it."""
+    """Append one line with one write, so that processes may share the file and earlier lines are always complete."""
     line = json.dumps(asdict(measurement), separators=(",", ":")) + "\n"
     target = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -109,7 +109,7 @@ def append(measurement: Measurement, file: Path) -> None:
 
 
 def _torn(file: Path) -> bool:
-    """Whether the file ends within a line."""
+    """Whether the file ends with an incomplete line."""
     with file.open("rb") as stream:
         stream.seek(0, os.SEEK_END)
         if stream.tell() == 0:
@@ -119,14 +119,14 @@ def _torn(file: Path) -> bool:
 
 
 def read_lines(file: Path) -> tuple[Measurement, ...]:
-    """Measurements that `append` has completely written; none while there is no file."""
+    """Measurements that `append` has written completely; none if there is no file."""
     if not file.exists():
         return ()
     found = []
     for line in file.read_text().splitlines():
         try:
             found.append(_measurement(json.loads(line)))
-        except (ValueError, TypeError, KeyError):  # half a line, written when the machine went down
+        except (ValueError, TypeError, KeyError):  # an incomplete line of a process that was killed
             continue
     return tuple(found)
 
@@ -156,7 +156,7 @@ def load(file: Path) -> Record:
 
 
 def surroundings() -> dict[str, object]:
-    """Versions and machine, for the record."""
+    """Versions of the packages, and the machine."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "machine": {"cores": os.cpu_count(), "architecture": platform.machine()},

@@ -1,6 +1,6 @@
 """The networks of the comparisons: MLP, small CNN, LeNet, VGG and ResNet, for any image size and number of classes.
 
-They are ordinary ``torch.nn`` code; nothing in them knows of permutations.
+They are ordinary ``torch.nn`` code that does not depend on this package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _VGG = {  # channels of the convolutions, "M" a pooling by two
 
 
 def build_model(settings: Settings, shape: Shape, classes: int, seed: int) -> nn.Module:
-    """The network that the settings name, its initial weights decided by `seed` alone.
+    """The network that the settings name; its initial weights depend only on `seed`.
 
     Parameters
     ----------

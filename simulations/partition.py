@@ -20,16 +20,16 @@ from simulations.settings import Settings
 
 Indices = npt.NDArray[np.int64]
 
-_SMALLEST = 2  # images that a client must have: one would leave nothing to estimate
+_SMALLEST = 2  # images per client: no statistics can be estimated from a single one
 
 
 def partition(labels: Indices, settings: Settings, seed: int) -> tuple[Indices, ...]:
-    """Disjoint index sets, one per client, decided by the labels, the settings and `seed` alone.
+    """Disjoint index sets, one per client; a function of the labels, the settings and `seed`.
 
     Raises
     ------
     ConfigError
-        When these labels cannot be spread as the settings ask.
+        When these labels cannot be partitioned as the settings say.
     """
     if len(labels) < _SMALLEST * settings.clients:
         raise ConfigError(f"clients is {settings.clients}, too many for {len(labels)} training images")
@@ -38,8 +38,8 @@ def partition(labels: Indices, settings: Settings, seed: int) -> tuple[Indices, 
     partitioner.dataset = rows
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a Dirichlet draw that is drawn again
-            warnings.simplefilter("ignore", FutureWarning)  # pyarrow's, about how shards are sorted
+            warnings.simplefilter("ignore", UserWarning)  # a Dirichlet draw is repeated
+            warnings.simplefilter("ignore", FutureWarning)  # of pyarrow, about the sorting of shards
             parts = [partitioner.load_partition(client)["index"] for client in range(settings.clients)]
     except ValueError as error:
         raise ConfigError(f"partition {settings.partition!r} of {len(labels)} images failed: {error}") from error

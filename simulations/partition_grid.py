@@ -1,4 +1,4 @@
-"""A grid whose nodes are the partitions of the data, whatever SuperNodes there are."""
+"""A grid whose nodes are the partitions of the data, independent of the number of SuperNodes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ PARTITION = "partition-id"
 
 
 class PartitionGrid(Grid):
-    """Sends what is meant for client k to any SuperNode, with the partition it is to play.
+    """Sends the messages for client k to some SuperNode, with the number of client k's partition.
 
-    Simulated clients keep nothing between rounds, so a SuperNode can play several of them: Flower starts two
-    unless told otherwise, and a comparison must not depend on that, nor on the random node ids and order of
-    replies. Replies come back in the order of the clients, and what they trained is kept until the next round.
+    Simulated clients keep no state between rounds, so one SuperNode can act as several clients. Flower starts two
+    SuperNodes by default; a comparison must depend neither on their number, nor on their random ids, nor on the order
+    of replies. Replies are returned in the order of the clients, and the networks that they trained are kept until
+    the next round.
 
     Parameters
     ----------
     grid : Grid
         The SuperNodes.
     clients : int
-        How many clients to play; client k has node id k + 1.
+        Number of clients; client k has node id k + 1.
     """
 
     def __init__(self, grid: Grid, clients: int) -> None:
@@ -73,8 +74,8 @@ class PartitionGrid(Grid):
         Raises
         ------
         SimulationError
-            When a client that was to train raised or did not answer: a comparison without it would mislead. Other
-            messages go to clients that may refuse them.
+            When training failed on a client, or it did not reply: a comparison without it would mislead. Clients may
+            refuse other messages.
         """
         nodes = sorted(self._grid.get_node_ids())
         if not nodes:
@@ -92,7 +93,7 @@ class PartitionGrid(Grid):
 
 
 def networks(answers: Sequence[Message]) -> tuple[Params, ...]:
-    """The state dicts that replies carry, read before a strategy gets them: FedMedian empties their records."""
+    """The replies' state dicts; read them before a strategy does, because FedMedian empties the records."""
     return tuple(to_params(record) for reply in answers for record in reply.content.array_records.values())
 
 
@@ -107,7 +108,7 @@ def check_answers(answers: Sequence[Message], expected: int) -> None:
 
 
 def play_partition(message: Message, context: Context, call: ClientAppCallable) -> Message:
-    """Let a client app play the partition that the message names; a mod for `ClientApp`."""
+    """Set the client's partition to the one that the message names; a mod for `ClientApp`."""
     told = message.content.pop(PARTITION, None)
     if isinstance(told, ConfigRecord):
         context.node_config[PARTITION] = int(str(told[PARTITION]))
@@ -115,7 +116,7 @@ def play_partition(message: Message, context: Context, call: ClientAppCallable) 
 
 
 def _outgoing(message: Message, nodes: list[int]) -> Message:
-    """The same content to a SuperNode, with the partition it is to play; the group says which client that is."""
+    """The same content for a SuperNode, with the number of the partition; the group id names the client."""
     client = message.metadata.dst_node_id
     records = {**message.content, PARTITION: ConfigRecord({PARTITION: client - 1})}
     node = nodes[(client - 1) % len(nodes)]
@@ -124,7 +125,7 @@ def _outgoing(message: Message, nodes: list[int]) -> Message:
 
 
 def _incoming(reply: Message) -> Message:
-    """The reply, as if the client's id were the SuperNode's."""
+    """The reply, with the client's id as its source."""
     client, _, group = reply.metadata.group_id.partition("/")
     readdress(reply, source=int(client), group=group)
     return reply

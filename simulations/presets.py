@@ -1,4 +1,4 @@
-"""Named settings: the demonstration, and the benchmark that the README reports."""
+"""Named settings: the demonstration, and the one-shot benchmark on MNIST."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a comparison measured: plain records that become JSON and come back."""
+"""Results of a comparison: plain records, written as JSON and read back."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from simulations.settings import Value
 
-PROGRESS = "progress.jsonl"  # a server app's output: one line more per round
-RESULTS = "results.json"  # the same at the end, with the strategies' own metrics
+PROGRESS = "progress.jsonl"  # a server app's output: one line per finished round
+RESULTS = "results.json"  # all rounds at the end, with the strategies' own metrics
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Round:
     accuracy, loss : float
         Of the global model after aggregation.
     clients : tuple of float
-        Accuracy of each client's model as it came back.
+        Accuracy of each client's reply.
     ensemble : float
         Accuracy of the clients' mean probabilities.
     seconds : float
         Wall-clock time of the round, its evaluation included.
     metrics : mapping
-        What the strategy itself reports.
+        The strategy's own metrics.
     """
 
     strategy: str
@@ -60,7 +60,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rounds of all strategies and seeds, and the settings that led to them."""
+    """All rounds of all strategies and seeds, and their settings."""
 
     settings: Mapping[str, Value]
     rounds: tuple[Round, ...]
@@ -86,7 +86,7 @@ class Comparison:
 
 
 def save(comparison: Comparison, file: Path) -> None:
-    """Write as JSON; the mean and the best client stand beside the clients they come from."""
+    """Write as JSON, with the mean and the best client beside the clients' accuracies."""
     rows = [
         {**asdict(each), "mean_client": each.mean_client, "best_client": each.best_client} for each in comparison.rounds
     ]
@@ -106,7 +106,7 @@ def append(rounds: Sequence[Round], file: Path) -> None:
 
 
 def read_lines(file: Path) -> tuple[Round, ...]:
-    """Rounds that `append` has completely written so far; none while there is no file."""
+    """Rounds that `append` has written completely; none if there is no file."""
     if not file.exists():
         return ()
     lines = file.read_text().splitlines(keepends=True)

@@ -1,7 +1,7 @@
-"""Runs an experiment on a few processes, each with one thread, and goes on where an earlier run was ended.
+"""Runs an experiment in a few processes, each with one thread, and continues an interrupted run.
 
-A task is a cell with one seed. Every process appends what it has measured to one file of lines; who reads that file
-knows what is done, whatever was killed meanwhile.
+A task is a cell with one seed. Every process appends its measurements to one file of lines; that file says what is
+done, even after processes were killed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from simulations.trial import key_of, run_cell
 
 Watch = Callable[[Sequence[Measurement], int], None]  # all measurements so far, and how many there will be
 
-_LOOK = 0.5  # seconds between looks at the file
+_LOOK = 0.5  # seconds between reads of the file
 
 
 @dataclass(frozen=True)
@@ -36,40 +36,40 @@ class Task:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What its measurements are known by."""
+        """Keys of its measurements."""
         return tuple(key_of(self.settings, method) for method in self.methods)
 
 
 def result_file(design: Design, folder: Path) -> Path:
-    """Where a finished experiment is."""
+    """The JSON file of a finished experiment."""
     return folder / f"{design.name}.json"
 
 
 def run_design(
     design: Design, folder: Path, *, workers: int = 1, fresh: bool = False, watch: Watch = lambda _found, _total: None
 ) -> Record:
-    """Measure what is not yet known of an experiment, and write its JSON file.
+    """Run the missing measurements of an experiment, and write its JSON file.
 
-    Measurements of the JSON file and of the lines beside it are taken where their settings are those of the design;
-    the code that made them is not compared: `fresh` drops them.
+    Measurements of the JSON file and of the lines beside it are reused if their settings are those of the design. The
+    code that made them is not compared: `fresh` drops them.
 
     Parameters
     ----------
     design : Design
         The experiment.
     folder : Path
-        Where ``NAME.json`` goes; ``NAME.jsonl`` stands beside it until all is done.
+        Folder of ``NAME.json``, and of ``NAME.jsonl`` until all is done.
     workers : int
-        Processes; with 1 everything runs in this one.
+        Number of processes; with 1 everything runs in this process.
     fresh : bool
         Whether to measure everything again.
     watch : callable
-        Is told of progress.
+        Called with the progress.
 
     Raises
     ------
     SimulationError
-        When a task failed; what the others measured is kept.
+        When a task failed; the measurements of the others are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = result_file(design, folder)
@@ -91,7 +91,8 @@ def run_design(
     watch(found(), total)
     if failures:
         raise SimulationError(
-            f"{len(failures)} of {len(rest)} tasks failed, the rest is kept in {lines}; the first: {failures[0]}"
+            f"{len(failures)} of {len(rest)} tasks failed; the other measurements are kept in {lines}; "
+            f"the first failure: {failures[0]}"
         )
     record = Record(_about(design, found(), started), found())
     save(record, file)
@@ -100,7 +101,7 @@ def run_design(
 
 
 def _tasks(design: Design) -> list[Task]:
-    """Seed by seed, so that an unfinished run already has every cell once."""
+    """All tasks, seed by seed, so that an unfinished run has measured every cell early."""
     return [
         Task(dict(cell.labels), replace(cell.settings, seed=seed), cell.methods_from(seed))
         for seed in design.seeds
@@ -113,7 +114,7 @@ def _remaining(task: Task, known: set[str]) -> Task:
 
 
 def _failures(tasks: Sequence[Task], lines: Path, workers: int, look: Callable[[], None]) -> Iterator[str]:
-    """Run the tasks; what went wrong, task by task."""
+    """Run the tasks, and yield a description of every failure."""
     if workers == 1:
         for task in tasks:
             try:
@@ -148,7 +149,7 @@ def _run(task: Task, lines: Path, look: Callable[[], None] = lambda: None) -> No
 
 
 def _prepare(parent: int) -> None:
-    """In a worker: one thread for mathematics, and an end when the process that started it has ended."""
+    """In a worker: compute with one thread, and exit when the parent process has ended."""
     import torch
 
     torch.set_num_threads(1)

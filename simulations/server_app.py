@@ -1,4 +1,4 @@
-"""The server: runs the strategies of the run config, one after the other, and writes what it measured."""
+"""The server: runs the strategies of the run config, one after the other, and writes the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run; with the run-config key ``output`` set, leave progress and results in that folder."""
+    """Run; if the run-config key ``output`` is set, write progress and results to that folder."""
     settings = Settings.from_run_config(context.run_config)
     output = context.run_config.get(OUTPUT, "")
     if not isinstance(output, str):

@@ -1,7 +1,7 @@
-"""Everything that decides a simulated run: one frozen record, checked where it enters.
+"""All settings of a simulated run: one frozen record, checked when it is made.
 
 The fields are the app's run-config keys (``local_epochs`` is ``local-epochs`` there) and the options of
-``c2m3-fl compare``; pyproject.toml repeats the defaults because Flower wants them there.
+``c2m3-fl compare``; pyproject.toml repeats the defaults because Flower reads them there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from c2m3_fl.errors import ConfigError
 
 Value = str | int | float
 
-TITLES = {  # the functions of simulations/strategies.py, and what tables and pictures call them
+TITLES = {  # names of the strategies in simulations/strategies.py, and their titles in tables and pictures
     "fedavg": "FedAvg",
     "fedavgm": "FedAvgM",
     "fedadam": "FedAdam",
@@ -37,7 +37,7 @@ TITLES = {  # the functions of simulations/strategies.py, and what tables and pi
     "c2m3-fedadam": "C2M3 (FedAdam)",
     "c2m3-fedprox": "C2M3 (FedProx)",
 }
-OUTPUT = "output"  # a run-config key of the app that decides nothing: where the server writes its results
+OUTPUT = "output"  # a run-config key of the app that is not a setting: the folder of the server's results
 
 
 def _option(
@@ -49,7 +49,7 @@ def _option(
     above: float | None = None,
     at_most: float | None = None,
 ) -> Any:  # noqa: ANN401  # what dataclasses.field returns
-    """A field with what is needed to check and to explain it."""
+    """A field with its meaning and its limits, for checks and for help texts."""
     limits = {"choices": tuple(choices), "at_least": at_least, "above": above, "at_most": at_most}
     return field(default=default, metadata={"meaning": meaning, **limits})
 
@@ -96,10 +96,12 @@ class Settings:
     )
     alpha: float = _option(0.5, "concentration of the Dirichlet partition", above=0)
     classes_per_client: int = _option(
-        2, "classes of each client in the pathological partition, shards of each in that of shards", at_least=1
+        2, "classes per client in the pathological partition, shards per client in the partition by shards", at_least=1
     )
     initialisation: str = _option(
-        "independent", "do clients start round 1 from one model or each from its own", choices=("independent", "shared")
+        "independent",
+        "whether clients start round 1 from one model or each from its own",
+        choices=("independent", "shared"),
     )
     rounds: int = _option(3, "rounds", at_least=1)
     local_epochs: int = _option(2, "epochs that each client trains per round", at_least=1)
@@ -168,7 +170,7 @@ class Settings:
 
 
 def check_choice(key: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ConfigError, with the nearest choice, if `value` is none of them."""
+    """Raise `ConfigError`, with the nearest choice, if `value` is not one of the choices."""
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

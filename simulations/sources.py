@@ -1,7 +1,7 @@
-"""Where images come from: scikit-learn's digits, parquet files under C2M3_DATA, or torchvision's downloads.
+"""Sources of images: scikit-learn's digits, parquet files under C2M3_DATA, or torchvision's downloads.
 
-A source knows all its labels at once and decodes the images that are asked for, so that a client of a large
-data set pays for its own share only.
+A source holds all labels and decodes images on request, so that a client of a large data set decodes only its own
+share.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DIGITS_TEST = 360  # of 1,797 scans; the split is fixed, whatever the seed of a
 
 @dataclass(frozen=True)
 class DataSetKind:
-    """What is known of a data set before it is read.
+    """Constants of a data set.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ class Source:
     labels : ndarray of int64, shape (images,)
         All labels.
     pixels : callable
-        From indices to the images they name, shape (len(indices), height, width, channels).
+        Function from indices to images, shape (len(indices), height, width, channels).
     """
 
     labels: Indices
@@ -85,7 +85,7 @@ def open_source(name: str, split: str) -> Source:
     Raises
     ------
     DataError
-        When it is neither found nor downloaded; the message says where it was looked for.
+        When it is neither found nor downloaded; the message names the folders that were searched.
     """
     if name == "digits":
         return _digits(split)

@@ -18,7 +18,7 @@ from simulations.settings import TITLES, check_choice
 
 @dataclass(frozen=True, eq=False)
 class SimulatedServer:
-    """What the server of a federation has.
+    """Model and data of the server of a federation.
 
     Attributes
     ----------
@@ -27,7 +27,7 @@ class SimulatedServer:
     calibration : list of Tensor
         Unlabelled images.
     clients : int
-        How many clients there are; all of them train in every round.
+        Number of clients; all of them train in every round.
     """
 
     model: nn.Module
@@ -56,7 +56,7 @@ def fedadam(server: SimulatedServer) -> FedAdam:
 
 
 def fedprox(server: SimulatedServer) -> FedProx:
-    """Clients are pulled towards the model they were sent: Li et al. 2020."""
+    """A penalty on the distance from the received model: Li et al. 2020."""
     return FedProx(**server.everyone, proximal_mu=0.1)
 
 
@@ -76,7 +76,7 @@ def c2m3(server: SimulatedServer) -> C2M3:
 
 
 def c2m3_default(server: SimulatedServer) -> C2M3:
-    """The one line of the README."""
+    """C2M3 with its default options."""
     return C2M3(fedavg(server), model=server.model, calibration=server.calibration)
 
 
@@ -106,7 +106,7 @@ def c2m3_client_refit_head(server: SimulatedServer) -> C2M3:
 
 
 def c2m3_judged(server: SimulatedServer) -> C2M3:
-    """Both as candidates, which the clients compare with the aggregate on what they hold out."""
+    """Both as candidates, which the clients compare with the aggregate on held-out images."""
     return _asking(server, recalibrate=ClientRefit(), head="labels", judge="clients")
 
 
@@ -184,7 +184,7 @@ def build_strategy(name: str, model: nn.Module, data: FederatedData) -> Strategy
     model : nn.Module
         The architecture.
     data : FederatedData
-        Who holds which images.
+        Data of the federation.
 
     Raises
     ------

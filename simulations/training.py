@@ -15,12 +15,12 @@ _BATCH = 500  # images per evaluation step
 
 
 def default_device() -> torch.device:
-    """CUDA where there is a device, the CPU elsewhere."""
+    """CUDA if there is a device, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(model: nn.Module, images: Images, settings: Settings, seed: int, *, proximal: float = 0.0) -> float:
-    """Train `model` in place for the local epochs of the settings; mean loss of the last epoch.
+    """Train `model` in place for the local epochs of the settings, and return the mean loss of the last epoch.
 
     A last batch of one image is left out: it has no batch statistics.
 
@@ -29,14 +29,14 @@ def train(model: nn.Module, images: Images, settings: Settings, seed: int, *, pr
     model : nn.Module
         Trained in place.
     images : Images
-        What it is trained on.
+        Training images.
     settings : Settings
         Optimiser, batches and epochs.
     seed : int
-        Decides the order of the batches.
+        Seed of the order of the batches.
     proximal : float
-        FedProx's µ: half of it times the squared distance to the start is added to every batch's loss
-        (Li et al. 2020, equation 2), but not to the loss that is returned.
+        FedProx's µ: the loss of every batch gets half of it times the squared distance from the initial parameters
+        (Li et al. 2020, equation 2); the returned loss does not.
     """
     device = next(model.parameters()).device
     inputs, labels = images.inputs.to(device), images.labels.to(device)

@@ -1,8 +1,8 @@
-"""One cell of an experiment: all its methods as the real strategies, on clients whose training is remembered.
+"""One cell of an experiment: all its methods, run as the real strategies on clients whose trainings are cached.
 
-A strategy that only deploys a corrected model sends its clients what FedAvg sends them, so most methods of a cell ask
-for the same local trainings. A training is decided by the client, the round and the model that was sent: done once,
-it serves all methods that ask for it.
+A strategy that only deploys a corrected model sends its clients the same models as FedAvg, so most methods of a cell
+need the same local trainings. A training depends only on the client, the round and the model that was sent: it is done
+once for all methods that need it.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from simulations.settings import Settings
 from simulations.strategies import build_strategy
 from simulations.training import ensemble, log_probabilities, score
 
-SERVER_MODEL = 4  # which of the seed's independent streams initialises the server's model
+SERVER_MODEL = 4  # stream, derived from the seed, that initialises the server's model
 _MOVED = "c2m3-share-moved"
 
 
 @dataclass(eq=False)
 class RememberingTrainer:
-    """A trainer that remembers what it did.
+    """A trainer that caches its results.
 
     Attributes
     ----------
     trainer : callable
-        Does what is not known.
+        Does the trainings that are not in the cache.
     trained : int
-        How often it did.
+        Number of trainings that it did.
     """
 
     trainer: Trainer = train_locally
@@ -54,10 +54,13 @@ class RememberingTrainer:
     _known: dict[tuple[object, ...], Trained] = field(default_factory=dict)
 
     def __call__(self, assignment: Assignment) -> Trained:
-        """The state dict that the training ends with, and its loss."""
+        """The trained state dict, and the loss."""
         who = (assignment.settings, assignment.client, assignment.round, assignment.proximal)
         floating = {name: value for name, value in assignment.params.items() if value.is_floating_point()}
-        key = (*who, digest(floating))  # counters of batches decide nothing, and strategies round them differently
+        key = (
+            *who,
+            digest(floating),
+        )  # without counters of batches: they affect nothing, and strategies round them differently
         if key not in self._known:
             self._known[key] = self.trainer(assignment)
             self.trained += 1
@@ -65,7 +68,7 @@ class RememberingTrainer:
 
 
 def key_of(settings: Settings, method: str) -> str:
-    """Digest of all that decides a measurement but the code."""
+    """Digest of everything that a measurement depends on, except the code."""
     decided = {name: value for name, value in settings.to_run_config().items() if name != "strategy"}
     return hashlib.sha256(json.dumps([decided, method], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -83,13 +86,13 @@ def run_cell(
     Parameters
     ----------
     labels : dict of str to str
-        What the cell is called.
+        The cell's level on every axis.
     settings : Settings
         The federation, its seed included.
     methods : sequence of str
         Names of strategies.
     report : callable
-        Gets every measurement as soon as it is made.
+        Called with every measurement as soon as it is made.
     trainer : callable, optional
         Trains the clients; by default a `RememberingTrainer` that all methods share.
 
@@ -161,7 +164,7 @@ def _run_method(settings: Settings, method: str, trainer: Trainer, examiner: _Ex
 
 
 def _in_order(replies: Sequence[Message]) -> list[Message]:
-    """The replies in the order in which C2M3 hands them on: sums of floats depend on it, and so do later trainings."""
+    """The replies in the order in which C2M3 passes them on: sums of floats, and later trainings, depend on it."""
     return sorted(replies, key=lambda reply: [digest(params) for params in networks([reply])])
 
 

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 from simulations.ledger import Measurement, Number, Record
 
-# The rule: a default may cost a point of accuracy on average and three for any seed, and a twentieth of the loss.
+# The rule: a default may lose one point of accuracy on average and three for any seed, and add 5 % to the loss.
 _ON_AVERAGE, _FOR_ANY_SEED, _LOSS = -0.01, -0.03, 1.05
 
 
@@ -20,9 +20,9 @@ class Pair:
     Attributes
     ----------
     gains : tuple of float
-        Accuracy beyond the baseline's, seed by seed.
+        Accuracy minus the baseline's accuracy, per seed.
     loss_ratio : float
-        Mean loss over the baseline's mean loss; infinite where it is not finite.
+        Mean loss divided by the baseline's mean loss; infinite if it is not finite.
     """
 
     gains: tuple[float, ...]
@@ -30,12 +30,12 @@ class Pair:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean gain over seeds."""
         return mean(self.gains)
 
     @property
     def least(self) -> float:
-        """Of all seeds."""
+        """Smallest gain of all seeds."""
         return min(self.gains)
 
     @property
@@ -66,13 +66,13 @@ def methods(record: Record) -> list[str]:
 
 
 def at(record: Record, cell: Mapping[str, str], method: str) -> tuple[Measurement, ...]:
-    """A method on a cell, seed by seed; empty where it did not run."""
+    """Measurements of a method on a cell, in the order of seeds; empty if it did not run."""
     found = [each for each in record.measurements if each.cell == cell and each.method == method]
     return tuple(sorted(found, key=lambda each: each.seed))
 
 
 def compare(record: Record, cell: Mapping[str, str], method: str, baseline: str) -> Pair | None:
-    """A method against the baseline; None where no seed has both."""
+    """A method against the baseline; None if no seed has both."""
     theirs = {each.seed: each for each in at(record, cell, baseline)}
     ours = [each for each in at(record, cell, method) if each.seed in theirs]
     if not ours:
@@ -97,7 +97,7 @@ def accuracies(measurements: Sequence[Measurement], number: int = -1) -> list[fl
 
 
 def losses(measurements: Sequence[Measurement], number: int = -1) -> list[float]:
-    """Loss after a round, seed by seed; infinite where it is not finite."""
+    """Loss after a round, seed by seed; infinite if it is not finite."""
     return [_value(each.loss[number], inf) for each in measurements]
 
 

@@ -1,4 +1,4 @@
-"""A Flower client with weights of its own: it trains those in the first round, and the global model afterwards."""
+"""A Flower client that trains its own initial weights in the first round, and the global model afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ app = ClientApp()
 
 @app.train()
 def fit(message: Message, context: Context) -> Message:
-    """Train on this client's share of the images; the reply carries the weights and the number of images."""
+    """Train on this client's share of the images; reply with the weights and the number of images."""
     part, parts = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
     net = Net(seed=1 + part)
     if message.content.config_records["config"]["server-round"] != 1:

@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's digits, a small network, training and accuracy."""
+"""Data, network, training and accuracy of the examples, on scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TRAINING, CALIBRATION = 1200, 200  # of 1,797 images; the rest is for testing
 
 
 class Net(nn.Module):
-    """A network of two hidden layers, its initial weights decided by `seed`."""
+    """A network with two hidden layers; its initial weights depend on `seed`."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def calibration() -> list[Tensor]:
-    """Unlabelled images that the server holds: no client trains on them."""
+    """Unlabelled images of the server: no client trains on them."""
     return list(torch.split(digits()[0][TRAINING : TRAINING + CALIBRATION], 100))
 
 
 def train(net: nn.Module, part: int, parts: int, *, epochs: int = 5) -> int:
-    """Train on one of `parts` equal shares of the training images; how many that are."""
+    """Train on one of `parts` equal shares of the training images, and return the number of images."""
     images, labels = (each[:TRAINING][part::parts] for each in digits())
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(epochs):

@@ -11,7 +11,7 @@ UNITS = 64
 
 
 class Branching(nn.Module):
-    """A hidden layer, applied again where its outputs are small: ``torch.export`` refuses a branch on values."""
+    """A network with a branch that depends on values, which ``torch.export`` refuses."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Branching(nn.Module):
 
 
 def spec() -> PermutationSpec:
-    """One group, because `last` reads the units of `first` or of `again`; pixels and classes, ``()``, do not move."""
+    """One group, because `last` reads units of `first` or of `again`; axes ``()``, of pixels and classes, are fixed."""
     units = (Segment.contiguous("units", UNITS),)
     return PermutationSpec(
         groups={"units": Group(UNITS)},

@@ -32,7 +32,7 @@ def run(engine: FlowerEngine, **overrides: Value) -> dict[str, dict[str, float]]
 
 
 def main() -> None:
-    """Run what is missing, save after every run, print the last round's accuracy and loss."""
+    """Run the missing configurations, save after each, and print accuracy and loss of the last round."""
     parser = argparse.ArgumentParser(description="The quickstart with every strategy.")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.01])

@@ -1,4 +1,4 @@
-"""Go on after the server has died: ``python -m simulations.examples.resume FOLDER``, as often as you like."""
+"""Continue a federation after the server was stopped: ``python -m simulations.examples.resume FOLDER``, repeatedly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simulations.examples.server import evaluate
 
 
 def federate(grid: Grid, folder: Path, rounds: int = 4) -> Result:
-    """Run the rounds that are not in `folder` yet; every finished round is saved there."""
+    """Run the rounds that are not yet in `folder`; every finished round is saved there."""
     aligned = C2M3(FedAvg(fraction_evaluate=0.0), model=Net(), calibration=calibration())
     strategy = Resumable(aligned, folder.resolve(), keep=2)
     return strategy.start(
@@ -25,7 +25,7 @@ def federate(grid: Grid, folder: Path, rounds: int = 4) -> Result:
     )
 
 
-if __name__ == "__main__":  # end it with Ctrl-C and start it again: it continues with the round that was lost
+if __name__ == "__main__":  # stop it with Ctrl-C and start it again: it continues with the interrupted round
     result = federate(SerialGrid(client.app, nodes=5), Path(sys.argv[1]))
     for number, metrics in sorted(result.evaluate_metrics_serverapp.items()):
         print(f"round {number}: accuracy {metrics['accuracy']:.3f}")

@@ -35,5 +35,5 @@ def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
     return MetricRecord({"accuracy": accuracy(net)})
 
 
-if __name__ == "__main__":  # Flower's engine or a SuperLink would pass these two; here the clients are in this process
+if __name__ == "__main__":  # Flower's engine passes grid and context; here the clients run in this process
     app(SerialGrid(client.app, nodes=5), Context(1, 0, {}, RecordDict(), {}))

@@ -26,7 +26,7 @@ process = pytest.mark.process
 def test_the_run_config_is_written_as_flower_reads_it():
     from flwr.common.config import parse_config_args
 
-    config = {**SETTINGS.to_run_config(), OUTPUT: "/tmp/a folder"}
+    config = {**SETTINGS.to_run_config(), OUTPUT: "results/with a space"}
     assert parse_config_args([engine._toml(config)]) == config
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10: every client's share of it, and what the server holds."""
+"""CIFAR-10: every client's share of the images, and the server's images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cifar10(split: str) -> Dataset:
 
 @cache
 def partitioner(clients: int, alpha: float, images: int, seed: int) -> DirichletPartitioner:
-    """Who holds which of the training images that the server does not hold."""
+    """The partition of the training images, without those of the server, among the clients."""
     rows = cifar10("train")
     found = DirichletPartitioner(clients, partition_by="label", alpha=alpha, seed=seed)
     found.dataset = rows.select(range(SERVER, min(SERVER + images, len(rows)) if images else len(rows)))
@@ -38,7 +38,7 @@ def partitioner(clients: int, alpha: float, images: int, seed: int) -> Dirichlet
 
 
 def share(partition: int, clients: int, config: UserConfig) -> tuple[Dataset, Dataset]:
-    """A client's images for training, and the fifth that it keeps for evaluation."""
+    """A client's images for training, and the fifth that it holds out for evaluation."""
     alpha, images, seed = float(config["alpha"]), int(config["images"]), int(config["seed"])
     parts = partitioner(clients, alpha, images, seed).load_partition(partition).train_test_split(0.2, seed=42)
     return parts["train"], parts["test"]

@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 
 def train(net: nn.Module, batches: DataLoader[Any], epochs: int, rate: float) -> float:
-    """Train with momentum .9; the mean loss."""
+    """Train with momentum .9, and return the mean loss."""
     optimiser = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9)
     losses = []
     for _ in range(epochs):
