@@ -1,12 +1,12 @@
-"""Profiles: what a unit looks like whatever the order of the units that it is connected to.
+"""Profiles: descriptions of units that do not depend on the order of the units that they are connected to.
 
-A unit's profile is everything that touches it, with its connections to other units sorted by value and all else (kernel
+A unit's profile consists of all its parameters: its connections to other units sorted by value, everything else (kernel
 positions, inputs, biases) in order. It does not depend on any permutation, so units of different nodes can be compared
 before anything is matched: "degree profiles" (Ding, Ma, Wu, Xu: "Efficient random graph matching via degree profiles",
-2021). The inner product of two profiles is the most that the units can agree in any order of their neighbours, the
-bound of Gilmore and Lawler for quadratic assignment, and one linear assignment per node and family of groups with these
-inner products as gains maximises their sum. For a network and a permuted copy of it the sum is the largest at the
-permutation that was made, and only there unless two units have one profile: copies are found outright.
+2021). The inner product of two profiles is the largest agreement of the units over all orders of their neighbours, the
+bound of Gilmore and Lawler for quadratic assignment. One linear assignment per node and family of groups, with these
+inner products as gains, maximises their sum. For a network and a permuted copy of it, the sum is largest at the
+permutation of the copy, and only there unless two units have equal profiles: permuted copies are recovered.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from c2m3_fl.core.assignment import oracle
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.terms import Term
 
-_LENGTH = 1 << 12  # numbers of a term in one unit's profile: more do not separate units better and take long to sort
+_LENGTH = 1 << 12  # numbers of a term in one unit's profile: more separate units no better and take long to sort
 
 
 def profile_vertex(problem: Problem, pool: Executor) -> dict[str, Tensor]:
-    """Every node matched to the first one by the profiles of their units.
+    """Match every node to the first one by the profiles of their units.
 
     Returns
     -------
     dict of str to Tensor, shape (nodes, size)
-        Index forms; the first node stays where it is.
+        Index forms; the identity for the first node.
     """
     gains = {
         name: problem.like.new_zeros(problem.count - 1, group.size, group.size)
@@ -39,7 +39,7 @@ def profile_vertex(problem: Problem, pool: Executor) -> dict[str, Tensor]:
     for term in problem.terms:
         for axis, group in enumerate(term.groups):
             known = profiles(term, axis, 0)
-            centre = known.mean(0)  # what all units share changes no assignment, and would cost precision
+            centre = known.mean(0)  # subtracted: a common offset changes no assignment, but costs precision
             for node, gain in enumerate(gains[group], start=1):
                 gain.addmm_(known - centre, (profiles(term, axis, node) - centre).T)
     first = {name: torch.arange(gain.shape[1], device=gain.device)[None] for name, gain in gains.items()}

@@ -1,15 +1,15 @@
-"""From state dicts to the terms of the agreement: one canonical array for every tuple of groups.
+"""Compile state dicts to the terms of the agreement: one array for every tuple of groups.
 
-The agreement is additive over coordinates, so every tensor is cut along the segments of its axes, and all
-cuts that move with the same groups are laid side by side. What is left is one array per tuple of groups,
+The agreement is a sum over coordinates, so every tensor is cut along the segments of its axes, and all
+cuts that are permuted by the same groups are concatenated. The result is one array per tuple of groups,
 
     no group      a constant
     (g,)          (nodes, C_g, R)             biases, norms, input and output layers
     (g, h)        (nodes, C_g, R, C_h)        inner layers; g = h for recurrent weights and residual streams
     (g, h, k)     (nodes, C_g, R, C_h, C_k)   and so on
 
-where R collects everything that no group moves on its own: inner slots of the units, kernels, inputs. With the
-first group in front of R and the others behind it both contractions of the gradient are plain matrix products.
+where R is the product of all axes that no group permutes: inner slots of the units, kernels, inputs. With the
+first group before R and the others after it, both contractions of the gradient are plain matrix products.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from c2m3_fl.core.spec import Axis, Params, PermutationSpec, Segment, TensorSpec
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """Everything that moves with one tuple of groups.
+    """All parameters that are permuted by one tuple of groups.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Term:
     value: Tensor
 
     def dim(self, axis: int) -> int:
-        """Dimension of `value` that carries grouped axis `axis`."""
+        """Dimension of `value` that holds grouped axis `axis`."""
         return 1 if axis == 0 else axis + 2
 
 
@@ -56,7 +56,7 @@ class _Cut:
 
 
 def matched_names(spec: PermutationSpec, nodes: Sequence[Params]) -> list[str]:
-    """Names of the tensors that the agreement is made of: floating point and no buffers."""
+    """Names of the tensors in the agreement: floating-point tensors that are not buffers."""
     return [
         name
         for name, tensor in spec.tensors.items()
@@ -85,7 +85,7 @@ def compile_terms(
     nodes : sequence of mappings of str to Tensor
         State dicts that fit the spec; not mutated.
     scales : mapping of str to float, optional
-        A factor for every tensor's part in the agreement; one by default.
+        Factor of every tensor's part of the agreement; one by default.
     """
     names = matched_names(spec, nodes)
     if not names:
@@ -128,9 +128,9 @@ def _segment_cut(segment: Segment, length: int) -> _Cut:
 
 
 def _canonical(spec: PermutationSpec, cell: tuple[_Cut, ...], value: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    """One cell of a stacked tensor as (nodes, C_1, R, C_2, ...), its groups in the order of their names.
+    """One cell of a stacked tensor as (nodes, C_1, R, C_2, ...), with its groups sorted by name.
 
-    Slots that are units themselves get an axis of their own: the units of one block in rows of the others are zero.
+    Slots that are units of a second group get an axis of their own, with zeros for units of other blocks.
     """
     for dim, cut in enumerate(cell, start=1):
         if cut.index is not None:
@@ -149,7 +149,7 @@ def _canonical(spec: PermutationSpec, cell: tuple[_Cut, ...], value: Tensor) -> 
 
 
 def _spread(value: Tensor, dim: int, size: int) -> Tensor:
-    """Put the slots along `dim` of the units along ``dim - 1`` where the block of those units has them among `size`."""
+    """Scatter the slots on `dim` to an axis of `size` units, by the block of their unit on ``dim - 1``."""
     units, inner = value.shape[dim - 1 : dim + 1]
     place = torch.arange(units, device=value.device) * size // (units * inner) * inner
     index = place[:, None] + torch.arange(inner, device=value.device)
@@ -159,10 +159,10 @@ def _spread(value: Tensor, dim: int, size: int) -> Tensor:
 
 
 def densify(tensor: TensorSpec, value: Tensor) -> tuple[tuple[Axis, ...], Tensor]:
-    """A block-diagonal stacked tensor in a form whose axes move independently.
+    """A block-diagonal stacked tensor in a form whose axes are permuted independently.
 
-    With one column (or one row) per block the rows (or columns) say everything about how it moves; otherwise
-    it is embedded in the dense block-diagonal tensor that it represents.
+    With one column (or one row) per block, the permutation of the rows (or columns) determines the other; otherwise
+    the tensor is embedded in the dense block-diagonal tensor that it represents.
     """
     blocks = tensor.diagonal
     if blocks == 1:
