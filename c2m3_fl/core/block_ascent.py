@@ -56,13 +56,13 @@ def climb(
     ascent = BlockAscent(universe, pool)
     problem, objectives, least = universe.problem, list(course.objectives), TAIL * limits.tolerance
     soft = not ascent.at_vertex
-    moves = soft or (limits.polish and not (course.still and course.gap <= least))
+    moves = soft or (limits.polish and not limits.over and not (course.still and course.gap <= least))
     while moves:
         before = {name: index.clone() for name, index in ascent.vertex.items()}
-        moves = ascent.sweep()
+        moves = ascent.sweep(limits)
         objectives.append(universe.objective())
         gain = problem.gain(objectives)
-        moves &= limits.polish and (soft or gain > least)
+        moves &= limits.polish and not limits.over and (soft or gain > least)
         soft = False
         if callback is not None:
             moved = share_moved(ascent.vertex, before)
@@ -103,10 +103,15 @@ class BlockAscent:
         """Whether every node is at permutations."""
         return all(self._rounded)
 
-    def sweep(self) -> bool:
-        """Move every block once; whether any of them moved. The first sweep ends at permutations."""
+    def sweep(self, limits: Limits | None = None) -> bool:
+        """Move every block once; whether any of them moved. The first sweep ends at permutations.
+
+        When the time is up, only nodes that are not at permutations yet move.
+        """
         moved = False
         for node in range(self._frozen, len(self._weights)):
+            if self._rounded[node] and limits is not None and limits.over:
+                continue
             for number, colour in enumerate(self._colours):
                 newest = max((self._changed[t] for t in colour.touched), default=0)
                 if self._best_since.get((node, number), -1) >= newest:

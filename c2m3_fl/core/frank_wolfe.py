@@ -48,7 +48,9 @@ def frank_wolfe(
     """
     problem, objectives, gap, still = universe.problem, [universe.objective()], math.inf, False
     blocks = _blocks(problem, limits.together)
-    while len(objectives) <= limits.max_steps and not _fades(objectives, fading):  # C2M3 Alg. 1, l. 2: repeat
+    while (
+        len(objectives) <= limits.max_steps and not limits.over and not _fades(objectives, fading)
+    ):  # C2M3 Alg. 1, l. 2: repeat
         gap, step_sizes, moved = 0.0, [], 0.0
         for block in blocks:
             others = universe.others(block)

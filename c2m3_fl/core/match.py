@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ def match(
     balance: bool = False,
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
+    max_seconds: float | None = None,
 ) -> Match:
     """Permute every node into one shared universe so that their weighted agreement is as large as can be found.
 
@@ -72,6 +75,10 @@ def match(
     callback : callable, optional
         Called with a `Step` after every step, every sweep, every step of a reheating (``step.trial``) and every
         reheating that gained.
+    max_seconds : float, optional
+        When to end the search by the clock, at the best permutations so far; it may last one pass over the nodes
+        longer. A result that this ends says ``timed_out``: another run may give another one. By default nothing ends
+        it but the other limits, and the result is reproducible.
 
     Returns
     -------
@@ -85,7 +92,7 @@ def match(
     WeightsError
         For weights that are negative, not finite, all zero or of the wrong number.
     ConfigError
-        For an unknown start, a negative `max_steps` or `tolerance`, or a `together` below one.
+        For an unknown start, a negative `max_steps`, `tolerance` or `max_seconds`, or a `together` below one.
 
     Notes
     -----
@@ -137,7 +144,8 @@ def match(
     check_nodes(spec, nodes)
     share = normalise_weights(weights, len(nodes))
     check_start(spec, start, len(nodes))
-    check_search(max_steps, tolerance, together)
+    check_search(max_steps, tolerance, together, max_seconds)
+    deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
     order = order_by_units(spec, nodes, share, None if isinstance(start, str) else start)
     if not isinstance(start, str) and all(permutation.is_identity(perm) for perm in start):
         start = "identity"
@@ -147,7 +155,8 @@ def match(
         if here is not None:
             still = tuple(permutation.identity(spec) for _ in nodes)
             return Match(still, (here, here), 0.0, 0.0, True, 0, order)
-    setting = _Setting(spec, nodes, share, start, Limits(max_steps, tolerance, polish, together), balance, generator)
+    limits = Limits(max_steps, tolerance, polish, together, deadline)
+    setting = _Setting(spec, nodes, share, start, limits, balance, generator)
     with torch.no_grad(), assignment_pool() as pool:
         return setting.match(order, pool, callback)
 
@@ -170,13 +179,14 @@ class _Setting:
         problem = Problem.of(self.spec, [self.nodes[i] for i in heavy], self.share[heavy], balance=self.balance)
         point, passed = begin(problem, self._start(heavy), self.generator, pool)
         found = search(problem, point, pool, self.limits, callback)
-        gap = duality_gap(problem, found.permutations, pool)
+        late = self.limits.over
+        gap = math.inf if late else duality_gap(problem, found.permutations, pool)
         perms = dict(zip(heavy, found.permutations, strict=True))
         if len(heavy) < len(order):
             perms |= self._align_weightless([i for i in order if self.share[i] == 0], perms, pool)
         in_order = tuple(perms[i] for i in range(len(order)))
         objectives = (*passed, *found.objectives)
-        return Match(in_order, objectives, gap, found.gain, gap <= self.limits.tolerance, found.steps, order)
+        return Match(in_order, objectives, gap, found.gain, gap <= self.limits.tolerance, found.steps, order, late)
 
     def _align_weightless(
         self, light: Sequence[int], perms: dict[int, Permutation], pool: Executor

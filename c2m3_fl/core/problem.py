@@ -139,12 +139,16 @@ def check_nodes(spec: PermutationSpec, nodes: Sequence[Params]) -> None:
                 )
 
 
-def check_search(max_steps: int, tolerance: float, together: int | None = None) -> None:
+def check_search(
+    max_steps: int, tolerance: float, together: int | None = None, max_seconds: float | None = None
+) -> None:
     """Raise `ConfigError` for limits that make no sense."""
     if max_steps < 0 or not tolerance >= 0:
         raise ConfigError(f"max_steps is {max_steps}, tolerance is {tolerance}; both must not be negative")
     if together is not None and together < 1:
         raise ConfigError(f"together is {together}, expected how many nodes step at once, or None for all of them")
+    if max_seconds is not None and not max_seconds >= 0:
+        raise ConfigError(f"max_seconds is {max_seconds}, expected a number of seconds that is not negative, or None")
 
 
 def _balancing(spec: PermutationSpec, nodes: Sequence[Params]) -> dict[str, float]:

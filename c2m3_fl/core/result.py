@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,12 +57,18 @@ Callback = Callable[[Step], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """When a search ends; see `match`."""
+    """When a search ends; see `match`. `deadline` is a time of `time.monotonic`."""
 
     max_steps: int
     tolerance: float
     polish: bool
     together: int | None = 1
+    deadline: float = math.inf
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline < math.inf and time.monotonic() >= self.deadline
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,9 @@ class Match:
         Number of Frank-Wolfe steps, not counting those after a reheating.
     order : tuple of int
         The nodes in an order that depends on their content alone, for sums that must not depend on the given one.
+    timed_out : bool
+        Whether `max_seconds` ended the search: the result then depends on the machine, and the gap, which was not
+        measured, is infinite.
     """
 
     permutations: tuple[Permutation, ...]
@@ -139,6 +150,7 @@ class Match:
     converged: bool
     steps: int
     order: tuple[int, ...]
+    timed_out: bool = False
 
     def __str__(self) -> str:
         start, end = self.objectives[0], self.objectives[-1]

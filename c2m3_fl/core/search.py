@@ -58,7 +58,7 @@ def search(
         Called with a `Step` after every step.
     """
     found = ascend(problem, point, pool, limits, callback)
-    if not limits.polish or found.steps == 0 or problem.count - problem.frozen <= FEW:
+    if not limits.polish or limits.over or found.steps == 0 or problem.count - problem.frozen <= FEW:
         return found
     return reheat(problem, found, pool, limits, callback)
 
@@ -92,7 +92,7 @@ def reheat(problem: Problem, found: Found, pool: Executor, limits: Limits, callb
     short = replace(limits, max_steps=min(limits.max_steps, PASSES))
     first, budget = found.work, found.work * BUDGET / (problem.count - problem.frozen)
     for warmth in WARMTHS:
-        if found.work - first + _COST * first > budget:
+        if limits.over or found.work - first + _COST * first > budget:
             break
         tell = None if callback is None else _trial(callback, found.work)
         again = ascend(problem, soften(problem, found.permutations, warmth), pool, short, tell)
