@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from c2m3_fl.core.match import match
     from c2m3_fl.core.result import Match
     from c2m3_fl.core.spec import Group, PermutationSpec, Segment, TensorSpec
-    from c2m3_fl.errors import C2M3Error
+    from c2m3_fl.errors import (
+        C2M3Error,
+        CalibrationError,
+        ConfigError,
+        DataError,
+        MissingExtraError,
+        ParamsError,
+        SimulationError,
+        SpecError,
+        TraceError,
+        WeightsError,
+    )
     from c2m3_fl.flower.strategy import C2M3
     from c2m3_fl.merging.merge import Merge, merge
     from c2m3_fl.merging.recalibrate.repair import repair
@@ -27,12 +38,21 @@ if TYPE_CHECKING:
 _HOME = {
     "C2M3": "c2m3_fl.flower.strategy",
     "C2M3Error": "c2m3_fl.errors",
+    "CalibrationError": "c2m3_fl.errors",
+    "ConfigError": "c2m3_fl.errors",
+    "DataError": "c2m3_fl.errors",
     "Group": "c2m3_fl.core.spec",
     "Match": "c2m3_fl.core.result",
     "Merge": "c2m3_fl.merging.merge",
+    "MissingExtraError": "c2m3_fl.errors",
+    "ParamsError": "c2m3_fl.errors",
     "PermutationSpec": "c2m3_fl.core.spec",
     "Segment": "c2m3_fl.core.spec",
+    "SimulationError": "c2m3_fl.errors",
+    "SpecError": "c2m3_fl.errors",
     "TensorSpec": "c2m3_fl.core.spec",
+    "TraceError": "c2m3_fl.errors",
+    "WeightsError": "c2m3_fl.errors",
     "check_invariance": "c2m3_fl.symmetry.discover",
     "match": "c2m3_fl.core.match",
     "merge": "c2m3_fl.merging.merge",
@@ -43,12 +63,21 @@ _HOME = {
 __all__ = [
     "C2M3",
     "C2M3Error",
+    "CalibrationError",
+    "ConfigError",
+    "DataError",
     "Group",
     "Match",
     "Merge",
+    "MissingExtraError",
+    "ParamsError",
     "PermutationSpec",
     "Segment",
+    "SimulationError",
+    "SpecError",
     "TensorSpec",
+    "TraceError",
+    "WeightsError",
     "check_invariance",
     "match",
     "merge",

@@ -9,6 +9,7 @@ from importlib import import_module
 import pytest
 
 import c2m3_fl
+from c2m3_fl import errors
 
 _PACKAGES = ("c2m3_fl", "c2m3_fl.core", "c2m3_fl.flower", "c2m3_fl.merging", "c2m3_fl.symmetry")
 _NAMES = [(package, name) for package in _PACKAGES for name in import_module(package).__all__]
@@ -39,9 +40,10 @@ def test_a_name_means_the_same_wherever_it_is_public():
     assert not {name for name, objects in found.items() if len(objects) > 1}
 
 
-def test_the_top_level_has_nothing_that_no_other_package_has():
+def test_the_top_level_adds_the_errors_and_nothing_else():
     below = {name for package, name in _NAMES if package != "c2m3_fl"}
-    assert set(c2m3_fl.__all__) - below == {"C2M3Error"}
+    defined = {name for name, each in vars(errors).items() if isinstance(each, type)}
+    assert set(c2m3_fl.__all__) - below == defined
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():

@@ -11,6 +11,7 @@ from c2m3_fl.flower.client_moments import answer_statistics
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.judge import ClientJudge
+from c2m3_fl.flower.legacy import C2M3 as LegacyC2M3  # noqa: N811  # a class, like its counterpart
 from c2m3_fl.flower.resuming import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
@@ -21,6 +22,7 @@ __all__ = [
     "ClientRefit",
     "ClientStatistics",
     "Head",
+    "LegacyC2M3",
     "RegMean",
     "Resumable",
     "SerialGrid",
