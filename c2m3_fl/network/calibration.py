@@ -16,22 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from c2m3_fl.errors import CalibrationError
+from c2m3_fl.network.batch_content import check_input, is_labels, split_labels
+from c2m3_fl.network.copying import dense, innermost
 
 Calibration = Iterable[Any]
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
-_TOKENS = (torch.int32, torch.int64)  # types of token ids; uint8 is refused: most likely an unscaled image
 _LABELS = ("label", "labels")  # keys of class labels in a batch that is a dict
 
 
 def as_inputs(example_inputs: ExampleInputs) -> Inputs:
     """Positional and keyword arguments of one call: a tensor, a tuple or list of arguments, or a dict of keywords."""
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
+        return (), {name: dense(value) for name, value in example_inputs.items()}
     if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
+        return tuple(map(dense, example_inputs)), {}
+    return (dense(example_inputs),), {}
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class _Reader:
             raise CalibrationError(f"inputs is {inputs!r}, expected a tuple of keys: inputs=({inputs!r},)")
         self._chosen = None if inputs is None else tuple(inputs)
         self._network = "the network" if model is None else f"{type(model).__name__}.forward"
-        self._arguments = None if model is None else inspect.signature(model.forward).parameters
+        self._arguments = None if model is None else inspect.signature(innermost(model).forward).parameters
         named = isinstance(example_inputs, Mapping)
         self._names = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
         several = named or isinstance(example_inputs, tuple | list)
@@ -209,9 +210,9 @@ class _Reader:
                 "omit it, or let the loader yield dicts"
             )
         if isinstance(raw, Tensor):
-            elements: tuple[Any, ...] = (raw,)
+            elements: tuple[Any, ...] = (dense(raw),)
         elif isinstance(raw, tuple | list):
-            elements = tuple(raw)
+            elements = tuple(map(dense, raw))
         else:
             raise CalibrationError(
                 f"{who} is a {type(raw).__name__}, expected a tensor, a tuple that starts with the network's inputs, "
@@ -220,18 +221,19 @@ class _Reader:
         if len(elements) < self.arity:
             raise CalibrationError(f"{who} has {len(elements)} elements, the network takes {self.arity} inputs")
         for position, value in enumerate(elements[: self.arity]):
-            _check(value, f"{who}, input {position}")
+            check_input(value, f"{who}, input {position}", first=position == 0)
         rest = elements[self.arity :]
-        labels, unread = _labels(rest[0], elements[0]) if rest else (None, "")
+        labels, unread = split_labels(rest[0], elements[0]) if rest else (None, "")
         return Batch(elements[: self.arity], labels, index, unread, self._names)
 
     def _named(self, raw: Mapping[str, Any], who: str, index: int) -> Batch:
+        raw = {key: dense(value) for key, value in raw.items()}
         keys = self._choose(raw, who)
         for key in keys:
-            _check(raw[key], f"{who}, input {key!r}")
+            check_input(raw[key], f"{who}, input {key!r}", first=key == keys[0])
         given = tuple(raw[key] for key in keys)
         follows = [raw[key] for key in _LABELS if key in raw and key not in keys]
-        labels, unread = _labels(follows[0], given[0]) if follows else (None, "")
+        labels, unread = split_labels(follows[0], given[0]) if follows else (None, "")
         return Batch(given, labels, index, unread, keys if self._takes(keys) else ())
 
     def _choose(self, raw: Mapping[str, Any], who: str) -> tuple[str, ...]:
@@ -250,6 +252,7 @@ class _Reader:
         order = list(self._arguments)
         rank = {name: place for place, name in enumerate(order)}
         found = sorted((key for key in raw if self._takes((key,))), key=lambda key: rank.get(key, len(order)))
+        found = [key for key in found if not self._labels_apart(key, raw[key], raw[found[0]])]
         if foreign or not found:
             expected = ", ".join(order)
             names = foreign or list(raw)
@@ -258,6 +261,12 @@ class _Reader:
                 f"choose the inputs by their keys: inputs=({names[0]!r},)"
             )
         return tuple(found)
+
+    def _labels_apart(self, key: str, value: Any, first: Any) -> bool:  # noqa: ANN401  # as above
+        """Whether a key holds class labels that the network takes but does not need, in order to compute a loss."""
+        argument = None if self._arguments is None else self._arguments.get(key)
+        optional = argument is None or argument.default is not argument.empty
+        return key in _LABELS and optional and isinstance(first, Tensor) and is_labels(value, first)
 
     def _takes(self, keys: Sequence[str]) -> bool:
         """Whether all keys are keyword arguments of the network."""
@@ -270,28 +279,4 @@ class _Reader:
 
 
 def _pairs(given: tuple[Any, ...]) -> bool:
-    return isinstance(given[0], Tensor) and _is_labels(given[1], given[0])
-
-
-def _labels(value: Any, inputs: Tensor) -> tuple[Tensor | None, str]:  # noqa: ANN401  # as above
-    """Labels and "", or None and the type and shape of a value that does not hold class indices."""
-    if _is_labels(value, inputs):
-        return value, ""
-    what = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    return None, what
-
-
-def _is_labels(value: Any, inputs: Tensor) -> bool:  # noqa: ANN401  # as above
-    integral = isinstance(value, Tensor) and not value.is_floating_point()
-    return integral and tuple(value.shape) == tuple(inputs.shape[:1])
-
-
-def _check(value: Any, who: str) -> None:  # noqa: ANN401  # as above
-    if not isinstance(value, Tensor):
-        raise CalibrationError(f"{who} is a {type(value).__name__}, expected a tensor")
-    if value.numel() == 0:
-        raise CalibrationError(f"{who} is empty: shape {tuple(value.shape)}")
-    if not value.is_floating_point() and value.dtype not in _TOKENS:
-        raise CalibrationError(f"{who} is of type {value.dtype}, expected floats scaled as in training, or token ids")
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise CalibrationError(f"{who} holds NaN or infinite values")
+    return isinstance(given[0], Tensor) and is_labels(given[1], given[0])

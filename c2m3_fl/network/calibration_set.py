@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs, as_batch, as_inputs, load_batches
+from c2m3_fl.network.calls import as_called
 from c2m3_fl.network.program import Program, check_batches, export_batches, export_program
 
 
@@ -21,7 +23,7 @@ class CalibrationSet:
     Attributes
     ----------
     model : nn.Module
-        The architecture.
+        The architecture, called with the example inputs that are not tensors.
     example_inputs : Tensor, tuple or dict
         The arguments of one call: as given, or the inputs of the first batch.
     batches : tuple of Batch
@@ -62,6 +64,8 @@ class CalibrationSet:
         """
         if isinstance(calibration, CalibrationSet):
             return calibration
+        if isinstance(example_inputs, Mapping) and inputs is None:
+            model, example_inputs = _with_constants(model, example_inputs)
         if calibration is None:
             if example_inputs is None:
                 raise CalibrationError(
@@ -118,6 +122,13 @@ class CalibrationSet:
                 batches=tuple(batch.to(place) for batch in self.batches),
             )
         return self._moved[place]
+
+
+def _with_constants(model: nn.Module, example_inputs: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
+    """A network that is called with the example inputs that are not tensors, and those that are."""
+    constants = {name: value for name, value in example_inputs.items() if not isinstance(value, Tensor)}
+    tensors = {name: value for name, value in example_inputs.items() if name not in constants}
+    return (as_called(model, constants=constants) if constants else model), tensors
 
 
 def _chosen(model: nn.Module, example_inputs: ExampleInputs, inputs: Sequence[str] | None) -> ExampleInputs:

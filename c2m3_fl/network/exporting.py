@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from c2m3_fl.errors import TraceError
+from c2m3_fl.errors import C2M3Error, TraceError
 from c2m3_fl.network.calibration import Inputs
+from c2m3_fl.network.calls import as_called
+from c2m3_fl.network.copying import private_copy
+from c2m3_fl.network.inlining import inline_branches, plain_operators
 
 _LOCATION = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>\w+)\s+(?P<code>[^\n]+)')
 _LIBRARY = re.compile(r"[/\\](torch|site-packages)[/\\]")
@@ -38,13 +41,20 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
-    """Context in which attention is exported as separate operators, not as the one fused operator for inference."""
-    before = torch.backends.mha.get_fastpath_enabled()
+    """Context in which attention is exported as separate operators, not as the one fused operator for inference.
+
+    A causal mask that is given is used as a mask: `nn.TransformerEncoder` would compare its values with those of the
+    causal mask, to choose a faster kernel, and `torch.export` refuses that.
+    """
+    fused, transformer = torch.backends.mha.get_fastpath_enabled(), nn.modules.transformer
+    detect = transformer._detect_is_causal_mask
     torch.backends.mha.set_fastpath_enabled(False)
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(fused)
+        transformer._detect_is_causal_mask = detect
 
 
 @contextlib.contextmanager
@@ -87,13 +97,20 @@ def export(
         When the network cannot be run on the inputs, or `torch.export` refuses it; the message names the line.
     """
     args, kwargs = inputs
-    with mode(model, training=training), plain_attention(), quiet(), torch.enable_grad():
+    plain = as_called(private_copy(model, share=True))
+    with mode(plain, training=training), plain_attention(), quiet(), torch.enable_grad():
         try:
-            program = torch.export.export(model, args, kwargs, strict=False)
-            return program if is_plain is None or is_plain(program) else program.run_decompositions({})
+            program = torch.export.export(plain, args, kwargs, strict=False)
+            inline_branches(program.graph_module)
+            if is_plain is not None and not is_plain(program):
+                program = program.run_decompositions({})
+            plain_operators(program, inputs)
+        except C2M3Error:
+            raise
         except Exception as error:
-            require_runs(model, inputs)
+            require_runs(plain, inputs)
             raise TraceError(_explain(model, error)) from error
+    return program
 
 
 def call_fails(model: nn.Module, inputs: Inputs) -> Exception | None:
@@ -102,7 +119,7 @@ def call_fails(model: nn.Module, inputs: Inputs) -> Exception | None:
     try:
         with torch.no_grad():
             model(*args, **kwargs)
-    except torch.OutOfMemoryError:
+    except (C2M3Error, torch.OutOfMemoryError):
         raise
     except Exception as error:
         return error
@@ -111,7 +128,7 @@ def call_fails(model: nn.Module, inputs: Inputs) -> Exception | None:
 
 def require_runs(model: nn.Module, inputs: Inputs) -> None:
     """Raise `TraceError` unless the network, in its present mode, can be called with the example inputs."""
-    error = call_fails(copy.deepcopy(model), inputs)
+    error = call_fails(private_copy(model), inputs)
     if error is not None:
         raise TraceError(
             f"{type(model).__name__} cannot be called with the example inputs, {_described(inputs)}{_line(error)}: "
@@ -134,11 +151,15 @@ def _described(inputs: Inputs) -> str:
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
-    return (
-        f"torch.export cannot trace {type(model).__name__}{_line(error)}: {_first_sentence(error)}. "
-        "Control flow must not depend on the values of tensors: use torch.where or torch.cond, take the branch "
-        "out of forward(), or give a PermutationSpec by hand"
-    )
+    reason = f"torch.export cannot trace {type(model).__name__}{_line(error)}: {_first_sentence(error)}. "
+    if re.search("data-dependent", f"{type(error).__name__} {error}", re.IGNORECASE):
+        reason += (
+            "Control flow must not depend on the values of tensors: use torch.where or torch.cond, take the branch "
+            "out of forward()"
+        )
+    else:
+        reason += "Change that line, take it out of forward()"
+    return f"{reason}, or give a PermutationSpec by hand"
 
 
 def _line(error: Exception) -> str:

@@ -8,7 +8,6 @@ graph contains them all; a `Walk` runs it and can stop at any of them.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch.export import ExportedProgram
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.network.calibration import Batch, ExampleInputs, as_batch, unfit
+from c2m3_fl.network.copying import private_copy
 from c2m3_fl.network.exporting import aliases, call_fails, export
 from c2m3_fl.network.find_operators import find_operators
 from c2m3_fl.network.operators import Operator
@@ -169,7 +169,7 @@ def check_batches(model: nn.Module, batches: Sequence[Batch]) -> None:
     CalibrationError
         When the network cannot take a batch.
     """
-    twin = copy.deepcopy(model).to(batches[0].inputs[0].device).eval()
+    twin = private_copy(model).to(batches[0].inputs[0].device).eval()
     seen = set()
     for batch in batches:
         if batch.kind in seen and all(value.is_floating_point() for value in batch.inputs):
@@ -196,7 +196,7 @@ def export_program(model: nn.Module, example: ExampleInputs | Batch) -> Program:
         When `torch.export` refuses the network.
     """
     batch = as_batch(example)
-    twin = copy.deepcopy(model).to(batch.inputs[0].device)
+    twin = private_copy(model).to(batch.inputs[0].device)
     exported = export(twin, batch.call)
     signature = exported.graph_signature
     persistent = twin.state_dict()

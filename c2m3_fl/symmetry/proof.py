@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from c2m3_fl.core.permutation import Permutation, apply, identity, random
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.network.calibration import Inputs
+from c2m3_fl.network.calls import tensors_in
+from c2m3_fl.network.copying import in_precision, private_copy
 from c2m3_fl.network.exporting import aliases, mode, plain_attention, require_runs
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; rounding alone stays below
@@ -52,7 +54,7 @@ class Prover:
     def _prepare(self, model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> None:
         self.dtype = dtype
         self.generator = torch.Generator().manual_seed(seed)
-        self._module = copy.deepcopy(model).to(device="cpu", dtype=dtype)
+        self._module = in_precision(private_copy(model).cpu(), dtype)
         self._inputs = _cast(inputs, dtype, self.generator)
         state: Mapping[str, Any] = self._module.state_dict()
         own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -84,7 +86,7 @@ class Prover:
             torch.manual_seed(0)
             with mode(self._module, training=self._training):
                 out = functional_call(self._module, first, args, kwargs)
-        return [leaf.detach().clone() for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        return [leaf.detach().clone() for leaf in tensors_in(out)]
 
 
 def stirring(spec: PermutationSpec, generator: torch.Generator) -> dict[str, Tensor]:
