@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -31,6 +32,12 @@ def check_finite(params: Params, who: str = "") -> None:
             count = int((~torch.isfinite(value)).sum())
             prefix = f"{who}: " if who else ""
             raise ParamsError(f"{prefix}{name!r} has {count} values that are NaN or infinite, expected finite numbers")
+
+
+def norm(params: Params) -> float:
+    """Norm of all floating tensors together, in double precision."""
+    sizes = [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in params.values() if v.is_floating_point()]
+    return math.hypot(*sizes)
 
 
 def digest(params: Params) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from logging import ERROR
-from time import perf_counter
 from typing import Literal
 
 import torch
@@ -15,21 +12,28 @@ from flwr.common import parameters_to_ndarrays as to_ndarrays
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, Strategy
-from flwr.supercore import log
 from torch import nn
 
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.state_dicts import check_finite
-from c2m3_fl.errors import ConfigError, ParamsError
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.flower.admitted import Sorted
 from c2m3_fl.flower.aligner import Basis, Mode
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics
-from c2m3_fl.flower.legacy_messages import Result, aggregate_results, named_params, to_parameters, to_scalars
-from c2m3_fl.flower.metrics import failure
+from c2m3_fl.flower.legacy_messages import (
+    Result,
+    aggregate_evaluations,
+    aggregate_results,
+    named_params,
+    node_of,
+    sort_results,
+    to_parameters,
+    to_scalars,
+)
 from c2m3_fl.flower.options import Feedback, Options
 from c2m3_fl.flower.privacy import check_callers, check_privacy
-from c2m3_fl.flower.records import Schema, read_npy, reply_schema, schema_of_params
-from c2m3_fl.flower.replies import Dropped, Reply, Sorted, check_weight, content_of
+from c2m3_fl.flower.records import Schema, reply_schema, schema_of_params
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup
 from c2m3_fl.flower.wrapped import chain, check_instance
@@ -45,9 +49,9 @@ class C2M3(Strategy):
     of a reply is its number of examples.
 
     Differences: there is no grid to ask clients, so `ClientStatistics`, `moments`, `ClientRefit`, `head` and `judge`
-    are refused and `deploy` does not exist; evaluation results are handed to the wrapped strategy unchecked; a legacy
-    server saves no state, but `state_dict` and `load_state_dict` are there for one that does; there is no `start`, so
-    a second run on the same object goes on with the trajectory if it is given the very model that was returned last.
+    are refused and `deploy` does not exist; a legacy server saves no state, but `state_dict` and `load_state_dict`
+    are there for one that does; there is no `start`, so a second run on the same object goes on with the trajectory
+    if it is given the very model that was returned last.
 
     Parameters
     ----------
@@ -204,12 +208,8 @@ class C2M3(Strategy):
         results: list[tuple[ClientProxy, EvaluateRes]],
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
-        """Let the wrapped strategy aggregate the evaluation; a failed evaluation must not end the run either."""
-        try:
-            return self.strategy.aggregate_evaluate(server_round, results, failures)
-        except Exception as error:
-            log(ERROR, "\t> %s", failure(f"the evaluation of {type(self.strategy).__name__}", error))
-            return None, {}
+        """Let the wrapped strategy aggregate the evaluations that can be averaged; a failure does not end the run."""
+        return aggregate_evaluations(self.strategy, server_round, results, failures)
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
         """Let the wrapped strategy evaluate."""
@@ -217,34 +217,7 @@ class C2M3(Strategy):
 
     def _sorted(self, results: Sequence[Result]) -> Sorted[Result]:
         """The usable replies in a stable order, and the others with the reasons."""
-        started = perf_counter()
-        kept: dict[int, Reply[Result]] = {}
-        dropped = []
-        for result in results:
-            proxy, fit = result
-            node = node_of(proxy)
-            try:
-                weight = check_weight(fit.num_examples, "num_examples")
-                params = self._params(fit.parameters, "reply")
-                check_finite(params)
-            except ParamsError as error:
-                dropped.append(Dropped(node, str(error)))
-                continue
-            reply = Reply(node, params, weight, content_of(params, {**fit.metrics, "": weight}), result)
-            first, *second = sorted(filter(None, (kept.get(node), reply)), key=lambda each: each.content)
-            kept[node] = first
-            dropped += [Dropped(each.node, "a second reply to the same instruction") for each in second]
-        replies = sorted(kept.values(), key=lambda each: (each.content, each.node))
-        return Sorted(tuple(replies), tuple(dropped), perf_counter() - started)
-
-    def _params(self, parameters: Parameters, who: str) -> dict[str, torch.Tensor]:
-        """The tensors by name, each of exactly the model's shape; of its element types, or of those sent out."""
-        if len(parameters.tensors) != len(self.schema):
-            raise ParamsError(f"{who}: {len(parameters.tensors)} tensors, expected {len(self.schema)}")
-        return {
-            name: read_npy(f"{who}: {name!r}", data, entry)
-            for (name, entry), data in zip(self.expected.items(), parameters.tensors, strict=True)
-        }
+        return sort_results(results, self.expected)
 
     def _personal(self, proxy: ClientProxy, parameters: Parameters) -> Parameters:
         """The model in the client's own basis where that was asked for."""
@@ -253,13 +226,6 @@ class C2M3(Strategy):
         params = named_params(self.schema, parameters, "the parameters to send out")
         own = self.setup.aligner.own_basis(node_of(proxy), params)
         return parameters if own is params else to_parameters(own)
-
-
-def node_of(proxy: ClientProxy) -> int:
-    """The client's id as a number: its own where it is one, else a digest of it."""
-    if proxy.cid.isdecimal():
-        return int(proxy.cid)
-    return int.from_bytes(hashlib.blake2b(proxy.cid.encode(), digest_size=7).digest(), "big")
 
 
 def _refuse_asking(**options: object) -> None:

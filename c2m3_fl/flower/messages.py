@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from logging import ERROR
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.flower.admitted import Reply
 from c2m3_fl.flower.aligner import Aligner
+from c2m3_fl.flower.metrics import EVALUATIONS_DROPPED, failure, without_ours
 from c2m3_fl.flower.private import with_arrays
 from c2m3_fl.flower.records import from_params, to_params
-from c2m3_fl.flower.replies import Reply
+from c2m3_fl.flower.replies import report_dropped, sort_evaluations
 from c2m3_fl.flower.rounds import AlignedReplies
+from c2m3_fl.flower.wrapped import record_keys, stock_averages
 
 
 def aggregate_messages(
@@ -35,7 +40,34 @@ def aggregate_messages(
         for reply, params in zip(aligned.replies, aligned.params, strict=True)
     ]
     arrays, metrics = strategy.aggregate_train(server_round, messages)
-    return None if arrays is None else to_params(arrays), MetricRecord(dict(metrics or {}))
+    return None if arrays is None else to_params(arrays, who="the result"), MetricRecord(without_ours(dict(metrics or {})))
+
+
+def aggregate_evaluations(strategy: Strategy, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+    """The wrapped strategy's aggregate of the evaluations that can be averaged; None where it fails.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        The wrapped strategy; replies to one that averages by no weight are not checked.
+    server_round : int
+        The round.
+    replies : iterable of Message
+        As Flower delivered them.
+    """
+    dropped = 0
+    if stock_averages(strategy):
+        found = sort_evaluations(replies, weighted_by=record_keys(strategy)[-1])
+        report_dropped(found.dropped)
+        replies, dropped = [each.source for each in found.replies], len(found.dropped)
+    try:
+        metrics = strategy.aggregate_evaluate(server_round, replies)
+        if metrics is None:
+            return None
+        return MetricRecord(without_ours(metrics) | ({EVALUATIONS_DROPPED: dropped} if dropped else {}))
+    except Exception as error:  # a failed evaluation must not end the run
+        log(ERROR, "\t> %s", failure(f"the evaluation of {type(strategy).__name__}", error))
+        return None
 
 
 def personal_messages(aligner: Aligner, messages: Iterable[Message]) -> Iterable[Message]:
@@ -52,7 +84,7 @@ def personal_messages(aligner: Aligner, messages: Iterable[Message]) -> Iterable
 
 
 def _arrays(reply: Reply[Message], params: Params) -> ArrayRecord:
-    """The aligned arrays in the order of the schema; those that did not change are the client's own.
+    """The aligned arrays in the order of the model; those that did not change are the client's own.
 
     Integer arrays go as float64, which every strategy's arithmetic takes, and give the same floating results.
     """
@@ -62,5 +94,6 @@ def _arrays(reply: Reply[Message], params: Params) -> ArrayRecord:
         if not value.is_floating_point():
             arrays[name] = Array(np.asarray(value.double().numpy()))
         else:
-            arrays[name] = received[name] if value is reply.params[name] else Array(np.asarray(value.numpy()))
+            unchanged = value is reply.params[name] and reply.as_it_came(name)
+            arrays[name] = received[name] if unchanged else Array(np.asarray(value.numpy()))
     return ArrayRecord(arrays)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from logging import DEBUG, ERROR, INFO, WARNING
+from typing import TypeVar
 
 from flwr.serverapp.strategy import Result
 from flwr.supercore import log
 
 from c2m3_fl.flower.aligner import RoundMatch
+from c2m3_fl.flower.client_text import shown
 from c2m3_fl.merging.reports import RecalibrationReport
 
 Numbers = dict[str, float | int | list[float] | list[int]]
-KEPT = "c2m3-kept-previous"  # the metric that says whether a round left the global model as it was
+Value = TypeVar("Value")
+_OURS = "c2m3-"  # how the names of this package's metrics begin
+KEPT = _OURS + "kept-previous"  # whether a round left the global model as it was
+EVALUATIONS_DROPPED = _OURS + "evaluations-dropped"
+
+
+def without_ours(metrics: Mapping[str, Value]) -> dict[str, Value]:
+    """Metrics that were made from what clients sent, without names that this package alone may set."""
+    return {name: value for name, value in metrics.items() if not name.startswith(_OURS)}
 
 
 def aligned_numbers(nodes: Sequence[int], alignment: RoundMatch, odd: Sequence[int]) -> Numbers:
@@ -82,12 +92,12 @@ def report_recalibration(report: RecalibrationReport) -> Numbers:
 def failure(who: str, error: Exception) -> str:
     """What failed and how, in one line; the traceback goes to the log for those who debug."""
     log(DEBUG, "\t> the traceback of %s:", who, exc_info=error)
-    return f"{who} failed: {type(error).__name__}: {error}"
+    return f"{who} failed: {type(error).__name__}: {shown(error)}"
 
 
 def report_kept(reason: str, idle: int, level: int = WARNING) -> None:
     """Log that a round left the global model as it was: louder when it is not the first one in a row."""
-    log(level, "\t> %s: the previous global model stays", reason)
+    log(level, "\t> %s: the previous global model stays", shown(reason))
     if idle > 1:
         log(ERROR, "\t> nothing was aggregated in the last %d rounds", idle)
 

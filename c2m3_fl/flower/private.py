@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+
+Record = ArrayRecord | MetricRecord | ConfigRecord
 
 
 def claim_identity(run_id: int, node_id: int) -> None:
@@ -39,6 +41,11 @@ def with_arrays(message: Message, arrays: Mapping[str, ArrayRecord]) -> Message:
     records = {
         key: copy(record) if isinstance(record, MetricRecord) else record for key, record in message.content.items()
     }
+    return with_records(message, {**records, **arrays}, alone=True)
+
+
+def with_records(message: Message, records: Mapping[str, Record], *, alone: bool = False) -> Message:
+    """A copy of a message with other records, beside its own or `alone`; metadata are shared."""
     carrying = copy(message)
-    carrying.content = RecordDict({**records, **arrays})
+    carrying.content = RecordDict({**({} if alone else message.content), **records})
     return carrying

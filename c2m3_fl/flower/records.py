@@ -1,17 +1,15 @@
 """Flower's array records and torch's state dicts: an exact, suspicious conversion.
 
 Nothing that a record carries is trusted: name, shape, element type and length are compared with what was
-expected before any memory is taken, and no pickle is ever read. Flower's arrays are ``.npy`` bytes, which
-cannot hold bfloat16: such a model must be sent as float32.
+expected before any memory is taken, and no pickle is ever read. Flower's arrays are ``.npy`` bytes, which NumPy
+alone cannot make of bfloat16: such a model must be sent as float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from io import BytesIO
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,10 +18,11 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.npy import Header, read_header
 
 _NUMPY_STYPE = "numpy.ndarray"  # the one serialisation that Flower's own strategies read
 _SUPPORTED = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"})
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,22 @@ class Entry:
         The shape.
     also : str, optional
         A second element type that is taken, and converted to the first.
+    casts : bool
+        Whether any other floating element type is taken for a floating one, too.
     """
 
     dtype: str
     shape: tuple[int, ...]
     also: str | None = None
+    casts: bool = False
+
+    def takes(self, dtype: str) -> bool:
+        """Whether an array of this element type is taken."""
+        return self.as_sent(dtype) or (self.casts and {self.dtype, dtype} <= _FLOATS)
+
+    def as_sent(self, dtype: str) -> bool:
+        """Whether this is one of the two element types that are expected."""
+        return dtype in (self.dtype, self.also)
 
 
 Schema = Mapping[str, Entry]
@@ -54,8 +64,9 @@ def schema_of(record: ArrayRecord, who: str = "arrays") -> dict[str, Entry]:
     Raises
     ------
     ParamsError
-        When an element type cannot be averaged or held by a torch tensor.
+        When `record` is no ArrayRecord, or an element type cannot be averaged or held by a torch tensor.
     """
+    check_record(record, who)
     return _supported({name: Entry(array.dtype, tuple(array.shape)) for name, array in record.items()}, who)
 
 
@@ -73,6 +84,14 @@ def schema_of_params(params: Params, who: str = "model") -> dict[str, Entry]:
     return _supported(entries, who)
 
 
+def check_record(record: object, who: str) -> None:
+    """Raise `ParamsError` unless `record` is an ArrayRecord: a state dict, say."""
+    if not isinstance(record, ArrayRecord):
+        tensors = isinstance(record, Mapping) and all(isinstance(value, Tensor) for value in record.values())
+        what = "a state dict" if tensors else f"a {type(record).__name__}"
+        raise ParamsError(f"{who}: {what}, expected an ArrayRecord; pass ArrayRecord(model.state_dict())")
+
+
 def _supported(schema: dict[str, Entry], who: str) -> dict[str, Entry]:
     for name, entry in schema.items():
         if entry.dtype not in _SUPPORTED:
@@ -87,12 +106,9 @@ def reply_schema(model: Schema, sent: Schema) -> dict[str, Entry]:
     """What replies must look like, in the order of what was sent.
 
     They are of the model's element types, or of those that were sent: some strategies return float64, and a client
-    that computes with NumPy sends back what it was sent.
+    that computes with NumPy sends back what it was sent. Floating ones of any other precision are cast.
     """
-    return {
-        name: replace(model[name], also=entry.dtype if entry.dtype != model[name].dtype else None)
-        for name, entry in sent.items()
-    }
+    return {name: Entry(model[name].dtype, model[name].shape, entry.dtype, casts=True) for name, entry in sent.items()}
 
 
 def to_params(record: ArrayRecord, schema: Schema | None = None, who: str = "arrays") -> dict[str, Tensor]:
@@ -138,33 +154,59 @@ def _decode(who: str, array: Array, entry: Entry) -> Tensor:
         raise ParamsError(f"{who} is serialised as {array.stype!r}, expected {_NUMPY_STYPE!r}")
     if tuple(array.shape) != entry.shape:
         raise ParamsError(f"{who} has shape {tuple(array.shape)}, expected {entry.shape}")
-    if array.dtype not in (entry.dtype, entry.also):
+    if not entry.takes(array.dtype):
         raise ParamsError(f"{who} has dtype {array.dtype}, expected {entry.dtype}")
+    header = _header(who, array.data)
+    if header.dtype != array.dtype:
+        raise ParamsError(f"{who} holds {header.dtype} of shape {header.shape}, and says that it is {array.dtype}")
     return read_npy(who, array.data, entry)
 
 
-def read_npy(who: str, data: bytes, entry: Entry) -> Tensor:
-    """Tensor of the elements of a ``.npy`` file, which must be of an expected kind and of exactly its length.
+def read_npy(who: str, data: bytes, entry: Entry | None = None) -> Tensor:
+    """Tensor of the elements of a ``.npy`` file.
+
+    Parameters
+    ----------
+    who : str
+        Whose bytes these are, for the error message.
+    data : bytes
+        The file; its elements are copied.
+    entry : Entry, optional
+        What the array must look like; by default what its header says, of any element type that a model may have.
 
     Raises
     ------
     ParamsError
-        When the bytes are no such file; before memory is taken for more than they are.
+        When the bytes are no such file, of another kind or length; before memory is taken for more than they are.
     """
-    stream = BytesIO(data)
-    try:
-        header = _HEADERS[np.lib.format.read_magic(stream)]
-        shape, fortran, dtype = header(stream)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ParamsError(f"{who} holds no readable .npy bytes: {error}") from error
-    if tuple(shape) != entry.shape or dtype not in [np.dtype(name) for name in (entry.dtype, entry.also) if name]:
-        raise ParamsError(f"{who} holds {dtype} of shape {tuple(shape)}, expected {entry.dtype} of shape {entry.shape}")
-    body, expected = memoryview(data)[stream.tell() :], math.prod(entry.shape) * dtype.itemsize
+    header = _header(who, data)
+    if entry is None:
+        entry = _supported({"": Entry(header.dtype, header.shape)}, who)[""]
+    if header.shape != entry.shape or not entry.takes(header.dtype):
+        raise ParamsError(
+            f"{who} holds {header.dtype} of shape {header.shape}, expected {entry.dtype} of shape {entry.shape}"
+        )
+    found, own = getattr(torch, header.dtype), getattr(torch, entry.dtype)
+    body, expected = memoryview(data)[header.start :], math.prod(entry.shape) * found.itemsize
     if len(body) != expected:
         raise ParamsError(f"{who} holds {len(body)} bytes of elements, expected {expected}")
-    own: torch.dtype = getattr(torch, entry.dtype)
     if not expected:
-        return torch.empty(entry.shape, dtype=own)  # NumPy's strides of empty arrays are none that torch can view
-    order: Literal["F", "C"] = "F" if fortran else "C"
-    elements = np.ndarray(entry.shape, dtype, buffer=body, order=order)
-    return torch.from_numpy(elements.copy(order="C")).to(own)
+        return torch.empty(entry.shape, dtype=own)
+    elements = torch.frombuffer(bytearray(body), dtype=torch.uint8 if found is torch.bool else found)
+    if found is torch.bool:
+        elements = elements != 0
+    if header.fortran:
+        return elements.view(entry.shape[::-1]).permute(*reversed(range(len(entry.shape)))).contiguous().to(own)
+    return elements.view(entry.shape).to(own)
+
+
+def received_type(data: bytes) -> str:
+    """The element type of ``.npy`` bytes that were read before."""
+    return read_header(data).dtype
+
+
+def _header(who: str, data: bytes) -> Header:
+    try:
+        return read_header(data)
+    except ValueError as error:
+        raise ParamsError(f"{who} holds no readable .npy bytes: {error}") from error

@@ -1,74 +1,55 @@
 """Replies: every one is checked before any of them is used.
 
-A reply that cannot be used is dropped with the reason, and the round goes on with the others. Those that
-remain are put into an order that depends on their content alone, because Flower delivers them in random
-order and a sum of floats depends on it.
+A reply that cannot be used is dropped with the reason, and the round goes on with the others. Whatever reading a reply
+raises is that reply's fault. Those that remain are put into an order that depends on their content alone, because
+Flower delivers them in random order and a sum of floats depends on it.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from logging import WARNING
+from dataclasses import replace
 from time import perf_counter
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
+import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.supercore import log
-from torch import Tensor
+from flwr.common.constant import ErrorCode
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.core.state_dicts import check_finite, digest
+from c2m3_fl.core.state_dicts import check_finite, digest, norm
 from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.admitted import Dropped, Reply, Sorted, TransientError, fault_of, report_dropped
+from c2m3_fl.flower.client_text import shown
+from c2m3_fl.flower.consistency import averageable, consistent, finite, plausible_losses
+from c2m3_fl.flower.private import with_arrays
 from c2m3_fl.flower.records import Schema, to_params
 
-Source = TypeVar("Source")
+__all__ = [
+    "Dropped",
+    "Reply",
+    "Sorted",
+    "check_metrics",
+    "check_shared_fault",
+    "check_values",
+    "check_weight",
+    "client_failure",
+    "content_of",
+    "report_dropped",
+    "sort_evaluations",
+    "sort_messages",
+]
+
 Record = TypeVar("Record", ArrayRecord, MetricRecord)
 
-
-@dataclass(frozen=True, eq=False)
-class Reply(Generic[Source]):
-    """A reply that passed every check.
-
-    Attributes
-    ----------
-    node : int
-        Who sent it.
-    params : dict of str to Tensor
-        Its tensors, in the order of the model that was sent out.
-    weight : float
-        Its averaging weight, positive.
-    content : str
-        Digest of the tensors, and the metrics: replies are ordered by it.
-    source : Message or legacy result
-        The reply as Flower delivered it.
-    """
-
-    node: int
-    params: dict[str, Tensor]
-    weight: float
-    content: str
-    source: Source
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A reply that cannot be used, and why."""
-
-    node: int
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Sorted(Generic[Source]):
-    """The replies of a round: the usable ones in stable order, the dropped ones, and the seconds of the check."""
-
-    replies: tuple[Reply[Source], ...]
-    dropped: tuple[Dropped, ...]
-    seconds: float
+_MOST_EXAMPLES = 2**53  # beyond it floats do not count any more, and sums of few weights overflow
+_LARGEST_LOSS = 1e12
+_LONGEST_NAME, _MOST_VALUES = 200, 100_000  # of a metric, of a reply: Flower logs metrics whole
+_WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DataParallel put before the names of a state dict
+_PASSING = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
 
 
 def sort_messages(
@@ -85,9 +66,12 @@ def sort_messages(
     weighted_by : str
         Key of the averaging weight in each reply's only MetricRecord.
     required : sequence of str
-        Further metrics that must be there and finite (the loss of q-FedAvg).
+        Losses by which the wrapped strategy weighs replies (that of q-FedAvg).
     """
-    return _sorted(messages, lambda message: _read(message, schema, weighted_by, required))
+    found = _sorted(messages, lambda message: _read(message, schema, weighted_by, required))
+    replies, far = plausible_losses(found.replies, required)
+    replies, count = averageable(replies)
+    return replace(found, replies=tuple(replies), dropped=(*found.dropped, *far), not_averaged=count)
 
 
 def sort_evaluations(messages: Iterable[Message], *, weighted_by: str) -> Sorted[Message]:
@@ -101,18 +85,62 @@ def content_of(params: Params, metrics: Mapping[str, object]) -> str:
 
 
 def check_weight(value: object, key: str) -> float:
-    """The averaging weight as a float; `ParamsError` unless it is a positive finite number."""
+    """The averaging weight as a float; `ParamsError` unless it is a positive number that examples can have."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ParamsError(f"weight {key!r} is {value!r}, expected one positive number")
     if not 0 < value <= sys.float_info.max:  # which NaN is not either
-        raise ParamsError(f"weight {key!r} is {value}, expected a positive finite number")
+        raise ParamsError(f"weight {key!r} is {str(value)[:40]}, expected a positive finite number")
+    if value > _MOST_EXAMPLES:
+        raise ParamsError(f"weight {key!r} is {value:g}, expected a positive finite number, at most 2**53")
     return float(value)
 
 
-def report_dropped(dropped: Iterable[Dropped]) -> None:
-    """Log every dropped reply with its reason."""
-    for each in dropped:
-        log(WARNING, "\t> dropped the reply of node %d: %s", each.node, each.reason)
+def check_metrics(metrics: Mapping[str, Any], *, every: bool = False) -> None:
+    """Raise `ParamsError` for metrics that no log can hold; with `every`, also where one is NaN or infinite."""
+    values = sum(len(value) if isinstance(value, list | str | bytes) else 1 for value in metrics.values())
+    longest = max((len(name) for name in metrics), default=0)
+    if values > _MOST_VALUES or longest > _LONGEST_NAME:
+        raise ParamsError(
+            f"its metrics hold {values} values, the longest name has {longest} characters; "
+            f"expected at most {_MOST_VALUES} and {_LONGEST_NAME}"
+        )
+    odd = next((name for name, value in metrics.items() if every and not finite(value)), None)
+    if odd is not None:
+        raise ParamsError(f"metric {odd!r} is {metrics[odd]!r}, expected a finite number")
+
+
+def check_values(params: Params) -> None:
+    """Raise `TransientError` for NaN, infinities, and a norm whose square is beyond the type that is computed with."""
+    try:
+        check_finite(params)
+    except ParamsError as error:
+        raise TransientError(str(error)) from error
+    floats = [value.dtype for value in params.values() if value.is_floating_point()]
+    limit = min((torch.finfo(torch.promote_types(dtype, torch.float32)).max for dtype in floats), default=math.inf)
+    size = norm(params)
+    if not size * size <= limit:
+        raise TransientError(f"its norm is {size:.3g}, too large to compute with: the square is beyond {limit:.2g}")
+
+
+def client_failure(reply: Message) -> str:
+    """What a client's error reply says, for a log: the exception itself, without the traceback above it."""
+    return f"the client failed: {shown(_last_line(reply.error.reason))}"
+
+
+def check_shared_fault(found: Sorted[Any]) -> None:
+    """Raise `ParamsError` where no reply of a first round can be used, for one reason: all clients share a mistake.
+
+    One reply is not enough. Values that may be others in the next round are not such a reason, nor are nodes that
+    cannot be reached.
+    """
+    reasons = {re.sub(r"\d+", "0", each.reason) for each in found.dropped}
+    nodes = {each.node for each in found.dropped}
+    if found.replies or len(reasons) != 1 or len(nodes) < 2 or any(each.passing for each in found.dropped):
+        return
+    raise ParamsError(
+        f"none of the {len(found.dropped)} replies of the first round can be used, for one reason: "
+        f"{found.dropped[0].reason}. Change what all clients send, or the model that C2M3 was given, and start again"
+    )
 
 
 def _sorted(messages: Iterable[Message], read: Callable[[Message], Reply[Message]]) -> Sorted[Message]:
@@ -123,35 +151,62 @@ def _sorted(messages: Iterable[Message], read: Callable[[Message], Reply[Message
     for message in messages:
         try:
             kept.append(read(message))
-        except ParamsError as error:
-            dropped.append(Dropped(message.metadata.src_node_id, str(error)))
+        except Exception as error:  # whatever one client sends must not end the round
+            dropped.append(fault_of(message.metadata.src_node_id, error))
     kept.sort(key=lambda reply: (reply.content, reply.node))
-    kept, dropped = _consistent(*_distinct(kept, dropped))
-    return Sorted(tuple(kept), tuple(dropped), perf_counter() - started)
+    distinct, twice = _distinct(kept)
+    replies, unlike = consistent(distinct)
+    return Sorted(tuple(replies), (*dropped, *twice, *unlike), perf_counter() - started)
 
 
 def _read_evaluation(message: Message, weighted_by: str) -> Reply[Message]:
     metrics = _only(_content(message).metric_records, "MetricRecords")
+    check_metrics(metrics)
     weight = _weight(metrics, weighted_by)
+    check_metrics(metrics, every=True)
     return Reply(message.metadata.src_node_id, {}, weight, content_of({}, metrics), message)
 
 
 def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence[str]) -> Reply[Message]:
     content = _content(message)
-    arrays, metrics = _only(content.array_records, "ArrayRecords"), _only(content.metric_records, "MetricRecords")
+    received, metrics = _only(content.array_records, "ArrayRecords"), _only(content.metric_records, "MetricRecords")
+    check_metrics(metrics)
     weight = _weight(metrics, weighted_by)
     for key in required:
         value = metrics.get(key)
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ParamsError(f"metric {key!r} is {value!r}, expected a finite number: the wrapped strategy needs it")
-    params = to_params(arrays, schema)
-    check_finite(params)
-    return Reply(message.metadata.src_node_id, params, weight, content_of(params, metrics), message)
+        if not isinstance(value, int | float) or not 0 <= value <= _LARGEST_LOSS:  # which NaN is not either
+            raise ParamsError(
+                f"metric {key!r} is {value!r}, expected a finite number, not negative, at most {_LARGEST_LOSS:g}: "
+                "the wrapped strategy needs it"
+            )
+    arrays = _renamed(received, schema)
+    if arrays is not received:
+        message = with_arrays(message, {next(iter(content.array_records)): arrays})
+    params = to_params(arrays, schema, "reply")
+    check_values(params)
+    cast = frozenset(name for name, entry in schema.items() if not entry.as_sent(arrays[name].dtype))
+    return Reply(message.metadata.src_node_id, params, weight, content_of(params, metrics), message, cast)
+
+
+def _renamed(record: ArrayRecord, schema: Schema) -> ArrayRecord:
+    """The arrays under the model's names where these differ in a wrapper's prefix alone; else the record itself."""
+    if record.keys() == schema.keys():
+        return record
+    names = {_bare(name): name for name in record}
+    known = {_bare(name): name for name in schema}
+    if names.keys() != known.keys() or not len(record) == len(names) == len(known) == len(schema):
+        return record
+    return ArrayRecord({name: record[names[bare]] for bare, name in known.items()})
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _content(message: Message) -> RecordDict:
     if message.has_error():
-        raise ParamsError(f"the client failed: {_last_line(message.error.reason)}")
+        fault = TransientError if message.error.code in _PASSING else ParamsError
+        raise fault(client_failure(message))
     if not message.has_content():
         raise ParamsError("the reply is empty")
     return message.content
@@ -171,14 +226,14 @@ def _weight(metrics: MetricRecord, key: str) -> float:
 
 def _last_line(reason: str | None) -> str:
     """The exception itself, without the traceback above it."""
-    lines = [line.strip() for line in (reason or "no reason given").splitlines() if line.strip()]
+    lines = [line.strip() for line in (reason or "")[-10_000:].splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"
 
 
-def _distinct(kept: list[Reply[Message]], dropped: list[Dropped]) -> tuple[list[Reply[Message]], list[Dropped]]:
+def _distinct(kept: Sequence[Reply[Message]]) -> tuple[list[Reply[Message]], list[Dropped]]:
     """Keep one reply to each message: the first in the stable order."""
     seen: set[tuple[int, str]] = set()
-    distinct = []
+    distinct, dropped = [], []
     for reply in kept:
         key = (reply.node, reply.source.metadata.reply_to_message_id)
         if key in seen:
@@ -187,27 +242,3 @@ def _distinct(kept: list[Reply[Message]], dropped: list[Dropped]) -> tuple[list[
             distinct.append(reply)
         seen.add(key)
     return distinct, dropped
-
-
-Signature = tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, int], ...]]
-
-
-def _signature(reply: Reply[Message]) -> Signature:
-    """Names and types of a reply's records; Flower requires them to be equal in all replies."""
-    content = reply.source.content
-    metrics = next(iter(content.metric_records.values()))
-    kinds = sorted((key, len(value) if isinstance(value, list) else -1) for key, value in metrics.items())
-    return tuple(content.array_records), tuple(content.metric_records), tuple(kinds)
-
-
-def _consistent(kept: list[Reply[Message]], dropped: list[Dropped]) -> tuple[list[Reply[Message]], list[Dropped]]:
-    """Drop the replies whose record names or metric types differ from the majority's."""
-    votes = Counter(_signature(reply) for reply in kept)
-    usual = min(votes, key=lambda signature: (-votes[signature], signature), default=None)
-    replies = []
-    for reply in kept:
-        if _signature(reply) == usual:
-            replies.append(reply)
-        else:
-            dropped.append(Dropped(reply.node, "its record names or metric types differ from the majority's"))
-    return replies, dropped

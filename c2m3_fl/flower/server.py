@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from logging import INFO, WARNING
 from typing import Any, TypeVar
 
@@ -10,9 +12,10 @@ from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.flower.acceptance import Gate, entry_numbers
 from c2m3_fl.flower.deployment import Clients, Deployed, Request, deploy, wants_plain
 from c2m3_fl.flower.metrics import KEPT, Numbers, report_kept
-from c2m3_fl.flower.replies import Sorted
+from c2m3_fl.flower.replies import Sorted, check_shared_fault
 from c2m3_fl.flower.rounds import Aggregate, Outcome, RoundStart, run_round
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.two_models import PREFIX, TwoModels
@@ -47,6 +50,7 @@ class Server:
         self.sent: Params | None = None
         self.total: int | None = None
         self.idle = 0
+        self._gate = Gate(setup)
         self._incoming: Params = {}
         self._said = self._unjudged = self._headless = False
 
@@ -83,15 +87,20 @@ class Server:
             From the aligned replies to the wrapped strategy's arrays and metrics.
         clients : Clients, optional
             The clients that can be asked.
+
+        Raises
+        ------
+        ParamsError
+            When no reply of the first round can be used, for one reason: a mistake that all clients share.
         """
-        start = RoundStart(
-            self.setup.aligner,
-            self.setup.options,
-            typed_like(self.setup.model.state_dict(), self.sent or {}),
-            strategy,
-            wants_plain(self.setup),
-        )
+        sent = typed_like(self.setup.model.state_dict(), self.sent or {})
+        found = self._gate.admit(found, sent)
+        if server_round == 1 and self.models.trajectory is None:
+            check_shared_fault(found)
+        accept = partial(self._gate.accept, sent=sent)
+        start = RoundStart(self.setup.aligner, self.setup.options, sent, strategy, wants_plain(self.setup), accept)
         outcome = run_round(start, found, aggregate)
+        outcome = replace(outcome, numbers={**entry_numbers(found), **outcome.numbers})
         deploys, equally = self._deploys(server_round), ignores_weights(strategy)
         if outcome.params is None or outcome.aligned is None:
             params, numbers = self._keep(outcome, clients, deploys=deploys, equally=equally)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from logging import ERROR
 from typing import Literal, TypedDict
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
-from flwr.supercore import log
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import PermutationSpec
@@ -22,15 +20,15 @@ from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.deployment import Clients
 from c2m3_fl.flower.judge import ClientJudge
-from c2m3_fl.flower.messages import aggregate_messages, personal_messages
-from c2m3_fl.flower.metrics import failure, report_idle
+from c2m3_fl.flower.messages import aggregate_evaluations, aggregate_messages, personal_messages
+from c2m3_fl.flower.metrics import report_idle
 from c2m3_fl.flower.options import Deploy, Feedback, Options
 from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.records import from_params, reply_schema, schema_of, to_params
-from c2m3_fl.flower.replies import report_dropped, sort_evaluations, sort_messages
+from c2m3_fl.flower.replies import sort_messages
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup, log_setup
-from c2m3_fl.flower.wrapped import check_instance, continue_from, record_keys, required_metrics, stock_averages
+from c2m3_fl.flower.wrapped import check_instance, continue_from, record_keys, required_metrics
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 
@@ -259,17 +257,8 @@ class C2M3(Strategy):
         return personal_messages(self.setup.aligner, messages)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Let the wrapped strategy aggregate the evaluation; a failed evaluation must not end the run either."""
-        if stock_averages(self.strategy):
-            *_, weight = record_keys(self.strategy)
-            found = sort_evaluations(replies, weighted_by=weight)
-            report_dropped(found.dropped)
-            replies = [each.source for each in found.replies]
-        try:
-            return self.strategy.aggregate_evaluate(server_round, replies)
-        except Exception as error:
-            log(ERROR, "\t> %s", failure(f"the evaluation of {type(self.strategy).__name__}", error))
-            return None
+        """Let the wrapped strategy aggregate the evaluations that can be averaged; a failure does not end the run."""
+        return aggregate_evaluations(self.strategy, server_round, replies)
 
     def summary(self) -> None:
         """Log the configuration of the strategy and of the one that it wraps."""

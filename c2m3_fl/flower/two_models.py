@@ -15,7 +15,7 @@ from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.core.state_dicts import digest
+from c2m3_fl.core.state_dicts import digest, norm
 from c2m3_fl.errors import SpecError
 from c2m3_fl.flower.options import Feedback
 from c2m3_fl.flower.rounds import AlignedReplies
@@ -98,7 +98,7 @@ class TwoModels:
             fresh = sum(share for node, share in pairs if node not in self.fed) / len(aligned.nodes)
             if fresh <= MOVED:
                 return False
-        found, largest = _norm(deployed), max(_norm(params) for params in aligned.params)
+        found, largest = norm(deployed), max(norm(params) for params in aligned.params)
         if not found <= GROWTH * largest:  # NaN is refused, too
             self.stopped = True
             text = "\t> the deployed model's norm %.3g exceeds the replies' %.3g: clients do not train it any more"
@@ -139,8 +139,3 @@ class TwoModels:
                 raise SpecError(f"remembered {key!r} is not part of a strategy's state")
         self.trajectory = trajectory or None
         self.pending = tuple(node for _, node in sorted(pending.items()))
-
-
-def _norm(params: Params) -> float:
-    squares = [value.double().square().sum() for value in params.values() if value.is_floating_point()]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

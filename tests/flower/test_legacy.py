@@ -172,7 +172,7 @@ FAULTS = {
     "NaN": lambda: fit_result(9, {name: value * math.nan for name, value in clients(4)[3].items()}),
     "too few tensors": lambda: fit_result(9, without_last()),
     "other shapes": lambda: fit_result(9, mlp(width=8).state_dict()),
-    "other types": lambda: fit_result(9, mlp().double().state_dict()),
+    "other types": lambda: fit_result(9, {name: value.long() for name, value in mlp().state_dict().items()}),
     "no npy": lambda: (Local(9, 1), FitRes(OK, Parameters([b"x"] * 6, "numpy.ndarray"), 10, {})),
     "no examples": lambda: fit_result(9, clients(4)[3], examples=0),
     "negative": lambda: fit_result(9, clients(4)[3], examples=-1),

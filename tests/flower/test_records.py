@@ -75,7 +75,7 @@ BAD = {
     "header lies": (Array("float32", (2, 2), "numpy.ndarray", npy(np.zeros((9, 9)))), "holds float64 of shape (9, 9)"),
     "pickled objects": (
         Array("float32", (2, 2), "numpy.ndarray", npy(ZEROS).replace(b"'<f4'", b"'|O' ")),
-        "holds object of shape (2, 2)",
+        "holds object of shape (2, 2), and says that it is float32",
     ),
     "other byte order": (
         Array("float32", (2, 2), "numpy.ndarray", npy(ZEROS).replace(b"<f4", b">f4")),

@@ -34,7 +34,8 @@ def test_a_bad_evaluation_is_dropped_and_logged_and_changes_nothing(make, reason
     fine = [evaluation(node, num_examples=1 + node, accuracy=0.1 * node) for node in range(3)]
     strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
     expected = strategy.aggregate_evaluate(1, fine)
-    assert strategy.aggregate_evaluate(1, [make(), *reversed(fine)]) == expected
+    found = strategy.aggregate_evaluate(1, [make(), *reversed(fine)])
+    assert found == {**expected, "c2m3-evaluations-dropped": 1}
     (line,) = [text for text in caplog.messages if "dropped the reply" in text]
     assert f"node {BAD_NODE}" in line
     assert reason in line

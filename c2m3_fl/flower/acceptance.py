@@ -1,0 +1,151 @@
+"""What replies must pass before they are matched, and a merged model before clients train it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import cached_property
+from logging import WARNING
+from typing import Any
+
+import torch
+from flwr.supercore import log
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import norm
+from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.admitted import Dropped, Reply, Sorted, fault_of
+from c2m3_fl.flower.buffers import Buffers
+from c2m3_fl.flower.metrics import Numbers
+from c2m3_fl.flower.setup import Setup
+from c2m3_fl.network.calibration import Batch
+from c2m3_fl.network.exporting import mode
+
+_FAR = 100.0  # a mean, a median or a server's step lies among the replies and the model that was sent
+
+
+class Gate:
+    """Where replies enter, and a merged model leaves.
+
+    Parameters
+    ----------
+    setup : Setup
+        Of the strategy.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._said = False
+
+    @cached_property
+    def _buffers(self) -> Buffers:
+        return Buffers.of(self._setup.model, self._setup.data.example)
+
+    def admit(self, found: Sorted[Any], sent: Params) -> Sorted[Any]:
+        """The replies with buffers that training can give; those that training does not change are the model's own.
+
+        Parameters
+        ----------
+        found : Sorted
+            The replies that passed the checks of one dialect.
+        sent : mapping of str to Tensor
+            The model that was sent out, in its own element types.
+        """
+        replies: list[Reply[Any]] = []
+        dropped: list[Dropped] = []
+        aligner = self._setup.aligner
+        for reply in found.replies:
+            own = aligner.own_basis(reply.node, sent) if aligner.basis == "client" else sent
+            try:
+                self._buffers.check(reply.params, own)
+                replies.append(self._buffers.with_own(reply, own))
+            except Exception as error:  # whatever one reply holds must not end the round
+                dropped.append(fault_of(reply.node, error))
+        changed = sorted({name for reply in replies for name in reply.replaced})
+        if changed and not self._said:
+            self._said = True
+            text = "\t> replies change %s, which training does not: the model's own are used, in every round"
+            log(WARNING, text, ", ".join(map(repr, changed[:5])))
+        return replace(found, replies=tuple(replies), dropped=(*found.dropped, *dropped))
+
+    def accept(self, merged: Params, replies: Sequence[Params], sent: Params) -> Params:
+        """A merged model with the model's own buffers; `ParamsError` where clients must not train it.
+
+        Parameters
+        ----------
+        merged : mapping of str to Tensor
+            What the wrapped strategy returned.
+        replies : sequence of mappings of str to Tensor
+            What it was given.
+        sent : mapping of str to Tensor
+            The model that was sent out, in its own element types.
+        """
+        restored = self._buffers.restore(merged, sent)
+        check_norm(restored, replies, sent)
+        check_runs(self._setup.model, self._setup.data.example, restored, sent)
+        return restored
+
+
+def entry_numbers(found: Sorted[Any]) -> Numbers:
+    """What was done to the replies of a round where they entered."""
+    return {
+        "c2m3-cast": sum(bool(reply.cast) for reply in found.replies),
+        "c2m3-own-buffers": sum(bool(reply.replaced) for reply in found.replies),
+        "c2m3-not-averaged": found.not_averaged,
+    }
+
+
+def check_norm(merged: Params, replies: Sequence[Params], sent: Params) -> None:
+    """Raise `ParamsError` for a merged model far smaller or larger than all replies and the model that was sent out.
+
+    Parameters
+    ----------
+    merged : mapping of str to Tensor
+        What the wrapped strategy returned.
+    replies : sequence of mappings of str to Tensor
+        What it was given.
+    sent : mapping of str to Tensor
+        The model that was sent out.
+    """
+    sizes = [norm(params) for params in (*replies, sent)]
+    least, most, found = min(sizes) / _FAR, max(sizes) * _FAR, norm(merged)
+    if not least <= found <= most:  # which NaN does not
+        raise ParamsError(
+            f"the merged model's norm is {found:.3g}, expected from {least:.3g} to {most:.3g}: "
+            "from a hundredth of the smallest reply's to a hundred times the largest one's"
+        )
+
+
+def check_runs(model: nn.Module, example: Batch, merged: Params, sent: Params) -> None:
+    """Raise `ParamsError` where the merged model raises, or gives NaN, on inputs on which the model sent out does not.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture; not mutated.
+    example : Batch
+        Inputs that it takes.
+    merged, sent : mapping of str to Tensor
+        The model to try, and the one that was sent out.
+    """
+    fault = _fault(model, example, merged)
+    if fault and not _fault(model, example, sent):
+        raise ParamsError(f"the merged model {fault} on the example inputs")
+
+
+def _fault(model: nn.Module, example: Batch, params: Params) -> str:
+    """What is wrong with the outputs of a network; "" for nothing."""
+    network = deepcopy(model)
+    place = next((value.device for value in network.state_dict().values()), torch.device("cpu"))
+    args, kwargs = tree_map(lambda value: value.to(place) if isinstance(value, Tensor) else value, example.call)
+    try:
+        network.load_state_dict(dict(params), strict=False)
+        with mode(network, training=False), torch.random.fork_rng(devices=[]), torch.no_grad():
+            outputs = network(*args, **kwargs)
+    except Exception as error:
+        return f"raises {type(error).__name__}: {error}"
+    found = [value for value in tree_leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()]
+    return "gives NaN" if any(bool(value.isnan().any()) for value in found) else ""
