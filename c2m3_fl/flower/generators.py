@@ -45,3 +45,27 @@ def undisturbed(seed: int | None = None) -> Iterator[None]:
         yield
     finally:
         set_global_states(states)
+
+
+Generator = random.Random | torch.Generator | np.random.Generator | np.random.RandomState
+
+
+def state_of(generator: Generator) -> Any:  # noqa: ANN401  # each kind has its own
+    """The state of a random generator, as plain values, arrays and tensors."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state(legacy=False)
+
+
+def set_state(generator: Generator, state: Any) -> None:  # noqa: ANN401  # as above
+    """Put a random generator where it was."""
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,12 +12,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
+from torch.utils.data import DataLoader
 
+from c2m3_fl.core.state_dicts import digest
+from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.checkpoint import Checkpoint, Folder
+from c2m3_fl.flower.encoding import Arrays, decode, encode
+from c2m3_fl.flower.generators import Generator, global_states, set_global_states
 from c2m3_fl.flower.metrics import report_idle
-from c2m3_fl.flower.state import capture, restore, snapshot
-from c2m3_fl.flower.strategy import Evaluate
-from c2m3_fl.flower.wrapped import chain
+from c2m3_fl.flower.rewind import Before
+from c2m3_fl.flower.state import Kept
+from c2m3_fl.flower.strategy import C2M3, Evaluate
+from c2m3_fl.flower.wrapped import chain, warn_of_start
 
 
 @runtime_checkable
@@ -28,6 +35,7 @@ class Beginning(Protocol):
 
 
 _KINDS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
+_DRAWN = "generators/"  # prefix of their arrays
 
 
 class Resumable(Strategy):
@@ -45,6 +53,9 @@ class Resumable(Strategy):
         Where the checkpoints go; an absolute path, because Flower runs server apps in a folder of its own.
     keep : int
         How many of the latest checkpoints to keep.
+    generators : iterable of random generators and data loaders
+        Saved as well, beside the global ones of Python, NumPy and torch and those that are attributes of a strategy:
+        what the server's own evaluation draws from, say.
 
     Examples
     --------
@@ -54,12 +65,30 @@ class Resumable(Strategy):
         result = strategy.start(grid=grid, initial_arrays=arrays, num_rounds=50)
     """
 
-    def __init__(self, strategy: Strategy, folder: str | Path, *, keep: int = 2) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        folder: str | Path,
+        *,
+        keep: int = 2,
+        generators: Iterable[Generator | DataLoader[Any]] = (),
+    ) -> None:
         self.strategy = strategy
         self.folder = Folder(folder, keep)
-        self._made = snapshot(strategy)
+        self.generators = list(generators)
+        for each in self.generators:
+            if not isinstance(each, Generator | DataLoader):
+                raise ConfigError(f"generators holds {each!r}, expected random generators and data loaders")
+        warn_of_start(strategy)
+        self._kept = Kept(strategy)
         self._done = self._rounds = 0
         self._result = Result()
+        self._data: list[str] = []
+
+    @property
+    def wrapped(self) -> Strategy:
+        """The strategy that was passed."""
+        return self.strategy
 
     def start(
         self,
@@ -76,30 +105,30 @@ class Resumable(Strategy):
         Raises
         ------
         DataError
-            When there are checkpoints and every one of them is damaged, or when the folder cannot be written to.
+            When there are checkpoints and every one of them is damaged, when the folder cannot be written to, or when
+            another server is in it.
         ConfigError
-            When the checkpoints are of other strategies.
+            When the checkpoints are of other strategies, of another model or of other calibration data.
         """
         self._done, self._rounds, self._result = 0, num_rounds, Result(arrays=initial_arrays)
-        self.folder.prepare()
-        for each in chain(self.strategy):
-            if isinstance(each, Beginning):
-                each.begin_run(num_rounds, evaluate_config)
-        found = self.folder.load()
-        if found is not None:
-            self._resume(found)
-        if self._done >= num_rounds:
-            log(INFO, "nothing to do: round %d of %d is done", self._done, num_rounds)
-            return self._result
-        super().start(
-            grid,
-            self._result.arrays,
-            num_rounds - self._done,
-            timeout,
-            train_config,
-            evaluate_config,
-            self._at_the_end_of_a_round(evaluate_fn),
-        )
+        with self.folder.opened():
+            for each in chain(self.strategy):
+                if isinstance(each, Beginning):
+                    each.begin_run(num_rounds, evaluate_config)
+            self._data = _calibration_digests(self.strategy)
+            self.folder.load(partial(self._resume, initial_arrays))
+            if self._done >= num_rounds:
+                log(INFO, "nothing to do: round %d of %d is done", self._done, num_rounds)
+                return self._result
+            super().start(
+                grid,
+                self._result.arrays,
+                num_rounds - self._done,
+                timeout,
+                train_config,
+                evaluate_config,
+                self._at_the_end_of_a_round(evaluate_fn),
+            )
         report_idle(self._result, num_rounds)
         return self._result
 
@@ -160,7 +189,11 @@ class Resumable(Strategy):
         return evaluate_and_save
 
     def _save(self, current: int) -> None:
-        state, notes = capture(self.strategy, self._made)
+        state, strategies = self._kept.capture()
+        drawn: Arrays = {}
+        node = encode([global_states(), self.generators], drawn)
+        state |= {f"{_DRAWN}{key}": value for key, value in drawn.items()}
+        notes = {"strategies": strategies, "generators": node, "calibration": self._data}
         metrics = {kind: _plain(getattr(self._result, kind)) for kind in _KINDS}
         arrays = {name: array.numpy() for name, array in self._result.arrays.items()}
         try:
@@ -168,14 +201,54 @@ class Resumable(Strategy):
         except OSError as error:  # training goes on with a full disk; the checkpoint before this one still counts
             log(ERROR, "checkpoint of round %d could not be written: %s", current, error)
 
-    def _resume(self, found: Checkpoint) -> None:
-        restore(self.strategy, found.state, found.notes)
-        self._done = found.round
-        self._result.arrays = ArrayRecord({name: Array(value) for name, value in found.arrays.items()})
-        for kind in _KINDS:
-            getattr(self._result, kind).update(
-                {int(current): MetricRecord(values) for current, values in found.metrics[kind].items()}
+    def _resume(self, initial: ArrayRecord, found: Checkpoint) -> None:
+        """Take a checkpoint over; where it is damaged, the strategies are left as they were made."""
+        _check_same_model(initial, found)
+        if found.notes["calibration"] != self._data:
+            raise ConfigError(
+                "the calibration data are not those that the checkpoints were made with, so the run would end with "
+                "another model; pass the same data, transformed without random numbers, or use another folder"
             )
+        result = Result(arrays=ArrayRecord({name: Array(value) for name, value in found.arrays.items()}))
+        for kind in _KINDS:
+            rounds = {int(current): MetricRecord(values) for current, values in found.metrics[kind].items()}
+            getattr(result, kind).update(rounds)
+        before = Before(self.strategy)
+        try:
+            self._kept.restore(found.state, found.notes["strategies"])
+            drawn = {key.removeprefix(_DRAWN): value for key, value in found.state.items() if key.startswith(_DRAWN)}
+            states, own = decode(found.notes["generators"], drawn, [None, self.generators], "generators")
+            if len(own) != len(self.generators):
+                raise ConfigError(f"generators holds {len(self.generators)}, in the checkpoint there are {len(own)}")
+            set_global_states(states)
+        except Exception:
+            before.rewind()
+            raise
+        self._done, self._result = found.round, result
+
+
+def _check_same_model(initial: ArrayRecord, found: Checkpoint) -> None:
+    """Raise `ConfigError` where a checkpoint holds another model than the run starts from."""
+    expected = {name: tuple(array.shape) for name, array in initial.items()}
+    saved = {name: value.shape for name, value in found.arrays.items()}
+    for name in sorted(expected.keys() | saved.keys()):
+        if expected.get(name) != saved.get(name):
+            shapes = f"has shape {saved.get(name)} there and {expected.get(name)} in the initial arrays"
+            raise ConfigError(f"the checkpoint is of another model: {name!r} {shapes}; use another folder")
+
+
+def _calibration_digests(strategy: Strategy) -> list[str]:
+    """Digests of the calibration data of every C2M3 in the chain: a loader that shuffles gives other ones."""
+    digests = []
+    for each in chain(strategy):
+        if isinstance(each, C2M3):
+            batches = enumerate(each.setup.data.batches)
+            digests.append(
+                digest(
+                    {f"{place}/{index}": value for place, batch in batches for index, value in enumerate(batch.inputs)}
+                )
+            )
+    return digests
 
 
 def _plain(metrics: dict[int, MetricRecord]) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import UserDict, deque
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.generators import Generator, set_state, state_of
 from c2m3_fl.flower.wrapped import LARGEST, chain
 
 _LOCKS = (type(Lock()), type(RLock()))
@@ -30,7 +30,7 @@ _PLAIN = (str, bytes, int, complex, PurePath, type(None))
 _LEFT_ALONE = (*_CODE, *_RESOURCES, *_PLAIN)
 _MAPPINGS = (dict, UserDict, ArrayRecord, MetricRecord, ConfigRecord, RecordDict)
 _SEQUENCES = (list, tuple, deque, set, frozenset)
-_LEAVES = (np.ndarray, Tensor, Array, random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_LEAVES = np.ndarray | Tensor | Array
 
 
 class Before:
@@ -83,26 +83,28 @@ def _walk(strategies: tuple[object, ...]) -> Iterator[tuple[str, Any]]:
         path, value = stack.pop()
         if isinstance(value, float | np.floating):
             yield path, value
-        elif not isinstance(value, _LEFT_ALONE) and id(value) not in seen:
+        elif not left_alone(value) and id(value) not in seen:
             seen.add(id(value))
-            attributes = _attributes(value)
-            if any(isinstance(each, _LOCKS) for each in attributes.values()):
-                continue
             yield path, value
-            stack += _children(path, value, attributes)
+            stack += _children(path, value)
 
 
-def _children(path: str, value: object, attributes: dict[str, Any]) -> list[tuple[str, Any]]:
-    if isinstance(value, _LEAVES):
+def left_alone(value: object) -> bool:
+    """Whether a value is code, plain, data, a connection, or shared with threads: it holds a lock."""
+    return isinstance(value, _LEFT_ALONE) or any(isinstance(each, _LOCKS) for each in attributes_of(value).values())
+
+
+def _children(path: str, value: object) -> list[tuple[str, Any]]:
+    if isinstance(value, _LEAVES | Generator):
         return []
     if isinstance(value, _MAPPINGS):
         return [(f"{path}[{key!r}]", each) for key, each in value.items()]
     if isinstance(value, _SEQUENCES):
         return [(f"{path}[{index}]", each) for index, each in enumerate(value)]
-    return [(f"{path}.{name}", each) for name, each in attributes.items()]
+    return [(f"{path}.{name}", each) for name, each in attributes_of(value).items()]
 
 
-def _attributes(value: object) -> dict[str, Any]:
+def attributes_of(value: object) -> dict[str, Any]:
     """The attributes of an object, in its ``__dict__`` and in its slots."""
     found = dict(getattr(value, "__dict__", {}))
     for kind in type(value).__mro__:
@@ -137,14 +139,8 @@ def _restoring(value: object) -> Callable[[], object] | None:
         return partial(np.copyto, value, value.copy()) if value.flags.writeable else None
     if isinstance(value, Tensor):
         return partial(value.data.copy_, value.detach().clone())
-    if isinstance(value, random.Random):
-        return partial(value.setstate, value.getstate())
-    if isinstance(value, torch.Generator):
-        return partial(value.set_state, value.get_state())
-    if isinstance(value, np.random.Generator):
-        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
-        return partial(value.set_state, value.get_state())
+    if isinstance(value, Generator):
+        return partial(set_state, value, state_of(value))
     if isinstance(value, _MAPPINGS):
         return partial(_refill, value.clear, value.update, dict(value))
     if isinstance(value, list | deque):
@@ -153,7 +149,7 @@ def _restoring(value: object) -> Callable[[], object] | None:
         return partial(_refill, value.clear, value.update, set(value))
     if isinstance(value, float | np.floating | tuple | frozenset):
         return None
-    return partial(_reset, value, _attributes(value))
+    return partial(_reset, value, attributes_of(value))
 
 
 def _refill(clear: Callable[[], None], fill: Callable[..., None], content: object) -> None:
@@ -162,7 +158,7 @@ def _refill(clear: Callable[[], None], fill: Callable[..., None], content: objec
 
 
 def _reset(value: object, attributes: dict[str, Any]) -> None:
-    for name in _attributes(value).keys() - attributes.keys():
+    for name in attributes_of(value).keys() - attributes.keys():
         object.__delattr__(value, name)
     for name, each in attributes.items():
         object.__setattr__(value, name, each)

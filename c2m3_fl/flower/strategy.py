@@ -28,9 +28,10 @@ from c2m3_fl.flower.records import from_params, reply_schema, schema_of, to_para
 from c2m3_fl.flower.replies import sort_messages
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup, log_setup
-from c2m3_fl.flower.wrapped import check_instance, continue_from, record_keys, required_metrics
+from c2m3_fl.flower.wrapped import check_instance, continue_from, record_keys, required_metrics, warn_of_start
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
+from c2m3_fl.network.calls import Outputs
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -61,6 +62,8 @@ class C2M3(Strategy):
         Inputs that the network can be traced with; by default the first calibration batch.
     inputs : sequence of str, optional
         Which keys of dict batches and dict example inputs are the network's inputs: ``("img",)``.
+    outputs : str, int or sequence of them, optional
+        The network's outputs that are read, by key, field or place: ``"logits"``; by default all of them.
     calibration : iterable of batches or ClientStatistics, optional
         Inputs that the server holds, with labels or without, read once; or `ClientStatistics()`, to let the clients
         measure channel moments on theirs. Inputs of another range or spread than the clients' are refused where
@@ -138,6 +141,7 @@ class C2M3(Strategy):
         model: nn.Module,
         example_inputs: ExampleInputs | None = None,
         inputs: Sequence[str] | None = None,
+        outputs: Outputs | None = None,
         calibration: Calibration | ClientStatistics | None = None,
         recalibrate: Recalibration | ClientRefit | RegMean | str | None = None,
         moments: ClientStatistics | None = None,
@@ -159,6 +163,7 @@ class C2M3(Strategy):
     ) -> None:
         self.strategy = FedAvg() if strategy is None else strategy
         check_instance(self.strategy, Strategy, C2M3)
+        warn_of_start(self.strategy)
         options = Options(
             alignment, basis, min_replies, outliers, memory, max_steps, tolerance, diagnostics, feedback, deploy
         )
@@ -167,6 +172,7 @@ class C2M3(Strategy):
             options,
             example_inputs=example_inputs,
             inputs=inputs,
+            outputs=outputs,
             calibration=calibration,
             recalibrate=recalibrate,
             moments=moments,
@@ -182,6 +188,12 @@ class C2M3(Strategy):
         self._grid: Grid | None = None
         self._evaluate_config: ConfigRecord | None = None
         check_privacy(self.strategy, **self._private)
+        self.own_names = frozenset(vars(self))  # a subclass has others, too
+
+    @property
+    def wrapped(self) -> Strategy:
+        """The strategy that was passed: its attributes, and the methods that are its own, are there."""
+        return self.strategy
 
     @property
     def trajectory(self) -> ArrayRecord | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from logging import WARNING
 from typing import TypeVar, cast
 
 import numpy as np
@@ -10,6 +11,7 @@ from flwr.app import ArrayRecord
 from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, MultiKrum, QFedAvg, Strategy
 from flwr.serverapp.strategy.fedopt import FedOpt
+from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.averaging import weighted_mean
@@ -53,6 +55,21 @@ def check_instance(strategy: object, kind: type[object], wrapper: type[object]) 
         raise ConfigError(
             f"strategy is a {wrapper.__name__} already, which would align and repair twice: pass what is inside it"
         )
+
+
+def warn_of_start(strategy: object) -> None:
+    """Log every wrapped strategy whose class overrides ``start``: only that of the outermost strategy ever runs."""
+    for each in chain(strategy):
+        start = getattr(each, "start", None)
+        if start is not None and start.__module__.partition(".")[0] not in ("flwr", __package__.partition(".")[0]):
+            name = type(each).__name__
+            log(
+                WARNING,
+                "%s overrides start(), which never runs in a wrapper: let aggregate_train or evaluate_fn do what it "
+                "does, or derive %s from C2M3",
+                name,
+                name,
+            )
 
 
 def stock_averages(strategy: object) -> list[FedAvg]:

@@ -126,5 +126,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_traine
 
 def test_what_a_killed_server_left_half_written_is_removed(tmp_path):
     (tmp_path / ".round-000001.json.99.part").write_bytes(b"half")
-    Folder(tmp_path).prepare()
+    with Folder(tmp_path).opened():
+        pass
     assert not list(tmp_path.iterdir())
