@@ -39,6 +39,7 @@ from c2m3_fl.flower.setup import build_setup
 from c2m3_fl.flower.wrapped import chain, check_instance
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
+from c2m3_fl.network.calls import Outputs
 
 
 class C2M3(Strategy):
@@ -63,6 +64,8 @@ class C2M3(Strategy):
         Inputs that the network can be traced with; by default the first calibration batch.
     inputs : sequence of str, optional
         Which keys of dict batches and dict example inputs are the network's inputs: ``("img",)``.
+    outputs : str, int or sequence of them, optional
+        The network's outputs that are read, by key, field or place: ``"logits"``; by default all of them.
     calibration : iterable of batches, optional
         Inputs that the server holds, with labels or without, read once, scaled as in training: only BatchNorm's
         buffers show where they are not.
@@ -114,6 +117,7 @@ class C2M3(Strategy):
         model: nn.Module,
         example_inputs: ExampleInputs | None = None,
         inputs: Sequence[str] | None = None,
+        outputs: Outputs | None = None,
         calibration: Calibration | None = None,
         recalibrate: Recalibration | str | None = None,
         spec: PermutationSpec | None = None,
@@ -140,6 +144,7 @@ class C2M3(Strategy):
             options,
             example_inputs=example_inputs,
             inputs=inputs,
+            outputs=outputs,
             calibration=calibration,
             recalibrate=recalibrate,
             spec=spec,

@@ -25,6 +25,7 @@ from c2m3_fl.merging.recalibrate.held_out import split_batches
 from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve_for
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
+from c2m3_fl.network.calls import Outputs
 from c2m3_fl.symmetry.discover import permutation_spec, require_invariance
 
 _HELD_OUT = 5  # every fifth labelled example judges, as everywhere else in the package
@@ -124,6 +125,7 @@ def build_setup(
     *,
     example_inputs: ExampleInputs | None = None,
     inputs: Sequence[str] | None = None,
+    outputs: Outputs | None = None,
     calibration: Calibration | ClientStatistics | None = None,
     recalibrate: Recalibration | ClientRefit | RegMean | str | None = None,
     moments: ClientStatistics | None = None,
@@ -147,7 +149,8 @@ def build_setup(
     statistics = calibration if isinstance(calibration, ClientStatistics) else None
     given = None if isinstance(calibration, ClientStatistics) else calibration
     with undisturbed(seed=0):  # a shuffling loader gives the same batches when the server is started again
-        data = CalibrationSet.of(model, given, example_inputs=example_inputs, inputs=inputs)
+        data = CalibrationSet.of(model, given, example_inputs=example_inputs, inputs=inputs, outputs=outputs)
+    model = data.model
     refit, chosen = _resolve_recalibration(recalibrate, calibration)
     data = _usable(data, chosen)
     if spec is None:

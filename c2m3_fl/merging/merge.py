@@ -27,6 +27,8 @@ from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve, reso
 from c2m3_fl.merging.reports import MergeReport, RecalibrationReport
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
+from c2m3_fl.network.calls import Outputs
+from c2m3_fl.network.copying import own_names
 from c2m3_fl.symmetry.discover import permutation_spec, require_invariance
 
 
@@ -60,6 +62,7 @@ def merge(
     weights: Sequence[float] | Tensor | None = None,
     calibration: Calibration | CalibrationSet | None = None,
     inputs: Sequence[str] | None = None,
+    outputs: Outputs | None = None,
     recalibrate: Recalibration | str | None = None,
     moments: Sequence[OwnMoments] | None = None,
     method: Method | str = "c2m3",
@@ -89,6 +92,8 @@ def merge(
         as the sign that outputs are class scores.
     inputs : sequence of str, optional
         The keys that are inputs, for dict batches with other keys than the network's arguments and "label".
+    outputs : str, int or sequence of them, optional
+        The outputs that the caller reads, by key, field or place: ``"logits"``. By default all tensors among them.
     recalibrate : Recalibration or str, optional
         What to do with the calibration data: ``Auto()``, ``Repair()``, ``Refit()``, ``BatchNormStatistics()``, or a
         short name: "auto", "repair", "refit", "batchnorm", "none". By default REPAIR with data, nothing without.
@@ -140,10 +145,12 @@ def merge(
     if moments is not None and not (isinstance(resolve(recalibrate), Auto) and calibration is not None):
         raise ConfigError('only recalibrate="auto" with calibration data uses moments: leave them out, or pass both')
     recalibration = resolve_for(recalibrate, data=calibration is not None)
+    state_dicts = [own_names(model, node) for node in state_dicts]
     share = _check(model, state_dicts, weights, basis)
     held = None
     if spec is None or calibration is not None or example_inputs is not None:
-        held = CalibrationSet.of(model, calibration, example_inputs=example_inputs, inputs=inputs)
+        held = CalibrationSet.of(model, calibration, example_inputs=example_inputs, inputs=inputs, outputs=outputs)
+        model = held.model
     spec = _proven(model, spec, held)
     home = next(iter(state_dicts[0].values())).device
     place = home if device is None else usable_device(device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs, as_batch, as_inputs, load_batches
-from c2m3_fl.network.calls import as_called
+from c2m3_fl.network.calls import Outputs, as_called, choose_outputs
 from c2m3_fl.network.program import Program, check_batches, export_batches, export_program
 
 
@@ -23,7 +23,7 @@ class CalibrationSet:
     Attributes
     ----------
     model : nn.Module
-        The architecture, called with the example inputs that are not tensors.
+        The architecture, with the example inputs that are not tensors and the choice of outputs built in.
     example_inputs : Tensor, tuple or dict
         The arguments of one call: as given, or the inputs of the first batch.
     batches : tuple of Batch
@@ -43,6 +43,7 @@ class CalibrationSet:
         *,
         example_inputs: ExampleInputs | None = None,
         inputs: Sequence[str] | None = None,
+        outputs: Outputs | None = None,
     ) -> CalibrationSet:
         """Read the calibration data once and run the network on them.
 
@@ -56,6 +57,8 @@ class CalibrationSet:
             The arguments of one call; by default the inputs of the first batch.
         inputs : sequence of str, optional
             The keys of dict batches and dict example inputs that are inputs: see `load_batches`.
+        outputs : str, int or sequence of them, optional
+            The network's outputs that are read: see `as_called`.
 
         Raises
         ------
@@ -64,6 +67,7 @@ class CalibrationSet:
         """
         if isinstance(calibration, CalibrationSet):
             return calibration
+        model = choose_outputs(model, outputs)
         if isinstance(example_inputs, Mapping) and inputs is None:
             model, example_inputs = _with_constants(model, example_inputs)
         if calibration is None:

@@ -70,6 +70,11 @@ def as_called(
     return twin
 
 
+def choose_outputs(model: nn.Module, outputs: Outputs | None) -> nn.Module:
+    """The network as it is where `outputs` is None, otherwise with these outputs alone: see `as_called`."""
+    return model if outputs is None else as_called(model, outputs=outputs)
+
+
 def tensors_in(found: object) -> Iterator[Tensor]:
     """The tensors in nested dicts, dataclasses, lists and tuples, in order."""
     if isinstance(found, Tensor):

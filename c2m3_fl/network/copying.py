@@ -136,11 +136,11 @@ def dense(value: Any) -> Any:  # noqa: ANN401  # arguments of a network may be a
     return value.to_dense() if isinstance(value, Tensor) and value.layout != torch.strided else value
 
 
-def own_names(model: nn.Module, params: Mapping[str, Any]) -> Mapping[str, Any]:
+def own_names(model: nn.Module, params: Any) -> Any:  # noqa: ANN401  # what is no state dict is returned as it is
     """A state dict under the model's own names, where it has the names of a wrapped model or the model is wrapped.
 
-    `DataParallel` and `torch.compile` add the parts "module" and "_orig_mod" to names. Other state dicts are returned
-    as they are.
+    `DataParallel` and `torch.compile` add the parts "module" and "_orig_mod" to names. Everything else is returned as
+    it is.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ def own_names(model: nn.Module, params: Mapping[str, Any]) -> Mapping[str, Any]:
         A state dict.
     """
     own = list(model.state_dict())
-    if params.keys() == set(own):
+    if not isinstance(params, Mapping) or params.keys() == set(own):
         return params
     given = {_without_wrappers(name): name for name in params}
     expected = {name: given.get(_without_wrappers(name)) for name in own}

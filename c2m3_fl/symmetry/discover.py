@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import SpecError, TraceError
 from c2m3_fl.network.calibration import ExampleInputs, Inputs, as_inputs
+from c2m3_fl.network.calls import Outputs, choose_outputs
 from c2m3_fl.network.exporting import aliases, export
 from c2m3_fl.symmetry.build_spec import build_spec
 from c2m3_fl.symmetry.facts import Structure
@@ -24,6 +25,7 @@ def permutation_spec(
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
+    outputs: Outputs | None = None,
     pin: Iterable[str] = (),
 ) -> PermutationSpec:
     """Derive which units of a network may be permuted without changing its function.
@@ -38,6 +40,8 @@ def permutation_spec(
         The network; neither its parameters nor its modes are changed.
     example_inputs : Tensor, tuple or dict
         Arguments of one call: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    outputs : str, int or sequence of them, optional
+        The outputs that the caller reads, by key, field or place: ``"logits"``. By default all tensors among them.
     pin : iterable of str
         Parameters that must stay: ``"conv1.weight"``, or one axis of one, ``"conv1.weight:1"``.
 
@@ -52,6 +56,8 @@ def permutation_spec(
         When the network cannot be called with the example inputs, or `torch.export` refuses it.
     SpecError
         When `pin` names a tensor or an axis that the network does not have.
+    ConfigError
+        When `outputs` names an output that the network does not have.
 
     Examples
     --------
@@ -91,7 +97,7 @@ def permutation_spec(
     >>> permutation_spec(Branch(), inputs).groups  # inputs and outputs only: nothing may move
     {}
     """
-    inputs = as_inputs(example_inputs)
+    inputs, model = as_inputs(example_inputs), choose_outputs(model, outputs)
     spec, modes = derive(model, inputs, pin=pin)
     for training in modes:
         spec = prove(spec, Prover(model, inputs, training=training))
@@ -103,6 +109,7 @@ def check_invariance(
     spec: PermutationSpec,
     example_inputs: ExampleInputs,
     *,
+    outputs: Outputs | None = None,
     draws: int = 1,
     seed: int = 0,
 ) -> float:
@@ -119,6 +126,8 @@ def check_invariance(
         The spec to check.
     example_inputs : Tensor, tuple or dict
         Arguments of one call: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+    outputs : str, int or sequence of them, optional
+        The outputs that the caller reads, by key, field or place: ``"logits"``. By default all tensors among them.
     draws : int
         Number of random permutations.
     seed : int
@@ -169,7 +178,7 @@ def check_invariance(
     c2m3_fl.errors.SpecError: groups ['hidden'] change the outputs (relative error ...); correct their segments ...
     """
     spec.check(_tensors(model), "model")
-    prover = Prover(model, as_inputs(example_inputs), seed=seed)
+    prover = Prover(choose_outputs(model, outputs), as_inputs(example_inputs), seed=seed)
     return max(prover.error(spec) for _ in range(draws))
 
 
