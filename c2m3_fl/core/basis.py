@@ -95,20 +95,6 @@ class Consensus:
     norms: Tensor
     layers: dict[str, Tensor]
 
-    # Among eight honest clients (digits MLPs; IID, Dirichlet .5 and .1, two classes each; 1 and 10 epochs; 16 matches)
-    # the lowest cosine was never below .74 of the median, the largest norm never above 1.22 medians. The limits leave
-    # room below and above that; a sign flip has a negative cosine, a reply scaled by ten a norm of ten medians.
-    def outliers(self, *, least: float = 0.5, largest: float = 3.0) -> list[int]:
-        """Nodes whose cosine is below `least` median cosines or whose norm is above `largest` median norms.
-
-        Among fewer than three nodes there is no majority, and nobody is an outlier.
-        """
-        if len(self.cosines) < 3:
-            return []
-        typical = self.cosines.median().clamp(min=0)
-        odd = (self.cosines < least * typical) | (self.norms > largest * self.norms.median())
-        return [int(index) for index in odd.nonzero().flatten()]
-
 
 def consensus(spec: PermutationSpec, aligned: Sequence[Params], weights: Sequence[float]) -> Consensus:
     """Compare each aligned node with the weighted sum of the others, in O(nodes).

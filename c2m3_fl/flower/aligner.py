@@ -39,6 +39,8 @@ class RoundMatch:
         The aligned replies; a reply that nothing moves is the very one that came in.
     moves : tuple of Permutation
         Each reply's map into the basis.
+    sent : mapping of str to Tensor
+        The model that was sent out, in the basis.
     consensus : Consensus
         How well each aligned reply agrees with the others.
     objectives : tuple of float
@@ -57,6 +59,7 @@ class RoundMatch:
 
     params: tuple[Params, ...]
     moves: tuple[Permutation, ...]
+    sent: Params
     consensus: Consensus
     objectives: tuple[float, float]
     gap: float
@@ -150,14 +153,15 @@ class Aligner:
             self.device,
             "matching",
         )
-        moves = self._rebased(nodes, weights, found.moves)
+        moves, origin = self._rebased(nodes, weights, found.moves)
         for node, move in zip(nodes, moves, strict=True):
             self.memory.remember(node, move)
         aligned = tuple(_moved(self.spec, move, reply) for move, reply in zip(moves, params, strict=True))
         agreed = consensus(self.spec, aligned, weights)
+        start = _moved(self.spec, origin, sent)
         seconds = time.perf_counter() - started
         return RoundMatch(
-            aligned, tuple(moves), agreed, found.objectives, found.gap, found.gain, found.steps, seconds, on_cpu
+            aligned, tuple(moves), start, agreed, found.objectives, found.gap, found.gain, found.steps, seconds, on_cpu
         )
 
     def own_basis(self, node: int, params: Params) -> Params:
@@ -217,18 +221,19 @@ class Aligner:
 
     def _rebased(
         self, nodes: Sequence[int], weights: Sequence[float], moves: Sequence[Permutation]
-    ) -> list[Permutation]:
-        """The maps, continued into the basis of one of the nodes where that was asked for."""
+    ) -> tuple[list[Permutation], Permutation]:
+        """The maps of the nodes, and that of the sent model, into the basis of one of the nodes if asked for."""
+        unmoved = list(moves), permutation.identity(self.spec)
         if self.basis in ("global", "client"):
-            return list(moves)
+            return unmoved
         if self.basis == "largest":
             chosen = max(range(len(nodes)), key=weights.__getitem__)
         elif self.basis in nodes:
             chosen = [node == self.basis for node in nodes].index(True)
         else:
             log(WARNING, "\t> node %s did not reply: this round ends in the basis of the last global model", self.basis)
-            return list(moves)
-        return [permutation.between(moves[chosen], move) for move in moves]
+            return unmoved
+        return [permutation.between(moves[chosen], move) for move in moves], permutation.invert(moves[chosen])
 
 
 def with_cpu_fallback(compute: Callable[[torch.device], Value], device: torch.device, what: str) -> tuple[Value, bool]:

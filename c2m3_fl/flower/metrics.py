@@ -25,7 +25,7 @@ def without_ours(metrics: Mapping[str, Value]) -> dict[str, Value]:
     return {name: value for name, value in metrics.items() if not name.startswith(_OURS)}
 
 
-def aligned_numbers(nodes: Sequence[int], alignment: RoundMatch, odd: Sequence[int]) -> Numbers:
+def aligned_numbers(nodes: Sequence[int], alignment: RoundMatch, odd: Mapping[int, str]) -> Numbers:
     """The match in numbers, per round and per node."""
     moved = alignment.share_moved
     return {
@@ -45,7 +45,7 @@ def aligned_numbers(nodes: Sequence[int], alignment: RoundMatch, odd: Sequence[i
     }
 
 
-def report_alignment(nodes: Sequence[int], alignment: RoundMatch, odd: Sequence[int]) -> None:
+def report_alignment(nodes: Sequence[int], alignment: RoundMatch, odd: Mapping[int, str]) -> None:
     """Log the match, and every node that does not fit the others."""
     before, after = alignment.objectives
     moved = alignment.share_moved
@@ -62,16 +62,8 @@ def report_alignment(nodes: Sequence[int], alignment: RoundMatch, odd: Sequence[
         alignment.gain,
         alignment.steps,
     )
-    for index in odd:
-        log(
-            WARNING,
-            "\t> node %d does not fit the others: cosine %.3f, median %.3f; norm %.3g, median %.3g",
-            nodes[index],
-            alignment.consensus.cosines[index],
-            alignment.consensus.cosines.median(),
-            alignment.consensus.norms[index],
-            alignment.consensus.norms.median(),
-        )
+    for index, reason in odd.items():
+        log(WARNING, "\t> node %d does not fit the others: %s", nodes[index], reason)
 
 
 def report_recalibration(report: RecalibrationReport) -> Numbers:

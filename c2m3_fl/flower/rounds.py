@@ -21,12 +21,16 @@ from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.aligner import Aligner, RoundMatch
 from c2m3_fl.flower.metrics import Numbers, aligned_numbers, failure, report_alignment
 from c2m3_fl.flower.options import Options
+from c2m3_fl.flower.outliers import find_outliers
 from c2m3_fl.flower.replies import Dropped, Reply, Sorted, report_dropped
 from c2m3_fl.flower.rewind import Before
+from c2m3_fl.flower.sybils import find_copies, votes_by_distance
 from c2m3_fl.flower.wrapped import ignores_weights, remembers_squares, restore_types
 
 Metrics = TypeVar("Metrics")
-_LARGEST_NORM = 3.0  # medians, as for outliers: see `Consensus.outliers`
+_LARGEST_NORM = 3.0  # medians, as for outliers: see `find_outliers`
+_MISFIT = "does not fit the other replies"
+_COPY = "coincides with another reply once both are aligned, and not before: the two count once"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +50,7 @@ class AlignedReplies:
     shares : tuple of float
         Share of its units that each map moves.
     dropped : tuple of Dropped
-        Outliers that were left out.
+        Outliers and copies that were left out.
     numbers : Numbers
         The match in numbers.
     fits : tuple of bool
@@ -67,9 +71,9 @@ class AlignedReplies:
         """Who replied."""
         return [reply.node for reply in self.replies]
 
-    def only(self, kept: Sequence[bool]) -> AlignedReplies:
-        """Some of the replies; the others are dropped as outliers."""
-        left_out = [Dropped(node, "does not fit the other replies") for node in compress(self.nodes, map(not_, kept))]
+    def only(self, kept: Sequence[bool], reason: str = _MISFIT) -> AlignedReplies:
+        """Some of the replies; the others are dropped for a reason."""
+        left_out = [Dropped(node, reason) for node in compress(self.nodes, map(not_, kept))]
         return replace(
             self,
             replies=tuple(compress(self.replies, kept)),
@@ -184,7 +188,7 @@ def _align(start: RoundStart, replies: Sequence[Reply[Any]]) -> AlignedReplies:
     equally = ignores_weights(start.strategy)
     weights = [1.0 if equally else reply.weight for reply in replies]
     match = start.aligner.align(nodes, [reply.params for reply in replies], weights, start.sent)
-    odd = match.consensus.outliers()
+    odd = find_outliers(start.aligner.spec, match.params, match.sent)
     numbers = aligned_numbers(nodes, match, odd)
     if start.options.diagnostics:
         numbers |= {f"c2m3-agreement/{name}": layer.tolist() for name, layer in match.consensus.layers.items()}
@@ -200,8 +204,13 @@ def _align(start: RoundStart, replies: Sequence[Reply[Any]]) -> AlignedReplies:
         tuple(index not in odd for index in range(len(replies))),
     )
     if start.options.outliers == "drop":
-        return aligned.only(aligned.fits)
-    return aligned.only(_of_usual_norm(match)) if remembers_squares(start.strategy) else aligned
+        aligned = aligned.only(aligned.fits)
+    elif remembers_squares(start.strategy):
+        aligned = aligned.only(_of_usual_norm(match))
+    if not votes_by_distance(start.strategy):
+        return aligned
+    copies = find_copies([reply.params for reply in aligned.replies], aligned.params, match.sent)
+    return aligned.only([index not in copies for index in range(len(aligned.replies))], _COPY)
 
 
 def _of_usual_norm(match: RoundMatch) -> list[bool]:
