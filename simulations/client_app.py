@@ -25,7 +25,7 @@ _BATCH = 250  # images that a client measures at once
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """What one client does in one round.
+    """One client's training in one round.
 
     Attributes
     ----------

@@ -124,13 +124,15 @@ def _title(record: Record, key: str) -> str:
 
 def _caption(record: Record) -> str:
     seeds = sorted({each.seed for each in record.measurements})
+    counts = {len(at(record, cell, name)) for cell in cells(record) for name in methods(record)} - {0}
+    single = ", a single seed where there is no ±" if min(counts) < len(seeds) else ""
     measured, machine = record.about["measured"], record.about["machine"]
     date = str(measured["to"])[:10] if isinstance(measured, Mapping) else ""
     cores = machine["cores"] if isinstance(machine, Mapping) else "?"
     name, seconds = str(record.about["name"]), float(str(record.about["seconds"]))
     command = f"{name.removesuffix('-quick')} --quick" if name.endswith("-quick") else name
     return (
-        f"{record.about['title']}. Seeds {', '.join(map(str, seeds))}, the first alone where no ± stands; {date}; "
+        f"{record.about['title']}. Seeds {', '.join(map(str, seeds))}{single}; {date}; "
         f"{cores} cores; {seconds / 60:.0f} minutes of one core. `c2m3-fl experiment {command} --draw` writes these "
         f"tables from `simulations/results/{name}.json`."
     )

@@ -9,12 +9,11 @@ import typer
 from rich.console import Console
 
 from c2m3_fl.cli.curves import draw_segments
-from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
+from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_nodes, size_of
 from c2m3_fl.cli.options import Classes, ImageSize, KeepStatistics, LabelledImages, Model, Picture, Raw
 from c2m3_fl.core import permutation
 from c2m3_fl.core.match import match
 from c2m3_fl.merging.evaluate.barrier import barrier as segment
-from c2m3_fl.merging.recalibrate.setting import check_params
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.symmetry.discover import permutation_spec
 
@@ -34,9 +33,7 @@ def barrier(
     """Draw loss and accuracy along the segment between two networks, as they are and in one basis."""
     check_output(output, PICTURES)
     network, example = load_network(model, classes)
-    nodes = [load_params(file) for file in (first, second)]
-    for file, node in zip((first, second), nodes, strict=True):
-        check_params(network, node, str(file))
+    nodes = load_nodes(network, (first, second))
     images = load_images(data, size_of(example, image_size), channels=channels_of(example), raw=raw)
     renormalise = False if keep_statistics else None
     with Console(stderr=True).status("scoring …"):

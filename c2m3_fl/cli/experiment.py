@@ -99,7 +99,7 @@ def _line(each: Measurement, done: int, total: int, rest: str) -> str:
 
 
 def _rest(done: int, left: int, seconds: float) -> str:
-    """Remaining time, from the mean of what this run has measured."""
+    """Remaining time, estimated from the mean time of this run's measurements."""
     if done == 0:
         return "remaining time not known yet"
     minutes, seconds = divmod(round(left * seconds / done), 60)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from c2m3_fl.errors import ConfigError, DataError, ParamsError
+from c2m3_fl.merging.recalibrate.setting import check_params
 from c2m3_fl.network.calibration import ExampleInputs
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -120,6 +121,14 @@ def load_params(file: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ParamsError(f"{file} holds no state dict: expected tensors by name")
     return found
+
+
+def load_nodes(network: nn.Module, files: Sequence[Path]) -> list[dict[str, Tensor]]:
+    """The state dicts of several files, each of which must fit the network: see `load_params` and `check_params`."""
+    nodes = [load_params(file) for file in files]
+    for file, node in zip(files, nodes, strict=True):
+        check_params(network, node, str(file))
+    return nodes
 
 
 def channels_of(example: ExampleInputs | None) -> int:

@@ -1,4 +1,4 @@
-"""``c2m3-fl inspect``: what may be permuted in a network, and what may not and why."""
+"""``c2m3-fl inspect``: the groups of units of a network that may be permuted, and the pinned axes with reasons."""
 
 from __future__ import annotations
 

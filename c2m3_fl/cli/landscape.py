@@ -10,13 +10,12 @@ import typer
 from rich.console import Console
 
 from c2m3_fl.cli.curves import draw_landscapes
-from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
+from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_nodes, size_of
 from c2m3_fl.cli.options import Classes, ImageSize, KeepStatistics, LabelledImages, Model, Picture, Raw
 from c2m3_fl.core import permutation
 from c2m3_fl.core.match import match
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.evaluate.landscape import landscape as plane
-from c2m3_fl.merging.recalibrate.setting import check_params
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.symmetry.discover import permutation_spec
 
@@ -37,9 +36,7 @@ def landscape(
         raise ConfigError(f"a plane is spanned by three networks, got {len(files)} files")
     check_output(output, PICTURES)
     network, example = load_network(model, classes)
-    nodes = [load_params(file) for file in files]
-    for file, node in zip(files, nodes, strict=True):
-        check_params(network, node, str(file))
+    nodes = load_nodes(network, files)
     images = load_images(data, size_of(example, image_size), channels=channels_of(example), raw=raw)
     renormalise = False if keep_statistics else None
     with Console(stderr=True).status("scoring …"):

@@ -1,4 +1,4 @@
-"""``c2m3-fl merge``: files of weights in, one file out, with a report of what was done."""
+"""``c2m3-fl merge``: merge files of weights into one file, with a report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from c2m3_fl.cli.convergence import draw_convergence
 from c2m3_fl.cli.curves import draw_agreement
-from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_params, size_of
+from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_nodes, size_of
 from c2m3_fl.cli.options import Classes, ImageSize, Model, Raw
 from c2m3_fl.core.basis import consensus
 from c2m3_fl.core.estimate import Estimate
@@ -28,7 +28,6 @@ from c2m3_fl.merging.align.methods import METHODS, CycleConsistent, MergeStart, 
 from c2m3_fl.merging.evaluate.scoring import evaluate
 from c2m3_fl.merging.merge import Merge
 from c2m3_fl.merging.merge import merge as merge_networks
-from c2m3_fl.merging.recalibrate.setting import check_params
 from c2m3_fl.merging.recalibrate.short_names import SHORT_NAMES
 from c2m3_fl.network.calibration import ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
@@ -65,9 +64,7 @@ def merge(
     for drawing in (each for each in (picture, convergence) if each is not None):
         check_output(drawing, PICTURES)
     network, example = load_network(model, classes)
-    nodes = [load_params(file) for file in files]
-    for file, node in zip(files, nodes, strict=True):
-        check_params(network, node, str(file))
+    nodes = load_nodes(network, files)
     size, images = size_of(example, image_size), None
     if calibration is not None:
         images = load_images(calibration, size, channels=channels_of(example), raw=raw)

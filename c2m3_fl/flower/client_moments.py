@@ -72,31 +72,16 @@ def answer_statistics(
     """
     traced = Traced()
 
-    @app.query(ACTION)
-    def moments(message: Message, context: Context) -> Message:
-        return answer_moments(message, model(context), data(context), min_examples=min_examples, programs=traced)
+    def handler(answer: Callable[..., Message], **options: bool) -> Callable[[Message, Context], Message]:
+        def reply(message: Message, context: Context) -> Message:
+            network, own = model(context), data(context)
+            return answer(message, network, own, min_examples=min_examples, programs=traced, **options)
 
-    @app.query(SUMS)
-    def sums(message: Message, context: Context) -> Message:
-        return answer_sums(
-            message,
-            model(context),
-            data(context),
-            min_examples=min_examples,
-            first_layer=first_layer,
-            programs=traced,
-        )
+        return reply
 
-    @app.query(LABELS)
-    def labels(message: Message, context: Context) -> Message:
-        return answer_head(
-            message,
-            model(context),
-            data(context),
-            min_examples=min_examples,
-            first_layer=first_layer,
-            programs=traced,
-        )
+    app.query(ACTION)(handler(answer_moments))
+    app.query(SUMS)(handler(answer_sums, first_layer=first_layer))
+    app.query(LABELS)(handler(answer_head, first_layer=first_layer))
 
 
 def answer_moments(

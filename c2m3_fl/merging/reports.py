@@ -110,7 +110,7 @@ class ScoreQuality:
     accuracy : float
         Share of the examples that are classified correctly.
     nll, ece : float
-        Mean negative log-likelihood, and expected calibration error, of the scores as they are.
+        Mean negative log-likelihood, and expected calibration error, of the unchanged scores.
     temperature : float
         The temperature of the grid at which the negative log-likelihood is least.
     nll_tempered, ece_tempered : float

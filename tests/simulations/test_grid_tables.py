@@ -58,6 +58,9 @@ def test_a_table_says_seeds_date_cores_and_command():
     caption = markdown(RECORD).splitlines()[0]
     for part in ("A small one", "Seeds 0, 1", "2026-01-03", "2 cores", "c2m3-fl experiment small --draw"):
         assert part in caption
+    assert "Seeds 0, 1; " in caption
+    caption = markdown(Record(ABOUT, RECORD.measurements[:-1])).splitlines()[0]
+    assert "Seeds 0, 1, a single seed where there is no ±; " in caption
 
 
 def test_a_page_takes_the_table_between_its_marks_and_nothing_else_changes():

@@ -1,1 +1,1 @@
-"""What may follow an average: corrections from what the aligned endpoints do on calibration data."""
+"""Recalibrations: corrections of an average by its aligned endpoints' outputs on calibration data."""

@@ -174,7 +174,7 @@ def _safer(candidates: Sequence[RecalibrationCandidate]) -> str | None:
 
 
 def judge(setting: Setting, candidates: Mapping[str, Params]) -> RecalibrationDecision:
-    """The best of several networks: by labels where there are any, otherwise by agreement with the ensemble.
+    """The best of several networks: by labels if there are any, otherwise by agreement with the ensemble.
 
     Parameters
     ----------

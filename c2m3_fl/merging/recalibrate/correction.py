@@ -57,7 +57,7 @@ def correct(
     rescales : callable
         Whether an operator's output is rescaled.
     fit : callable, optional
-        Changes an operator's weight in `params` and reports it; None for an operator that it leaves alone.
+        Changes an operator's weight in `params` and returns a report, or None if it does not change the operator.
 
     Returns
     -------

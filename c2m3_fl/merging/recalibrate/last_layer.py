@@ -28,7 +28,7 @@ def last_layer(program: Program) -> Operator:
     Raises
     ------
     CalibrationError
-        When there is no such operator; the message says what there is instead.
+        When there is no such operator; the message names what computes the output.
     """
     outputs = program.graph.output_node().args[0]
     nodes = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
@@ -48,7 +48,9 @@ def last_layer(program: Program) -> Operator:
             f"{NO_HEAD} {operator.weight!r} gives outputs of shape {shape}, expected (batch, classes), two at least"
         )
     if node.kwargs or (_has_bias(operator) and not operator.bias):
-        raise CalibrationError(f"{NO_HEAD} the bias beside {operator.weight!r} is scaled, or not a parameter")
+        raise CalibrationError(
+            f"{NO_HEAD} the bias added to the product with {operator.weight!r} is scaled, or not a parameter"
+        )
     return operator
 
 

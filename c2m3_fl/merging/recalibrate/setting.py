@@ -24,7 +24,7 @@ _MEASURED = ("moments", "targets", "forecasts")  # cached properties of a settin
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that a recalibration works with, on one device.
+    """Networks, calibration data and options of a recalibration, on one device.
 
     Attributes
     ----------

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 _STEPS = 100  # per strength, from the strongest to the weakest, each fit starting from the previous one
-_EXACT = 1e-9  # divergence that float32 rounding alone may leave
+_EXACT = 1e-9  # a smaller divergence is float32 rounding
 _GAIN = 1e-3  # a smaller relative decrease of the held-out divergence is noise
 
 
 @dataclass(frozen=True)
 class Classified:
-    """Inputs of a last layer, and the probabilities that its outputs shall have.
+    """Inputs of a last layer, and the target probabilities of its outputs.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class ScoreFit:
     layer : Layer
         Weight and bias.
     strength : float
-        The chosen ridge strength, relative to the mean variance of the inputs; infinite where the layer was kept.
+        The chosen ridge strength, relative to the mean variance of the inputs; infinite if the layer was kept.
     error_before, error : float
         Held-out divergence with the layer kept and with the fit.
     """

@@ -1,4 +1,4 @@
-"""Targets of a recalibration: the aligned endpoints' channel moments; and the front that measures the merge."""
+"""Targets of a recalibration: the aligned endpoints' channel moments; and measurement of the merged network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from c2m3_fl.network.program import Program, Walk
 
 View = Callable[[Operator, Tensor], Tensor]  # an operator's output, or a norm's input, in the basis of the merge
 
-_BUDGET = 4 << 30  # bytes of activations kept alive; batches beyond it run again from the start at every operator
+_BUDGET = 4 << 30  # bytes of activations in memory; beyond it, batches are run again from the start at every operator
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def output_moments(
     params : mapping of str to Tensor
         State dict of the network.
     view : View
-        How outputs are seen in the basis of the merge.
+        View of the outputs in the basis of the merge.
     """
     found: dict[str, Moments] = {}
     for program, batch in zip(programs, batches, strict=True):
@@ -72,7 +72,7 @@ def forecasts(
     views: Sequence[View],
     weights: Tensor,
 ) -> dict[str, Moments]:
-    """What every channel of the averaged network would do if it computed the mean of its endpoints, in one pass.
+    """Channel moments of the averaged network if it computed the mean of its endpoints' outputs, in one pass.
 
     A channel's variance is then wᵀ C w, with C the covariances between the endpoints' versions of it. For a norm with
     running statistics the moments are those of its input, for all other operators those of the output.
@@ -86,7 +86,7 @@ def forecasts(
     endpoints : sequence of mappings of str to Tensor
         The aligned endpoints.
     views : sequence of View
-        How each endpoint's outputs are seen in the basis of the merge.
+        View of each endpoint's outputs in the basis of the merge.
     weights : Tensor of float64, shape (endpoints,)
         Averaging weights; they sum to one.
     """
@@ -121,7 +121,7 @@ def mean_targets(endpoints: Sequence[Mapping[str, Moments]], weights: Tensor) ->
 def pool(parts: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
     """Moments of all parts together, per operator: those of the pooled data.
 
-    No part counts more values than ten times the parts' median, so that no claim outweighs all others.
+    A part's count is limited to ten times the parts' median, so that no reported count outweighs all others.
 
     Raises
     ------
@@ -146,7 +146,7 @@ def pooled_targets(answers: Sequence[Sequence[Mapping[str, Moments]]], weights: 
     Parameters
     ----------
     answers : sequence of sequences of mappings of str to Moments
-        Per endpoint what was measured of it; endpoints without any answer are left out.
+        Moments of every endpoint, one mapping per client; endpoints without any answer are left out.
     weights : sequence of float
         The endpoints' averaging weights.
     """
@@ -156,14 +156,14 @@ def pooled_targets(answers: Sequence[Sequence[Mapping[str, Moments]]], weights: 
 
 
 class Front:
-    """All calibration batches, standing before the same operator of one network.
+    """Runs of one network on all calibration batches, stopped before the same operator.
 
     Parameters
     ----------
     programs, batches : sequences of equal length
         The traced network for every batch.
     params : mapping of str to Tensor
-        Read while walking, so that later operators see the corrections made to earlier ones.
+        Read during the runs, so that corrections of earlier operators apply to later ones.
     """
 
     def __init__(self, programs: Sequence[Program], batches: Sequence[Batch], params: Params) -> None:
@@ -173,7 +173,7 @@ class Front:
         self._walks = [self._fresh(place) for place in range(len(batches))]
 
     def before(self, place: int) -> Iterator[tuple[Operator, Walk]]:
-        """Every batch's walk, its inputs of operator number `place` ready and the operator not yet run."""
+        """Every batch's walk, run up to operator number `place`, which has its inputs but has not run."""
         for index, program in enumerate(self._programs):
             operator = program.operators[place]
             walk = self._walks[index]
@@ -192,7 +192,7 @@ class Front:
         operator : Operator
             One of the network's operators.
         params : mapping of str to Tensor
-            The state dict that this front reads.
+            The state dict that the runs read.
         before : bool
             Measure the operator's input instead of its output.
         """
