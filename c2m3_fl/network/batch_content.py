@@ -1,4 +1,4 @@
-"""What the elements of a calibration batch hold: inputs, masks or labels."""
+"""Content of a calibration batch's elements: inputs, masks or labels."""
 
 from __future__ import annotations
 

@@ -65,13 +65,13 @@ def as_called(
         tensors = tuple(tensors_in(found if chosen is None else [_pick(found, each) for each in chosen]))
         return tensors[0] if len(tensors) == 1 else tensors
 
-    vars(twin)[kept] = own  # where a copy of the network finds a copy of it
+    vars(twin)[kept] = own  # an attribute, so that a copy of the network has a copy of it
     twin.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
     return twin
 
 
 def choose_outputs(model: nn.Module, outputs: Outputs | None) -> nn.Module:
-    """The network as it is where `outputs` is None, otherwise with these outputs alone: see `as_called`."""
+    """The network itself if `outputs` is None, otherwise the network with only these outputs: see `as_called`."""
     return model if outputs is None else as_called(model, outputs=outputs)
 
 

@@ -92,12 +92,14 @@ def private_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
-    """A module that calls what `DataParallel`, `DistributedDataParallel` or `torch.compile` wraps, of the same names.
+    """A module that calls the module in a wrapper, with the wrapper's state-dict names.
+
+    Wrappers are `DataParallel`, `DistributedDataParallel` and `torch.compile`.
 
     Parameters
     ----------
     model : nn.Module
-        The network; returned as it is where it is no such wrapper.
+        The network; returned unchanged if it is not a wrapper.
     """
     name = _held_name(model)
     return Transparent(name, model.get_submodule(name)) if name else model
@@ -136,11 +138,11 @@ def dense(value: Any) -> Any:  # noqa: ANN401  # arguments of a network may be a
     return value.to_dense() if isinstance(value, Tensor) and value.layout != torch.strided else value
 
 
-def own_names(model: nn.Module, params: Any) -> Any:  # noqa: ANN401  # what is no state dict is returned as it is
-    """A state dict under the model's own names, where it has the names of a wrapped model or the model is wrapped.
+def own_names(model: nn.Module, params: Any) -> Any:  # noqa: ANN401  # anything else is returned unchanged
+    """Rename a state dict to the model's own names, if one of them is wrapped and the other is not.
 
-    `DataParallel` and `torch.compile` add the parts "module" and "_orig_mod" to names. Everything else is returned as
-    it is.
+    `DataParallel` and `torch.compile` add the parts "module" and "_orig_mod" to names. Everything else is returned
+    unchanged.
 
     Parameters
     ----------

@@ -90,7 +90,7 @@ def _inline_cond(graph: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _paste(graph: fx.GraphModule, node: fx.Node, holder: Any, operands: Any) -> list[Any]:  # noqa: ANN401
-    """Copy a subgraph's operators to where it is called; the values that it returns."""
+    """Copy a subgraph's operators before its call, and return the values of its outputs."""
     sub = graph.get_submodule(str(holder.target))
     assert isinstance(sub, fx.GraphModule)
     placeholders = [each for each in sub.graph.nodes if each.op == "placeholder"]

@@ -74,7 +74,7 @@ class Program:
             params[alias] = value.to(params[alias].dtype)
 
     def all_names(self, name: str) -> tuple[str, ...]:
-        """A parameter's names in the state dict: more than one where it is tied."""
+        """A parameter's names in the state dict: more than one if it is tied."""
         return (name, *self.aliases.get(name, ()))
 
 
