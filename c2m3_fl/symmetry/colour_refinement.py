@@ -94,7 +94,7 @@ def mix(*values: npt.NDArray[np.int64] | Hashes | int) -> Hashes:
 def collect(structure: Structure) -> Facts:
     """Merge tied atoms into classes and restate every fact about them."""
     kinds, first, second = _flat(structure.ties)
-    classes = components(structure.size, first, second)
+    classes = tied(structure)
     roles = _roles(structure, classes)
     marks = np.zeros(int(classes.max(initial=-1)) + 1, dtype=np.uint64)
     np.add.at(marks, classes, mix(roles))
@@ -105,6 +105,11 @@ def collect(structure: Structure) -> Facts:
         pinned = np.unique(classes[atoms])
         marks[pinned] = mix(-(2**40), pinned)
     return Facts(classes, len(marks), marks, *_relations(structure, classes, roles))
+
+
+def tied(structure: Structure) -> Atoms:
+    """The class of every atom: tied atoms are one class."""
+    return components(structure.size, *_flat(structure.ties)[1:])
 
 
 def _flat(statements: list[tuple[Atoms, Atoms]]) -> tuple[Atoms, Atoms, Atoms]:

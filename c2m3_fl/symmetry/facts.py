@@ -48,6 +48,9 @@ class Structure:
         Number of diagonal blocks of the weights of grouped convolutions.
     outputs : dict of (str, int) to None
         Axes that compute units (rows of a linear layer), in the order of their first use. Groups are named after them.
+    alone : dict of int to (ndarray, int)
+        Factors that were combined with tensors without units along one of their dimensions, by identity; and how many
+        ties were known at that time.
     """
 
     def __init__(self) -> None:
@@ -61,9 +64,11 @@ class Structure:
         self.relations: list[tuple[Atoms, Atoms]] = []
         self.sets: dict[bytes, Atoms] = {}
         self.pins: list[tuple[Atoms, Cause]] = []
+        self.alone: dict[int, tuple[Atoms, int]] = {}
         self.operator = ""
         self.module = ""
         self._blocks: dict[tuple[bytes, int], Atoms] = {}
+        self._places: dict[tuple[bytes, tuple[int, ...]], Atoms] = {}
 
     def fresh(self, *shape: int) -> Atoms:
         """New atoms, about which no fact is known."""
@@ -120,6 +125,26 @@ class Structure:
             self.relate(rows, parents[:, None])
             self._blocks[key] = parents
         return self._blocks[key]
+
+    def places_of(self, factor: Atoms) -> Atoms:
+        """The same array if no atom repeats, apart from equal slices; otherwise new atoms, which lie in its atoms.
+
+        Slices along a dimension that are equal share their atoms.
+        """
+        key = (factor.tobytes(), factor.shape)
+        if key not in self._places:
+            distinct, back = factor, []
+            for dim in range(factor.ndim):
+                _, first, inverse = np.unique(distinct, axis=dim, return_index=True, return_inverse=True)
+                distinct = np.take(distinct, first, axis=dim)
+                back.append(inverse.reshape(-1))
+            if len(np.unique(distinct)) == distinct.size:
+                self._places[key] = factor
+            else:
+                places = self.fresh(*distinct.shape)
+                self.relate(places, distinct)
+                self._places[key] = places[np.ix_(*back)]
+        return self._places[key]
 
     def pin(self, atoms: Atoms, reason: str) -> None:
         """State that these units stay where they are."""

@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from c2m3_fl.network.exporting import aliases
+from c2m3_fl.symmetry.colour_refinement import tied
 from c2m3_fl.symmetry.facts import Atoms, Structure
 from c2m3_fl.symmetry.rules.elementwise import constant, elementwise
 from c2m3_fl.symmetry.rules.registry import (
@@ -28,6 +29,7 @@ from c2m3_fl.symmetry.rules.registry import (
     expose,
     unknown,
 )
+from c2m3_fl.symmetry.shared_entries import tie_shared
 from c2m3_fl.symmetry.unit_labels import Labels, Shape, combine, in_order
 
 _FOLDED = 2**22  # results with more entries are not evaluated: they count as ordered
@@ -89,12 +91,15 @@ class _Labeller:
 
     def __init__(self, program: ExportedProgram, model: nn.Module, structure: Structure) -> None:
         self.program = program
+        self.model = model
         self.structure = structure
         self.labels: dict[fx.Node, Any] = {}
         self.values: dict[fx.Node, Any] = {}
         self.used: set[str] = set()
+        self._buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
         self._first_name = aliases(model)
-        self._state: Mapping[str, Tensor] = model.state_dict()
+        state: Mapping[str, Any] = model.state_dict()
+        self._state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         self._inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
 
     def run(self) -> set[str]:
@@ -107,8 +112,37 @@ class _Labeller:
                 self._call(node)
             elif node.op == "output":
                 self._output(node)
+        tie_shared(self.structure, self.model, self._state, self._first_name)
+        self._tables()
         self._unread()
         return self.used
+
+    def _tables(self) -> None:
+        """Pin buffers that make units of their own, such as the knots of splines: their content tells the units apart.
+
+        Units that a parameter makes are permuted with all buffers about them, whatever these hold.
+        """
+        structure = self.structure
+        axes = [(key, self._state[key[0]]) for key in structure.axes if key[0] in self._buffers]
+        tables = [key for key, x in axes if key[1] in varying(x)]
+        if not tables:
+            return
+        alone, met = np.full((2, structure.size), len(structure.ties))
+        for atoms, known in structure.alone.values():
+            alone[atoms] = np.minimum(alone[atoms], known)
+        for number in reversed(range(len(structure.ties))):
+            for atoms in structure.ties[number]:
+                met[atoms] = number
+        own = np.zeros(structure.size, dtype=bool)
+        for key in tables:
+            own[structure.axes[key]] = True
+        own &= (alone <= met) & (alone < len(structure.ties))
+        classes = tied(structure)
+        made = np.unique(classes[(alone < len(structure.ties)) & ~own])
+        structure.operator = structure.module = ""
+        for key in tables:
+            atoms = structure.axes[key]
+            structure.pin(atoms[own[atoms] & ~np.isin(classes[atoms], made)], "buffer with content of its own")
 
     def _unread(self) -> None:
         """Pin what lies beyond a slice on a parameter axis: other inputs may read it, such as longer sequences."""

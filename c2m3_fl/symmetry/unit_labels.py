@@ -121,8 +121,21 @@ def combine(structure: Structure, *operands: Labels) -> Labels:
     for index, x in enumerate(aligned):
         for other in aligned[:index]:
             _meet(structure, x, other)
-    factors = maximal(structure, (factor for x in aligned for factor in x.factors))
-    return Labels(tuple(shape), factors, frozenset().union(*(x.fixed for x in aligned)))
+    if len(aligned) > 1:
+        _note_alone(structure, aligned)
+    # Units that stay are ordered content from here on; a constant may leave units that it treats alike.
+    stiff = [x.stiff for x in aligned if x.content is None]
+    moving = [factor for x in aligned for factor in x.factors if not any(support(factor) <= dims for dims in stiff)]
+    return Labels(tuple(shape), maximal(structure, moving), frozenset().union(*(x.fixed for x in aligned)))
+
+
+def _note_alone(structure: Structure, operands: Sequence[Labels]) -> None:
+    """Note factors along dimensions on which no other operand has units: such an operand makes units of its own."""
+    for dim in range(operands[0].ndim):
+        held = [[factor for factor in x.factors if factor.shape[dim] > 1] for x in operands]
+        if sum(map(bool, held)) == 1:
+            for factor in (factor for factors in held for factor in factors):
+                structure.alone.setdefault(id(factor), (factor, len(structure.ties)))
 
 
 def _by_place(structure: Structure, x: Labels, others: Sequence[Labels]) -> Labels:
