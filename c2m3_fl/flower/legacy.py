@@ -45,27 +45,19 @@ from c2m3_fl.network.calls import Outputs
 class C2M3(Strategy):
     """Align the clients' neurons before another legacy strategy aggregates them.
 
-    The same as `c2m3_fl.flower.strategy.C2M3` in the dialect of `flwr.server.strategy`. Parameters are the tensors of
-    the model's state dict in its order, as ``[v.numpy() for v in model.state_dict().values()]`` gives them; the weight
+    The same as the current strategy, `c2m3_fl.flower.C2M3`, in the dialect of `flwr.server.strategy`. Parameters are
+    the tensors of the model's state dict in its order: ``[v.numpy() for v in model.state_dict().values()]``. The weight
     of a reply is its number of examples.
 
-    Differences: there is no grid to ask clients, so `ClientStatistics`, `moments`, `ClientRefit`, `head` and `judge`
+    Differences: there is no grid to query clients, so `ClientStatistics`, `moments`, `ClientRefit`, `head` and `judge`
     are refused and `deploy` does not exist; a legacy server saves no state, but `state_dict` and `load_state_dict`
     are there for one that does; there is no `start`, so a second run on the same object goes on with the trajectory
     if it is given the very model that was returned last.
 
     Parameters
     ----------
-    strategy : Strategy, optional
-        Aggregates the aligned replies; `FedAvg()` by default.
-    model : nn.Module
-        The architecture whose arrays are exchanged; not mutated.
-    example_inputs : Tensor, tuple or dict, optional
-        Inputs that the network can be traced with; by default the first calibration batch.
-    inputs : sequence of str, optional
-        Which keys of dict batches and dict example inputs are the network's inputs: ``("img",)``.
-    outputs : str, int or sequence of them, optional
-        The network's outputs that are read, by key, field or place: ``"logits"``; by default all of them.
+    strategy, model, example_inputs, inputs, outputs, spec, device, alignment, min_replies
+        As for the current strategy; so are `outliers`, `memory`, `max_steps`, `tolerance`, `diagnostics`, `feedback`.
     calibration : iterable of batches, optional
         Inputs that the server holds, with labels or without, read once, scaled as in training: only BatchNorm's
         buffers show where they are not.
@@ -73,31 +65,10 @@ class C2M3(Strategy):
         What the deployed model is made of. None (default): what the evidence supports, labels in the calibration
         data, else REPAIR after rounds in which units moved, else the plain aggregate. "none", "repair", or any other
         name or object that `merge` takes: that, in every round.
-    spec : PermutationSpec, optional
-        The symmetries of the network, proven on the example inputs; by default they are derived.
-    device : torch.device or str, optional
-        Where to match and repair; by default CUDA when there is one, else the CPU.
-    alignment : {"joint", "separate"}
-        Match all replies with each other (default), or each one with nothing but the model that was sent out.
     basis : {"global", "largest", "client"} or int
         Where every round ends: in the basis of the model that was sent out ("global", the default), the same with
         every client's model sent in its own basis ("client"), or in the basis of the reply of largest weight or of
         that node.
-    min_replies : int
-        With fewer valid replies than this (default 1), the previous global model stays.
-    outliers : {"report", "drop"}
-        Whether replies that do not fit the others are named only (default), or left out as well.
-    memory : int
-        How many nodes' permutations to remember between rounds (default 1000).
-    max_steps : int
-        Upper limit of the solver's steps before it polishes (default 100).
-    tolerance : float
-        Relative duality gap at which the solver stops (default 1e-4).
-    diagnostics : bool
-        Whether the metrics also hold what is known of every node and every tensor (default False).
-    feedback : {"never", "moved", "always"}
-        When clients train the deployed model next instead of the trajectory: after rounds in which many units "moved"
-        (default; at most once per node), "never" or "always".
     head, judge, moments : None
         Refused: they ask clients.
 
