@@ -13,7 +13,9 @@ from c2m3_fl.network.operators import LAYOUTS, Kind, Layout, Operator, obstacle
 _TRAINING = 5  # position of the training flag among the arguments of aten.batch_norm
 
 
-def find_operators(graph: fx.Graph, names: Mapping[str, str]) -> tuple[tuple[Operator, ...], dict[str, str]]:
+def find_operators(
+    graph: fx.Graph, names: Mapping[str, str], sharing: Collection[str] = ()
+) -> tuple[tuple[Operator, ...], dict[str, str]]:
     """The operators in forward order, and the names of the other parameters, each with the reason.
 
     Parameters
@@ -22,6 +24,8 @@ def find_operators(graph: fx.Graph, names: Mapping[str, str]) -> tuple[tuple[Ope
         ATen calls in forward order.
     names : mapping of str to str
         State-dict name of every placeholder that stands for a parameter or a persistent buffer.
+    sharing : collection of str
+        Names of tensors that share memory with others: their operators are left out.
     """
     final = _final_nodes(graph)
     found: list[Operator] = []
@@ -35,6 +39,8 @@ def find_operators(graph: fx.Graph, names: Mapping[str, str]) -> tuple[tuple[Ope
             skipped |= dict.fromkeys(used, reason)
         elif any(len(arg.users) > 1 for arg in node.all_input_nodes if arg.name in names):
             skipped |= dict.fromkeys(used, "shared by several operators")
+        elif any(name in sharing for name in used):
+            skipped |= dict.fromkeys(used, "shares memory with another parameter")
         else:
             found.append(operator)
     owned = {name for operator in found for name in (operator.weight, operator.bias)}

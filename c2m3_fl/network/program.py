@@ -23,6 +23,7 @@ from c2m3_fl.network.copying import private_copy
 from c2m3_fl.network.exporting import aliases, call_fails, export
 from c2m3_fl.network.find_operators import find_operators
 from c2m3_fl.network.operators import Operator
+from c2m3_fl.network.shared_storage import sharing
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +210,7 @@ def export_program(model: nn.Module, example: ExampleInputs | Batch) -> Program:
         if placeholder not in names
     }
     graph = exported.graph
-    operators, skipped = find_operators(graph, names)
+    operators, skipped = find_operators(graph, names, sharing(model))
     inputs = _in_order(exported, batch)
     return Program(graph, names, constants, inputs, operators, skipped, _further_names(twin), _last_uses(graph))
 
