@@ -44,7 +44,9 @@ def answer_statistics(
     - Sums (`ClientRefit`, `RegMean`): per linear operator the mean and the second moments of its inputs, and their
       products with the own network's outputs. Second moments of fewer rows than columns fix the rows up to a
       rotation, those of one row the row itself. Behind the first layer the rows are activations, from which inputs
-      may be reconstructed by whoever holds the network, as the server does.
+      may be reconstructed by whoever holds the network, as the server does. Where sums would be too large
+      (`ClientRefit(sketch=...)`): Gaussian mixtures of all rows and of their residuals, drawn from a seed that the
+      server does not know. They reveal at most the second moments of rows and residuals taken together.
     - Sums by label (`Head`): the number of examples per class, the mean of the last layer's inputs over each class,
       and their second moments. The mean over a class with one example is that example's features.
 

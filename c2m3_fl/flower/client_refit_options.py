@@ -8,7 +8,7 @@ import numpy as np
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.client_sums import SPARSEST
+from c2m3_fl.flower.client_sums import LARGEST_SKETCH, SPARSEST
 from c2m3_fl.merging.recalibrate.client_plan import Plan, plan_gram, plan_refit
 from c2m3_fl.network.program import Program
 
@@ -25,7 +25,7 @@ class SumsQuery:
         Whether clients answer in float64, in twice the bytes.
     max_bytes : int
         Limit of one client's sums over all exchanges. The largest operators are left out until the rest stays below
-        it; the report names them.
+        it; the report names them. A `ClientRefit` asks for sketches first.
     first_layer : bool
         Whether to ask for the second moments of the network's input; clients must agree as well.
     timeout : float
@@ -64,6 +64,11 @@ class ClientRefit(SumsQuery):
         keeping the weights is always a candidate.
     holdout : int
         Every client holds out one example in so many.
+    sketch : int
+        Rows of the random sketches by which clients answer about operators whose sums would exceed `max_bytes`, the
+        largest first: Gaussian mixtures of all rows, whose second moments are on average the sums. 0 leaves these
+        operators out instead. Digits, five clients with two classes each, layers of 256 units: 32 rows give .94,
+        exact sums .96, leaving two of three layers out .71.
     positions, double, max_bytes, first_layer, timeout, seed
         See `SumsQuery`.
 
@@ -76,6 +81,7 @@ class ClientRefit(SumsQuery):
     exchanges: int | None = None
     strengths: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     holdout: int = 5
+    sketch: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +90,9 @@ class ClientRefit(SumsQuery):
         if not self.strengths or any(strength <= 0 for strength in self.strengths):
             raise ConfigError(f"strengths is {self.strengths!r}, expected at least one number, all above 0")
         _check_whole("holdout", self.holdout, 2)
+        _check_whole("sketch", self.sketch, 0)
+        if self.sketch > LARGEST_SKETCH:
+            raise ConfigError(f"sketch is {self.sketch}, expected at most {LARGEST_SKETCH} rows")
         if self.holdout > SPARSEST:
             raise ConfigError(
                 f"holdout is {self.holdout}, expected at most {SPARSEST}: clients refuse to hold out less"
@@ -124,6 +133,8 @@ class Price:
         Bytes of the networks that it is sent, over all exchanges.
     answered : int
         Bytes of its answers, over all exchanges.
+    sketched : tuple of str
+        Names of the operators that clients answer about by sketches, to stay below `max_bytes`.
     too_large : tuple of str
         Names of the operators that exceed `max_bytes` and are not fitted.
     kept_back : tuple of str
@@ -133,6 +144,7 @@ class Price:
     exchanges: int
     sent: int
     answered: int
+    sketched: tuple[str, ...]
     too_large: tuple[str, ...]
     kept_back: tuple[str, ...]
 
@@ -158,7 +170,7 @@ def price(options: ClientRefit | RegMean, program: Program, params: Params) -> P
     network = sum(value.numel() * value.element_size() for value in params.values())
     networks = 2 if isinstance(options, ClientRefit) else 1
     count = len(plan.exchanges)
-    return Price(count, networks * network * count, plan.size, plan.too_large, plan.kept_back)
+    return Price(count, networks * network * count, plan.size, plan.sketched, plan.too_large, plan.kept_back)
 
 
 def plan_of(options: ClientRefit | RegMean, program: Program, params: Params) -> Plan:
@@ -173,6 +185,7 @@ def plan_of(options: ClientRefit | RegMean, program: Program, params: Params) ->
         width=width,
         max_bytes=options.max_bytes,
         first_layer=options.first_layer,
+        sketch=options.sketch,
     )
 
 

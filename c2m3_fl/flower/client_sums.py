@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -21,6 +21,7 @@ from c2m3_fl.network.program import Program
 
 ACTION = "c2m3_sums"
 SPARSEST = 10  # a client holds out no fewer than one example in ten: second moments of few rows say much about them
+LARGEST_SKETCH = 4096  # rows
 _SUMS = (Role.FIT, Role.GRAM)
 
 
@@ -67,7 +68,7 @@ def answer_sums(
         if first_layer or role not in _SUMS or not reads_input(traced[0], traced[0].operators[place])
     }
     dtype = torch.float64 if int(str(config["double"])) else torch.float32
-    answers = measure(traced, batches, merged, own, roles, drawing)
+    answers = measure(traced, batches, merged, own, roles, drawing, _sketches(config, roles))
     tensors = {f"{name}/{key}": value for name, each in answers.items() for key, value in pack(each, dtype).items()}
     return Message(RecordDict({"sums": from_params(tensors)}), reply_to=message)
 
@@ -79,6 +80,17 @@ def _drawing(config: ConfigRecord, min_examples: int) -> Drawing:
     if positions < min_examples:
         raise CalibrationError(f"the query draws {positions} rows, and the client answers with at least {min_examples}")
     return Drawing(positions, holdout, seed)
+
+
+def _sketches(config: ConfigRecord, roles: Mapping[int, Role]) -> dict[int, int]:
+    """Number of rows of the sketches that are to be answered in place of sums, by the operator's number."""
+    places, rows = config["places"], config["sketches"]
+    if not isinstance(places, list) or not isinstance(rows, list) or len(places) != len(rows):
+        raise CalibrationError(f"the query asks for sketches {rows!r} of operators {places!r}, expected as many")
+    found = {int(str(place)): int(str(count)) for place, count in zip(places, rows, strict=True)}
+    if any(not 0 <= count <= LARGEST_SKETCH for count in found.values()):
+        raise CalibrationError(f"the query asks for sketches of {rows} rows, expected from 0 to {LARGEST_SKETCH}")
+    return {place: count for place, count in found.items() if count and roles.get(place) is Role.FIT}
 
 
 def _roles(config: ConfigRecord, program: Program) -> dict[int, Role]:

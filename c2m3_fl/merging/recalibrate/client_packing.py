@@ -13,8 +13,9 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.merging.recalibrate.client_plan import Role, skip_beside, triangle
-from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer
+from c2m3_fl.merging.recalibrate.client_plan import Question, Role, skip_beside, triangle
+from c2m3_fl.merging.recalibrate.client_sketch import Centred, SketchAnswer, SketchedFit
+from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, Measured, MomentsAnswer
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator
@@ -28,14 +29,18 @@ _LIFT = 1e-4  # of the mean diagonal: what float32 may take from a positive semi
 _LARGE = 1e30  # values beyond it overflow when they are squared in float32
 
 
-def pack(answer: Answer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """An answer as tensors by name; sums in the given type, channel moments in float64."""
+def pack(answer: Measured, dtype: torch.dtype) -> dict[str, Tensor]:
+    """An answer as tensors by name; sums and sketches in the given type, channel moments in float64."""
     if isinstance(answer, MomentsAnswer):
         parts = {"merged": answer.merged, **({} if answer.own is None else {"own": answer.own})}
         return {f"{part}/{name}": value for part, each in parts.items() for name, value in _moments(each).items()}
     if isinstance(answer, GramAnswer):
         return {f"inputs/{name}": value for name, value in _inputs(answer.sums, dtype).items()}
     found: dict[str, Tensor] = {}
+    if isinstance(answer, SketchAnswer):
+        for part, sketch in (("train", answer.train), ("held-out", answer.held_out)):
+            found |= {f"{part}/{name}": value for name, value in _sketch(sketch.centred(), dtype).items()}
+        return found
     for part, sums, further in (
         ("train", answer.train, answer.sum_train),
         ("held-out", answer.held_out, answer.sum_held_out),
@@ -47,7 +52,9 @@ def pack(answer: Answer, dtype: torch.dtype) -> dict[str, Tensor]:
     return found
 
 
-def expected(program: Program, operator: Operator, params: Params, role: Role, channels: int, double: bool) -> Shapes:
+def expected(
+    program: Program, operator: Operator, params: Params, step: Question, channels: int, double: bool
+) -> Shapes:
     """Element types and shapes of the tensors that an answer about an operator holds.
 
     Parameters
@@ -58,14 +65,14 @@ def expected(program: Program, operator: Operator, params: Params, role: Role, c
         Which operator.
     params : mapping of str to Tensor
         A state dict, for the shapes.
-    role : Role
+    step : Question
         What is asked about it.
     channels : int
         Its number of channels.
     double : bool
         Whether sums are in float64.
     """
-    wide = "float64" if double else "float32"
+    wide, role = "float64" if double else "float32", step.role
     if role in (Role.MOMENTS, Role.STATISTICS):
         parts = ("merged", "own") if role is Role.MOMENTS else ("merged",)
         return {f"{part}/{name}": entry for part in parts for name, entry in moments_shapes(channels).items()}
@@ -73,15 +80,17 @@ def expected(program: Program, operator: Operator, params: Params, role: Role, c
     rows: Shapes = {
         "count": ("int64", ()),
         "x": (wide, (groups, inputs)),
-        "xx": (wide, (groups, triangle(inputs))),
+        **(
+            {"xs": (wide, (groups, step.sketch, inputs))} if step.sketch else {"xx": (wide, (groups, triangle(inputs)))}
+        ),
     }
     if role is Role.GRAM:
         return {f"inputs/{name}": entry for name, entry in rows.items()}
-    residuals: Shapes = {
-        "r": (wide, (groups, outputs)),
-        "xr": (wide, (groups, inputs, outputs)),
-        "rr": (wide, (groups, outputs)),
-    }
+    residuals: Shapes = {"r": (wide, (groups, outputs))}
+    if step.sketch:
+        residuals["rs"] = (wide, (groups, step.sketch, outputs))
+    else:
+        residuals |= {"xr": (wide, (groups, inputs, outputs)), "rr": (wide, (groups, outputs))}
     targets = ("own",) if skip_beside(program, operator) is None else ("own", "sum")
     found: Shapes = {}
     for part in ("train", "held-out"):
@@ -108,6 +117,8 @@ def unpack(tensors: Mapping[str, Tensor], role: Role) -> Answer:
         return MomentsAnswer(read_moments(tensors, "merged"), own)
     if role is Role.GRAM:
         return GramAnswer(_read_sums(tensors, "inputs", ""))
+    if "train/xs" in tensors:
+        return SketchedFit(_read_sketch(tensors, "train"), _read_sketch(tensors, "held-out"))
     train, held_out = (_read_sums(tensors, part, f"{part}/own") for part in ("train", "held-out"))
     if "train/sum/r" not in tensors:
         return FitAnswer(train, held_out)
@@ -159,6 +170,13 @@ def _residuals(sums: Sums, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"r": mean.to(dtype), "xr": cross.to(dtype), "rr": variance.to(dtype)}
 
 
+def _sketch(sketch: Centred, dtype: torch.dtype) -> dict[str, Tensor]:
+    found = {"count": torch.tensor(sketch.count), "x": sketch.x.to(dtype), "xs": sketch.xs.to(dtype)}
+    for target, mean, rows in zip(("own", "sum"), sketch.r, sketch.rs, strict=False):
+        found |= {f"{target}/r": mean.to(dtype), f"{target}/rs": rows.to(dtype)}
+    return found
+
+
 def _lower(inputs: int) -> tuple[Tensor, Tensor]:
     rows, columns = torch.tril_indices(inputs, inputs)
     return rows, columns
@@ -187,6 +205,16 @@ def _read_sums(tensors: Mapping[str, Tensor], part: str, target: str) -> Sums:
         xr=count * (cross + x[:, :, None] * r[:, None, :]),
         rr=count * (variance + r.square()),
     )
+
+
+def _read_sketch(tensors: Mapping[str, Tensor], part: str) -> Centred:
+    count = int(tensors[f"{part}/count"])
+    _check_count(count)
+    targets = [target for target in ("own", "sum") if f"{part}/{target}/r" in tensors]
+    x, xs = (tensors[f"{part}/{name}"].double() for name in ("x", "xs"))
+    r, rs = (tuple(tensors[f"{part}/{target}/{name}"].double() for target in targets) for name in ("r", "rs"))
+    _check_values([x, xs, *r, *rs])
+    return Centred(count, x, r, xs, rs)
 
 
 def _check_count(count: int) -> None:

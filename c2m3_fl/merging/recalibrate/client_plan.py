@@ -43,11 +43,14 @@ class Question:
         What they answer.
     size : int
         Bytes of one client's answer.
+    sketch : int
+        Number of rows of the random sketches that are answered in place of sums; 0 for sums.
     """
 
     place: int
     role: Role
     size: int
+    sketch: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,16 @@ class Plan:
     ----------
     exchanges : tuple of tuples of Question
         In forward order; the operators of one exchange are measured under one merged network.
+    sketched : tuple of str
+        Names of the operators that are answered about by sketches, because their sums exceed the limit.
     too_large : tuple of str
-        Names of the operators whose sums exceed the limit; their channel moments are repaired instead.
+        Names of the operators that exceed it all the same; their channel moments are repaired instead.
     kept_back : tuple of str
         Names of the operators that read the network's input, whose second moments are not asked for.
     """
 
     exchanges: tuple[tuple[Question, ...], ...]
+    sketched: tuple[str, ...]
     too_large: tuple[str, ...]
     kept_back: tuple[str, ...]
 
@@ -75,7 +81,14 @@ class Plan:
 
 
 def plan_refit(
-    program: Program, params: Params, *, exchanges: int | None, width: int, max_bytes: int, first_layer: bool
+    program: Program,
+    params: Params,
+    *,
+    exchanges: int | None,
+    width: int,
+    max_bytes: int,
+    first_layer: bool,
+    sketch: int = 0,
 ) -> Plan:
     """Decide every operator's role and exchange.
 
@@ -90,28 +103,40 @@ def plan_refit(
     width : int
         Bytes of a number in sums: 4 or 8.
     max_bytes : int
-        Limit of one client's sums over all exchanges: the largest operators are left out of the fit until the rest
-        stays below it.
+        Limit of one client's answers about fitted operators, over all exchanges. Of the largest operators sketches
+        are asked for until the answers stay below it; where that does not suffice, the largest are left out.
     first_layer : bool
         Whether the second moments of the network's input are asked for.
+    sketch : int
+        Number of rows of a sketch; 0 leaves operators out instead.
     """
     candidates = {
         place: fit_size(program, operator, params, width)
         for place, operator in enumerate(program.operators)
         if operator.kind in FITTED and (first_layer or not reads_input(program, operator))
     }
-    fitted, too_large = _below(candidates, max_bytes)
+    smaller = {
+        place: size
+        for place, exact in candidates.items()
+        if sketch and (size := fit_size(program, program.operators[place], params, width, sketch)) < exact
+    }
+    fitted, too_large = _below(candidates, max_bytes, smaller)
+    sketched = [place for place in fitted if fitted[place] != candidates[place]]
     folded = {norm.name for place in fitted if (norm := norm_behind(program, program.operators[place]))}
     steps = []
     for place, operator in enumerate(program.operators):
         if place in fitted:
-            steps.append(Question(place, Role.FIT, fitted[place]))
+            steps.append(Question(place, Role.FIT, fitted[place], sketch if place in sketched else 0))
         elif operator.mean and operator.name not in folded:
             steps.append(Question(place, Role.STATISTICS, _moments_size(program, operator)))
         elif not operator.mean and operator.weight and not operator.feeds_norm:
             steps.append(Question(place, Role.MOMENTS, 2 * _moments_size(program, operator)))
-    names = tuple(program.operators[place].name for place in too_large)
-    return Plan(_chunks(steps, exchanges), names, _kept_back(program, first_layer))
+    return Plan(
+        _chunks(steps, exchanges),
+        _names(program, sketched),
+        _names(program, too_large),
+        _kept_back(program, first_layer),
+    )
 
 
 def plan_gram(program: Program, params: Params, *, width: int, max_bytes: int, first_layer: bool) -> Plan:
@@ -121,17 +146,19 @@ def plan_gram(program: Program, params: Params, *, width: int, max_bytes: int, f
         for place, operator in enumerate(program.operators)
         if operator.kind in FITTED and (first_layer or not reads_input(program, operator))
     }
-    asked, too_large = _below(candidates, max_bytes)
+    asked, too_large = _below(candidates, max_bytes, {})
     steps = [Question(place, Role.GRAM, size) for place, size in asked.items()]
-    names = tuple(program.operators[place].name for place in too_large)
-    return Plan(_chunks(steps, 1), names, _kept_back(program, first_layer))
+    return Plan(_chunks(steps, 1), (), _names(program, too_large), _kept_back(program, first_layer))
 
 
-def fit_size(program: Program, operator: Operator, params: Params, width: int) -> int:
-    """Bytes of the sums of one operator, of examples to fit and of examples held out."""
+def fit_size(program: Program, operator: Operator, params: Params, width: int, sketch: int = 0) -> int:
+    """Bytes of the sums of one operator, or of sketches of some rows, of examples to fit and of examples held out."""
     groups, inputs, outputs = weight_matrix(operator, params[operator.weight]).shape
     targets = 1 if skip_beside(program, operator) is None else 2
-    numbers = inputs + triangle(inputs) + targets * (2 * outputs + inputs * outputs)
+    if sketch:
+        numbers = (1 + sketch) * (inputs + targets * outputs)
+    else:
+        numbers = inputs + triangle(inputs) + targets * (2 * outputs + inputs * outputs)
     return 2 * (groups * numbers * width + _COUNT)
 
 
@@ -194,13 +221,21 @@ def _normalised(operator: Operator) -> Sequence[int]:
     return shape
 
 
-def _below(sizes: Mapping[int, int], limit: int) -> tuple[dict[int, int], list[int]]:
-    """Leave out the largest until the rest is within the limit."""
+def _names(program: Program, places: Sequence[int]) -> tuple[str, ...]:
+    return tuple(program.operators[place].name for place in places)
+
+
+def _below(sizes: Mapping[int, int], limit: int, smaller: Mapping[int, int]) -> tuple[dict[int, int], list[int]]:
+    """Give the largest its smaller size, or leave it out, until the rest is within the limit."""
     kept, left_out = dict(sizes), []
+    shrinkable = dict(smaller)
     while kept and sum(kept.values()) > limit:
-        largest = max(kept, key=kept.__getitem__)
-        left_out.append(largest)
-        del kept[largest]
+        largest = max(shrinkable or kept, key=kept.__getitem__)
+        if largest in shrinkable:
+            kept[largest] = shrinkable.pop(largest)
+        else:
+            left_out.append(largest)
+            del kept[largest]
     return kept, sorted(left_out)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params
 from c2m3_fl.merging.recalibrate.client_outliers import capped, far_from_others
+from c2m3_fl.merging.recalibrate.client_sketch import Centred, SketchedFit
 from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.moments import Moments
@@ -99,18 +100,19 @@ def shares_of(weights: Sequence[float], *, equally: bool) -> list[float]:
     return shares
 
 
-def pool_fits(answers: Sequence[FitAnswer], shares: Sequence[float]) -> FitAnswer:
+def pool_fits(answers: Sequence[FitAnswer | SketchedFit], shares: Sequence[float]) -> FitAnswer:
     """Sums in which every client has its share, whatever its number of rows; the counts add to one.
 
     Parameters
     ----------
-    answers : sequence of FitAnswer
+    answers : sequence of FitAnswer or SketchedFit
         At least one.
     shares : sequence of float
         One per answer; they sum to one.
     """
     total: FitAnswer | None = None
-    for answer, share in zip(answers, shares, strict=True):
+    for each, share in zip(answers, shares, strict=True):
+        answer = _sums_of(each) if isinstance(each, SketchedFit) else each
         part = _scaled(answer, share / (answer.train.count + answer.held_out.count))
         total = part if total is None else total.combine(part)
     assert total is not None  # at least one answer
@@ -148,7 +150,18 @@ def _scaled(answer: FitAnswer, factor: float) -> FitAnswer:
     )
 
 
+def _sums_of(answer: SketchedFit) -> FitAnswer:
+    sides = (answer.train, answer.held_out)
+    train, held_out = (side.sums(0) for side in sides)
+    further = (side.sums(1) if len(side.r) > 1 else None for side in sides)
+    return FitAnswer(train, held_out, *further)
+
+
 def _sizes(answer: Answer, layer: Affine | None) -> dict[str, float]:
+    if isinstance(answer, SketchedFit):
+        sides, count = (answer.train, answer.held_out), answer.train.count + answer.held_out.count
+        powers = [_sketched_powers(side, layer) for side in sides]
+        return {name: sum(each[name] for each in powers) / count for name in powers[0]}
     if isinstance(answer, FitAnswer):
         both = answer.train.combine(answer.held_out)
         targets = both if layer is None else both.against(-layer[0], -layer[1])
@@ -157,6 +170,19 @@ def _sizes(answer: Answer, layer: Affine | None) -> dict[str, float]:
         return {"inputs": _input_power(answer.sums)}
     own = {} if answer.own is None else {"targets": _power(answer.own)}
     return {"outputs": _power(answer.merged), **own}
+
+
+def _sketched_powers(side: Centred, layer: Affine | None) -> dict[str, float]:
+    """Sums of squares, over all rows, of inputs and of targets."""
+    rows, mean = side.rs[0], side.r[0]
+    if layer is not None:
+        matrix, offset = layer
+        rows, mean = rows + side.xs @ matrix, mean + (side.x[:, None, :] @ matrix)[:, 0] + offset
+    pairs = {"inputs": (side.xs, side.x), "targets": (rows, mean)}
+    return {
+        name: float(sketch.square().sum() + side.count * centre.square().sum())
+        for name, (sketch, centre) in pairs.items()
+    }
 
 
 def _input_power(sums: Sums) -> float:

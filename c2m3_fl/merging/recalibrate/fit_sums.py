@@ -7,25 +7,29 @@ should change. A convolution and the BatchNorm behind it count as one linear ope
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.recalibrate.client_plan import Role, norm_behind, skip_beside
-from c2m3_fl.merging.recalibrate.held_out import held_out
+from c2m3_fl.merging.recalibrate.client_sketch import Noise, Sketch, SketchAnswer, SketchedFit
+from c2m3_fl.merging.recalibrate.folded_norm import effective
+from c2m3_fl.merging.recalibrate.held_out import digest_examples, held_out
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator
 from c2m3_fl.network.program import Program, Walk
-from c2m3_fl.network.rows import input_of, input_rows, output_rows, sample_positions, weight_matrix
+from c2m3_fl.network.rows import input_of, input_rows, output_rows, sample_positions
 
 _CHUNK = 4096  # rows that are in memory at once
-_EPSILON = 7  # place of that argument of aten.batch_norm
+_Chunk = tuple[Tensor, list[Tensor]]  # rows (groups, count, inputs), and residuals (groups, count, outputs) per target
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class GramAnswer:
         return GramAnswer(self.sums.combine(other.sums))
 
 
-Answer = FitAnswer | MomentsAnswer | GramAnswer
+Measured = FitAnswer | MomentsAnswer | GramAnswer | SketchAnswer  # by the client
+Answer = FitAnswer | MomentsAnswer | GramAnswer | SketchedFit  # as the server reads it
 
 
 def measure(
@@ -104,7 +109,8 @@ def measure(
     own: Params,
     roles: Mapping[int, Role],
     drawing: Drawing,
-) -> dict[str, Answer]:
+    sketches: Mapping[int, int] | None = None,
+) -> dict[str, Measured]:
     """One client's answers about several operators, by operator name, in one pass over its data.
 
     Parameters
@@ -117,6 +123,9 @@ def measure(
         The operators' numbers, and what is wanted about each.
     drawing : Drawing
         Which rows count.
+    sketches : mapping of int to int, optional
+        Operators to be fitted that are answered about by a sketch, and its number of rows. The sketch depends on the
+        data and the merged network, so that nobody who lacks the data can draw it again.
 
     Raises
     ------
@@ -125,14 +134,17 @@ def measure(
     """
     masks = _held_out(batches, drawing.holdout)
     examples = sum(len(batch.inputs[0]) for batch in batches)
-    found: dict[str, Answer] = {}
+    found: dict[str, Measured] = {}
+    secret = _secret(batches, merged) if sketches else 0
     with torch.no_grad():
         for index, (program, batch) in enumerate(zip(programs, batches, strict=True)):
             count = max(1, -(-drawing.positions * len(batch.inputs[0]) // examples))
             pair = _Pair(program, Walk(program, merged, batch), Walk(program, own, batch), merged, own)
             for place in sorted(roles):
                 seed = drawing.seed + 1009 * place + 1_000_003 * index
-                answer = pair.answer(place, roles[place], count, seed, masks[index])
+                rows = (sketches or {}).get(place)
+                noise = None if rows is None else Noise(rows, secret ^ seed)
+                answer = pair.answer(place, roles[place], count, seed, masks[index], noise)
                 name = program.operators[place].name
                 found[name] = _joined(found[name], answer) if name in found else answer
     return found
@@ -148,33 +160,10 @@ def _held_out(batches: Sequence[Batch], every: int) -> list[Tensor]:
     return masks
 
 
-def effective(operator: Operator, norm: Operator | None, params: Params) -> tuple[Tensor, Tensor]:
-    """Matrices (groups, inputs, outputs) and offsets (groups, outputs) of an operator and the BatchNorm behind it."""
-    matrix = weight_matrix(operator, params[operator.weight].double())
-    shape = (len(matrix), matrix.shape[2])
-    offset = params[operator.bias].double().reshape(shape) if operator.bias else matrix.new_zeros(shape)
-    if norm is None:
-        return matrix, offset
-    gain, mean, bias = (each.reshape(shape) for each in affine(norm, params))
-    return matrix * gain[:, None, :], (offset - mean) * gain + bias
-
-
-def affine(norm: Operator, params: Params) -> tuple[Tensor, Tensor, Tensor]:
-    """Gain, mean and bias of a BatchNorm in evaluation mode: ``(x - mean) * gain + bias``."""
-    mean = params[norm.mean].double()
-    weight = params[norm.weight].double() if norm.weight else torch.ones_like(mean)
-    bias = params[norm.bias].double() if norm.bias else torch.zeros_like(mean)
-    return weight / spread_of(norm, params), mean, bias
-
-
-def spread_of(norm: Operator, params: Params) -> Tensor:
-    """What a BatchNorm divides by."""
-    return (params[norm.variance].double() + epsilon(norm)).sqrt()
-
-
-def epsilon(norm: Operator) -> float:
-    """What a BatchNorm adds to its variance."""
-    return float(str(norm.node.args[_EPSILON]))
+def _secret(batches: Sequence[Batch], merged: Params) -> int:
+    """A seed that depends on every example and on the network that they are measured with."""
+    state = hashlib.blake2b(digest_examples(batches) + bytes.fromhex(digest(merged)), digest_size=7)
+    return int.from_bytes(state.digest(), "big")
 
 
 class _Pair:
@@ -185,11 +174,13 @@ class _Pair:
         self._merged, self._own = merged, own
         self._merged_params, self._own_params = merged_params, own_params
 
-    def answer(self, place: int, role: Role, count: int, seed: int, mask: Tensor) -> Answer:
+    def answer(
+        self, place: int, role: Role, count: int, seed: int, mask: Tensor, noise: Noise | None = None
+    ) -> Measured:
         """What is wanted about one operator; places are asked for in forward order."""
         operator = self._program.operators[place]
         if role is Role.FIT:
-            return self._fit(operator, count, seed, mask)
+            return self._fit(operator, count, seed, mask, noise)
         if role is Role.GRAM:
             return self._gram(operator, count, seed)
         axes = operator.channel_axes(self._merged_params) if operator.weight else (operator.layout.channel,)
@@ -212,7 +203,9 @@ class _Pair:
         assert total is not None  # at least one position is drawn
         return GramAnswer(total)
 
-    def _fit(self, operator: Operator, count: int, seed: int, mask: Tensor) -> FitAnswer:
+    def _fit(
+        self, operator: Operator, count: int, seed: int, mask: Tensor, noise: Noise | None
+    ) -> FitAnswer | SketchAnswer:
         norm, skip = norm_behind(self._program, operator), skip_beside(self._program, operator)
         output = self._own.output(operator if norm is None else norm)
         self._merged.advance(operator.index)
@@ -223,11 +216,15 @@ class _Pair:
         axis = operator.layout.channel % len(shape)
         owner = input_of(positions, shape[:axis] + shape[axis + 1 :], len(mask))
         held = mask[owner.clamp_max(len(mask) - 1)]
-        parts = []
-        for chosen in (~held, held):
-            drawn = None if detour is None else detour[chosen]
-            parts.append(self._sums(operator, norm, shape, positions[chosen], goal[chosen], drawn))
-        (train, sum_train), (held_sums, sum_held) = parts
+        sides = [
+            self._rows(
+                operator, norm, shape, positions[chosen], goal[chosen], None if detour is None else detour[chosen]
+            )
+            for chosen in (~held, held)
+        ]
+        if noise is not None:
+            return SketchAnswer(*(_sketch(side, noise) for side in sides))
+        (train, sum_train), (held_sums, sum_held) = (_sums(side) for side in sides)
         return FitAnswer(train, held_sums, sum_train, sum_held)
 
     def _detour(self, operator: Operator, skip: fx.Node, positions: Tensor) -> Tensor:
@@ -235,7 +232,7 @@ class _Pair:
         own, merged = (output_rows(operator, walk.value(skip), positions) for walk in (self._own, self._merged))
         return own.double() - merged.double()
 
-    def _sums(
+    def _rows(
         self,
         operator: Operator,
         norm: Operator | None,
@@ -243,43 +240,56 @@ class _Pair:
         positions: Tensor,
         goal: Tensor,
         detour: Tensor | None,
-    ) -> tuple[Sums, Sums | None]:
-        """Sums over some positions: of the residuals, and of those to the sum behind a residual addition."""
+    ) -> Iterator[_Chunk]:
+        """Inputs at some positions, and their residuals to each target: the own output, and the own sum if any."""
         source, weight = self._merged.value(operator.input), self._merged_params[operator.weight]
         matrix, offset = effective(operator, norm, self._merged_params)
-        total, beside = _nothing(matrix), None if detour is None else _nothing(matrix)
+        # without positions there is one empty chunk
         for chosen in torch.split(torch.arange(len(positions), device=positions.device), _CHUNK):
             rows = input_rows(operator, source, weight, shape, positions[chosen]).double()
-            fitted = rows @ matrix + offset[:, None, :]
-            residuals = _grouped(goal[chosen].double(), len(matrix)) - fitted
-            part = Sums.of(rows, residuals)
-            total = total.combine(part)
-            if detour is not None and beside is not None:
-                further = residuals + _grouped(detour[chosen], len(matrix))
-                beside = beside.combine(
-                    replace(part, r=further.sum(1), xr=rows.mT @ further, rr=further.square().sum(1))
-                )
-        return total, beside
+            residuals = _grouped(goal[chosen].double(), len(matrix)) - (rows @ matrix + offset[:, None, :])
+            further = [] if detour is None else [residuals + _grouped(detour[chosen], len(matrix))]
+            yield rows, [residuals, *further]
+
+
+def _sums(chunks: Iterable[_Chunk]) -> tuple[Sums, Sums | None]:
+    """Sums with the residuals to the first target, and to the second if there is one."""
+    total: Sums | None = None
+    beside: Sums | None = None
+    for rows, (residuals, *further) in chunks:
+        part = Sums.of(rows, residuals)
+        total = part if total is None else total.combine(part)
+        for each in further:
+            other = replace(part, r=each.sum(1), xr=rows.mT @ each, rr=each.square().sum(1))
+            beside = other if beside is None else beside.combine(other)
+    assert total is not None  # there is at least one chunk
+    return total, beside
+
+
+def _sketch(chunks: Iterable[_Chunk], noise: Noise) -> Sketch:
+    total: Sketch | None = None
+    for rows, residuals in chunks:
+        part = Sketch.of(rows, residuals, noise)
+        total = part if total is None else total.combine(part)
+    assert total is not None  # there is at least one chunk
+    return total
 
 
 def _grouped(rows: Tensor, groups: int) -> Tensor:
     return rows.reshape(len(rows), groups, -1).movedim(1, 0)
 
 
-def _nothing(matrix: Tensor) -> Sums:
-    rows = matrix.new_zeros(len(matrix), 0, matrix.shape[1])
-    return Sums.of(rows, matrix.new_zeros(len(matrix), 0, matrix.shape[2]))
-
-
 def _both(one: Sums | None, other: Sums | None) -> Sums | None:
     return None if one is None or other is None else one.combine(other)
 
 
-def _joined(one: Answer, other: Answer) -> Answer:
+def _joined(one: Measured, other: Measured) -> Measured:
     if isinstance(one, FitAnswer) and isinstance(other, FitAnswer):
         return one.combine(other)
     if isinstance(one, MomentsAnswer) and isinstance(other, MomentsAnswer):
         return one.combine(other)
     if isinstance(one, GramAnswer) and isinstance(other, GramAnswer):
+        return one.combine(other)
+    if isinstance(one, SketchAnswer) and isinstance(other, SketchAnswer):
         return one.combine(other)
     raise CalibrationError("one operator cannot have two roles in one query")

@@ -41,6 +41,12 @@ def held_out(batches: Sequence[Batch], every: int) -> list[Tensor]:
     return [mask.to(batch.inputs[0].device) for mask, batch in zip(masks, batches, strict=True)]
 
 
+def digest_examples(batches: Sequence[Batch]) -> bytes:
+    """A digest of all examples, whatever their order."""
+    names = sorted(_digest(batch, row) for batch in batches for row in range(_size(batch)))
+    return hashlib.blake2b(b"".join(names), digest_size=16).digest()
+
+
 def split_batches(batches: Sequence[Batch], every: int) -> tuple[list[Batch], list[Batch]]:
     """Split batches into those of the kept examples and those of the examples that are held out.
 

@@ -9,7 +9,8 @@ from c2m3_fl.errors import ParamsError
 from c2m3_fl.merging.recalibrate.client_packing import pack, unpack
 from c2m3_fl.merging.recalibrate.client_plan import Role
 from c2m3_fl.merging.recalibrate.client_pool import far_networks, outlying, pool_fits, pool_moments, shares_of
-from c2m3_fl.merging.recalibrate.fit_sums import Drawing, FitAnswer, effective, measure
+from c2m3_fl.merging.recalibrate.fit_sums import Drawing, FitAnswer, measure
+from c2m3_fl.merging.recalibrate.folded_norm import effective
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.calibration import load_batches
 from c2m3_fl.network.moments import Moments
