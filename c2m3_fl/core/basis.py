@@ -21,7 +21,13 @@ from c2m3_fl.core.spec import Params, PermutationSpec
 
 
 def into_basis(
-    spec: PermutationSpec, reference: Params, params: Params, *, max_steps: int = 100, tolerance: float = 1e-4
+    spec: PermutationSpec,
+    reference: Params,
+    params: Params,
+    *,
+    max_steps: int = 100,
+    tolerance: float = 1e-4,
+    max_seconds: float | None = None,
 ) -> dict[str, Tensor]:
     """Map of one network into the basis of another, which stays where it is.
 
@@ -31,10 +37,11 @@ def into_basis(
         The symmetries that both share.
     reference, params : mapping of str to Tensor
         The network that stays, and the one that is brought to it.
-    max_steps, tolerance : int, float
+    max_steps, tolerance, max_seconds : int, float, float
         See `match`.
     """
-    return match(spec, [reference, params], max_steps=max_steps, tolerance=tolerance).between(0, 1)
+    found = match(spec, [reference, params], max_steps=max_steps, tolerance=tolerance, max_seconds=max_seconds)
+    return found.between(0, 1)
 
 
 def closest(spec: PermutationSpec, reference: Params, params: Params, candidates: Sequence[Permutation]) -> Permutation:

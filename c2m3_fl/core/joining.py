@@ -6,6 +6,7 @@ Joining costs as much as a match of the new nodes alone, and leaves the others' 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from c2m3_fl.core import permutation
 from c2m3_fl.core.assignment import assignment_pool
 from c2m3_fl.core.averaging import normalise_weights
+from c2m3_fl.core.identity_proof import prove_identity
 from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.problem import Problem, check_nodes, check_search
@@ -169,6 +171,46 @@ def match_in_batches(
                 perms[i] = perm
                 total.add(node, perm, share[i])
     return BatchMatch(tuple(perms), total.mean(nodes[0]), total.agreement(nodes, share))
+
+
+def match_bounded(
+    spec: PermutationSpec,
+    nodes: Sequence[Params],
+    weights: Sequence[float],
+    batch: int,
+    *,
+    max_steps: int = 100,
+    tolerance: float = 1e-4,
+) -> Match:
+    """`match_in_batches` as a match: the nodes in an order of their own, none of them moved where that is proven.
+
+    Parameters
+    ----------
+    spec, nodes, weights, batch, max_steps, tolerance
+        See `match_in_batches`.
+
+    Returns
+    -------
+    Match
+        Its gap is infinite, because nothing measures that of all nodes together.
+    """
+    share = normalise_weights(weights, len(nodes))
+    order = order_by_units(spec, nodes, share)
+    ordered, own = [nodes[i] for i in order], share[list(order)]
+    with torch.no_grad():
+        here = prove_identity(spec, ordered, own)
+    if here is not None:
+        still = tuple(permutation.identity(spec) for _ in nodes)
+        return Match(still, (here, here), 0.0, 0.0, True, 0, order)
+    found = match_in_batches(
+        spec, ordered, batch=batch, weights=own, passes=2, max_steps=max_steps, tolerance=tolerance
+    )
+    before = RunningUniverse(spec)
+    for node, weight in zip(ordered, own.tolist(), strict=True):
+        before.add(node, permutation.identity(spec), weight)
+    perms = dict(zip(order, found.permutations, strict=True))
+    objectives = before.agreement(ordered, own.tolist()), found.objective
+    return Match(tuple(perms[i] for i in range(len(nodes))), objectives, math.inf, 0.0, False, 0, order)
 
 
 def _match_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.basis import Consensus, bounded_weights, closest, consensus, into_basis
+from c2m3_fl.core.joining import match_bounded
 from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.result import Match
@@ -27,6 +29,8 @@ from c2m3_fl.flower.progress import MatchLog
 Mode = Literal["joint", "separate"]
 Basis = Literal["global", "largest", "client"] | int
 Value = TypeVar("Value")
+
+_IMAGES = 6  # models that a match holds for every node: see `tests.benchmarks.rounds`
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,7 @@ class RoundMatch:
     steps: int
     seconds: float
     on_cpu: bool
+    timed_out: bool = False
 
     @property
     def share_moved(self) -> list[float]:
@@ -83,6 +88,7 @@ class _Found:
     gap: float
     gain: float
     steps: int
+    timed_out: bool = False
 
 
 class Aligner:
@@ -105,6 +111,10 @@ class Aligner:
         Where to compute.
     max_steps, tolerance : int, float
         See `match`.
+    max_seconds : float, optional
+        When to end the search of a round by the clock.
+    memory_limit : int, optional
+        Bytes that a match may take beside the replies: more replies are matched in batches, see `match_in_batches`.
     """
 
     def __init__(
@@ -117,6 +127,8 @@ class Aligner:
         device: torch.device,
         max_steps: int,
         tolerance: float,
+        max_seconds: float | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         if mode not in ("joint", "separate"):
             raise ConfigError(f"alignment is {mode!r}, expected 'joint' or 'separate'")
@@ -129,6 +141,9 @@ class Aligner:
         self.device = device
         self.max_steps = max_steps
         self.tolerance = tolerance
+        self.max_seconds = max_seconds
+        self.memory_limit = memory_limit
+        self._deadline = math.inf
 
     def align(
         self, nodes: Sequence[int], params: Sequence[Params], weights: Sequence[float], sent: Params
@@ -147,6 +162,7 @@ class Aligner:
             The global model that was sent out.
         """
         started = time.perf_counter()
+        self._deadline = math.inf if self.max_seconds is None else time.monotonic() + self.max_seconds
         find = self._jointly if self.mode == "joint" else self._separately
         found, on_cpu = with_cpu_fallback(
             lambda device: find(nodes, [to_device(node, device) for node in params], weights, to_device(sent, device)),
@@ -160,9 +176,8 @@ class Aligner:
         agreed = consensus(self.spec, aligned, weights)
         start = _moved(self.spec, origin, sent)
         seconds = time.perf_counter() - started
-        return RoundMatch(
-            aligned, tuple(moves), start, agreed, found.objectives, found.gap, found.gain, found.steps, seconds, on_cpu
-        )
+        numbers = found.objectives, found.gap, found.gain, found.steps, seconds, on_cpu, found.timed_out
+        return RoundMatch(aligned, tuple(moves), start, agreed, *numbers)
 
     def own_basis(self, node: int, params: Params) -> Params:
         """The global model in the basis in which a node was last found."""
@@ -186,7 +201,8 @@ class Aligner:
         located = [_moved(self.spec, start, reply) for start, reply in zip(starts, params, strict=True)]
         pulls = bounded_weights(self.spec, located, weights)
         found = self._match(located, pulls)
-        numbers = ((found.objectives[0], found.objectives[-1]), found.gap, found.gain, found.steps)
+        ends = found.objectives[0], found.objectives[-1]
+        numbers = ends, found.gap, found.gain, found.steps, found.timed_out
         universe = [_moved(self.spec, perm, reply) for perm, reply in zip(found.permutations, located, strict=True)]
         onto = self._into(sent, weighted_mean(universe, pulls))
         maps = [permutation.compose(onto, perm) for perm in found.permutations]
@@ -204,9 +220,13 @@ class Aligner:
         before, after = (sum(each.objectives[end] for each in found) for end in (0, -1))
         moves = [permutation.compose(each.between(0, 1), start) for each, start in zip(found, starts, strict=True)]
         gap, gain = max(each.gap for each in found), max(each.gain for each in found)
-        return _Found(moves, (before, after), gap, gain, sum(each.steps for each in found))
+        late = any(each.timed_out for each in found)
+        return _Found(moves, (before, after), gap, gain, sum(each.steps for each in found), late)
 
     def _match(self, nodes: Sequence[Params], weights: Sequence[float] | None) -> Match:
+        batch = self._batch(nodes)
+        if weights is not None and batch < len(nodes):
+            return match_bounded(self.spec, nodes, weights, batch, max_steps=self.max_steps, tolerance=self.tolerance)
         return match(
             self.spec,
             nodes,
@@ -214,10 +234,25 @@ class Aligner:
             max_steps=self.max_steps,
             tolerance=self.tolerance,
             callback=MatchLog(self.tolerance),
+            max_seconds=self._seconds,
         )
 
     def _into(self, sent: Params, params: Params) -> dict[str, Tensor]:
-        return into_basis(self.spec, sent, params, max_steps=self.max_steps, tolerance=self.tolerance)
+        return into_basis(
+            self.spec, sent, params, max_steps=self.max_steps, tolerance=self.tolerance, max_seconds=self._seconds
+        )
+
+    @property
+    def _seconds(self) -> float | None:
+        """What is left of the time for this round's search."""
+        return None if self.max_seconds is None else max(self._deadline - time.monotonic(), 0.0)
+
+    def _batch(self, nodes: Sequence[Params]) -> int:
+        """How many nodes may be matched at once."""
+        if self.memory_limit is None:
+            return len(nodes)
+        size = sum(nodes[0][name].nbytes for name in self.spec.tensors)
+        return max(2, int(self.memory_limit // (_IMAGES * size)))
 
     def _rebased(
         self, nodes: Sequence[int], weights: Sequence[float], moves: Sequence[Permutation]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.joining import join, match_in_batches
+from c2m3_fl.core.joining import join, match_bounded, match_in_batches
 from c2m3_fl.core.match import match
 from c2m3_fl.core.running import RunningUniverse
 from c2m3_fl.errors import ConfigError, ParamsError, WeightsError
@@ -105,3 +105,26 @@ def test_bad_input_is_refused():
         match_in_batches(spec, nodes, batch=2, weights=[1.0, 0.0])
     with pytest.raises(ParamsError, match="got none"):
         match_in_batches(spec, [], batch=2)
+
+
+def test_a_match_in_bounded_memory_does_not_depend_on_the_order_of_the_nodes():
+    spec = mlp(12, 24, 24, 6)
+    nodes, weights = draws(spec, 6), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    here = match_bounded(spec, nodes, weights, batch=2)
+    there = match_bounded(spec, nodes[::-1], weights[::-1], batch=2)
+    assert here.objectives == there.objectives
+    assert all(same(left, right) for left, right in zip(here.permutations, there.permutations[::-1], strict=True))
+    share = [weight / sum(weights) for weight in weights]
+    still = [permutation.identity(spec)] * len(nodes)
+    assert here.objectives[0] == pytest.approx(pairwise_agreement(spec, nodes, still, share))
+    assert here.objectives[-1] == pytest.approx(pairwise_agreement(spec, nodes, here.permutations, share))
+    assert here.objectives[-1] > 0.9 * match(spec, nodes, weights=weights).objectives[-1] > here.objectives[0]
+
+
+def test_in_bounded_memory_nothing_moves_either_where_that_is_proven():
+    spec = mlp(12, 24, 24, 6)
+    (node,) = draws(spec, 1)
+    near = [{name: value * (1 + 1e-4 * index) for name, value in node.items()} for index in range(5)]
+    found = match_bounded(spec, near, [1.0] * 5, batch=2)
+    assert found.converged
+    assert all(permutation.is_identity(perm) for perm in found.permutations)

@@ -1,0 +1,45 @@
+"""A round whose match is bounded in memory or time."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from c2m3_fl.core import permutation, result
+from c2m3_fl.flower.aligner import Aligner
+from c2m3_fl.symmetry.discover import permutation_spec
+from tests.flower.federation import EXAMPLE, clients, mlp, shuffled
+
+SPEC = permutation_spec(mlp(), EXAMPLE)
+SIZE = sum(value.nbytes for value in mlp().state_dict().values())
+
+
+def aligner(**bounds):
+    options = {"mode": "joint", "basis": "global", "memory": 10, "device": torch.device("cpu"), "max_steps": 100}
+    return Aligner(SPEC, tolerance=1e-4, **options, **bounds)
+
+
+@pytest.mark.parametrize("limit", [None, 100 * SIZE, 13 * SIZE, 1])
+def test_shuffled_replies_come_home_however_little_memory_there_is(limit):
+    sent = clients(1, independent=False)[0]
+    replies = [shuffled(SPEC, each, seed) for seed, each in enumerate(clients(5, independent=False))]
+    found = aligner(memory_limit=limit).align(list(range(5)), replies, [1.0] * 5, sent)
+    assert all(each > 0.5 for each in found.share_moved)
+    for seed, move in enumerate(found.moves):
+        drawn = permutation.random(SPEC, torch.Generator().manual_seed(seed))
+        assert permutation.is_identity(permutation.compose(move, drawn))
+    assert found.objectives[1] > found.objectives[0]
+
+
+def test_a_round_that_the_clock_ends_says_so_and_is_aligned_as_far_as_it_came(monkeypatch):
+    replies = clients(5)
+    free = aligner().align(list(range(5)), replies, [1.0] * 5, replies[0])
+    assert not free.timed_out
+    clock = itertools.chain(range(6), itertools.repeat(10**9))
+    monkeypatch.setattr(result, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    found = aligner(max_seconds=1e6).align(list(range(5)), replies, [1.0] * 5, replies[0])
+    assert found.timed_out
+    assert found.objectives[0] < found.objectives[1] <= free.objectives[1] * (1 + 1e-6)
