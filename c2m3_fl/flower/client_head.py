@@ -19,9 +19,11 @@ from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
+from c2m3_fl.flower.admitted import fault_of
 from c2m3_fl.flower.client_labels import ACTION, LAYERS, SIDES, SPARSEST
 from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.flower.records import Entry, from_params, to_params
+from c2m3_fl.flower.replies import only_arrays
 from c2m3_fl.merging.recalibrate.head import METHOD, FitHead, fit_head, operator_report
 from c2m3_fl.merging.recalibrate.head_checks import check_label_sums, outlying
 from c2m3_fl.merging.recalibrate.label_sums import LabelSums, pool_sums, read_sums
@@ -277,10 +279,10 @@ def _ask(
         try:
             if node not in nodes or node in found:
                 raise ParamsError("nobody asked it for an answer, or for a second one")
-            found[node] = read(_record(reply))
-        except ParamsError as error:
-            log(level, "\t> no %s of labels from node %d: %s", stage, node, error)
-            failed[node] = str(error)
+            found[node] = read(only_arrays(reply))
+        except Exception as error:  # whatever one client sends is its fault
+            failed[node] = fault_of(node, error).reason
+            log(level, "\t> no %s of labels from node %d: %s", stage, node, failed[node])
     if not found:
         first = f" (the first reply: {next(iter(failed.values()))})" if failed else ""
         raise CalibrationError(
@@ -288,12 +290,3 @@ def _ask(
             "app, with labelled data"
         )
     return {node: found[node] for node in nodes if node in found}, failed
-
-
-def _record(reply: Message) -> ArrayRecord:
-    if reply.has_error():
-        raise ParamsError(f"the client failed: {reply.error.reason}")
-    records = list(reply.content.array_records.values())
-    if len(records) != 1:
-        raise ParamsError(f"the answer has {len(records)} ArrayRecords, expected exactly one")
-    return records[0]

@@ -20,17 +20,17 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import CalibrationError, ParamsError
+from c2m3_fl.flower.admitted import fault_of
 from c2m3_fl.flower.client_refit_options import ClientRefit, Price, RegMean, asks_clients, plan_of, price
 from c2m3_fl.flower.client_sums import ACTION
 from c2m3_fl.flower.records import Entry, from_params, to_params
+from c2m3_fl.flower.replies import only_arrays
 from c2m3_fl.merging.recalibrate.client_fit import fit_operator
 from c2m3_fl.merging.recalibrate.client_packing import expected, expected_channels, unpack
 from c2m3_fl.merging.recalibrate.client_plan import Plan, Question, Role, norm_behind
 from c2m3_fl.merging.recalibrate.client_pool import far_networks, outlying, pool_fits, pool_moments, shares_of
-from c2m3_fl.merging.recalibrate.client_sketch import SketchedFit
 from c2m3_fl.merging.recalibrate.correction import rescale, restate
-from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer
-from c2m3_fl.merging.recalibrate.folded_norm import effective
+from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer, effective
 from c2m3_fl.merging.recalibrate.regmean import assign_regression_mean, shrunk
 from c2m3_fl.merging.recalibrate.targets import Target
 from c2m3_fl.merging.reports import OperatorReport, Recalibrated, RecalibrationReport
@@ -144,9 +144,10 @@ class _Clients:
                 if node not in self._own or node in read:
                     raise ParamsError("nobody asked it for an answer, or for a second one")
                 read[node] = self._read(reply, exchange, params)
-            except ParamsError as error:
-                log(WARNING, "\t> no sums from node %d: %s", node, error)
-                failed.append(str(error))
+            except Exception as error:  # whatever one client sends is its fault
+                fault = fault_of(node, error)
+                log(WARNING, "\t> no sums from node %d: %s", node, fault.reason)
+                failed.append(fault.reason)
         found: dict[str, dict[int, Answer]] = {}
         for node in self._nodes:
             for name, answer in read.get(node, {}).items():
@@ -177,7 +178,7 @@ class _Clients:
             own = [self._own[node] for node in answers]
             return [assign_regression_mean(self._program, operator, params, own, grams, shares)]
         if step.role is Role.FIT:
-            fits = [answer for answer in answers.values() if isinstance(answer, FitAnswer | SketchedFit)]
+            fits = [answer for answer in answers.values() if isinstance(answer, FitAnswer)]
             return fit_operator(self._program, operator, params, pool_fits(fits, shares), self._options.strengths)
         moments = [answer for answer in answers.values() if isinstance(answer, MomentsAnswer)]
         merged = pool_moments([each.merged for each in moments], shares)
@@ -196,7 +197,6 @@ class _Clients:
                 {
                     "places": [step.place for step in exchange],
                     "roles": [step.role.value for step in exchange],
-                    "sketches": [step.sketch for step in exchange],
                     "positions": options.positions,
                     "holdout": _NO_HOLDOUT if isinstance(options, RegMean) else options.holdout,
                     "seed": (options.seed * _CLIENTS + index) % _SEEDS,
@@ -209,20 +209,21 @@ class _Clients:
 
     def _read(self, reply: Message, exchange: Sequence[Question], params: Params) -> dict[str, Answer]:
         """A client's answers by operator name; what cannot be read of it is left out, operator by operator."""
-        record = _record(reply)
+        record = only_arrays(reply)
         node, found = reply.metadata.src_node_id, {}
         for step in exchange:
             operator = self._program.operators[step.place]
             try:
                 found[operator.name] = self._read_one(record, step, params)
-            except ParamsError as error:
-                log(WARNING, "\t> no sums of %s from node %d: %s", operator.module or operator.name, node, error)
+            except Exception as error:  # as above
+                reason = fault_of(node, error).reason
+                log(WARNING, "\t> no sums of %s from node %d: %s", operator.module or operator.name, node, reason)
         return found
 
     def _read_one(self, record: ArrayRecord, step: Question, params: Params) -> Answer:
         operator = self._program.operators[step.place]
         channels = expected_channels(operator, params)
-        shapes = expected(self._program, operator, params, step, channels, self._options.double)
+        shapes = expected(self._program, operator, params, step.role, channels, self._options.double)
         prefix = f"{operator.name}/"
         own = ArrayRecord({name: record[name] for name in record if name.startswith(prefix)})
         schema = {prefix + name: Entry(*entry) for name, entry in shapes.items()}
@@ -241,15 +242,6 @@ def _gram(answer: Answer, shrink: float) -> Tensor:
     return shrunk(answer.sums.xx / answer.sums.count, shrink)
 
 
-def _record(reply: Message) -> ArrayRecord:
-    if reply.has_error():
-        raise ParamsError(f"the client failed: {reply.error.reason}")
-    records = list(reply.content.array_records.values())
-    if len(records) != 1:
-        raise ParamsError(f"the answer has {len(records)} ArrayRecords, expected exactly one")
-    return records[0]
-
-
 def _left_out(options: ClientRefit | RegMean, program: Program, plan: Plan) -> dict[str, str]:
     """Weights that are not fitted, with the reason."""
     large = f"its sums exceed max_bytes of {options.max_bytes / 1e6:.0f} MB: not fitted"
@@ -264,11 +256,10 @@ def _left_out(options: ClientRefit | RegMean, program: Program, plan: Plan) -> d
 def _log_price(options: ClientRefit | RegMean, found: Price) -> None:
     log(
         INFO,
-        "\t> %s: %d exchanges; every client is sent %.1f MB and answers %.1f MB%s%s",
+        "\t> %s: %d exchanges; every client is sent %.1f MB and answers %.1f MB%s",
         type(options).__name__,
         found.exchanges,
         found.sent / 1e6,
         found.answered / 1e6,
-        f"; by sketches: {', '.join(found.sketched)}" if found.sketched else "",
         f"; beyond max_bytes and not fitted: {', '.join(found.too_large)}" if found.too_large else "",
     )

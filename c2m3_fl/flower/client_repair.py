@@ -21,8 +21,10 @@ from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
+from c2m3_fl.flower.admitted import fault_of
 from c2m3_fl.flower.client_moments import ACTION
 from c2m3_fl.flower.records import Entry, from_params, to_params
+from c2m3_fl.flower.replies import only_arrays
 from c2m3_fl.merging.recalibrate.client_packing import moments_shapes, read_moments
 from c2m3_fl.merging.recalibrate.client_pool import outlying
 from c2m3_fl.merging.recalibrate.fit_sums import MomentsAnswer
@@ -191,16 +193,17 @@ class _Survey:
         ]
         asked = {(message.metadata.dst_node_id, message.metadata.group_id) for message in messages}
         found: dict[tuple[int, str], dict[str, Moments]] = {}
-        failed: list[ParamsError] = []
+        failed: list[str] = []
         for reply in self._grid.send_and_receive(messages, timeout=self._timeout):
             node, about = reply.metadata.src_node_id, reply.metadata.group_id
             try:
                 if (node, about) not in asked or (node, about) in found:
                     raise ParamsError(f"an answer about {about!r} was not asked for, or came twice")
                 found[node, about] = self._read(reply, place)
-            except ParamsError as error:
-                log(WARNING, "\t> no moments from node %d: %s", node, error)
-                failed.append(error)
+            except Exception as error:  # whatever one client sends is its fault
+                fault = fault_of(node, error)
+                log(WARNING, "\t> no moments from node %d: %s", node, fault.reason)
+                failed.append(fault.reason)
         for key, reason in self._odd(found).items():
             log(WARNING, "\t> no moments from node %d: %s", key[0], reason)
             del found[key]
@@ -213,18 +216,14 @@ class _Survey:
         return found
 
     def _read(self, reply: Message, place: int) -> dict[str, Moments]:
-        if reply.has_error():
-            raise ParamsError(f"the client failed: {reply.error.reason}")
-        records = list(reply.content.array_records.values())
-        if len(records) != 1:
-            raise ParamsError(f"the answer has {len(records)} ArrayRecords, expected exactly one")
+        record = only_arrays(reply)
         names = [operator.name for operator in (self._operators if place < 0 else [self._operators[place]])]
         schema = {
             f"{name}/{part}": Entry(*entry)
             for name in names
             for part, entry in moments_shapes(self._channels[name]).items()
         }
-        arrays = to_params(records[0], schema, "moments")
+        arrays = to_params(record, schema, "moments")
         return {name: read_moments(arrays, name) for name in names}
 
     def _odd(self, found: Mapping[tuple[int, str], Mapping[str, Moments]]) -> dict[tuple[int, str], str]:

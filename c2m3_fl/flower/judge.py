@@ -16,9 +16,10 @@ from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError, ParamsError
+from c2m3_fl.flower.admitted import fault_of
 from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.flower.records import from_params
-from c2m3_fl.flower.replies import check_weight
+from c2m3_fl.flower.replies import check_weight, only_metrics
 from c2m3_fl.merging.evaluate.decide import DeploymentCandidate, DeploymentDecision, Vote, decide
 
 # words of a metric's name that say that less of it is better
@@ -163,17 +164,13 @@ def _answers(replies: Iterable[Message], asked: Sequence[int], names: Sequence[s
         try:
             if node not in asked or about is None:
                 raise ParamsError("nobody asked it")
-            if reply.has_error():
-                raise ParamsError(f"the client failed: {reply.error.reason}")
-            records = list(reply.content.metric_records.values())
-            if len(records) != 1:
-                raise ParamsError(f"the reply has {len(records)} MetricRecords, expected exactly one")
-        except ParamsError as error:
-            faults.append(f"no evaluation of {about!r} from node {node}: {error}")
+            metrics = only_metrics(reply)
+        except Exception as error:  # whatever one client sends must not end the judgement
+            faults.append(f"no evaluation of {about!r} from node {node}: {fault_of(node, error).reason}")
             continue
         if (node, about) in found:
             twice.add((node, about))
-        found[node, about] = records[0]
+        found[node, about] = metrics
     known = {key: record for key, record in found.items() if key not in twice}
     for fault in faults if known else []:
         log(WARNING, "\t> %s", fault)
@@ -211,8 +208,9 @@ def _votes(
             try:
                 weights.append(1.0 if weighted_by is None else check_weight(record.get(weighted_by), weighted_by))
                 losses[name] = sign * _number(record.get(key), key)
-            except ParamsError as error:
-                log(WARNING, "\t> the evaluation of %r by node %d is left out: %s", name, node, error)
+            except Exception as error:  # as above
+                reason = fault_of(node, error).reason
+                log(WARNING, "\t> the evaluation of %r by node %d is left out: %s", name, node, reason)
         if losses:
             votes.append(Vote(losses, min(weights)))
     return votes

@@ -31,6 +31,7 @@ from c2m3_fl.flower.legacy_messages import (
     to_parameters,
     to_scalars,
 )
+from c2m3_fl.flower.misuse import LEGACY, naming_options_of
 from c2m3_fl.flower.options import Feedback, Options
 from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.records import Schema, reply_schema, schema_of_params
@@ -81,6 +82,7 @@ class C2M3(Strategy):
         As there.
     """
 
+    @naming_options_of(LEGACY)
     def __init__(
         self,
         strategy: Strategy | None = None,

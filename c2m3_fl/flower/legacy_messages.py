@@ -124,6 +124,11 @@ def aggregate_evaluations(
 
 def named_params(schema: Schema, parameters: Parameters, who: str) -> dict[str, torch.Tensor]:
     """A server's own parameters by name, of whatever shapes and element types they are."""
+    if not isinstance(parameters, Parameters):
+        raise ParamsError(
+            f"{who}: a {type(parameters).__name__}, expected Parameters; pass "
+            "ndarrays_to_parameters([value.numpy() for value in model.state_dict().values()])"
+        )
     if len(parameters.tensors) != len(schema):
         raise ParamsError(f"{who}: {len(parameters.tensors)} tensors, expected {len(schema)}")
     return {name: read_npy(f"{who}: {name!r}", data) for name, data in zip(schema, parameters.tensors, strict=True)}

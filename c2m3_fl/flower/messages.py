@@ -40,7 +40,8 @@ def aggregate_messages(
         for reply, params in zip(aligned.replies, aligned.params, strict=True)
     ]
     arrays, metrics = strategy.aggregate_train(server_round, messages)
-    return None if arrays is None else to_params(arrays, who="the result"), MetricRecord(without_ours(dict(metrics or {})))
+    params = None if arrays is None else to_params(arrays, who="the result")
+    return params, MetricRecord(without_ours(dict(metrics or {})))
 
 
 def aggregate_evaluations(strategy: Strategy, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

@@ -20,6 +20,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.npy import Header, read_header
 
+_WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DataParallel put before the names of a state dict
 _NUMPY_STYPE = "numpy.ndarray"  # the one serialisation that Flower's own strategies read
 _SUPPORTED = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"})
 _FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
@@ -109,6 +110,11 @@ def reply_schema(model: Schema, sent: Schema) -> dict[str, Entry]:
     that computes with NumPy sends back what it was sent. Floating ones of any other precision are cast.
     """
     return {name: Entry(model[name].dtype, model[name].shape, entry.dtype, casts=True) for name, entry in sent.items()}
+
+
+def bare_name(name: str) -> str:
+    """The name of a tensor without what wrappers of a network put before it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def to_params(record: ArrayRecord, schema: Schema | None = None, who: str = "arrays") -> dict[str, Tensor]:

@@ -23,10 +23,9 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import check_finite, digest, norm
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.admitted import Dropped, Reply, Sorted, TransientError, fault_of, report_dropped
-from c2m3_fl.flower.client_text import shown
 from c2m3_fl.flower.consistency import averageable, consistent, finite, plausible_losses
 from c2m3_fl.flower.private import with_arrays
-from c2m3_fl.flower.records import Schema, to_params
+from c2m3_fl.flower.records import Schema, bare_name, to_params
 
 __all__ = [
     "Dropped",
@@ -36,8 +35,9 @@ __all__ = [
     "check_shared_fault",
     "check_values",
     "check_weight",
-    "client_failure",
     "content_of",
+    "only_arrays",
+    "only_metrics",
     "report_dropped",
     "sort_evaluations",
     "sort_messages",
@@ -48,7 +48,6 @@ Record = TypeVar("Record", ArrayRecord, MetricRecord)
 _MOST_EXAMPLES = 2**53  # beyond it floats do not count any more, and sums of few weights overflow
 _LARGEST_LOSS = 1e12
 _LONGEST_NAME, _MOST_VALUES = 200, 100_000  # of a metric, of a reply: Flower logs metrics whole
-_WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DataParallel put before the names of a state dict
 _PASSING = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
 
 
@@ -122,9 +121,14 @@ def check_values(params: Params) -> None:
         raise TransientError(f"its norm is {size:.3g}, too large to compute with: the square is beyond {limit:.2g}")
 
 
-def client_failure(reply: Message) -> str:
-    """What a client's error reply says, for a log: the exception itself, without the traceback above it."""
-    return f"the client failed: {shown(_last_line(reply.error.reason))}"
+def only_arrays(reply: Message) -> ArrayRecord:
+    """The one ArrayRecord of a reply; `ParamsError` where the client failed, or sent none or several."""
+    return _only(_content(reply).array_records, "ArrayRecords")
+
+
+def only_metrics(reply: Message) -> MetricRecord:
+    """The one MetricRecord of a reply; `ParamsError` where the client failed, or sent none or several."""
+    return _only(_content(reply).metric_records, "MetricRecords")
 
 
 def check_shared_fault(found: Sorted[Any]) -> None:
@@ -160,7 +164,7 @@ def _sorted(messages: Iterable[Message], read: Callable[[Message], Reply[Message
 
 
 def _read_evaluation(message: Message, weighted_by: str) -> Reply[Message]:
-    metrics = _only(_content(message).metric_records, "MetricRecords")
+    metrics = only_metrics(message)
     check_metrics(metrics)
     weight = _weight(metrics, weighted_by)
     check_metrics(metrics, every=True)
@@ -168,8 +172,7 @@ def _read_evaluation(message: Message, weighted_by: str) -> Reply[Message]:
 
 
 def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence[str]) -> Reply[Message]:
-    content = _content(message)
-    received, metrics = _only(content.array_records, "ArrayRecords"), _only(content.metric_records, "MetricRecords")
+    received, metrics = only_arrays(message), only_metrics(message)
     check_metrics(metrics)
     weight = _weight(metrics, weighted_by)
     for key in required:
@@ -181,7 +184,7 @@ def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence
             )
     arrays = _renamed(received, schema)
     if arrays is not received:
-        message = with_arrays(message, {next(iter(content.array_records)): arrays})
+        message = with_arrays(message, {next(iter(message.content.array_records)): arrays})
     params = to_params(arrays, schema, "reply")
     check_values(params)
     cast = frozenset(name for name, entry in schema.items() if not entry.as_sent(arrays[name].dtype))
@@ -192,21 +195,17 @@ def _renamed(record: ArrayRecord, schema: Schema) -> ArrayRecord:
     """The arrays under the model's names where these differ in a wrapper's prefix alone; else the record itself."""
     if record.keys() == schema.keys():
         return record
-    names = {_bare(name): name for name in record}
-    known = {_bare(name): name for name in schema}
+    names = {bare_name(name): name for name in record}
+    known = {bare_name(name): name for name in schema}
     if names.keys() != known.keys() or not len(record) == len(names) == len(known) == len(schema):
         return record
     return ArrayRecord({name: record[names[bare]] for bare, name in known.items()})
 
 
-def _bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def _content(message: Message) -> RecordDict:
     if message.has_error():
         fault = TransientError if message.error.code in _PASSING else ParamsError
-        raise fault(client_failure(message))
+        raise fault(f"the client failed: {_last_line(message.error.reason)}")
     if not message.has_content():
         raise ParamsError("the reply is empty")
     return message.content
@@ -225,7 +224,7 @@ def _weight(metrics: MetricRecord, key: str) -> float:
 
 
 def _last_line(reason: str | None) -> str:
-    """The exception itself, without the traceback above it."""
+    """Of what a client's error says, the exception itself, without the traceback above it."""
     lines = [line.strip() for line in (reason or "")[-10_000:].splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"
 

@@ -1,0 +1,68 @@
+"""What users pass by mistake, named together with what to pass instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec
+
+from flwr.server import strategy as legacy
+from flwr.serverapp import strategy as current
+
+from c2m3_fl.errors import ConfigError, ParamsError
+from c2m3_fl.flower.records import bare_name
+
+P = ParamSpec("P")
+
+_NAMES = ("FedAvg", "FedAvgM", "FedAdam", "FedProx", "FedTrimmedAvg", "Krum", "QFedAvg")
+CURRENT = [getattr(current, name) for name in _NAMES]
+LEGACY = [getattr(legacy, name) for name in _NAMES]
+
+
+def naming_options_of(inside: Sequence[type]) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate the constructor of a wrapper: options of the strategies that go inside raise `ConfigError`.
+
+    Parameters
+    ----------
+    inside : sequence of type
+        The strategies, the most likely one first.
+    """
+
+    def decorate(construct: Callable[P, None]) -> Callable[P, None]:
+        own = signature(construct).parameters
+
+        @wraps(construct)
+        def checked(*args: P.args, **options: P.kwargs) -> None:
+            for name in options.keys() - own.keys():
+                for kind in inside:
+                    if name in signature(kind).parameters:
+                        raise ConfigError(
+                            f"C2M3 has no option {name!r}, which belongs to the strategy inside: "
+                            f"pass {kind.__name__}({name}=...) as strategy"
+                        )
+            construct(*args, **options)
+
+        return checked
+
+    return decorate
+
+
+def check_prefixes(given: Iterable[str], model: Iterable[str], who: str) -> None:
+    """Raise `ParamsError` where names differ from the model's in what torch.compile or DataParallel puts before them.
+
+    Parameters
+    ----------
+    given, model : iterable of str
+        Names of the tensors, and of the model's.
+    who : str
+        Whose names they are, for the error message.
+    """
+    found, known = ({bare_name(name): name for name in names} for names in (given, model))
+    differing = [(found[bare], name) for bare, name in known.items() if bare in found and found[bare] != name]
+    if differing and found.keys() == known.keys():
+        one, other = differing[0]
+        raise ParamsError(
+            f"{who}: {one!r} is {other!r} in the model that C2M3 was given; torch.compile and DataParallel put a "
+            "prefix before every name: pass the state dict of the very object that is `model`, or both without it"
+        )
