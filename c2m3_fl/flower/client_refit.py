@@ -29,8 +29,10 @@ from c2m3_fl.merging.recalibrate.client_fit import fit_operator
 from c2m3_fl.merging.recalibrate.client_packing import expected, expected_channels, unpack
 from c2m3_fl.merging.recalibrate.client_plan import Plan, Question, Role, norm_behind
 from c2m3_fl.merging.recalibrate.client_pool import far_networks, outlying, pool_fits, pool_moments, shares_of
+from c2m3_fl.merging.recalibrate.client_sketch import SketchedFit
 from c2m3_fl.merging.recalibrate.correction import rescale, restate
-from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer, effective
+from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer
+from c2m3_fl.merging.recalibrate.folded_norm import effective
 from c2m3_fl.merging.recalibrate.regmean import assign_regression_mean, shrunk
 from c2m3_fl.merging.recalibrate.targets import Target
 from c2m3_fl.merging.reports import OperatorReport, Recalibrated, RecalibrationReport
@@ -178,7 +180,7 @@ class _Clients:
             own = [self._own[node] for node in answers]
             return [assign_regression_mean(self._program, operator, params, own, grams, shares)]
         if step.role is Role.FIT:
-            fits = [answer for answer in answers.values() if isinstance(answer, FitAnswer)]
+            fits = [answer for answer in answers.values() if isinstance(answer, FitAnswer | SketchedFit)]
             return fit_operator(self._program, operator, params, pool_fits(fits, shares), self._options.strengths)
         moments = [answer for answer in answers.values() if isinstance(answer, MomentsAnswer)]
         merged = pool_moments([each.merged for each in moments], shares)
@@ -197,6 +199,7 @@ class _Clients:
                 {
                     "places": [step.place for step in exchange],
                     "roles": [step.role.value for step in exchange],
+                    "sketches": [step.sketch for step in exchange],
                     "positions": options.positions,
                     "holdout": _NO_HOLDOUT if isinstance(options, RegMean) else options.holdout,
                     "seed": (options.seed * _CLIENTS + index) % _SEEDS,
@@ -223,7 +226,7 @@ class _Clients:
     def _read_one(self, record: ArrayRecord, step: Question, params: Params) -> Answer:
         operator = self._program.operators[step.place]
         channels = expected_channels(operator, params)
-        shapes = expected(self._program, operator, params, step.role, channels, self._options.double)
+        shapes = expected(self._program, operator, params, step, channels, self._options.double)
         prefix = f"{operator.name}/"
         own = ArrayRecord({name: record[name] for name in record if name.startswith(prefix)})
         schema = {prefix + name: Entry(*entry) for name, entry in shapes.items()}
@@ -256,10 +259,11 @@ def _left_out(options: ClientRefit | RegMean, program: Program, plan: Plan) -> d
 def _log_price(options: ClientRefit | RegMean, found: Price) -> None:
     log(
         INFO,
-        "\t> %s: %d exchanges; every client is sent %.1f MB and answers %.1f MB%s",
+        "\t> %s: %d exchanges; every client is sent %.1f MB and answers %.1f MB%s%s",
         type(options).__name__,
         found.exchanges,
         found.sent / 1e6,
         found.answered / 1e6,
+        f"; by sketches: {', '.join(found.sketched)}" if found.sketched else "",
         f"; beyond max_bytes and not fitted: {', '.join(found.too_large)}" if found.too_large else "",
     )
