@@ -1,0 +1,147 @@
+"""A buffer about units is permuted with them, whatever its values; one that makes units of its own stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torchvision.ops import FrozenBatchNorm2d
+
+from tests.symmetry.checks import check, reasons
+from tests.symmetry.families import noise
+
+
+class HandNorm(nn.Module):
+    """Normalisation written by hand, with running statistics that training updates."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(width)), nn.Parameter(torch.randn(width))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("var", torch.ones(width))
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.mean, self.var
+        if self.training:
+            mean, var = x.mean(0), x.var(0, unbiased=False)
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(0.1 * mean)
+                self.var = 0.9 * self.var + 0.1 * var
+                self.steps += 1
+        return (x - mean) / (var + 1e-5).sqrt() * self.scale + self.shift
+
+
+class Averaged(nn.Module):
+    """A layer beside a running average of its weight, and a centre of its outputs."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+        self.register_buffer("average", self.layer.weight.detach() + 0.1 * torch.randn(outputs, inputs))
+        self.register_buffer("centre", torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * (self.layer(x) - self.centre) + nn.functional.linear(x, self.average)
+
+
+def frozen() -> nn.Module:
+    norms = [FrozenBatchNorm2d(width) for width in (6, 5)]
+    for buffer in (buffer for norm in norms for buffer in norm.buffers()):
+        buffer.copy_(torch.rand(len(buffer)) + 0.5)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3), norms[0], nn.ReLU(), nn.Conv2d(6, 5, 3), norms[1], nn.Flatten(), nn.Linear(20, 2)
+    )
+
+
+def by_hand() -> nn.Module:
+    network = nn.Sequential(nn.Linear(4, 6), HandNorm(6), nn.ReLU(), nn.Linear(6, 5), HandNorm(5), nn.Linear(5, 2))
+    for _ in range(3):
+        network(torch.randn(8, 4))
+    return network
+
+
+def spectral(parametrise: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    layers = [parametrise(layer) for layer in (nn.Conv2d(2, 6, 3), nn.Conv2d(6, 5, 3), nn.Linear(20, 4))]
+    network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), nn.Flatten(), layers[2])
+    for _ in range(3):
+        network(torch.randn(2, 2, 6, 6))
+    return network
+
+
+def pruned() -> nn.Module:
+    network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    prune.random_unstructured(network[2], "weight", 0.4)
+    return network
+
+
+NETWORKS = {
+    "frozen statistics": (frozen, noise(2, 2, 6, 6)),
+    "statistics by hand": (by_hand, noise(5, 4)),
+    "running averages": (
+        lambda: nn.Sequential(Averaged(4, 6), nn.ReLU(), Averaged(6, 5), nn.Linear(5, 2)),
+        noise(3, 4),
+    ),
+    "spectral norm": (lambda: spectral(parametrizations.spectral_norm), noise(2, 2, 6, 6)),
+    "spectral norm by a hook": (lambda: spectral(nn.utils.spectral_norm), noise(2, 2, 6, 6)),
+    "masks of pruning": (pruned, noise(3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*|.*spectral_norm.*:FutureWarning")
+def test_buffers_with_content_move_with_their_units(name: str) -> None:
+    check(*NETWORKS[name], 6, 5)
+
+
+def test_fixed_positions_move_with_the_stream_that_they_are_added_to() -> None:
+    """The rows, one per place, stay; the columns carry the units of the embedding."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Linear(3, 6), nn.Linear(6, 2)
+            self.register_buffer("places", torch.sin(torch.arange(30.0)).view(5, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o((self.a(x) + self.places).tanh().mean(1))
+
+    spec = check(Positions, noise(2, 5, 3), 6)
+    assert spec.tensors["places"].axes[0] == ()
+
+
+def test_knots_that_a_buffer_holds_keep_their_order() -> None:
+    """No layer computes the basis functions: the buffer itself makes them, and tells them apart."""
+
+    class Splines(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Linear(4, 6), nn.Linear(5, 2)
+            self.register_buffer("knots", torch.linspace(-1, 1, 7))
+            self.curves = nn.Parameter(torch.randn(5, 6, 7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            basis = torch.exp(-(self.a(x).unsqueeze(-1) - self.knots).square())
+            return self.o(torch.einsum("bik,oik->bo", basis, self.curves))
+
+    spec = check(Splines, noise(3, 4), 5, 6)
+    assert reasons(spec, "knots") == {"buffer with content of its own"}
+
+
+def test_statistics_of_the_inputs_stay() -> None:
+    """They are combined with ordered content."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.tensor([0.1, 0.2, 0.3]))
+            self.a, self.o = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(self.a(x - self.mean).relu())
+
+    spec = check(Scaled, noise(4, 3), 6)
+    assert reasons(spec, "mean") == {"combined with ordered content"}
