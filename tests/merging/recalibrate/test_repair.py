@@ -277,5 +277,5 @@ def test_products_without_channels_of_their_own_are_left_alone(
     done = merge(model, endpoints, method=method, calibration=[inputs[:6], inputs[6:]], recalibrate=recalibrate)
     assert done.report.recalibration is not None
     assert "has no channels" in dict(done.report.recalibration.skipped)["weight"]
-    with pytest.raises(ConfigError, match="no linear map fits it"):
+    with pytest.raises(ConfigError, match="cannot be mapped linearly"):
         merge(model, endpoints, method="cca", calibration=[inputs])
