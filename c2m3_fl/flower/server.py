@@ -54,6 +54,10 @@ class Server:
         self._incoming: Params = {}
         self._said = self._unjudged = self._headless = False
 
+    def rebuild(self, setup: Setup) -> None:
+        """Go on with another setup of the same model: clients exchange other tensors of it."""
+        self.setup, self._gate = setup, Gate(setup)
+
     def begin_run(self, num_rounds: int) -> None:
         """Forget the trajectory of an earlier run; the last of `num_rounds` rounds deploys."""
         self.models.forget()

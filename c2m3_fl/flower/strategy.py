@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal, TypedDict
 
@@ -19,6 +19,7 @@ from c2m3_fl.flower.client_head import Head
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.deployment import Clients
+from c2m3_fl.flower.exchanged import exchanging
 from c2m3_fl.flower.judge import ClientJudge
 from c2m3_fl.flower.messages import aggregate_evaluations, aggregate_messages, personal_messages
 from c2m3_fl.flower.metrics import report_idle
@@ -29,6 +30,7 @@ from c2m3_fl.flower.records import check_record, from_params, reply_schema, sche
 from c2m3_fl.flower.replies import sort_messages
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup, log_setup
+from c2m3_fl.flower.two_models import trajectory_names
 from c2m3_fl.flower.wrapped import check_instance, continue_from, record_keys, required_metrics, warn_of_start
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
@@ -79,6 +81,10 @@ class C2M3(Strategy):
         data, which show whether the server's data are like theirs.
     spec : PermutationSpec, optional
         The symmetries of the network, proven on the example inputs; by default they are derived.
+    exchanged : iterable of str, optional
+        The names of the tensors that clients send, where that is not the whole state dict: a head, all but the norms,
+        `dict(model.named_parameters())`. By default those of the arrays that a run starts from. A group of units moves
+        where all tensors that carry it are exchanged; nothing is recalibrated.
     head : {"auto", "labels"} or Head, optional
         Fit the deployed model's last layer to the clients' labels. "auto" (default): as a candidate, where there is
         something to recalibrate, outputs are class scores, and the clients answer (`answer_statistics`) and judge.
@@ -148,6 +154,7 @@ class C2M3(Strategy):
         recalibrate: Recalibration | ClientRefit | RegMean | str | None = None,
         moments: ClientStatistics | None = None,
         spec: PermutationSpec | None = None,
+        exchanged: Iterable[str] | None = None,
         head: Head | str | None = "auto",
         judge: ClientJudge | str | None = "auto",
         judge_key: str | None = None,
@@ -184,9 +191,13 @@ class C2M3(Strategy):
             judge_key=judge_key,
             device=device,
         )
+        self._whole, self._named = self.setup, exchanged is not None
         self.server = Server(self.setup)
         self.sent = from_params(model.state_dict())
         self._schema = schema_of(self.sent, "model")
+        if exchanged is not None:
+            self._exchange(list(exchanged))
+            self.sent = ArrayRecord({name: self.sent[name] for name in self.setup.spec.tensors})
         self._grid: Grid | None = None
         self._evaluate_config: ConfigRecord | None = None
         check_privacy(self.strategy, **self._private)
@@ -239,7 +250,9 @@ class C2M3(Strategy):
         """Send out the trajectory, or `arrays` where they are a new start, to whom the wrapped strategy chooses."""
         check_callers(**self._private)
         params = to_params(arrays)
-        check_prefixes(params, self.setup.spec.tensors, "the arrays to send out")
+        check_prefixes(params, self._schema, "the arrays to send out")
+        if not self._named and params and params.keys() <= self._schema.keys():
+            self._exchange(params)
         self.setup.spec.check(params, "the arrays to send out")
         check_finite(params, "the arrays to send out")
         start = self.server.next_start(params)
@@ -287,7 +300,16 @@ class C2M3(Strategy):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Remember that instead."""
+        names = trajectory_names(state)
+        if names and not self._named:
+            self._exchange(names)
         self.server.load_state_dict(state)
+
+    def _exchange(self, names: Collection[str]) -> None:
+        """Expect the tensors of these names from now on."""
+        if set(names) != set(self.setup.spec.tensors):
+            self.setup = exchanging(self._whole, names)
+            self.server.rebuild(self.setup)
 
     @property
     def _private(self) -> _Private:

@@ -139,3 +139,9 @@ class TwoModels:
                 raise SpecError(f"remembered {key!r} is not part of a strategy's state")
         self.trajectory = trajectory or None
         self.pending = tuple(node for _, node in sorted(pending.items()))
+
+
+def trajectory_names(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of the trajectory's tensors in a state that was remembered."""
+    start = f"{PREFIX}trajectory/"
+    return [key.removeprefix(start) for key in state if key.startswith(start)]
