@@ -76,8 +76,9 @@ def answer_statistics(
 
     def handler(answer: Callable[..., Message], **options: bool) -> Callable[[Message, Context], Message]:
         def reply(message: Message, context: Context) -> Message:
-            network, own = model(context), data(context)
-            return answer(message, network, own, min_examples=min_examples, programs=traced, **options)
+            given = (message, model(context), data(context))
+            state = (context.state,) if answer is answer_sums else ()
+            return answer(*given, *state, min_examples=min_examples, programs=traced, **options)
 
         return reply
 

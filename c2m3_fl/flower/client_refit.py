@@ -20,11 +20,10 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import CalibrationError, ParamsError
-from c2m3_fl.flower.admitted import fault_of
+from c2m3_fl.flower.client_networks import Sealed, is_stale, write_networks
 from c2m3_fl.flower.client_refit_options import ClientRefit, Price, RegMean, asks_clients, plan_of, price
 from c2m3_fl.flower.client_sums import ACTION
-from c2m3_fl.flower.records import Entry, from_params, to_params
-from c2m3_fl.flower.replies import only_arrays
+from c2m3_fl.flower.records import Entry, to_params
 from c2m3_fl.merging.recalibrate.client_fit import fit_operator
 from c2m3_fl.merging.recalibrate.client_packing import expected, expected_channels, unpack
 from c2m3_fl.merging.recalibrate.client_plan import Plan, Question, Role, norm_behind
@@ -96,6 +95,7 @@ def refit_by_clients(
         options,
         grid,
         program,
+        plan,
         {nodes[index]: own[index] for index in kept},
         {nodes[index]: weights[index] for index in kept},
         equally,
@@ -129,27 +129,41 @@ class _Clients:
         options: ClientRefit | RegMean,
         grid: Grid,
         program: Program,
+        plan: Plan,
         own: Mapping[int, Params],
         weights: Mapping[int, float],
         equally: bool,
     ) -> None:
-        self._options, self._grid, self._program, self._equally = options, grid, program, equally
-        self._nodes, self._own, self._weights = list(own), own, weights
+        self._options, self._grid, self._program, self._plan = options, grid, program, plan
+        self._nodes, self._weights, self._equally = list(own), weights, equally
+        self._own = {node: Sealed.of(params) for node, params in own.items()}
+        self._held: dict[int, Sealed] = {}  # the merged network that a client was sent last, if it answered
 
     def ask(self, exchange: Sequence[Question], params: Params) -> dict[str, dict[int, Answer]]:
         """The usable answers, by operator name and node in the order of the nodes."""
+        networks, last = Sealed.of(params), exchange is self._plan.exchanges[-1]
         read: dict[int, dict[str, Answer]] = {}
         failed: list[str] = []
-        for reply in self._grid.send_and_receive(self._messages(exchange, params), timeout=self._options.timeout):
-            node = reply.metadata.src_node_id
-            try:
-                if node not in self._own or node in read:
-                    raise ParamsError("nobody asked it for an answer, or for a second one")
-                read[node] = self._read(reply, exchange, params)
-            except Exception as error:  # whatever one client sends is its fault
-                fault = fault_of(node, error)
-                log(WARNING, "\t> no sums from node %d: %s", node, fault.reason)
-                failed.append(fault.reason)
+        asked = self._nodes
+        for whole in (False, True):
+            lacking: set[int] = set()
+            messages = self._messages(exchange, networks, asked, whole=whole, keep=not last)
+            for reply in self._grid.send_and_receive(messages, timeout=self._options.timeout):
+                node = reply.metadata.src_node_id
+                try:
+                    if node not in asked or node in read or node in lacking:
+                        raise ParamsError("nobody asked it for an answer, or for a second one")
+                    if is_stale(reply) and not whole:
+                        lacking.add(node)
+                    else:
+                        read[node] = self._read(reply, exchange, params)
+                except ParamsError as error:
+                    log(WARNING, "\t> no sums from node %d: %s", node, error)
+                    failed.append(str(error))
+            asked = [node for node in asked if node in lacking]
+            if not asked:
+                break
+        self._held = dict.fromkeys(read, networks)
         found: dict[str, dict[int, Answer]] = {}
         for node in self._nodes:
             for name, answer in read.get(node, {}).items():
@@ -177,7 +191,7 @@ class _Clients:
         shares = shares_of([self._weights[node] for node in answers], equally=self._equally)
         if isinstance(self._options, RegMean):
             grams = [_gram(answer, self._options.shrink) for answer in answers.values()]
-            own = [self._own[node] for node in answers]
+            own = [self._own[node].params for node in answers]
             return [assign_regression_mean(self._program, operator, params, own, grams, shares)]
         if step.role is Role.FIT:
             fits = [answer for answer in answers.values() if isinstance(answer, FitAnswer | SketchedFit)]
@@ -190,11 +204,18 @@ class _Clients:
         target = Target(own_moments.mean, own_moments.std)
         return [rescale(self._program, operator, params, merged, target)]
 
-    def _messages(self, exchange: Sequence[Question], params: Params) -> list[Message]:
+    def _messages(
+        self, exchange: Sequence[Question], merged: Sealed, nodes: Sequence[int], *, whole: bool, keep: bool
+    ) -> list[Message]:
         options = self._options
-        shared = {} if isinstance(options, RegMean) else {"merged": from_params(params)}
         found = []
-        for index, node in enumerate(self._nodes):
+        for node in nodes:
+            networks, held = {"own": self._own[node]}, {}
+            if isinstance(options, ClientRefit):
+                networks["merged"] = merged
+            if node in self._held and not whole:
+                held = {"own": self._own[node], "merged": self._held[node]}
+            records, about = write_networks(networks, held, keep=keep)
             config = ConfigRecord(
                 {
                     "places": [step.place for step in exchange],
@@ -202,25 +223,24 @@ class _Clients:
                     "sketches": [step.sketch for step in exchange],
                     "positions": options.positions,
                     "holdout": _NO_HOLDOUT if isinstance(options, RegMean) else options.holdout,
-                    "seed": (options.seed * _CLIENTS + index) % _SEEDS,
+                    "seed": (options.seed * _CLIENTS + self._nodes.index(node)) % _SEEDS,
                     "double": int(options.double),
+                    **about,
                 }
             )
-            content = RecordDict({"own": from_params(self._own[node]), **shared, "config": config})
-            found.append(Message(content, node, f"query.{ACTION}"))
+            found.append(Message(RecordDict({**records, "config": config}), node, f"query.{ACTION}"))
         return found
 
     def _read(self, reply: Message, exchange: Sequence[Question], params: Params) -> dict[str, Answer]:
         """A client's answers by operator name; what cannot be read of it is left out, operator by operator."""
-        record = only_arrays(reply)
+        record = _record(reply)
         node, found = reply.metadata.src_node_id, {}
         for step in exchange:
             operator = self._program.operators[step.place]
             try:
                 found[operator.name] = self._read_one(record, step, params)
-            except Exception as error:  # as above
-                reason = fault_of(node, error).reason
-                log(WARNING, "\t> no sums of %s from node %d: %s", operator.module or operator.name, node, reason)
+            except ParamsError as error:
+                log(WARNING, "\t> no sums of %s from node %d: %s", operator.module or operator.name, node, error)
         return found
 
     def _read_one(self, record: ArrayRecord, step: Question, params: Params) -> Answer:
@@ -243,6 +263,15 @@ def _layer(program: Program, step: Question, params: Params) -> tuple[Tensor, Te
 def _gram(answer: Answer, shrink: float) -> Tensor:
     assert isinstance(answer, GramAnswer)  # as it was read for this role
     return shrunk(answer.sums.xx / answer.sums.count, shrink)
+
+
+def _record(reply: Message) -> ArrayRecord:
+    if reply.has_error():
+        raise ParamsError(f"the client failed: {reply.error.reason}")
+    records = list(reply.content.array_records.values())
+    if len(records) != 1:
+        raise ParamsError(f"the answer has {len(records)} ArrayRecords, expected exactly one")
+    return records[0]
 
 
 def _left_out(options: ClientRefit | RegMean, program: Program, plan: Plan) -> dict[str, str]:

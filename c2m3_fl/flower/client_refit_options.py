@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.client_sums import LARGEST_SKETCH, SPARSEST
-from c2m3_fl.merging.recalibrate.client_plan import Plan, plan_gram, plan_refit
+from c2m3_fl.merging.recalibrate.client_plan import Plan, Question, Role, norm_behind, plan_gram, plan_refit
 from c2m3_fl.network.program import Program
 
 
@@ -130,7 +131,8 @@ class Price:
     exchanges : int
         Number of queries.
     sent : int
-        Bytes of the networks that it is sent, over all exchanges.
+        Largest number of bytes of networks that it is sent, over all exchanges: whole ones in the first, what was
+        corrected since in the others. A client that lost them, or missed an exchange, is sent them whole again.
     answered : int
         Bytes of its answers, over all exchanges.
     sketched : tuple of str
@@ -167,10 +169,23 @@ def price(options: ClientRefit | RegMean, program: Program, params: Params) -> P
         A state dict of it, for the shapes.
     """
     plan = plan_of(options, program, params)
-    network = sum(value.numel() * value.element_size() for value in params.values())
     networks = 2 if isinstance(options, ClientRefit) else 1
-    count = len(plan.exchanges)
-    return Price(count, networks * network * count, plan.size, plan.sketched, plan.too_large, plan.kept_back)
+    corrected = [_changes(program, step) for exchange in plan.exchanges[:-1] for step in exchange]
+    sent = networks * _size(params, params) if plan.exchanges else 0
+    sent += sum(_size(params, names) for names in corrected)
+    return Price(len(plan.exchanges), sent, plan.size, plan.sketched, plan.too_large, plan.kept_back)
+
+
+def _changes(program: Program, step: Question) -> set[str]:
+    """Names of the tensors that the correction of an operator may change."""
+    operator = program.operators[step.place]
+    norm = norm_behind(program, operator) if step.role is Role.FIT else None
+    touched = [name for each in (operator, norm) if each for name in (each.weight, each.bias, each.mean, each.variance)]
+    return {alias for name in touched if name for alias in program.all_names(name)}
+
+
+def _size(params: Params, names: Iterable[str]) -> int:
+    return sum(params[name].numel() * params[name].element_size() for name in names)
 
 
 def plan_of(options: ClientRefit | RegMean, program: Program, params: Params) -> Plan:

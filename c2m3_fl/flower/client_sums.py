@@ -10,7 +10,8 @@ from torch import nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.flower.client_answers import read_data, read_network
+from c2m3_fl.flower.client_answers import read_data
+from c2m3_fl.flower.client_networks import receive_networks, stale
 from c2m3_fl.flower.records import from_params
 from c2m3_fl.merging.recalibrate.client_packing import pack
 from c2m3_fl.merging.recalibrate.client_plan import Role
@@ -29,6 +30,7 @@ def answer_sums(
     message: Message,
     network: nn.Module,
     data: Calibration,
+    state: RecordDict,
     *,
     min_examples: int = 32,
     first_layer: bool = False,
@@ -39,11 +41,14 @@ def answer_sums(
     Parameters
     ----------
     message : Message
-        The query: the client's own aligned network, the merged one, and which operators.
+        The query: the client's own aligned network, the merged one, and which operators. Of networks that the client
+        was sent before, only what has changed.
     network : nn.Module
         The architecture, as the server has it.
     data : iterable of batches
         The client's own; labels are ignored.
+    state : RecordDict
+        The client's context, where the networks stay between queries.
     min_examples : int
         With fewer examples, or from fewer positions, the client does not answer.
     first_layer : bool
@@ -56,10 +61,13 @@ def answer_sums(
     CalibrationError
         When the client does not answer; the server receives the reason in an error reply.
     """
-    config, arrays = message.content.config_records["config"], message.content.array_records
+    config = message.content.config_records["config"]
     drawing = _drawing(config, min_examples)
-    own = read_network(network, arrays["own"])
-    merged = read_network(network, arrays["merged"]) if "merged" in arrays else own
+    networks = receive_networks(network, message.content, state)
+    if networks is None:
+        return stale(message)
+    own = networks["own"]
+    merged = networks.get("merged", own)
     batches = read_data(network, data, min_examples)
     traced = programs(network, own, batches)
     roles = {
