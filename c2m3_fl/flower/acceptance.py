@@ -69,6 +69,7 @@ class Gate:
             self._said = True
             text = "\t> replies change %s, which training does not: the model's own are used, in every round"
             log(WARNING, text, ", ".join(map(repr, changed[:5])))
+        replies.sort(key=lambda reply: (reply.content, reply.node))  # which buffers that are not used do not decide
         return replace(found, replies=tuple(replies), dropped=(*found.dropped, *dropped))
 
     def accept(self, merged: Params, replies: Sequence[Params], sent: Params) -> Params:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.flower.admitted import Reply, TransientError
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.exporting import mode
@@ -93,7 +94,8 @@ class Buffers:
         if not differing:
             return reply
         params = {name: sent[name] if name in differing else value for name, value in reply.params.items()}
-        return replace(reply, params=params, replaced=reply.replaced | differing)
+        _, _, metrics = reply.content.partition(" ")
+        return replace(reply, params=params, content=f"{digest(params)} {metrics}", replaced=frozenset(differing))
 
     def restore(self, params: Params, sent: Params) -> dict[str, Tensor]:
         """An aggregate with the model's own tensors, in the element types of the aggregate."""
