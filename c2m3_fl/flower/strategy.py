@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.state_dicts import check_finite
+from c2m3_fl.flower.adapters import averaging_products, check_lora
 from c2m3_fl.flower.aligner import Basis, Mode
 from c2m3_fl.flower.client_head import Head
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
@@ -28,6 +29,7 @@ from c2m3_fl.flower.options import Deploy, Feedback, Options
 from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.records import check_record, from_params, reply_schema, schema_of, to_params
 from c2m3_fl.flower.replies import sort_messages
+from c2m3_fl.flower.rounds import Aggregate
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup, log_setup
 from c2m3_fl.flower.two_models import trajectory_names
@@ -85,6 +87,9 @@ class C2M3(Strategy):
         The names of the tensors that clients send, where that is not the whole state dict: a head, all but the norms,
         `dict(model.named_parameters())`. By default those of the arrays that a run starts from. A group of units moves
         where all tensors that carry it are exchanged; nothing is recalibrated.
+    lora : {"apart", "exact"}
+        Whether A and B of adapters (``lora_A``, ``lora_B``) are averaged apart (default), or "exact": as the products
+        that they add to the base, under strategies that average.
     head : {"auto", "labels"} or Head, optional
         Fit the deployed model's last layer to the clients' labels. "auto" (default): as a candidate, where there is
         something to recalibrate, outputs are class scores, and the clients answer (`answer_statistics`) and judge.
@@ -155,6 +160,7 @@ class C2M3(Strategy):
         moments: ClientStatistics | None = None,
         spec: PermutationSpec | None = None,
         exchanged: Iterable[str] | None = None,
+        lora: Literal["apart", "exact"] = "apart",
         head: Head | str | None = "auto",
         judge: ClientJudge | str | None = "auto",
         judge_key: str | None = None,
@@ -173,6 +179,8 @@ class C2M3(Strategy):
         self.strategy = FedAvg() if strategy is None else strategy
         check_instance(self.strategy, Strategy, C2M3)
         warn_of_start(self.strategy)
+        check_lora(lora, self.strategy)
+        self._lora = lora
         options = Options(
             alignment, basis, min_replies, outliers, memory, max_steps, tolerance, diagnostics, feedback, deploy
         )
@@ -271,7 +279,9 @@ class C2M3(Strategy):
         found = sort_messages(replies, expected, weighted_by=weight, required=required_metrics(self.strategy))
         if self.server.sent is None:
             self.server.next_start(to_params(self.sent))
-        aggregate = partial(aggregate_messages, self.strategy, server_round)
+        aggregate: Aggregate[MetricRecord] = partial(aggregate_messages, self.strategy, server_round)
+        if self._lora == "exact":
+            aggregate = averaging_products(aggregate)
         params, metrics, numbers = self.server.play(
             server_round, found, self.strategy, aggregate, self._clients(server_round)
         )
