@@ -191,9 +191,9 @@ class Resumable(Strategy):
     def _save(self, current: int) -> None:
         state, strategies = self._kept.capture()
         drawn: Arrays = {}
-        node = encode([global_states(), self.generators], drawn)
+        drawn_from = [encode(each, drawn) for each in (global_states(), *self.generators)]
         state |= {f"{_DRAWN}{key}": value for key, value in drawn.items()}
-        notes = {"strategies": strategies, "generators": node, "calibration": self._data}
+        notes = {"strategies": strategies, "generators": drawn_from, "calibration": self._data}
         metrics = {kind: _plain(getattr(self._result, kind)) for kind in _KINDS}
         arrays = {name: array.numpy() for name, array in self._result.arrays.items()}
         try:
@@ -204,6 +204,9 @@ class Resumable(Strategy):
     def _resume(self, initial: ArrayRecord, found: Checkpoint) -> None:
         """Take a checkpoint over; where it is damaged, the strategies are left as they were made."""
         _check_same_model(initial, found)
+        _, *saved = found.notes["generators"]
+        if len(saved) != len(self.generators):
+            raise ConfigError(f"generators holds {len(self.generators)}, in the checkpoint there are {len(saved)}")
         if found.notes["calibration"] != self._data:
             raise ConfigError(
                 "the calibration data are not those that the checkpoints were made with, so the run would end with "
@@ -217,9 +220,10 @@ class Resumable(Strategy):
         try:
             self._kept.restore(found.state, found.notes["strategies"])
             drawn = {key.removeprefix(_DRAWN): value for key, value in found.state.items() if key.startswith(_DRAWN)}
-            states, own = decode(found.notes["generators"], drawn, [None, self.generators], "generators")
-            if len(own) != len(self.generators):
-                raise ConfigError(f"generators holds {len(self.generators)}, in the checkpoint there are {len(own)}")
+            states, *_ = [
+                decode(node, drawn, own, "generators")
+                for node, own in zip(found.notes["generators"], [None, *self.generators], strict=True)
+            ]
             set_global_states(states)
         except Exception:
             before.rewind()

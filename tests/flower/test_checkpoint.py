@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -23,6 +25,15 @@ def test_only_the_latest_checkpoints_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
+def signed(text):
+    """The JSON of a checkpoint with this content, its checksum right."""
+    return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}).encode()
+
+
+def changed(data, **entries):
+    return signed(json.dumps(json.loads(json.loads(data)["content"]) | entries))
+
+
 DAMAGE = {
     "truncated tensors": ("safetensors", lambda data: data[: len(data) // 2]),
     "one bit of the tensors": ("safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
@@ -31,22 +42,49 @@ DAMAGE = {
     "one digit of the JSON": ("json", lambda data: data.replace(b'round\\": 3', b'round\\": 2')),
     "empty JSON": ("json", lambda data: b""),
     "binary JSON": ("json", lambda data: b"\xff\xfe" + data),
+    "JSON of another type": ("json", lambda data: b"[1, 2]"),
+    "content that is a number": ("json", lambda data: b'{"sha256": "", "content": 5}'),
+    "content nested 200,000 deep": ("json", lambda data: signed("[" * 200_000)),
+    "JSON nested 200,000 deep": ("json", lambda data: b"[" * 200_000 + b"]" * 200_000),
+    "keys of another type": ("json", lambda data: changed(data, keys=5)),
+    "round of another type": ("json", lambda data: changed(data, round="3")),
+    "another round": ("json", lambda data: changed(data, round=2)),
+    "shapes that do not fit": ("json", lambda data: changed(data, shapes={})),
+    "notes of another type": ("json", lambda data: changed(data, notes=[1])),
+    "no notes of strategies": ("json", lambda data: changed(data, notes={"generators": [], "calibration": [""]})),
+    "metrics of another type": ("json", lambda data: changed(data, metrics={"train_metrics_clientapp": "x"})),
+    "another format": ("json", lambda data: changed(data, format=[])),
 }
 
 
 @pytest.mark.parametrize(("end", "harm"), DAMAGE.values(), ids=DAMAGE.keys())
 def test_of_a_damaged_checkpoint_the_one_before_is_used(end, harm, tmp_path, caplog):
     make, net = STRATEGIES["C2M3 around FedAvgM"]
-    whole = run(Resumable(make(), tmp_path / "whole"), net)
-    run(Resumable(make(), tmp_path / "a"), net, rounds=3)
-    latest = tmp_path / "a" / f"round-000003.{end}"
+    folder, expected = _three_rounds_and_the_result_of_four(tmp_path)
+    latest = folder / f"round-000003.{end}"
     harmed = harm(latest.read_bytes())
     assert harmed != latest.read_bytes()
     latest.write_bytes(harmed)
-    resumed = run(Resumable(make(), tmp_path / "a"), net)
-    assert same(resumed.arrays, whole.arrays)
+    resumed = run(Resumable(make(), folder), net)
+    assert same(resumed.arrays, expected)
     assert any("is damaged, trying the one before it" in text for text in caplog.messages)
     assert any("resuming after round 2" in text for text in caplog.messages)
+
+
+_FILES = {}
+
+
+def _three_rounds_and_the_result_of_four(folder):
+    """Trained once for all tests."""
+    make, net = STRATEGIES["C2M3 around FedAvgM"]
+    if not _FILES:
+        _FILES["result"] = run(Resumable(make(), folder / "whole"), net).arrays
+        run(Resumable(make(), folder / "three"), net, rounds=3)
+        _FILES["saved"] = {path.name: path.read_bytes() for path in (folder / "three").iterdir()}
+    (folder / "a").mkdir()
+    for name, content in _FILES["saved"].items():
+        (folder / "a" / name).write_bytes(content)
+    return folder / "a", _FILES["result"]
 
 
 def test_tensors_without_their_json_do_not_count(tmp_path):
