@@ -68,7 +68,7 @@ class ClientRefit(SumsQuery):
     sketch : int
         Rows of the random sketches by which clients answer about operators whose sums would exceed `max_bytes`, the
         largest first: Gaussian mixtures of all rows, whose second moments are on average the sums. 0 leaves these
-        operators out instead. Digits, five clients with two classes each, layers of 256 units: 32 rows give .94,
+        operators out instead. Digits, five clients with two classes each, layers of 256 units: 32 rows give .93,
         exact sums .96, leaving two of three layers out .71.
     positions, double, max_bytes, first_layer, timeout, seed
         See `SumsQuery`.

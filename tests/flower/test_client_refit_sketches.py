@@ -65,7 +65,6 @@ def test_where_sums_exceed_the_limit_sketches_lose_little_and_leaving_out_loses_
     assert (whole.sketched, whole.too_large) == ((), ())
     assert (cheap.sketched, cheap.too_large) == (("linear_1", "linear_2"), ())
     assert (least.sketched, least.too_large) == ((), ("linear_1", "linear_2"))
-    print("scores", exact, sketched, left_out)
     assert cheap.answered < whole.answered / 3
     assert sketched > exact - 0.06
     assert sketched > left_out + 0.05

@@ -14,7 +14,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.merging.recalibrate.client_plan import Question, Role, skip_beside, triangle
-from c2m3_fl.merging.recalibrate.client_sketch import Centred, SketchAnswer, SketchedFit
+from c2m3_fl.merging.recalibrate.client_sketch import Centred, SketchAnswer, SketchedFit, held_out_size
 from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, Measured, MomentsAnswer
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.moments import Moments
@@ -77,24 +77,20 @@ def expected(
         parts = ("merged", "own") if role is Role.MOMENTS else ("merged",)
         return {f"{part}/{name}": entry for part in parts for name, entry in moments_shapes(channels).items()}
     groups, inputs, outputs = weight_matrix(operator, params[operator.weight]).shape
-    rows: Shapes = {
-        "count": ("int64", ()),
-        "x": (wide, (groups, inputs)),
-        **(
-            {"xs": (wide, (groups, step.sketch, inputs))} if step.sketch else {"xx": (wide, (groups, triangle(inputs)))}
-        ),
-    }
+    rows: Shapes = {"count": ("int64", ()), "x": (wide, (groups, inputs)), "xx": (wide, (groups, triangle(inputs)))}
     if role is Role.GRAM:
         return {f"inputs/{name}": entry for name, entry in rows.items()}
-    residuals: Shapes = {"r": (wide, (groups, outputs))}
-    if step.sketch:
-        residuals["rs"] = (wide, (groups, step.sketch, outputs))
-    else:
-        residuals |= {"xr": (wide, (groups, inputs, outputs)), "rr": (wide, (groups, outputs))}
+    sizes = {"train": step.sketch, "held-out": held_out_size(step.sketch)}
     targets = ("own",) if skip_beside(program, operator) is None else ("own", "sum")
     found: Shapes = {}
-    for part in ("train", "held-out"):
-        found |= {f"{part}/{name}": entry for name, entry in rows.items()}
+    for part, size in sizes.items():
+        if step.sketch:
+            one = {"count": rows["count"], "x": rows["x"], "xs": (wide, (groups, size, inputs))}
+            residuals: Shapes = {"r": (wide, (groups, outputs)), "rs": (wide, (groups, size, outputs))}
+        else:
+            one, mean = rows, (wide, (groups, outputs))
+            residuals = {"r": mean, "xr": (wide, (groups, inputs, outputs)), "rr": mean}
+        found |= {f"{part}/{name}": entry for name, entry in one.items()}
         found |= {f"{part}/{target}/{name}": entry for target in targets for name, entry in residuals.items()}
     return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.merging.recalibrate.client_sketch import held_out_size
 from c2m3_fl.merging.recalibrate.last_layer import reads_input
 from c2m3_fl.network.operators import Kind, Operator
 from c2m3_fl.network.program import Program
@@ -104,7 +105,7 @@ def plan_refit(
         Bytes of a number in sums: 4 or 8.
     max_bytes : int
         Limit of one client's answers about fitted operators, over all exchanges. Of the largest operators sketches
-        are asked for until the answers stay below it; where that does not suffice, the largest are left out.
+        are asked for where sums would exceed it; where that does not suffice, the largest are left out.
     first_layer : bool
         Whether the second moments of the network's input are asked for.
     sketch : int
@@ -156,10 +157,10 @@ def fit_size(program: Program, operator: Operator, params: Params, width: int, s
     groups, inputs, outputs = weight_matrix(operator, params[operator.weight]).shape
     targets = 1 if skip_beside(program, operator) is None else 2
     if sketch:
-        numbers = (1 + sketch) * (inputs + targets * outputs)
+        numbers = (2 + sketch + held_out_size(sketch)) * (inputs + targets * outputs)
     else:
-        numbers = inputs + triangle(inputs) + targets * (2 * outputs + inputs * outputs)
-    return 2 * (groups * numbers * width + _COUNT)
+        numbers = 2 * (inputs + triangle(inputs) + targets * (2 * outputs + inputs * outputs))
+    return groups * numbers * width + 2 * _COUNT
 
 
 def gram_size(operator: Operator, params: Params, width: int) -> int:
@@ -226,17 +227,21 @@ def _names(program: Program, places: Sequence[int]) -> tuple[str, ...]:
 
 
 def _below(sizes: Mapping[int, int], limit: int, smaller: Mapping[int, int]) -> tuple[dict[int, int], list[int]]:
-    """Give the largest its smaller size, or leave it out, until the rest is within the limit."""
-    kept, left_out = dict(sizes), []
-    shrinkable = dict(smaller)
-    while kept and sum(kept.values()) > limit:
-        largest = max(shrinkable or kept, key=kept.__getitem__)
-        if largest in shrinkable:
-            kept[largest] = shrinkable.pop(largest)
-        else:
-            left_out.append(largest)
-            del kept[largest]
-    return kept, sorted(left_out)
+    """The operators that fit within the limit, with their sizes, and those that are left out.
+
+    The largest are left out until the smaller sizes of the rest are within the limit; then whatever still fits takes
+    its own size, the least first.
+    """
+    kept = {**sizes, **smaller}
+    left_out = []
+    while sum(kept.values()) > limit:
+        largest = max(kept, key=kept.__getitem__)
+        left_out.append(largest)
+        del kept[largest]
+    for place in sorted(kept, key=sizes.__getitem__):
+        if sum(kept.values()) - kept[place] + sizes[place] <= limit:
+            kept[place] = sizes[place]
+    return dict(sorted(kept.items())), sorted(left_out)
 
 
 def _chunks(steps: Sequence[Question], exchanges: int | None) -> tuple[tuple[Question, ...], ...]:

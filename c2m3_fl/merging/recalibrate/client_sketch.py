@@ -22,21 +22,22 @@ class Noise:
 
     Parameters
     ----------
-    rows : int
-        Number of rows of the sketch.
     seed : int
         Decides all draws; nobody but the owner of the rows may know it.
     """
 
-    def __init__(self, rows: int, seed: int) -> None:
-        self._rows = rows
+    def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
-    def draw(self, groups: int, count: int) -> Tensor:
-        """Matrices of float64, shape (groups, rows, count), whose entries have variance 1 / rows."""
-        shape = (groups, self._rows, count)
-        drawn: Tensor = torch.randn(shape, generator=self._generator, dtype=torch.float64) / self._rows**0.5
+    def draw(self, groups: int, size: int, count: int) -> Tensor:
+        """Matrices of float64, shape (groups, size, count), whose entries have variance 1 / size."""
+        drawn: Tensor = torch.randn((groups, size, count), generator=self._generator, dtype=torch.float64) / size**0.5
         return drawn
+
+
+def held_out_size(size: int) -> int:
+    """Number of rows of the sketch of the examples held out, which are fewer, beside one of `size` rows."""
+    return -(-size // 4)
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class Sketch:
     rs: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, rows: Tensor, residuals: Sequence[Tensor], noise: Noise) -> Sketch:
-        """Sketch of rows (groups, count, inputs) and residuals (groups, count, outputs) to every target."""
-        drawn = noise.draw(len(rows), rows.shape[1]).to(rows.device)
+    def of(cls, rows: Tensor, residuals: Sequence[Tensor], noise: Noise, size: int) -> Sketch:
+        """Sketch in `size` rows of rows (groups, count, inputs) and residuals (groups, count, outputs) per target."""
+        drawn = noise.draw(len(rows), size, rows.shape[1]).to(rows.device)
         return cls(
             rows.shape[1],
             rows.sum(1),

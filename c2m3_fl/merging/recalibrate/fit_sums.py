@@ -18,7 +18,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.recalibrate.client_plan import Role, norm_behind, skip_beside
-from c2m3_fl.merging.recalibrate.client_sketch import Noise, Sketch, SketchAnswer, SketchedFit
+from c2m3_fl.merging.recalibrate.client_sketch import Noise, Sketch, SketchAnswer, SketchedFit, held_out_size
 from c2m3_fl.merging.recalibrate.folded_norm import effective
 from c2m3_fl.merging.recalibrate.held_out import digest_examples, held_out
 from c2m3_fl.merging.recalibrate.ridge import Sums
@@ -142,9 +142,9 @@ def measure(
             pair = _Pair(program, Walk(program, merged, batch), Walk(program, own, batch), merged, own)
             for place in sorted(roles):
                 seed = drawing.seed + 1009 * place + 1_000_003 * index
-                rows = (sketches or {}).get(place)
-                noise = None if rows is None else Noise(rows, secret ^ seed)
-                answer = pair.answer(place, roles[place], count, seed, masks[index], noise)
+                sketch = (sketches or {}).get(place, 0)
+                noise = Noise(secret ^ seed)
+                answer = pair.answer(place, roles[place], count, seed, masks[index], sketch, noise)
                 name = program.operators[place].name
                 found[name] = _joined(found[name], answer) if name in found else answer
     return found
@@ -175,12 +175,12 @@ class _Pair:
         self._merged_params, self._own_params = merged_params, own_params
 
     def answer(
-        self, place: int, role: Role, count: int, seed: int, mask: Tensor, noise: Noise | None = None
+        self, place: int, role: Role, count: int, seed: int, mask: Tensor, sketch: int, noise: Noise
     ) -> Measured:
         """What is wanted about one operator; places are asked for in forward order."""
         operator = self._program.operators[place]
         if role is Role.FIT:
-            return self._fit(operator, count, seed, mask, noise)
+            return self._fit(operator, count, seed, mask, sketch, noise)
         if role is Role.GRAM:
             return self._gram(operator, count, seed)
         axes = operator.channel_axes(self._merged_params) if operator.weight else (operator.layout.channel,)
@@ -204,7 +204,7 @@ class _Pair:
         return GramAnswer(total)
 
     def _fit(
-        self, operator: Operator, count: int, seed: int, mask: Tensor, noise: Noise | None
+        self, operator: Operator, count: int, seed: int, mask: Tensor, sketch: int, noise: Noise
     ) -> FitAnswer | SketchAnswer:
         norm, skip = norm_behind(self._program, operator), skip_beside(self._program, operator)
         output = self._own.output(operator if norm is None else norm)
@@ -222,8 +222,9 @@ class _Pair:
             )
             for chosen in (~held, held)
         ]
-        if noise is not None:
-            return SketchAnswer(*(_sketch(side, noise) for side in sides))
+        if sketch:
+            sizes = (sketch, held_out_size(sketch))
+            return SketchAnswer(*(_sketch(side, noise, size) for side, size in zip(sides, sizes, strict=True)))
         (train, sum_train), (held_sums, sum_held) = (_sums(side) for side in sides)
         return FitAnswer(train, held_sums, sum_train, sum_held)
 
@@ -266,10 +267,10 @@ def _sums(chunks: Iterable[_Chunk]) -> tuple[Sums, Sums | None]:
     return total, beside
 
 
-def _sketch(chunks: Iterable[_Chunk], noise: Noise) -> Sketch:
+def _sketch(chunks: Iterable[_Chunk], noise: Noise, size: int) -> Sketch:
     total: Sketch | None = None
     for rows, residuals in chunks:
-        part = Sketch.of(rows, residuals, noise)
+        part = Sketch.of(rows, residuals, noise, size)
         total = part if total is None else total.combine(part)
     assert total is not None  # there is at least one chunk
     return total

@@ -41,6 +41,20 @@ def test_the_largest_operators_are_left_out_until_the_rest_is_within_the_limit()
     assert plan_gram(program, NETWORKS["mlp"]().state_dict(), width=4, max_bytes=0, first_layer=True).exchanges == ()
 
 
+def test_within_the_limit_no_operator_is_left_out_that_a_sketch_can_answer_and_no_sketch_is_asked_that_is_not_needed():
+    program, whole = planned("mlp")
+    fits = {step.place: step.size for exchange in whole.exchanges for step in exchange}
+    largest = max(fits, key=fits.__getitem__)
+    _, plan = planned("mlp", max_bytes=sum(fits.values()) - 1, sketch=4)
+    assert (plan.sketched, plan.too_large) == ((program.operators[largest].name,), ())
+    sketches = {step.place: step.sketch for exchange in plan.exchanges for step in exchange}
+    assert sketches == {place: 4 if place == largest else 0 for place in fits}
+    _, every = planned("mlp", max_bytes=plan.size // 100, sketch=4)
+    assert every.sketched == ()
+    _, none = planned("mlp", max_bytes=sum(fits.values()) - 1, sketch=10**6)
+    assert (none.sketched, none.too_large) == ((), plan.sketched), "a sketch of many rows is no smaller"
+
+
 def test_a_convolution_and_the_batch_norm_behind_it_are_asked_about_once():
     program, plan = planned("batch norm")
     asked = {step.place for exchange in plan.exchanges for step in exchange}

@@ -27,7 +27,7 @@ def rows(seed=0, count=50):
 def test_the_sums_of_sketches_are_on_average_those_of_the_rows():
     x, r = rows()
     expected = Sums.of(x, r)
-    found = [Sketch.of(x, [r], Noise(20, seed)).centred().sums(0) for seed in range(400)]
+    found = [Sketch.of(x, [r], Noise(seed), 20).centred().sums(0) for seed in range(400)]
     for name in ("x", "r", "xx", "xr", "rr"):
         drawn = torch.stack([getattr(each, name) for each in found])
         error = (drawn.mean(0) - getattr(expected, name)).abs()
@@ -38,9 +38,9 @@ def test_the_sums_of_sketches_are_on_average_those_of_the_rows():
 
 def test_the_sketch_of_parts_is_that_of_the_whole():
     x, r = rows()
-    noise, again = Noise(4, 0), Noise(4, 0)
-    whole = Sketch.of(x[:, :30], [r[:, :30]], noise).combine(Sketch.of(x[:, 30:], [r[:, 30:]], noise))
-    drawn = torch.cat([again.draw(2, 30), again.draw(2, 20)], 2)
+    noise, again = Noise(0), Noise(0)
+    whole = Sketch.of(x[:, :30], [r[:, :30]], noise, 4).combine(Sketch.of(x[:, 30:], [r[:, 30:]], noise, 4))
+    drawn = torch.cat([again.draw(2, 4, 30), again.draw(2, 4, 20)], 2)
     torch.testing.assert_close(whole.xs, drawn @ x)
     torch.testing.assert_close(whole.rs[0], drawn @ r)
     torch.testing.assert_close(whole.centred().xs, drawn @ (x - x.mean(1, keepdim=True)))
@@ -49,7 +49,7 @@ def test_the_sketch_of_parts_is_that_of_the_whole():
 def answer(seed, scale=1.0):
     x, r = rows(seed)
     sides = [
-        Sketch.of(scale * x[:, part], [scale * r[:, part]], Noise(8, seed)) for part in (slice(0, 40), slice(40, 50))
+        Sketch.of(scale * x[:, part], [scale * r[:, part]], Noise(seed), 8) for part in (slice(0, 40), slice(40, 50))
     ]
     return unpack(pack(SketchAnswer(*sides), torch.float64), Role.FIT)
 
@@ -70,7 +70,7 @@ def test_sketches_and_sums_pool_and_compare_with_each_other():
 @pytest.mark.parametrize("harm", [float("nan"), float("inf"), 1e37])
 def test_sketches_that_are_no_numbers_are_refused(harm):
     x, r = rows()
-    tensors = pack(SketchAnswer(*(Sketch.of(x, [r], Noise(8, 0)) for _ in range(2))), torch.float32)
+    tensors = pack(SketchAnswer(*(Sketch.of(x, [r], Noise(0), 8) for _ in range(2))), torch.float32)
     with pytest.raises(ParamsError, match="NaN or values beyond"):
         unpack({**tensors, "train/own/rs": tensors["train/own/rs"] * 0 + harm}, Role.FIT)
 
