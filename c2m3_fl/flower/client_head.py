@@ -176,7 +176,7 @@ def head_by_clients(
     )
     scores, silent = _ask(options, grid, list(kept), "scores", query, wire.read_scores)
     before, after = (
-        quality(pool_reliability(parts, equally=equally), options.temperatures)
+        quality(pool_reliability(parts, wire.classes, equally=equally), options.temperatures)
         for parts in zip(*scores.values(), strict=True)
     )
     examples = sum(answer.count for answer in kept.values())

@@ -98,21 +98,24 @@ class Reliability:
                 raise ParamsError(f"sums of scores: the negative log-likelihood is not convex in 1/T at {here:.3g}")
 
 
-def pool_reliability(parts: Sequence[Reliability], *, equally: bool = False) -> Reliability:
+def pool_reliability(parts: Sequence[Reliability], classes: int, *, equally: bool = False) -> Reliability:
     """Sums over all clients' examples, bitwise independent of the order of the clients.
 
     Parameters
     ----------
     parts : sequence of Reliability
         One per client, at the same temperatures. A client's mean negative log-likelihood counts at most ten times
-        the clients' median at that temperature, and its number of examples at most ten times their median.
+        the clients' median at that temperature or, where that is less, as much as that of scores that know nothing;
+        its number of examples counts at most ten times their median.
+    classes : int
+        Number of classes.
     equally : bool
         Whether every client counts the same, whatever its number of examples.
     """
     ordered = sorted(parts, key=lambda part: digest(vars(part)))
     counts = [part.count for part in ordered]
     means = torch.stack([part.nll / part.count for part in ordered])
-    means = means.minimum(_FAR * means.median(0).values)
+    means = means.minimum((_FAR * means.median(0).values).clamp_min(math.log(classes)))
     weights = [1.0] * len(ordered) if equally else capped(counts)
     total: Reliability | None = None
     for part, count, mean, weight in zip(ordered, counts, means, weights, strict=True):

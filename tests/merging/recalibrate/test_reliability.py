@@ -46,7 +46,7 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
 
 def test_the_temperature_minimises_the_pooled_likelihood_on_the_grid():
     parts = [scored(60 + 20 * seed, seed) for seed in range(3)]
-    pooled = pool_reliability([Reliability.of(*part, TEMPERATURES) for part in parts])
+    pooled = pool_reliability([Reliability.of(*part, TEMPERATURES) for part in parts], 4)
     scores, labels = (torch.cat(each) for each in zip(*parts, strict=True))
     losses = {t: float(functional.cross_entropy(scores.double() / t, labels)) for t in TEMPERATURES}
     found = quality(pooled, TEMPERATURES)
@@ -61,18 +61,18 @@ def test_the_temperature_minimises_the_pooled_likelihood_on_the_grid():
 def test_clients_in_any_order_give_the_same_bits():
     parts = [Reliability.of(*scored(60 + 20 * seed, seed), TEMPERATURES) for seed in range(4)]
     for equally in (False, True):
-        one, other = (pool_reliability(each, equally=equally) for each in (parts, parts[::-1]))
+        one, other = (pool_reliability(each, 4, equally=equally) for each in (parts, parts[::-1]))
         assert all(torch.equal(vars(one)[name], vars(other)[name]) for name in vars(one))
 
 
 @pytest.mark.parametrize("equally", [False, True])
 def test_one_client_with_all_labels_wrong_and_a_huge_claim_does_not_make_the_temperature_useless(equally):
     parts = [Reliability.of(*scored(200, seed), TEMPERATURES) for seed in range(4)]
-    honest = pool_reliability(parts, equally=equally)
+    honest = pool_reliability(parts, 4, equally=equally)
     scores, labels = scored(200, 9)
     claim = Reliability.of(scores, (labels + 1) % 4, TEMPERATURES).scaled(2.0**40)
     claim.check(TEMPERATURES, 4)
-    found = quality(pool_reliability([*parts, claim], equally=equally), TEMPERATURES).temperature
+    found = quality(pool_reliability([*parts, claim], 4, equally=equally), TEMPERATURES).temperature
     at = float(honest.nll[TEMPERATURES.index(found)] / honest.count)
     best = quality(honest, TEMPERATURES).nll_tempered
     assert best < at < math.log(4)  # that of scores that know nothing
@@ -95,3 +95,13 @@ def test_sums_that_no_examples_have_are_refused(name, value):
     vars(sums)[name][-1] = value
     with pytest.raises(ParamsError, match="sums of scores"):
         sums.check(TEMPERATURES, 4)
+
+
+def test_clients_whose_classes_are_easy_leave_the_temperature_to_the_one_whose_classes_are_not():
+    # label skew: most clients make no mistake at any temperature, and the fifth one does
+    easy = [(50.0 * functional.one_hot(scored(100, seed)[1], 4).double(), scored(100, seed)[1]) for seed in range(4)]
+    hard = scored(100, 9)
+    parts = [Reliability.of(*each, TEMPERATURES) for each in (*easy, hard)]
+    found = quality(pool_reliability(parts, 4), TEMPERATURES)
+    alone = quality(Reliability.of(*hard, TEMPERATURES), TEMPERATURES)
+    assert found.temperature == pytest.approx(alone.temperature, rel=0.5)
