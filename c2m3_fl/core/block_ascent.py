@@ -93,7 +93,8 @@ class BlockAscent:
         self._terms = [each.term for each in mapped]
         self._maps = [each.maps for each in mapped]
         self._means = universe.means
-        self._colours = [_Colour(spec, roots, self._terms) for roots in _colouring(spec, self._terms)]
+        touched = _touched_by_family(spec, self._terms)
+        self._colours = [_Colour(spec, roots, self._terms, touched) for roots in _colouring(spec, touched)]
         self._clock = 0
         self._changed = [0] * len(mapped)
         self._best_since: dict[tuple[int, int], int] = {}
@@ -222,9 +223,15 @@ class BlockAscent:
 class _Colour:
     """Families that share no term, and the terms that each of them touches."""
 
-    def __init__(self, spec: PermutationSpec, roots: Sequence[str], terms: Sequence[Term]) -> None:
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        roots: Sequence[str],
+        terms: Sequence[Term],
+        touched: Mapping[str, Sequence[int]],
+    ) -> None:
         self.families = {root: (root, *spec.children(root)) for root in roots}
-        self.touched_by = {root: _touched(family, terms) for root, family in self.families.items()}
+        self.touched_by = {root: touched[root] for root in roots}
         self.touched = [t for touched in self.touched_by.values() for t in touched]
         groups: dict[str, Group] = {name: spec.groups[name] for family in self.families.values() for name in family}
         self.spec = PermutationSpec(groups, {})
@@ -236,11 +243,11 @@ class _Colour:
         }
 
 
-def _colouring(spec: PermutationSpec, terms: Sequence[Term]) -> list[list[str]]:
+def _colouring(spec: PermutationSpec, touched_by: Mapping[str, Sequence[int]]) -> list[list[str]]:
     """Greedy: every family takes the first colour none of whose terms it touches."""
     colours: list[tuple[list[str], set[int]]] = []
     for root in spec.roots:
-        touched = set(_touched((root, *spec.children(root)), terms))
+        touched = set(touched_by[root])
         for roots, taken in colours:
             if not taken & touched:
                 roots.append(root)
@@ -251,8 +258,14 @@ def _colouring(spec: PermutationSpec, terms: Sequence[Term]) -> list[list[str]]:
     return [roots for roots, _ in colours]
 
 
-def _touched(family: Sequence[str], terms: Sequence[Term]) -> list[int]:
-    return [t for t, term in enumerate(terms) if set(term.groups) & set(family)]
+def _touched_by_family(spec: PermutationSpec, terms: Sequence[Term]) -> dict[str, list[int]]:
+    """Per group without a parent, the terms that carry it or a group nested in it, in order."""
+    root = {name: group.parent or name for name, group in spec.groups.items()}
+    found: dict[str, list[int]] = {name: [] for name in spec.roots}
+    for t, term in enumerate(terms):
+        for name in dict.fromkeys(root[group] for group in term.groups):
+            found[name].append(t)
+    return found
 
 
 def _worth(gain: Tensor, index: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ suggests that the bound holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def prove_identity(spec: PermutationSpec, nodes: Sequence[Params], weights: Tens
         mean[name] = centre
         for rows, part in parts:
             drift = torch.sub(part, centre, out=scratch[: part.numel()].view(part.shape))
-            _add_squares(spec, name, drift, {group: drift_of[rows] for group, drift_of in drifts.items()})
+            _add_squares(spec, name, drift, rows, drifts)
     terms = compile_terms(spec, [{**nodes[0], **mean}])
     proven = all(_proven(terms, name, drifts[name].sqrt(), shares) for name in spec.groups)
     return agreement if proven else None
@@ -116,8 +116,8 @@ def _portions(values: list[Tensor]) -> list[tuple[slice, Tensor]]:
     return [(rows, torch.stack(values[rows]) if at_once > 1 else values[rows][0][None]) for rows in slices]
 
 
-def _add_squares(spec: PermutationSpec, name: str, drift: Tensor, into: dict[str, Tensor]) -> None:
-    """Add the squared norms of every unit's part of a stacked tensor."""
+def _add_squares(spec: PermutationSpec, name: str, drift: Tensor, rows: slice, into: Mapping[str, Tensor]) -> None:
+    """Add the squared norms of every unit's part of a tensor, stacked for the nodes in `rows`."""
     axes, squares = densify(spec.tensors[name], drift.square_())
     count, shape = len(squares), squares.shape[1:]
     for axis, segments in enumerate(axes):
@@ -130,11 +130,11 @@ def _add_squares(spec: PermutationSpec, name: str, drift: Tensor, into: dict[str
         for segment in segments:
             positions = torch.from_numpy(segment.positions.ravel()).to(along.device)
             units = along.index_select(1, positions).view(count, segment.size, -1)
-            into[segment.group].add_(units.sum(2))
+            into[segment.group][rows].add_(units.sum(2))
             if segment.slots:
                 blocks = into[segment.slots].shape[1] // segment.inner
                 slots = units.view(count, blocks, -1, segment.inner).sum(2)
-                into[segment.slots].add_(slots.flatten(1))
+                into[segment.slots][rows].add_(slots.flatten(1))
 
 
 def _bound_holds(gram: Tensor, drift: Tensor, ends: Tensor) -> bool:

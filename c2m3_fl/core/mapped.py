@@ -100,7 +100,7 @@ class Mapped:
         squares = weights.new_zeros(2 * degree + 1)  # of the block's sum, less those of its nodes: zero for one alone
         for nodes in self._portions(block):
             here = slice(nodes.start - block.start, nodes.stop - block.start)
-            moves = {group: index[here] for group, index in vertex.items()}
+            moves = self._moves(vertex, here)
             parts = [self._coefficient(len(self.maps) - 1, power, moves, nodes) for power in range(degree + 1)]
             shares = weights[nodes].to(others)
             for mean, part in zip(means, parts, strict=True):
@@ -116,7 +116,7 @@ class Mapped:
             mapped, degree = self.maps[mask], mask.bit_count()
             for nodes in self._portions(block):
                 here = slice(nodes.start - block.start, nodes.stop - block.start)
-                moves = {group: index[here] for group, index in vertex.items()}
+                moves = self._moves(vertex, here)
                 if step_size == 1.0:
                     mapped[nodes] = self._coefficient(mask, degree, moves, nodes)
                     continue
@@ -148,6 +148,10 @@ class Mapped:
             for axis, group in enumerate(term.groups):
                 mapped = self.maps[(len(self.maps) - 1) & ~(1 << axis)][nodes]
                 contract(rest, mapped, term.dim(axis), into[group][target])
+
+    def _moves(self, vertex: Vertex, nodes: slice) -> dict[str, Tensor]:
+        """The term's part of a vertex, for some of its nodes; a vertex has one entry per group of the network."""
+        return {group: vertex[group][nodes] for group in self.term.groups}
 
     def _coefficient(self, mask: int, power: int, vertex: Vertex, nodes: slice) -> Tensor:
         """The coefficient of ``(1 - t)^(|Q| - power) t^power`` in the tensor with the axes in `mask` mapped."""
