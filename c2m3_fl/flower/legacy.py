@@ -58,7 +58,8 @@ class C2M3(Strategy):
     Parameters
     ----------
     strategy, model, example_inputs, inputs, outputs, spec, device, alignment, min_replies
-        As for the current strategy; so are `outliers`, `memory`, `max_steps`, `tolerance`, `diagnostics`, `feedback`.
+        As for the current strategy; so are `outliers`, `memory`, `max_steps`, `tolerance`, `max_seconds`,
+        `memory_limit`, `diagnostics`, `feedback`.
     calibration : iterable of batches, optional
         Inputs that the server holds, with labels or without, read once, scaled as in training: only BatchNorm's
         buffers show where they are not.
@@ -102,6 +103,8 @@ class C2M3(Strategy):
         memory: int = 1000,
         max_steps: int = 100,
         tolerance: float = 1e-4,
+        max_seconds: float | None = None,
+        memory_limit: int | None = None,
         diagnostics: bool = False,
         feedback: Feedback = "moved",
         head: None = None,
@@ -111,7 +114,19 @@ class C2M3(Strategy):
         self.strategy = FedAvg() if strategy is None else strategy
         check_instance(self.strategy, Strategy, C2M3)
         _refuse_asking(calibration=calibration, recalibrate=recalibrate, head=head, judge=judge, moments=moments)
-        options = Options(alignment, basis, min_replies, outliers, memory, max_steps, tolerance, diagnostics, feedback)
+        options = Options(
+            alignment=alignment,
+            basis=basis,
+            min_replies=min_replies,
+            outliers=outliers,
+            memory=memory,
+            max_steps=max_steps,
+            tolerance=tolerance,
+            max_seconds=max_seconds,
+            memory_limit=memory_limit,
+            diagnostics=diagnostics,
+            feedback=feedback,
+        )
         self.setup = build_setup(
             model,
             options,

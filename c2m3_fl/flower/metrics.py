@@ -37,6 +37,7 @@ def aligned_numbers(nodes: Sequence[int], alignment: RoundMatch, odd: Mapping[in
         "c2m3-share-moved": sum(moved) / len(moved),
         "c2m3-match-seconds": alignment.seconds,
         "c2m3-on-cpu": int(alignment.on_cpu),
+        "c2m3-timed-out": int(alignment.timed_out),
         "c2m3-nodes": list(nodes),
         "c2m3-node-moved": moved,
         "c2m3-node-agreement": alignment.consensus.cosines.tolist(),
@@ -62,6 +63,8 @@ def report_alignment(nodes: Sequence[int], alignment: RoundMatch, odd: Mapping[i
         alignment.gain,
         alignment.steps,
     )
+    if alignment.timed_out:
+        log(WARNING, "\t> max_seconds ended the match: this round cannot be reproduced")
     for index, reason in odd.items():
         log(WARNING, "\t> node %d does not fit the others: %s", nodes[index], reason)
 

@@ -37,13 +37,19 @@ class Options:
     diagnostics: bool = False
     feedback: Feedback = "moved"
     deploy: Deploy = "last"
+    max_seconds: float | None = None
+    memory_limit: int | None = None
 
     def __post_init__(self) -> None:
         _check_whole("min_replies", self.min_replies, 1)
         _check_whole("memory", self.memory, 0)
         _check_whole("max_steps", self.max_steps, 0)
         _check_number("tolerance", self.tolerance)
-        check_search(self.max_steps, self.tolerance)
+        if self.max_seconds is not None:
+            _check_number("max_seconds", self.max_seconds)
+        if self.memory_limit is not None:
+            _check_whole("memory_limit", self.memory_limit, 1)
+        check_search(self.max_steps, self.tolerance, max_seconds=self.max_seconds)
         if self.outliers not in ("report", "drop"):
             raise ConfigError(f"outliers is {self.outliers!r}, expected 'report' or 'drop'")
         if self.feedback not in get_args(Feedback):

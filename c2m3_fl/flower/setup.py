@@ -233,6 +233,8 @@ def _aligner(spec: PermutationSpec, options: Options, device: torch.device) -> A
         device=device,
         max_steps=options.max_steps,
         tolerance=options.tolerance,
+        max_seconds=options.max_seconds,
+        memory_limit=options.memory_limit,
     )
 
 

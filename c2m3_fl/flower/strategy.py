@@ -121,6 +121,12 @@ class C2M3(Strategy):
         Upper limit of the solver's steps before it polishes (default 100).
     tolerance : float
         Relative duality gap at which the solver stops (default 1e-4).
+    max_seconds : float, optional
+        When to end a round's match by the clock, at the best found so far (default None: never). A round that this
+        ends cannot be reproduced, and the log says so.
+    memory_limit : int, optional
+        Bytes that a match may take beside the replies (default None: about six models a reply). Beyond it replies are
+        matched in batches, at a few per cent less agreement.
     diagnostics : bool
         Whether the metrics also hold the agreement of every tensor of every client (default False).
     feedback : {"never", "moved", "always"}
@@ -172,6 +178,8 @@ class C2M3(Strategy):
         memory: int = 1000,
         max_steps: int = 100,
         tolerance: float = 1e-4,
+        max_seconds: float | None = None,
+        memory_limit: int | None = None,
         diagnostics: bool = False,
         feedback: Feedback = "moved",
         deploy: Deploy = "last",
@@ -182,7 +190,18 @@ class C2M3(Strategy):
         check_lora(lora, self.strategy)
         self._lora = lora
         options = Options(
-            alignment, basis, min_replies, outliers, memory, max_steps, tolerance, diagnostics, feedback, deploy
+            alignment=alignment,
+            basis=basis,
+            min_replies=min_replies,
+            outliers=outliers,
+            memory=memory,
+            max_steps=max_steps,
+            tolerance=tolerance,
+            max_seconds=max_seconds,
+            memory_limit=memory_limit,
+            diagnostics=diagnostics,
+            feedback=feedback,
+            deploy=deploy,
         )
         self.setup = build_setup(
             model,

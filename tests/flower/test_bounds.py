@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from c2m3_fl.core import permutation, result
+from c2m3_fl.errors import ConfigError
+from c2m3_fl.flower import LegacyC2M3
 from c2m3_fl.flower.aligner import Aligner
+from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.symmetry.discover import permutation_spec
-from tests.flower.federation import EXAMPLE, clients, mlp, shuffled
+from tests.flower.federation import EXAMPLE, aggregate, clients, mlp, reply, shuffled
 
 SPEC = permutation_spec(mlp(), EXAMPLE)
 SIZE = sum(value.nbytes for value in mlp().state_dict().values())
@@ -43,3 +46,21 @@ def test_a_round_that_the_clock_ends_says_so_and_is_aligned_as_far_as_it_came(mo
     found = aligner(max_seconds=1e6).align(list(range(5)), replies, [1.0] * 5, replies[0])
     assert found.timed_out
     assert found.objectives[0] < found.objectives[1] <= free.objectives[1] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("make", [C2M3, LegacyC2M3])
+def test_both_strategies_pass_the_bounds_on_and_refuse_what_makes_no_sense(make):
+    bounded = make(model=mlp(), example_inputs=EXAMPLE, max_seconds=2.5, memory_limit=10**6).setup.aligner
+    assert (bounded.max_seconds, bounded.memory_limit) == (2.5, 10**6)
+    for wrong in ({"max_seconds": -1.0}, {"max_seconds": "2"}, {"memory_limit": 0}, {"memory_limit": 1.5}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            make(model=mlp(), example_inputs=EXAMPLE, **wrong)
+
+
+def test_the_metrics_and_the_log_say_that_a_round_was_ended_by_the_clock(caplog):
+    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, max_seconds=0.0)
+    _, metrics = aggregate([reply(node, params) for node, params in enumerate(clients(3))], strategy)
+    assert metrics["c2m3-timed-out"] == 1
+    assert any("max_seconds ended the match" in text for text in caplog.messages)
+    _, metrics = aggregate([reply(node, params) for node, params in enumerate(clients(3))])
+    assert metrics["c2m3-timed-out"] == 0
