@@ -122,23 +122,23 @@ class _Labeller:
 
         Units that a parameter makes are permuted with all buffers about them, whatever these hold.
         """
-        structure = self.structure
-        axes = [(key, self._state[key[0]]) for key in structure.axes if key[0] in self._buffers]
-        tables = [key for key, x in axes if key[1] in varying(x)]
-        if not tables:
-            return
-        alone, met = np.full((2, structure.size), len(structure.ties))
+        structure, never = self.structure, len(self.structure.ties)
+        alone, met = np.full((2, structure.size), never)
         for atoms, known in structure.alone.values():
             alone[atoms] = np.minimum(alone[atoms], known)
-        for number in reversed(range(len(structure.ties))):
+        axes = [(key, self._state[key[0]]) for key, atoms in structure.axes.items() if (alone[atoms] < never).any()]
+        tables = [key for key, x in axes if key[0] in self._buffers and key[1] in varying(x)]
+        if not tables:
+            return
+        for number in reversed(range(never)):
             for atoms in structure.ties[number]:
                 met[atoms] = number
         own = np.zeros(structure.size, dtype=bool)
         for key in tables:
             own[structure.axes[key]] = True
-        own &= (alone <= met) & (alone < len(structure.ties))
+        own &= (alone <= met) & (alone < never)
         classes = tied(structure)
-        made = np.unique(classes[(alone < len(structure.ties)) & ~own])
+        made = np.unique(classes[(alone < never) & ~own])
         structure.operator = structure.module = ""
         for key in tables:
             atoms = structure.axes[key]
