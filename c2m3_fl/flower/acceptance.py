@@ -89,6 +89,19 @@ class Gate:
         check_runs(self._setup.model, self._setup.data.example, restored, sent)
         return restored
 
+    def sound(self, replies: Sequence[Params], sent: Params) -> list[bool]:
+        """Which replies work by themselves on the example inputs, where the model that was sent out does.
+
+        Parameters
+        ----------
+        replies : sequence of mappings of str to Tensor
+            Those whose aggregate was not accepted.
+        sent : mapping of str to Tensor
+            The model that was sent out, in its own element types.
+        """
+        model, example = self._setup.model, self._setup.data.example
+        return [not fault(model, example, reply, sent) for reply in replies]
+
 
 def entry_numbers(found: Sorted[Any]) -> Numbers:
     """What was done to the replies of a round where they entered."""
@@ -132,19 +145,43 @@ def check_runs(model: nn.Module, example: Batch, merged: Params, sent: Params) -
     merged, sent : mapping of str to Tensor
         The model to try, and the one that was sent out.
     """
-    fault = _fault(model, example, merged)
-    if fault and not _fault(model, example, sent):
-        raise ParamsError(f"the merged model {fault} on the example inputs")
+    found = fault(model, example, merged, sent)
+    if found:
+        raise ParamsError(f"the merged model {found} on the example inputs")
 
 
-def _fault(model: nn.Module, example: Batch, params: Params) -> str:
-    """What is wrong with the outputs of a network; "" for nothing."""
+def fault(model: nn.Module, example: Batch, params: Params, sent: Params) -> str:
+    """What a model does wrong on inputs on which the one that was sent out does not, predicting or training.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture; not mutated.
+    example : Batch
+        Inputs that it takes.
+    params, sent : mapping of str to Tensor
+        The model to try, and the one that was sent out.
+
+    Returns
+    -------
+    str
+        "" for nothing.
+    """
+    for training in (False, True):
+        found = _run(model, example, params, training=training)
+        if found and not _run(model, example, sent, training=training):
+            return found + (" in training mode" if training else "")
+    return ""
+
+
+def _run(model: nn.Module, example: Batch, params: Params, *, training: bool) -> str:
+    """What is wrong with a network and its outputs; "" for nothing."""
     network = deepcopy(model)
     place = next((value.device for value in network.state_dict().values()), torch.device("cpu"))
     args, kwargs = tree_map(lambda value: value.to(place) if isinstance(value, Tensor) else value, example.call)
     try:
         network.load_state_dict(dict(params), strict=False)
-        with mode(network, training=False), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with mode(network, training=training), torch.random.fork_rng(devices=[]), torch.no_grad():
             outputs = network(*args, **kwargs)
     except Exception as error:
         return f"raises {type(error).__name__}: {error}"

@@ -17,6 +17,7 @@ from flwr.supercore import log
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import check_finite, same
 from c2m3_fl.errors import CalibrationError
+from c2m3_fl.flower.acceptance import check_runs
 from c2m3_fl.flower.client_head import Head, head_by_clients, report_head, why_no_head
 from c2m3_fl.flower.client_refit import refit_by_clients
 from c2m3_fl.flower.evidence import Means, choose_means
@@ -164,6 +165,7 @@ class Candidates:
         try:
             found = make()
             check_finite(found.state_dict)
+            check_runs(self.setup.model, self.setup.data.example, found.state_dict, self.params[AGGREGATE])
         except Exception as error:  # if recalibration fails, keep the aggregate
             log(ERROR, "\t> %s: the merged model stays as it is", failure(_WHO.get(name, "recalibration"), error))
             self.failed += 1

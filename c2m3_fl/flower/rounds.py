@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from logging import ERROR, WARNING
-from operator import not_
+from operator import and_, not_
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
@@ -107,6 +107,8 @@ class RoundStart:
         Whether to aggregate the replies without alignment as well: one more candidate for a guard.
     accept : callable
         From the aggregate and the replies to what becomes of it; raises `ParamsError` where it is not to be used.
+    sound : callable
+        Which of the replies work by themselves: asked where the aggregate is not to be used.
     """
 
     aligner: Aligner
@@ -115,6 +117,7 @@ class RoundStart:
     strategy: object
     plain: bool = False
     accept: Callable[[Params, Sequence[Params]], Params] = lambda merged, replies: merged
+    sound: Callable[[Sequence[Params]], Sequence[bool]] = lambda replies: [True] * len(replies)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +231,9 @@ def _aggregated(start: RoundStart, aligned: AlignedReplies, aggregate: Aggregate
         return Outcome(None, None, {}, reason=f"{len(aligned.replies)} replies that fit each other are too few")
     before, started = Before(start.strategy), perf_counter()
     plain = _aggregate_plain(aligned, aggregate, before) if start.plain else None
-    found, fitting = _attempt(start, aligned, aggregate, before), aligned.only(aligned.fits)
+    found, fitting = _attempt(start, aligned, aggregate, before), aligned
+    if found.reason:
+        fitting = aligned.only(list(map(and_, aligned.fits, start.sound([reply.params for reply in aligned.replies]))))
     if found.reason and least <= len(fitting.replies) < len(aligned.replies):
         log(found.level, "\t> %s: once more without the replies that do not fit the others", found.reason)
         report_dropped(fitting.dropped[len(aligned.dropped) :])

@@ -101,8 +101,9 @@ class Server:
         found = self._gate.admit(found, sent)
         if server_round == 1 and self.models.trajectory is None:
             check_shared_fault(found)
-        accept = partial(self._gate.accept, sent=sent)
-        start = RoundStart(self.setup.aligner, self.setup.options, sent, strategy, wants_plain(self.setup), accept)
+        accept, sound = partial(self._gate.accept, sent=sent), partial(self._gate.sound, sent=sent)
+        where = self.setup.aligner, self.setup.options
+        start = RoundStart(*where, sent, strategy, wants_plain(self.setup), accept=accept, sound=sound)
         outcome = run_round(start, found, aggregate)
         outcome = replace(outcome, numbers={**entry_numbers(found), **outcome.numbers})
         deploys, equally = self._deploys(server_round), ignores_weights(strategy)

@@ -1,25 +1,20 @@
-"""Claims and values that would steer or freeze a round, and merged models that clients must not train."""
+"""Claims and values that would steer or freeze a round."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
 from flwr.server.strategy import FedAvg as LegacyFedAvg
 from flwr.server.strategy import Krum as LegacyKrum
 from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, QFedAvg
-from torch import nn
 
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower.acceptance import check_norm, check_runs
 from c2m3_fl.flower.records import from_params, schema_of, to_params
 from c2m3_fl.flower.replies import check_weight, sort_messages
 from c2m3_fl.flower.strategy import C2M3
-from c2m3_fl.network.calibration import as_batch
-from tests.flower.federation import EXAMPLE, aggregate, clients, good, mlp, normed, reply, same
+from tests.flower.federation import EXAMPLE, aggregate, clients, good, mlp, reply, same
 from tests.flower.legacy_federation import fit_result, legacy
 
 BAD_NODE = 9
@@ -89,78 +84,6 @@ def test_the_largest_reply_that_is_taken_can_be_computed_with():
     assert flags[BAD_NODE] == 1
     assert metrics["c2m3-dropped"] == 0
     assert all(bool(torch.isfinite(value).all()) for value in to_params(arrays).values())
-
-
-class Scaling(FedAvg):
-    """The mean, times a factor: a strategy that goes wrong on some replies."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def aggregate_train(self, server_round, replies):
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        scaled = {key: Array(np.asarray(self.factor * each.numpy())) for key, each in arrays.items()}
-        return ArrayRecord(scaled), metrics
-
-
-@pytest.mark.parametrize(("factor", "kept"), [(0.0, 1), (1e-4, 1), (0.1, 0), (30.0, 0), (1e3, 1)])
-def test_a_result_far_from_the_sizes_of_all_replies_is_not_accepted(factor, kept, caplog):
-    sent = mlp().state_dict()
-    arrays, metrics = aggregate(good(), C2M3(Scaling(factor), model=mlp(), example_inputs=EXAMPLE))
-    assert metrics["c2m3-kept-previous"] == kept
-    assert same(arrays, from_params(sent)) == bool(kept)
-    said = any("the merged model's norm is" in text and "model stays" in text for text in caplog.messages)
-    assert said == bool(kept)
-
-
-def test_sizes_of_replies_bound_the_merged_model():
-    one, tenth = ({"w": torch.tensor([value, 0.0])} for value in (1.0, 0.1))
-    for found in (1e-3, 1e2):
-        check_norm({"w": torch.tensor([found, 0.0])}, [one, tenth], one)
-    for found in (0.9e-3, 1.1e2, math.nan, math.inf):
-        with pytest.raises(ParamsError, match=r"expected from 0\.001 to 100"):
-            check_norm({"w": torch.tensor([found, 0.0])}, [one, tenth], one)
-
-
-class Looking(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.place, self.linear = nn.Parameter(torch.tensor(1.0)), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return torch.log(self.place) * self.linear(x)[:, [int(self.place.abs())]]
-
-
-def test_a_merged_model_that_raises_or_gives_nan_where_the_sent_one_does_not_is_refused():
-    model = Looking()
-    sent, example = model.state_dict(), as_batch(torch.ones(2, 4))
-    check_runs(model, example, sent, sent)
-    with pytest.raises(ParamsError, match="the merged model raises IndexError"):
-        check_runs(model, example, {**sent, "place": torch.tensor(5.0)}, sent)
-    with pytest.raises(ParamsError, match="the merged model gives NaN on the example inputs"):
-        check_runs(model, example, {**sent, "place": torch.tensor(-1.0)}, sent)
-    check_runs(model, example, sent, {**sent, "place": torch.tensor(-1.0)})
-    nan = {**sent, "place": torch.tensor(-2.0)}
-    check_runs(
-        model, example, nan, {**sent, "place": torch.tensor(-1.0)}
-    )  # the network gives NaN on these inputs anyway
-
-
-class Negating(FedAvg):
-    def aggregate_train(self, server_round, replies):
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        arrays["1.running_var"] = Array(np.asarray(-arrays["1.running_var"].numpy()))
-        return arrays, metrics
-
-
-def test_a_merged_model_that_gives_nan_on_the_example_inputs_is_not_sent(caplog):
-    sent = normed().state_dict()
-    replies = [reply(node, sent) for node in range(3)]
-    arrays, metrics = aggregate(replies, C2M3(Negating(), model=normed(), example_inputs=EXAMPLE), sent)
-    assert same(arrays, from_params(sent))
-    assert metrics["c2m3-kept-previous"] == 1
-    assert any("the merged model gives NaN on the example inputs" in text for text in caplog.messages)
 
 
 def with_loss(node: int, loss: float, params=None):
