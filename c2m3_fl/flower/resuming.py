@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader
 from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.checkpoint import Checkpoint, Folder
+from c2m3_fl.flower.dialect import Evaluate
 from c2m3_fl.flower.encoding import Arrays, decode, encode
 from c2m3_fl.flower.generators import Generator, global_states, set_global_states
 from c2m3_fl.flower.metrics import report_idle
 from c2m3_fl.flower.rewind import Before
 from c2m3_fl.flower.state import Kept
-from c2m3_fl.flower.strategy import C2M3, Evaluate
+from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.flower.wrapped import chain, warn_of_start
 
 

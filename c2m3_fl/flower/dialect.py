@@ -1,0 +1,188 @@
+"""The callbacks of a round in the current dialect of Flower's strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Literal, TypedDict
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from c2m3_fl.core.state_dicts import check_finite
+from c2m3_fl.flower.adapters import averaging_products, check_lora
+from c2m3_fl.flower.deployment import Clients
+from c2m3_fl.flower.exchanged import exchanging
+from c2m3_fl.flower.messages import aggregate_evaluations, aggregate_messages, personal_messages
+from c2m3_fl.flower.metrics import report_idle
+from c2m3_fl.flower.misuse import check_prefixes
+from c2m3_fl.flower.privacy import check_callers, check_privacy
+from c2m3_fl.flower.records import check_record, from_params, reply_schema, schema_of, to_params
+from c2m3_fl.flower.replies import sort_messages
+from c2m3_fl.flower.rounds import Aggregate
+from c2m3_fl.flower.server import Server
+from c2m3_fl.flower.setup import Setup, log_setup
+from c2m3_fl.flower.two_models import trajectory_names
+from c2m3_fl.flower.wrapped import continue_from, record_keys, required_metrics
+
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+Lora = Literal["apart", "exact"]
+
+
+class _Private(TypedDict):
+    separate: bool
+    calibrated: bool
+    asks: list[str]
+
+
+class Dialect(Strategy):
+    """A server in messages: `C2M3` without its options.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        Aggregates the aligned replies.
+    setup : Setup
+        What was built from the options.
+    exchanged : iterable of str, optional
+        See `C2M3`.
+    lora : {"apart", "exact"}
+        See `C2M3`.
+    """
+
+    def __init__(self, strategy: Strategy, setup: Setup, exchanged: Iterable[str] | None, lora: Lora) -> None:
+        check_lora(lora, strategy)
+        self.strategy, self.setup, self._lora = strategy, setup, lora
+        self._whole, self._named = setup, exchanged is not None
+        self.server = Server(setup)
+        self.sent = from_params(setup.model.state_dict())
+        self._schema = schema_of(self.sent, "model")
+        if exchanged is not None:
+            self._exchange(list(exchanged))
+            self.sent = ArrayRecord({name: self.sent[name] for name in self.setup.spec.tensors})
+        self._grid: Grid | None = None
+        self._evaluate_config: ConfigRecord | None = None
+        check_privacy(self.strategy, **self._private)
+        self.own_names = frozenset(vars(self))  # a subclass has others, too
+
+    @property
+    def wrapped(self) -> Strategy:
+        """The strategy that was passed: its attributes, and the methods that are its own, are there."""
+        return self.strategy
+
+    @property
+    def trajectory(self) -> ArrayRecord | None:
+        """What clients train next; None before the first aggregate of a run."""
+        found = self.server.models.trajectory
+        return None if found is None else from_params(found)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Evaluate | None = None,
+    ) -> Result:
+        """Run the federation; see `Strategy.start`. Says in the end in how many rounds nothing was aggregated."""
+        check_record(initial_arrays, "initial_arrays")
+        self.begin_run(num_rounds, evaluate_config)
+        result = super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+        report_idle(result, num_rounds)
+        return result
+
+    def begin_run(self, num_rounds: int, evaluate_config: ConfigRecord | None = None) -> None:
+        """Forget the trajectory of an earlier run; called by whoever starts a run, outer wrappers included.
+
+        Parameters
+        ----------
+        num_rounds : int
+            Of the whole run: the last one deploys.
+        evaluate_config : ConfigRecord, optional
+            Sent along when clients judge.
+        """
+        self.server.begin_run(num_rounds)
+        self._evaluate_config = evaluate_config
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send out the trajectory, or `arrays` where they are a new start, to whom the wrapped strategy chooses."""
+        check_callers(**self._private)
+        params = to_params(arrays)
+        check_prefixes(params, self._schema, "the arrays to send out")
+        if not self._named and params and params.keys() <= self._schema.keys():
+            self._exchange(params)
+        self.setup.spec.check(params, "the arrays to send out")
+        check_finite(params, "the arrays to send out")
+        start = self.server.next_start(params)
+        self.sent = arrays.copy() if start is params else from_params(start)
+        self._grid = grid
+        continue_from(self.strategy, self.sent)
+        messages = self.strategy.configure_train(server_round, self.sent.copy(), config, grid)
+        return personal_messages(self.setup.aligner, messages)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Align the replies, aggregate them with the wrapped strategy, and deploy the result."""
+        expected = reply_schema(self._schema, schema_of(self.sent))
+        *_, weight = record_keys(self.strategy)
+        found = sort_messages(replies, expected, weighted_by=weight, required=required_metrics(self.strategy))
+        if self.server.sent is None:
+            self.server.next_start(to_params(self.sent))
+        aggregate: Aggregate[MetricRecord] = partial(aggregate_messages, self.strategy, server_round)
+        if self._lora == "exact":
+            aggregate = averaging_products(aggregate)
+        params, metrics, numbers = self.server.play(
+            server_round, found, self.strategy, aggregate, self._clients(server_round)
+        )
+        return from_params(params), MetricRecord({**(metrics or {}), **numbers})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let the wrapped strategy configure the evaluation."""
+        self._evaluate_config = ConfigRecord(dict(config))
+        messages = self.strategy.configure_evaluate(server_round, arrays, config, grid)
+        return personal_messages(self.setup.aligner, messages)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Let the wrapped strategy aggregate the evaluations that can be averaged; a failure does not end the run."""
+        return aggregate_evaluations(self.strategy, server_round, replies)
+
+    def summary(self) -> None:
+        """Log the configuration of the strategy and of the one that it wraps."""
+        log_setup(self.setup, self.strategy)
+        self.strategy.summary()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is remembered between rounds: where each node was last found, the trajectory and its digest."""
+        return self.server.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Remember that instead."""
+        names = trajectory_names(state)
+        if names and not self._named:
+            self._exchange(names)
+        self.server.load_state_dict(state)
+
+    def _exchange(self, names: Collection[str]) -> None:
+        """Expect the tensors of these names from now on."""
+        if set(names) != set(self.setup.spec.tensors):
+            self.setup = exchanging(self._whole, names)
+            self.server.rebuild(self.setup)
+
+    @property
+    def _private(self) -> _Private:
+        return {"separate": self.setup.separate, "calibrated": self.setup.calibrated, "asks": self.setup.asks}
+
+    def _clients(self, server_round: int) -> Clients | None:
+        """Whom to ask in this round; None before anything was sent out."""
+        if self._grid is None:
+            return None
+        return Clients(self._grid, server_round, self._evaluate_config, *record_keys(self.strategy))
