@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from copy import deepcopy
 
 import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower.records import schema_of_params, to_params
 from c2m3_fl.merging.recalibrate.setting import check_params
 from c2m3_fl.network.calibration import Batch, Calibration, load_batches
+from c2m3_fl.network.calls import tensors_in
+from c2m3_fl.network.copying import private_copy
 from c2m3_fl.network.program import Program, Walk, export_program
 
 _ROUNDING = 1e-5  # of the largest output: other kernels for the same network differ by less
@@ -85,14 +85,12 @@ class Traced:
 
 def _computes(program: Program, network: nn.Module, params: Params, batch: Batch) -> bool:
     """Whether a program gives a network's outputs, up to rounding."""
-    expected = tree_leaves(functional_call(deepcopy(network).eval(), dict(params), *batch.call))
-    found = tree_leaves(Walk(program, params, batch).finish())
+    expected = list(tensors_in(functional_call(private_copy(network).eval(), dict(params), *batch.call)))
+    found = list(tensors_in(Walk(program, params, batch).finish()))
     return len(found) == len(expected) and all(map(_alike, found, expected))
 
 
-def _alike(found: object, expected: object) -> bool:
-    if not (isinstance(found, Tensor) and isinstance(expected, Tensor)):
-        return type(found) is type(expected)
+def _alike(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     return torch.allclose(

@@ -9,7 +9,18 @@ from typing import TypeVar, cast
 import numpy as np
 from flwr.app import ArrayRecord
 from flwr.server import strategy as legacy
-from flwr.serverapp.strategy import Bulyan, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, MultiKrum, QFedAvg, Strategy
+from flwr.serverapp.strategy import (
+    Bulyan,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedTrimmedAvg,
+    FedXgbBagging,
+    FedXgbCyclic,
+    MultiKrum,
+    QFedAvg,
+    Strategy,
+)
 from flwr.serverapp.strategy.fedopt import FedOpt
 from flwr.supercore import log
 from torch import Tensor
@@ -20,6 +31,8 @@ from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import ConfigError, ParamsError
 
 Wrapping = TypeVar("Wrapping")
+
+_TREES = (FedXgbBagging, FedXgbCyclic, legacy.FedXgbBagging, legacy.FedXgbCyclic, legacy.FedXgbNnAvg)
 LARGEST = float(np.sqrt(np.finfo(np.float32).max))  # 1.8e19: the square of anything larger overflows float32
 
 _ROBUST = (
@@ -51,6 +64,12 @@ def check_instance(strategy: object, kind: type[object], wrapper: type[object]) 
     if not isinstance(strategy, kind):
         found, expected = (f"{each.__module__}.{each.__qualname__}" for each in (type(strategy), kind))
         raise ConfigError(f"strategy is a {found}, expected an instance of {expected}")
+    for each in chain(strategy):
+        if isinstance(each, _TREES):
+            raise ConfigError(
+                f"strategy is a {type(each).__name__}, which collects trees of XGBoost: they have no neurons to align, "
+                "so use it without C2M3"
+            )
     if isinstance(strategy, wrapper):
         raise ConfigError(
             f"strategy is a {wrapper.__name__} already, which would align and repair twice: pass what is inside it"

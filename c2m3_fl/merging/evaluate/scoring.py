@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
@@ -15,6 +14,8 @@ from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics
 from c2m3_fl.merging.recalibrate.setting import Setting, check_params, prepare
 from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs, load_batches
+from c2m3_fl.network.calls import tensors_in
+from c2m3_fl.network.copying import private_copy
 from c2m3_fl.network.program import feeding
 
 
@@ -49,7 +50,10 @@ def evaluate(model: nn.Module, params: Params, batches: Sequence[Batch]) -> Scor
             if batch.labels is None:
                 raise CalibrationError("barriers need labelled data: batches of (inputs, class indices)")
             with feeding(batch, params):
-                logits = torch.func.functional_call(model, dict(params), *batch.call)
+                found = tuple(tensors_in(torch.func.functional_call(model, dict(params), *batch.call)))
+                if len(found) != 1:
+                    raise CalibrationError(f"the network gives {len(found)} outputs, expected class scores alone")
+                logits = found[0]
                 loss += float(nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
             correct += int((logits.argmax(1) == batch.labels).sum())
             count += len(batch.labels)
@@ -107,7 +111,7 @@ class Scorer:
             check_params(model, node, f"node {index}")
         self.nodes = nodes
         self.names = floating(nodes[0])
-        self._twin = copy.deepcopy(model).to(next(iter(nodes[0].values())).device).eval()
+        self._twin = private_copy(model).to(next(iter(nodes[0].values())).device).eval()
         self._batches = load_batches(
             data,
             model=model,
