@@ -20,10 +20,12 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import CalibrationError, ParamsError
+from c2m3_fl.flower.admitted import fault_of
 from c2m3_fl.flower.client_networks import Sealed, is_stale, write_networks
 from c2m3_fl.flower.client_refit_options import ClientRefit, Price, RegMean, asks_clients, plan_of, price
 from c2m3_fl.flower.client_sums import ACTION
 from c2m3_fl.flower.records import Entry, to_params
+from c2m3_fl.flower.replies import only_arrays
 from c2m3_fl.merging.recalibrate.client_fit import fit_operator
 from c2m3_fl.merging.recalibrate.client_packing import expected, expected_channels, unpack
 from c2m3_fl.merging.recalibrate.client_plan import Plan, Question, Role, norm_behind
@@ -157,9 +159,10 @@ class _Clients:
                         lacking.add(node)
                     else:
                         read[node] = self._read(reply, exchange, params)
-                except ParamsError as error:
-                    log(WARNING, "\t> no sums from node %d: %s", node, error)
-                    failed.append(str(error))
+                except Exception as error:  # whatever one client sends is its fault
+                    fault = fault_of(node, error)
+                    log(WARNING, "\t> no sums from node %d: %s", node, fault.reason)
+                    failed.append(fault.reason)
             asked = [node for node in asked if node in lacking]
             if not asked:
                 break
@@ -233,14 +236,15 @@ class _Clients:
 
     def _read(self, reply: Message, exchange: Sequence[Question], params: Params) -> dict[str, Answer]:
         """A client's answers by operator name; what cannot be read of it is left out, operator by operator."""
-        record = _record(reply)
+        record = only_arrays(reply)
         node, found = reply.metadata.src_node_id, {}
         for step in exchange:
             operator = self._program.operators[step.place]
             try:
                 found[operator.name] = self._read_one(record, step, params)
-            except ParamsError as error:
-                log(WARNING, "\t> no sums of %s from node %d: %s", operator.module or operator.name, node, error)
+            except Exception as error:  # as above
+                reason = fault_of(node, error).reason
+                log(WARNING, "\t> no sums of %s from node %d: %s", operator.module or operator.name, node, reason)
         return found
 
     def _read_one(self, record: ArrayRecord, step: Question, params: Params) -> Answer:
@@ -263,15 +267,6 @@ def _layer(program: Program, step: Question, params: Params) -> tuple[Tensor, Te
 def _gram(answer: Answer, shrink: float) -> Tensor:
     assert isinstance(answer, GramAnswer)  # as it was read for this role
     return shrunk(answer.sums.xx / answer.sums.count, shrink)
-
-
-def _record(reply: Message) -> ArrayRecord:
-    if reply.has_error():
-        raise ParamsError(f"the client failed: {reply.error.reason}")
-    records = list(reply.content.array_records.values())
-    if len(records) != 1:
-        raise ParamsError(f"the answer has {len(records)} ArrayRecords, expected exactly one")
-    return records[0]
 
 
 def _left_out(options: ClientRefit | RegMean, program: Program, plan: Plan) -> dict[str, str]:
