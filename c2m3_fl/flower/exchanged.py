@@ -91,6 +91,7 @@ def exchanging(whole: Setup, names: Collection[str]) -> Setup:
         )
     spec = restrict(whole.spec, names)
     aligner = copy(whole.aligner)
+    aligner.second_start = None  # it runs the networks
     aligner.spec, aligner.memory = spec, Memory(spec, whole.aligner.memory.limit)
     log(
         INFO,

@@ -12,6 +12,7 @@ from torch import nn
 
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import CalibrationError, ConfigError
+from c2m3_fl.flower.activation_start import DEEP, ActivationStart
 from c2m3_fl.flower.aligner import Aligner
 from c2m3_fl.flower.client_head import Head, check_head, resolve_head
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
@@ -180,7 +181,7 @@ def build_setup(
         model,
         options,
         spec,
-        _aligner(spec, options, place),
+        _aligner(spec, options, place, fitted),
         place,
         fitted,
         statistics,
@@ -224,7 +225,8 @@ def _resolve_recalibration(
     return refit, chosen
 
 
-def _aligner(spec: PermutationSpec, options: Options, device: torch.device) -> Aligner:
+def _aligner(spec: PermutationSpec, options: Options, device: torch.device, data: CalibrationSet) -> Aligner:
+    deep = bool(data.batches) and len(spec.groups) >= DEEP
     return Aligner(
         spec,
         mode=options.alignment,
@@ -235,6 +237,7 @@ def _aligner(spec: PermutationSpec, options: Options, device: torch.device) -> A
         tolerance=options.tolerance,
         max_seconds=options.max_seconds,
         memory_limit=options.memory_limit,
+        second_start=ActivationStart(spec, data) if deep else None,
     )
 
 

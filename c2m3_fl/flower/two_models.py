@@ -17,15 +17,11 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest, norm
 from c2m3_fl.errors import SpecError
+from c2m3_fl.flower.aligner import MOVED
 from c2m3_fl.flower.options import Feedback
 from c2m3_fl.flower.rounds import AlignedReplies
 
 PREFIX = "two-models/"
-# Share of moved units beyond which feedback="moved" trains the deployed model: about the geometric mean of the largest
-# share of a round from a shared start (.194, two classes a client, 5 epochs; else at most .094) and the smallest of a
-# first round from own starts (.953). Digits, MLP 64-32-32-10, 5 clients, IID, Dirichlet .1 and two classes, 1 and 5
-# local epochs, learning rates .1 and .02, 8 rounds, seeds 10 and 11, which no table shows.
-MOVED = 0.4
 # How many times the largest reply's norm a deployed model may have and still be trained. Digits, seed 11, which no
 # table shows, 12 rounds of REPAIR fed back: from own starts the first round, in which it gains most, has 1.06 to 1.98;
 # runs that diverge, under label skew, pass 2 and then 30 to 1e6.
