@@ -67,6 +67,7 @@ bench: $(READY)
 	$(BENCH).quality                # from here on networks are trained, on scikit-learn's digits
 	$(BENCH).sequences
 	$(BENCH).merging_gallery results/gallery
+	$(BENCH).activation_start       # needs C2M3_DATA
 	$(BENCH).merging_cases          # needs C2M3_DATA; trains what the four tables below merge
 	$(BENCH).merging_table --table recalibration
 	$(BENCH).merging_table --table methods

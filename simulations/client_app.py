@@ -105,10 +105,15 @@ def build_app(trainer: Trainer = train_locally) -> ClientApp:
     return app
 
 
+def own_start(settings: Settings, client: int) -> Params:
+    """A client's own initialisation, which depends on the seed and the client alone."""
+    return _network(settings, derived_seed(settings.seed, _INITIALISATION, client)).state_dict()
+
+
 def _start(settings: Settings, client: int, current: int, arrays: ArrayRecord) -> Params:
     """Initial parameters: those received or, in round 1 with independent initialisations, the client's own."""
     if settings.initialisation == "independent" and current == 1:
-        return _network(settings, derived_seed(settings.seed, _INITIALISATION, client)).state_dict()
+        return own_start(settings, client)
     model = _network(settings)
     model.load_state_dict(to_params(arrays))
     return model.state_dict()
