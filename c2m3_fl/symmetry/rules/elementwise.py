@@ -33,6 +33,13 @@ def constant(call: Call, *_: Argument, **__: Argument) -> Labels:
     return Labels(call.shape)
 
 
+@rule("aten.rand_like", "aten.randn_like", "aten.randint_like", "aten.rand", "aten.randn", "aten.randint")
+@rule("aten.uniform", "aten.exponential", "aten.log_normal", "aten.cauchy", "aten.geometric")
+def noise(call: Call, *_: Argument, **__: Argument) -> Labels:
+    """Random numbers treat all entries alike."""
+    return Labels(call.shape)
+
+
 @rule("aten.fill", "aten.empty_like", "aten.zero")
 def fill(call: Call, x: Labels, value: Argument = 0, **_: Argument) -> Labels:
     """The same number everywhere, a constant or a computed one."""
@@ -77,3 +84,18 @@ def glu(call: Call, x: Labels, dim: int = -1) -> Labels:
     dim = x.dim(dim)
     halves = reshape(call.structure, x, (*x.shape[:dim], 2, x.shape[dim] // 2, *x.shape[dim + 1 :]))
     return combine(call.structure, *(select(call.structure, halves, dim, half) for half in range(2)))
+
+
+@rule("aten.bucketize")
+def bucketize(call: Call, x: Labels, bounds: Labels, *_: Argument, **__: Argument) -> Labels:
+    """The number of the interval that holds each entry."""
+    in_order(call.structure, bounds, [0])
+    return combine(call.structure, x)
+
+
+@rule("aten.masked_scatter")
+def masked_scatter(call: Call, x: Labels, mask: Labels, source: Labels) -> Labels:
+    """Entries where a mask holds are replaced by those of `source`, one after another."""
+    for value in (x, mask, source):
+        in_order(call.structure, value, range(value.ndim), "entries are taken one after another")
+    return Labels.ordered(call.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, rule
-from c2m3_fl.symmetry.unit_labels import Labels, in_order, normalise, reduce
+from c2m3_fl.symmetry.unit_labels import Labels, combine, in_order, insert, normalise, reduce
 
 
 def every(x: Labels, dims: Argument) -> list[int]:
@@ -61,3 +61,24 @@ def cumulative(call: Call, x: Labels, dim: int, **_: Argument) -> Result:
     """Read one dimension in order."""
     found = in_order(call.structure, x, [dim])
     return found if len(call.outputs) == 1 else (found, found)
+
+
+@rule("aten.diff")
+def diff(call: Call, x: Labels, _n: int = 1, dim: int = -1, *_: Argument, **__: Argument) -> Labels:
+    """Differences of neighbours along one dimension."""
+    found = in_order(call.structure, x, [dim])
+    return Labels(call.shape, found.factors, found.fixed - {dim for dim, size in enumerate(call.shape) if size < 2})
+
+
+@rule("aten.unfold")
+def windows(call: Call, x: Labels, dim: int, *_: Argument) -> Labels:
+    """Windows along one dimension, whose entries lie on a new last one."""
+    found = insert(in_order(call.structure, x, [dim]), [x.ndim])
+    return Labels(call.shape, found.factors, found.fixed | {x.ndim})
+
+
+@rule("aten.linalg_cross", "aten.cross")
+def cross(call: Call, x: Labels, y: Labels, dim: int = -1, **options: Argument) -> Labels:
+    """Vector products along a dimension of three entries."""
+    found = combine(call.structure, x, y)
+    return in_order(call.structure, found, [options.get("dim", dim)])
