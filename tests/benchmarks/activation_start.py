@@ -19,6 +19,7 @@ import torch
 
 from c2m3_fl import merge
 from c2m3_fl.core.spec import Params
+from c2m3_fl.merging.align.methods import MergeStart
 from simulations.client_app import Assignment, own_start, train_locally
 from simulations.data import federated_data
 from simulations.design import load_design
@@ -29,7 +30,7 @@ from tests.benchmarks.records import write_record
 
 CASES = (("resnet8", 1), ("cifar10", 5))  # experiment and local epochs
 PARTITIONS = ("IID", "Dirichlet .1")
-STARTS = ("auto", "activations")
+STARTS: tuple[MergeStart, ...] = ("auto", "activations")
 
 
 def federations(name: str, epochs: int, seeds: int) -> Iterator[tuple[str, Settings]]:
@@ -56,7 +57,7 @@ def measure(settings: Settings, nodes: list[Params]) -> Iterator[dict[str, Any]]
         predicted = log_probabilities(model, merged.state_dict, data.held_out.inputs)
         yield {
             "start": start,
-            "agreement": merged.report.objectives[-1],
+            "agreement": merged.match.objectives[-1] if merged.match is not None else None,
             "accuracy": score(predicted, data.held_out.labels).accuracy,
             "seconds": merged.report.match_seconds,
         }
@@ -74,7 +75,7 @@ def main() -> None:
             for found in measure(settings, trained(settings)):
                 rows.append({"network": name, "partition": partition, "seed": settings.seed, **found})
                 print(*rows[-1].values(), flush=True)
-    print("| network | partition | " + " | ".join(STARTS) + " |\n| --- | --- | ---: | ---: |")
+    print("| network | partition | " + " | ".join(map(str, STARTS)) + " |\n| --- | --- | ---: | ---: |")
     for name, _ in CASES:
         for partition in PARTITIONS:
             here = [row for row in rows if (row["network"], row["partition"]) == (name, partition)]
