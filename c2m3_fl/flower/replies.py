@@ -225,8 +225,7 @@ def _weight(metrics: MetricRecord, key: str) -> float:
 
 def _last_line(reason: str | None) -> str:
     """Of what a client's error says, the exception itself, without the traceback above it."""
-    lines = [line.strip() for line in (reason or "")[-10_000:].splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
+    return (reason or "").strip().rpartition("\n")[2].strip() or "no reason given"
 
 
 def _distinct(kept: Sequence[Reply[Message]]) -> tuple[list[Reply[Message]], list[Dropped]]:

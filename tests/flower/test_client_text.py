@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 from flwr.app import Array, Error, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAvg
 
+from c2m3_fl.flower.client_refit import ClientRefit
+from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.client_text import shown
+from c2m3_fl.flower.records import from_params
 from c2m3_fl.flower.replies import sort_messages
+from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
-from tests.flower.federation import EXAMPLE, aggregate, answer, clients, good, mlp, reply, with_array
+from tests.flower.federation import EXAMPLE, aggregate, answer, clients, digits_app, good, mlp, reply, with_array
 from tests.flower.legacy_federation import fit_result, legacy
 
 FORGED = "x\n\x1b[31mINFO :      [ROUND 9/9]\r\x08\u202e\u2028" + "y" * 100_000
@@ -81,6 +86,30 @@ def test_no_evaluation_and_no_failure_of_the_strategy_forges_the_log(caplog):
     assert strategy.aggregate_evaluate(1, [answer(1, evaluation), answer(2, evaluation), bad]) is None
     assert any("failed: ValueError: x" in line for line in lines(caplog))
     assert all(line.lstrip("\t").isprintable() and len(line) < 600 for line in lines(caplog))
+
+
+def failing_app() -> ClientApp:
+    """Clients that train, and fail in whatever else they are asked."""
+    app = digits_app(independent=True, epochs=1, evaluates="")
+
+    def fail(message, context):
+        raise RuntimeError(FORGED.replace("\n", "").replace("\r", "").replace("\u2028", ""))
+
+    app.evaluate()(fail)
+    for action in ("c2m3_statistics", "c2m3_sums", "c2m3_labels"):
+        app.query(action)(fail)
+    return app
+
+
+@pytest.mark.parametrize(
+    "options", [{"calibration": ClientStatistics()}, {"recalibrate": ClientRefit()}, {"head": "labels"}]
+)
+def test_no_answer_to_a_query_and_no_judgement_forges_the_log(options, caplog):
+    strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, judge="clients", **options)
+    strategy.start(SerialGrid(failing_app(), 2), from_params(mlp().state_dict()), num_rounds=1)
+    said = [line for line in lines(caplog) if "RuntimeError: x" in line]
+    assert len(said) > 1
+    assert all(line.lstrip("\t").isprintable() and len(line) < 1200 for line in said)
 
 
 def test_metrics_that_begin_like_ours_are_not_the_clients_to_set():
