@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from c2m3_fl.core.spec import Axis, Group, PermutationSpec, Pin, Segment, Tensor
 from c2m3_fl.errors import SpecError
 
 _FORMAT = "c2m3-fl permutation spec 2"
+_LARGEST = 2**25  # units, and coordinates of all axes together: a quarter of a gigabyte in memory
 _READABLE = ("c2m3-fl permutation spec 1", _FORMAT)  # the first had no slots that are units
 
 
@@ -33,22 +35,25 @@ def from_json(text: str) -> PermutationSpec:
     Raises
     ------
     SpecError
-        When the text is not such a document, or the spec in it contradicts itself.
+        When the text is not such a document, the spec in it contradicts itself, or it is larger than any network's.
     """
     try:
         document = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"not a permutation spec: {error}; expected JSON written by to_json") from error
     if not isinstance(document, dict) or document.get("format") not in _READABLE:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise SpecError(f"not a permutation spec: format {found!r}, expected {_FORMAT!r}")
     try:
-        groups = {name: Group(entry["size"], entry["parent"]) for name, entry in document["groups"].items()}
-        tensors = {name: _unpack_tensor(entry, groups) for name, entry in document["tensors"].items()}
+        groups = {name: _unpack_group(name, entry) for name, entry in document["groups"].items()}
+        _check_sizes(groups, document["tensors"])
+        tensors = {name: _unpack_tensor(name, entry, groups) for name, entry in document["tensors"].items()}
         pins = tuple(Pin(*entry) for entry in document["pins"])
-    except (KeyError, TypeError, ValueError) as error:
+        return PermutationSpec(groups, tensors, pins)
+    except SpecError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SpecError(f"not a permutation spec: malformed entry ({type(error).__name__}: {error})") from error
-    return PermutationSpec(groups, tensors, pins)
 
 
 def save_spec(spec: PermutationSpec, path: str | Path) -> None:
@@ -70,9 +75,43 @@ def _pack_tensor(tensor: TensorSpec) -> dict[str, Any]:
     return packed
 
 
-def _unpack_tensor(packed: Mapping[str, Any], groups: Mapping[str, Group]) -> TensorSpec:
-    axes: tuple[Axis, ...] = tuple(tuple(_unpack(one, groups) for one in axis) for axis in packed["axes"])
-    return TensorSpec(tuple(packed["shape"]), axes, packed.get("buffer", False), packed.get("diagonal", 1))
+def _whole(value: object, what: str, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise SpecError(f"{what} {value!r}, expected a whole number, at least {least}")
+    return value
+
+
+def _unpack_group(name: str, packed: Mapping[str, Any]) -> Group:
+    size, parent = _whole(packed["size"], f"group {name!r} has size"), packed["parent"]
+    if not isinstance(parent, str | None):
+        raise SpecError(f"group {name!r} has parent {parent!r}, expected a name or nothing")
+    return Group(size, parent)
+
+
+def _check_sizes(groups: Mapping[str, Group], tensors: Mapping[str, Any]) -> None:
+    """Refuse a document that is small and describes something huge, before memory is taken for it."""
+    units = sum(group.size for group in groups.values())
+    lengths = sum(
+        _whole(length, f"{name!r} has a side of", 0) * (_whole(entry.get("diagonal", 1), f"{name!r} has diagonal"))
+        for name, entry in tensors.items()
+        for length in entry["shape"]
+    )
+    if max(units, lengths) > _LARGEST:
+        raise SpecError(
+            f"the document describes {units:,} units and axes of {lengths:,} coordinates in all, expected at most "
+            f"{_LARGEST:,} of each"
+        )
+
+
+def _unpack_tensor(name: str, packed: Mapping[str, Any], groups: Mapping[str, Group]) -> TensorSpec:
+    plain = TensorSpec(tuple(packed["shape"]), (), packed.get("buffer", False), packed.get("diagonal", 1))
+    if len(packed["axes"]) != len(plain.shape):
+        raise SpecError(f"{name!r} has {len(plain.shape)} axes, the document describes {len(packed['axes'])}")
+    axes: tuple[Axis, ...] = tuple(
+        tuple(_unpack(one, groups, plain.length(axis)) for one in segments)
+        for axis, segments in enumerate(packed["axes"])
+    )
+    return replace(plain, axes=axes)
 
 
 def _pack(segment: Segment) -> dict[str, Any]:
@@ -87,14 +126,17 @@ def _pack(segment: Segment) -> dict[str, Any]:
     return {**packed, "positions": segment.positions.ravel().tolist()}
 
 
-def _unpack(packed: Mapping[str, Any], groups: Mapping[str, Group]) -> Segment:
-    name, inner = packed["group"], packed["inner"]
-    if not isinstance(inner, int) or inner < 1:
-        raise SpecError(f"a segment of group {name!r} has inner {inner!r}, expected a whole number, at least 1")
+def _unpack(packed: Mapping[str, Any], groups: Mapping[str, Group], length: int) -> Segment:
+    name = packed["group"]
+    if name not in groups:
+        raise SpecError(f"a segment names the group {name!r}, which the document does not define")
+    size, inner = groups[name].size, _whole(packed["inner"], f"a segment of group {name!r} has inner")
+    if size * inner > length:
+        raise SpecError(f"a segment of group {name!r} has {size * inner:,} coordinates, its axis has {length:,}")
     if "positions" in packed:
         positions = np.array(packed["positions"], dtype=np.int64).reshape(-1, inner)
-    elif name not in groups:
-        raise SpecError(f"a segment names the group {name!r}, which the document does not define")
-    else:
-        positions = Segment.contiguous(name, groups[name].size, inner=inner, offset=packed["offset"]).positions
-    return Segment(name, positions, packed.get("slots", ""))
+        return Segment(name, positions, packed.get("slots", ""))
+    offset = _whole(packed["offset"], f"a segment of group {name!r} has offset", 0)
+    if offset + size * inner > length:
+        raise SpecError(f"a segment of group {name!r} ends at {offset + size * inner:,}, its axis at {length:,}")
+    return Segment(name, Segment.contiguous(name, size, inner=inner, offset=offset).positions, packed.get("slots", ""))
