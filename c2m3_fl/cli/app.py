@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
+from typing import NoReturn
 
 import click
 import typer
@@ -22,6 +24,10 @@ _COMMANDS = {  # a command is the function of that name in the module of that na
     "landscape": "Draw the loss across the plane through three networks.",
     "merge": "Merge files of weights into one, with a report of what was done.",
 }
+
+
+_TRACEBACK = "C2M3_TRACEBACK"  # environment variable: an unexpected error shows its traceback
+_LONGEST = 500  # characters of an unexpected error
 
 
 def _module(command: str) -> ModuleType:
@@ -68,13 +74,21 @@ def _about() -> None:
 
 
 def main() -> None:
-    """Run the command line; an error of this package ends it with status 1, and only its message is printed."""
+    """Run the command line; an error ends it with status 1 and one line."""
     try:
         app()
     except C2M3Error as error:
-        message = Text.assemble(("error: ", "bold red"), str(error))
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except Exception as error:
+        if os.environ.get(_TRACEBACK):
+            raise
+        _fail(f"{type(error).__name__}: {error}"[:_LONGEST] + f" ({_TRACEBACK}=1 shows where)")
+
+
+def _fail(text: str) -> NoReturn:
+    message = Text.assemble(("error: ", "bold red"), " ".join(text.split()))
+    Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import typer
 from rich.console import Console
 
 from c2m3_fl.cli.curves import draw_segments
-from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_nodes, size_of
+from c2m3_fl.cli.files import load_network, load_nodes
+from c2m3_fl.cli.images import channels_of, load_images, size_of
+from c2m3_fl.cli.limits import PICTURES, check_output
 from c2m3_fl.cli.options import Classes, ImageSize, KeepStatistics, LabelledImages, Model, Picture, Raw
 from c2m3_fl.core import permutation
 from c2m3_fl.core.match import match
@@ -24,7 +26,7 @@ def barrier(
     model: Model,
     data: LabelledImages,
     output: Picture = Path("barrier.png"),
-    points: Annotated[int, typer.Option(min=2, help="Points of the segment, ends included.")] = 11,
+    points: Annotated[int, typer.Option(min=2, max=1000, help="Points of the segment, ends included.")] = 11,
     keep_statistics: KeepStatistics = False,
     image_size: ImageSize = None,
     raw: Raw = False,

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from c2m3_fl.cli.limits import make_folder
 from c2m3_fl.cli.options import read_seeds
 from simulations.presets import PRESETS
 from simulations.results import PROGRESS, RESULTS, Comparison, Round, load, read_lines, save
@@ -40,7 +41,7 @@ def compare(
     check_choice("engine", engine, _ENGINES)
     settings = _settings(preset, options)
     chosen = read_seeds(seeds) or (settings.seed,)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     console = Console(width=None if sys.stdout.isatty() else _WIDE)
     runs = [replace(settings, seed=seed) for seed in chosen]
     console.print(f"{len(runs)} x {len(settings.strategies)} strategies x {settings.rounds} rounds, engine {engine}")

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import simulations
+from c2m3_fl.cli.limits import make_folder
 from c2m3_fl.cli.options import read_seeds
 from simulations.design import Design, load_design, names
 from simulations.ledger import Measurement, load
@@ -35,6 +36,7 @@ def experiment(
 ) -> None:
     """Run an experiment of simulations/experiments, or the rest of one that was interrupted."""
     design = load_design(name, quick=quick, seeds=read_seeds(seeds))
+    make_folder(output)
     console = Console(width=None if sys.stdout.isatty() else _WIDE)
     if not draw:
         console.print(f"{design.title}: {len(design.cells)} cells x {len(design.seeds)} seeds, {workers} workers")

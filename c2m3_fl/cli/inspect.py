@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
@@ -10,12 +11,16 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from c2m3_fl.cli.files import check_output, load_network
+from c2m3_fl.cli.files import load_network
+from c2m3_fl.cli.limits import check_memory, check_output
+from c2m3_fl.cli.options import Outputs
 from c2m3_fl.cli.zoo import HEADER, example_image, load, measure
 from c2m3_fl.core.spec_json import save_spec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.network.calibration import ExampleInputs
 from c2m3_fl.symmetry.discover import permutation_spec
+
+_BYTES = 8  # of a token, the larger kind of input
 
 
 def inspect(
@@ -26,6 +31,7 @@ def inspect(
         list[str] | None,
         typer.Option("--input", help="Shape of an input, '2,3,32,32'; 'tokens:2,16' for integers. One per input."),
     ] = None,
+    outputs: Outputs = None,
     save: Annotated[Path | None, typer.Option(help="Write the spec, or with --zoo the measurements, as JSON.")] = None,
     zoo: Annotated[bool, typer.Option("--zoo", help="The coverage table of all torchvision classifiers.")] = False,
     saved: Annotated[
@@ -42,7 +48,7 @@ def inspect(
     if not model:
         raise ConfigError("no network named; give a torchvision classifier or package.module:factory, or --zoo")
     network, example = _load(model, shape or [])
-    spec = permutation_spec(network, example)
+    spec = permutation_spec(network, example, outputs=outputs or None)
     console.print(str(spec), markup=False)
     if save is not None:
         save_spec(spec, save)
@@ -79,6 +85,9 @@ def _inputs(shapes: list[str]) -> tuple[torch.Tensor, ...]:
             raise ConfigError(f"--input {text!r}: expected sizes like 2,3,32,32 or tokens:2,16") from error
         if kind not in ("", "tokens"):
             raise ConfigError(f"--input {text!r}: unknown kind {kind!r}, expected 'tokens:' or nothing")
+        if min(shape) < 1:
+            raise ConfigError(f"--input {text!r}: expected sizes of at least 1")
+        check_memory(_BYTES * prod(shape), f"--input {text!r}: inputs of this shape")
         drawn = torch.randint(2, shape, generator=generator) if kind else torch.randn(shape, generator=generator)
         found.append(drawn)
     return tuple(found)

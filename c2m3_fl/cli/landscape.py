@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 
 from c2m3_fl.cli.curves import draw_landscapes
-from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_nodes, size_of
+from c2m3_fl.cli.files import load_network, load_nodes
+from c2m3_fl.cli.images import channels_of, load_images, size_of
+from c2m3_fl.cli.limits import PICTURES, check_output
 from c2m3_fl.cli.options import Classes, ImageSize, KeepStatistics, LabelledImages, Model, Picture, Raw
 from c2m3_fl.core import permutation
 from c2m3_fl.core.match import match
@@ -25,7 +27,7 @@ def landscape(
     model: Model,
     data: LabelledImages,
     output: Picture = Path("landscape.png"),
-    resolution: Annotated[int, typer.Option(min=2, help="Points along each side.")] = 15,
+    resolution: Annotated[int, typer.Option(min=2, max=1000, help="Points along each side.")] = 15,
     keep_statistics: KeepStatistics = False,
     image_size: ImageSize = None,
     raw: Raw = False,

@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 
 from c2m3_fl.cli.convergence import draw_convergence
 from c2m3_fl.cli.curves import draw_agreement
-from c2m3_fl.cli.files import PICTURES, channels_of, check_output, load_images, load_network, load_nodes, size_of
-from c2m3_fl.cli.options import Classes, ImageSize, Model, Raw
+from c2m3_fl.cli.files import call_factory, load_network, load_nodes
+from c2m3_fl.cli.images import channels_of, load_images, size_of
+from c2m3_fl.cli.limits import PICTURES, check_output
+from c2m3_fl.cli.options import Classes, ImageSize, Model, Outputs, Raw
 from c2m3_fl.core.basis import consensus
 from c2m3_fl.core.estimate import Estimate
 from c2m3_fl.core.result import Step
@@ -31,6 +33,7 @@ from c2m3_fl.merging.merge import merge as merge_networks
 from c2m3_fl.merging.recalibrate.short_names import SHORT_NAMES
 from c2m3_fl.network.calibration import ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
+from c2m3_fl.network.copying import private_copy
 from c2m3_fl.symmetry.discover import permutation_spec
 
 
@@ -39,7 +42,8 @@ def merge(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the merged weights go (safetensors).")],
     calibration: Annotated[
-        Path | None, typer.Option(help="Folder of images; one subfolder per class gives labels.")
+        Path | None,
+        typer.Option(help="Folder of images, one subfolder per class gives labels; or package.module:batches."),
     ] = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "c2m3",
     start: Annotated[
@@ -49,6 +53,7 @@ def merge(
         str | None, typer.Option(help=f"One of {', '.join(SHORT_NAMES)}; by default repair, if there are images.")
     ] = None,
     weights: Annotated[list[float] | None, typer.Option(help="Averaging weight, once per file.")] = None,
+    outputs: Outputs = None,
     image_size: ImageSize = None,
     raw: Raw = False,
     classes: Classes = 0,
@@ -66,16 +71,23 @@ def merge(
     network, example = load_network(model, classes)
     nodes = load_nodes(network, files)
     size, images = size_of(example, image_size), None
-    if calibration is not None:
+    if calibration is not None and ":" in calibration.name and not calibration.exists():
+        images = call_factory(str(calibration))
+    elif calibration is not None:
         images = load_images(calibration, size, channels=channels_of(example), raw=raw)
     elif start == "activations" or method in ("activations", "activations-universe", "cca"):
         raise ConfigError("this method compares activations: name a folder of images with --calibration")
     steps: list[Step] = []
     with _progress(f"merging {len(nodes)} networks by {method} …", steps) as tell:
-        held = CalibrationSet.of(network, images, example_inputs=_example(example, size) if images is None else None)
-        spec = permutation_spec(network, held.example_inputs)
-        merged = merge_networks(
+        held = CalibrationSet.of(
             network,
+            images,
+            example_inputs=_example(example, size) if images is None else None,
+            outputs=outputs or None,
+        )
+        spec = permutation_spec(held.model, held.example_inputs)
+        merged = merge_networks(
+            held.model,
             nodes,
             spec=spec,
             weights=weights,
@@ -87,7 +99,8 @@ def merge(
         if held.labelled:
             scored = {str(file): node for file, node in zip(files, nodes, strict=True)} | {"merged": merged.state_dict}
             report["accuracy"] = {
-                name: evaluate(network.eval(), each, held.batches).accuracy for name, each in scored.items()
+                name: evaluate(private_copy(held.model).eval(), each, held.batches).accuracy
+                for name, each in scored.items()
             }
     _save(merged, output)
     if picture is not None:

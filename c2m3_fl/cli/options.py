@@ -22,7 +22,15 @@ ImageSize = Annotated[
 Raw = Annotated[
     bool, typer.Option("--raw", help="Leave pixels in [0, 1]; else they are scaled by ImageNet's mean and spread.")
 ]
-Classes = Annotated[int, typer.Option(min=0, help="Width of a torchvision network's output; 0 keeps its own.")]
+Classes = Annotated[
+    int, typer.Option(min=0, max=1_000_000, help="Width of a torchvision network's output; 0 keeps its own.")
+]
+
+
+Outputs = Annotated[
+    list[str] | None,
+    typer.Option("--outputs", help="An output that is read, by its name or place: logits. By default all of them."),
+]
 
 
 def read_seeds(text: str) -> tuple[int, ...]:

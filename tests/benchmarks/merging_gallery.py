@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-from c2m3_fl.cli.files import load_images
+from c2m3_fl.cli.images import load_images
 from simulations.data import Images
 from simulations.models import cnn
 from simulations.settings import Settings

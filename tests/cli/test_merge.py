@@ -12,7 +12,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from c2m3_fl.cli.app import app
-from c2m3_fl.cli.files import load_images, load_network, load_params, size_of
+from c2m3_fl.cli.files import load_network, load_params
+from c2m3_fl.cli.images import load_images, size_of
 from c2m3_fl.cli.landscape import _names
 from c2m3_fl.errors import C2M3Error, ConfigError, DataError, ParamsError
 
