@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.flower.stacked import stacked
 
 # Chosen on seeds 100-102 of the federations of `tests.flower.hostile`, which no table shows (independent and shared
 # starts; equal shares, Dirichlet .5 and .1; no attack and fourteen): 3 of 1,944 honest replies and 352 of 756 hostile
@@ -21,6 +21,7 @@ _LARGE_TENSOR = 10.0  # medians of a tensor's norm
 _SMALL_TENSOR = 0.01  # of the whole norm: below, a tensor's own median is no measure
 _DIRECTIONS = 5  # replies from which on directions are compared; of four, 2 % of honest ones would be named
 _OTHERS = 100  # replies that each one is compared with, evenly spaced where there are more
+_TINY = 1e-300  # instead of zero, where a norm divides
 _SPREAD = 1.4826  # median deviations to a standard deviation
 
 
@@ -36,11 +37,14 @@ class _Geometry:
         Norms of their tensors.
     cosines : Tensor of float64, shape (replies, others)
         NaN where a reply would be compared with itself.
+    start : Tensor of float64, shape (replies,)
+        Their cosines with the model that was sent out; −1 for differences from it.
     """
 
     norms: Tensor
     tensors: dict[str, Tensor]
     cosines: Tensor
+    start: Tensor
 
 
 def find_outliers(spec: PermutationSpec, aligned: Sequence[Params], sent: Params) -> dict[int, str]:
@@ -65,62 +69,55 @@ def find_outliers(spec: PermutationSpec, aligned: Sequence[Params], sent: Params
     if len(aligned) < 3:
         return {}
     names = [name for name, tensor in spec.tensors.items() if not tensor.buffer and sent[name].is_floating_point()]
-    weights, updates = _geometry(names, aligned, None), _geometry(names, aligned, sent)
+    weights, updates = _compare(names, aligned, sent)
     odd: dict[int, str] = {}
     if len(aligned) >= _DIRECTIONS:
-        odd |= _elsewhere("weights", weights, _cosines(names, aligned, sent, weights.norms))
-        odd |= _elsewhere("update", updates)
-    odd |= _large("norm", weights) | _large("update", updates, _spread_of(updates.norms.clamp(min=1e-300).log()))
+        odd |= _elsewhere("weights", weights) | _elsewhere("update", updates)
+    odd |= _large("norm", weights) | _large("update", updates, _spread_of(updates.norms.clamp(min=_TINY).log()))
     odd |= _large_tensors(weights)  # of several reasons the last one says most
     return {index: odd[index] for index in sorted(odd) if updates.norms[index] > 0}
 
 
-def _geometry(names: Sequence[str], aligned: Sequence[Params], origin: Params | None) -> _Geometry:
-    """Norms and cosines of the replies, or of their differences from `origin`."""
-
-    def values(name: str) -> Tensor:
-        stack = torch.stack([_wide(reply[name]) for reply in aligned])
-        return stack if origin is None else stack - _wide(origin[name])
-
-    tensors = {name: torch.linalg.vector_norm(values(name), dim=1, dtype=torch.float64) for name in names}
-    norms = torch.stack(list(tensors.values())).square().sum(0).sqrt()
+def _compare(names: Sequence[str], aligned: Sequence[Params], sent: Params) -> tuple[_Geometry, _Geometry]:
+    """The geometry of the replies, and of their differences from the model that was sent out."""
     others = torch.linspace(0, len(aligned) - 1, min(len(aligned), _OTHERS)).round().long()
-    cosines = torch.zeros(len(aligned), len(others), dtype=torch.float64)
-    for name in names:
-        unit = values(name) / norms.clamp(min=1e-30)[:, None]  # first divided, then multiplied: squares may overflow
-        cosines += (unit @ unit[others].T).double()
-    cosines[others, torch.arange(len(others))] = torch.nan
-    return _Geometry(norms, tensors, cosines)
+    squares = {name: torch.zeros(2, len(aligned), dtype=torch.float64) for name in names}
+    products = torch.zeros(2, len(aligned), len(others), dtype=torch.float64)
+    towards, length = torch.zeros(len(aligned), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for name, values, start in stacked(names, aligned, sent):
+        towards += values @ start
+        length += start @ start
+        for kind, each in enumerate((values, values - start)):
+            squares[name][kind] += each.square().sum(1)
+            products[kind] += each @ each[others].T
+    found = []
+    for kind in range(2):
+        tensors = {name: square[kind].sqrt() for name, square in squares.items()}
+        norms = torch.stack([square[kind] for square in squares.values()]).sum(0).sqrt()
+        scale = norms.clamp(min=_TINY)
+        cosines = products[kind] / scale[:, None] / scale[others]
+        cosines[others, torch.arange(len(others))] = torch.nan
+        start_cosines = towards / scale / length.sqrt().clamp(min=_TINY)
+        found.append(_Geometry(norms, tensors, cosines, start_cosines if kind == 0 else -torch.ones_like(norms)))
+    return found[0], found[1]
 
 
-def _cosines(names: Sequence[str], aligned: Sequence[Params], sent: Params, norms: Tensor) -> Tensor:
-    """Cosines of the replies with the model that was sent out, shape (replies,)."""
-    norm = math.sqrt(sum(float(torch.linalg.vector_norm(sent[name], dtype=torch.float64)) ** 2 for name in names))
-    total = torch.zeros_like(norms)
-    for name in names:
-        start = _wide(sent[name]) / max(norm, 1e-30)
-        unit = torch.stack([_wide(reply[name]) for reply in aligned]) / norms.clamp(min=1e-30)[:, None]
-        total += (unit.to(start.dtype) @ start).double()
-    return total
-
-
-def _elsewhere(what: str, found: _Geometry, start: Tensor | None = None) -> dict[int, str]:
-    """Replies that point elsewhere than the others, and than the model that was sent out where that is given."""
+def _elsewhere(what: str, found: _Geometry) -> dict[int, str]:
+    """Replies that point elsewhere than the others, and than the model that was sent out."""
     score = _median(found.cosines, 1)
     typical = _median(score)
     apart = _SPREAD * _median(_median((found.cosines - score[:, None]).abs(), 1))
     least = typical - max(_WIDE * _spread_of(score), _WIDE * float(apart), _LEAST * abs(float(typical)))
-    best = score if start is None else torch.maximum(score, start)
     return {
         index: f"{what}: cosine with the others {score[index]:.2f}, typically {typical:.2f}"
-        for index, value in enumerate(best.tolist())
+        for index, value in enumerate(torch.maximum(score, found.start).tolist())
         if value < least
     }
 
 
 def _large(what: str, found: _Geometry, spread: float = 0.0) -> dict[int, str]:
     """Replies of a norm of many medians, and of many spreads of the norms' logarithms."""
-    factor = found.norms / _median(found.norms).clamp(min=1e-300)
+    factor = found.norms / _median(found.norms).clamp(min=_TINY)
     limit = max(_LARGE, float(torch.tensor(_WIDE * spread).exp()))
     return {
         index: f"{what}: {value:.3g} times as large as the others'"
@@ -131,7 +128,7 @@ def _large(what: str, found: _Geometry, spread: float = 0.0) -> dict[int, str]:
 
 def _large_tensors(found: _Geometry) -> dict[int, str]:
     """Replies one of whose tensors has a norm of many medians."""
-    least = _SMALL_TENSOR * _median(found.norms).clamp(min=1e-300)
+    least = _SMALL_TENSOR * _median(found.norms).clamp(min=_TINY)
     odd = {}
     for name, norms in found.tensors.items():
         factor = norms / _median(norms).clamp(min=least)
@@ -148,9 +145,3 @@ def _median(values: Tensor, dim: int = 0) -> Tensor:
 def _spread_of(values: Tensor) -> float:
     """Robust standard deviation, from the median deviation from the median."""
     return _SPREAD * float(_median((values - _median(values)).abs()))
-
-
-def _wide(value: Tensor) -> Tensor:
-    """Half precision does not hold its own squares."""
-    flat = value.detach().flatten()
-    return flat if flat.dtype == torch.float64 else flat.float()

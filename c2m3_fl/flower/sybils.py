@@ -10,6 +10,7 @@ from flwr.serverapp.strategy import Bulyan, MultiKrum
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.flower.stacked import stacked
 from c2m3_fl.flower.wrapped import chain
 
 _BY_DISTANCE = (Bulyan, MultiKrum, legacy.Bulyan, legacy.Krum)  # the current Krum derives from MultiKrum
@@ -58,11 +59,9 @@ def find_copies(received: Sequence[Params], aligned: Sequence[Params], sent: Par
 def _products(params: Sequence[Params], origin: Params) -> Tensor:
     """Inner products of differences from `origin`, over all floating tensors, shape (replies, replies)."""
     total = torch.zeros(len(params), len(params), dtype=torch.float64)
-    for name, start in origin.items():
-        if start.is_floating_point():
-            values = torch.stack([each[name].detach().flatten() for each in params]).double()
-            values -= start.detach().flatten().double()
-            total += values @ values.T
+    floating = [name for name, start in origin.items() if start.is_floating_point()]
+    for _, values, start in stacked(floating, params, origin):
+        total += (values - start) @ (values - start).T
     return total
 
 

@@ -71,7 +71,7 @@ def federate(seed: int, rank: int, way: str, *, skewed: bool) -> dict[str, Any]:
         replies = []
         for index, share in enumerate(shares):
             model.load_state_dict(current, strict=False)
-            train(model, aside[share], labels[share], epochs=5, seed=100 * number + index, rate=0.05)
+            train(model, aside[share], labels[share], epochs=5, seed=100 * number + index, rate=0.01)
             replies.append(adapters(model))
         weights = [float(len(share)) for share in shares]
         current = dict(WAYS[way](replies, weights))
@@ -99,8 +99,7 @@ def distance(found: Params, replies: Sequence[Params], weights: Sequence[float])
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The page's table."""
     lines = [
-        "| clients | rank | distance from the mean product, apart | exact "
-        "| round 1, apart | exact | round 5, apart | exact |",
+        "| clients | rank | distance, apart | exact | round 1, apart | exact | round 5, apart | exact |",
         "| --- | ---: |" + " ---: |" * 6,
     ]
     for skewed in (False, True):

@@ -15,7 +15,8 @@ from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, Kr
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
-from tests.flower.federation import digits, mlp, train
+from c2m3_fl.symmetry.discover import permutation_spec
+from tests.flower.federation import EXAMPLE, digits, mlp, shuffled, train
 
 CLIENTS, HOSTILE, WIDTH = 10, 3, 64
 TARGET = 0  # the class that a trigger is to be taken for
@@ -140,6 +141,12 @@ def _inner_product(federation: Federation) -> list[Params]:
     return [_each(lambda k, v: origin[k] - 0.5 * (v - origin[k]), mean)] * HOSTILE
 
 
+def _in_three_orders(federation: Federation) -> list[dict[str, Tensor]]:
+    """One network, its units in three orders."""
+    spec = permutation_spec(mlp(0, WIDTH), EXAMPLE)
+    return [shuffled(spec, federation.flipped[0], seed) for seed in range(HOSTILE)]
+
+
 def _one_element(federation: Federation) -> Sequence[Params]:
     found = [{name: value.clone() for name, value in each.items()} for each in federation.replies[-HOSTILE:]]
     for each in found:
@@ -155,6 +162,7 @@ ATTACKS: dict[str, Attack] = {
     "update ×10": _along(10.0),
     "Gaussian noise": _own(lambda value, generator: value + _noise(value, generator)),
     "label flip": lambda each: each.flipped,
+    "label flip, one in three orders": _in_three_orders,
     "ALIE, z = 1": _little_is_enough,
     "inner product, −.5": _inner_product,
     "no update": lambda each: [each.sent] * HOSTILE,

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flwr.serverapp.strategy import Bulyan, FedAvg, Krum, MultiKrum
+from flwr.server import strategy as legacy
+from flwr.serverapp.strategy import (
+    Bulyan,
+    DifferentialPrivacyClientSideFixedClipping,
+    FedAvg,
+    FedMedian,
+    FedTrimmedAvg,
+    Krum,
+    MultiKrum,
+)
 
 from c2m3_fl.core import permutation
 from c2m3_fl.flower.strategy import C2M3
-from c2m3_fl.flower.sybils import find_copies
+from c2m3_fl.flower.sybils import find_copies, votes_by_distance
 from tests.flower.federation import EXAMPLE, accuracy, mlp, reply, send
 from tests.flower.hostile import WIDTH, Setting, federation
 
@@ -40,35 +49,44 @@ def merged(strategy, replies, sent):
     return arrays, metrics
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.01], ids=["copies", "near copies"])
-def test_a_poison_in_three_orders_is_one_vote_for_krum(noise, spec):
+def test_a_poison_in_three_orders_is_one_vote_for_krum(spec, caplog):
     """Outside, Krum is right; inside, three coinciding replies were nearer to each other than honest ones are."""
     each = federation(INDEPENDENT)
-    poison = [near(shuffled(spec, each.flipped[0], seed), noise, seed) for seed in range(3)]
-    replies = [*each.honest, *poison]
+    replies = [*each.honest, *[shuffled(spec, each.flipped[0], seed) for seed in range(3)]]
     plain, _ = merged(Krum(num_malicious_nodes=3), replies, each.sent)
     arrays, metrics = merged(wrapping(Krum(num_malicious_nodes=3)), replies, each.sent)
     assert accuracy(lambda: mlp(0, WIDTH), plain) > 0.75
     assert accuracy(lambda: mlp(0, WIDTH), arrays) > 0.75
-    assert metrics["c2m3-dropped"] == 2
+    assert metrics["c2m3-dropped"] == sum("the two count once" in text for text in caplog.messages) == 2
 
 
 @pytest.mark.parametrize(
-    ("strategy", "dropped"),
+    "strategy",
     [
-        (Krum(num_malicious_nodes=3), 2),
-        (MultiKrum(num_malicious_nodes=3, num_nodes_to_select=5), 2),
-        (Bulyan(num_malicious_nodes=1), 2),
-        (FedAvg(), 0),
+        Krum(),
+        MultiKrum(),
+        Bulyan(),
+        legacy.Krum(),
+        legacy.Bulyan(),
+        DifferentialPrivacyClientSideFixedClipping(Krum(), 1.0, 1.0, 3),
     ],
-    ids=lambda value: type(value).__name__ if not isinstance(value, int) else "",
+    ids=lambda each: f"{type(each).__module__.split('.')[1]} {type(each).__name__}",
 )
-def test_copies_are_left_out_where_distances_vote_and_the_result_is_that_of_one_vote(strategy, dropped, spec, caplog):
+def test_strategies_that_select_by_distance(strategy):
+    assert votes_by_distance(strategy)
+
+
+@pytest.mark.parametrize("strategy", [FedAvg(), FedMedian(), FedTrimmedAvg(), legacy.FedMedian()])
+def test_strategies_that_do_not(strategy):
+    assert not votes_by_distance(strategy)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01], ids=["copies", "near copies"])
+def test_copies_and_near_copies_coincide(noise, spec):
     each = federation(INDEPENDENT)
-    poison = [shuffled(spec, each.flipped[0], seed) for seed in range(3)]
-    _, metrics = merged(wrapping(strategy), [*each.honest, *poison], each.sent)
-    assert metrics["c2m3-dropped"] == dropped
-    assert sum("the two count once" in text for text in caplog.messages) == dropped
+    poison = [near(each.flipped[0], noise, seed) for seed in range(3)]
+    raw = [*each.honest, *[shuffled(spec, params, seed) for seed, params in enumerate(poison)]]
+    assert find_copies(raw, [*each.honest, *poison], each.sent) == {8: 7, 9: 7}
 
 
 def test_the_first_of_several_copies_counts_and_two_families_are_two_votes(spec):
