@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from logging import WARNING
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from flwr.supercore import log
-from torch import Tensor
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
@@ -25,18 +24,18 @@ from c2m3_fl.core.starts import Start
 from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.memory import Memory
+from c2m3_fl.flower.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.progress import MatchLog
 
 Mode = Literal["joint", "separate"]
 Basis = Literal["global", "largest", "client"] | int
-Value = TypeVar("Value")
 SecondStart = Callable[[Sequence[Params], Sequence[float]], Sequence[Permutation] | None]
 
 # Share of moved units beyond which a reply has come from another basis: feedback="moved" trains the deployed model, and
-# deep networks are matched from their activations as well. About the geometric mean of the largest
-# share of a round from a shared start (.194, two classes a client, 5 epochs; else at most .094) and the smallest of a
-# first round from own starts (.953). Digits, MLP 64-32-32-10, 5 clients, IID, Dirichlet .1 and two classes, 1 and 5
-# local epochs, learning rates .1 and .02, 8 rounds, seeds 10 and 11, which no table shows.
+# deep networks are matched from their activations as well. About the geometric mean of the largest share of a round
+# from a shared start (.194, two classes a client, 5 epochs; else at most .094) and the smallest of a first round from
+# own starts (.953). Digits, MLP 64-32-32-10, 5 clients, IID, Dirichlet .1 and two classes, 1 and 5 local epochs,
+# learning rates .1 and .02, 8 rounds, seeds 10 and 11, which no table shows.
 MOVED = 0.4
 _IMAGES = 6  # models that a match holds for every node: see `tests.benchmarks.rounds`
 
@@ -67,6 +66,8 @@ class RoundMatch:
         Wall-clock time.
     on_cpu : bool
         Whether the accelerator ran out of memory and the CPU took over.
+    timed_out : bool
+        Whether the clock ended the search.
     """
 
     params: tuple[Params, ...]
@@ -217,7 +218,10 @@ class Aligner:
         ends = found.objectives[0], found.objectives[-1]
         numbers = ends, found.gap, found.gain, found.steps, found.timed_out
         universe = [_moved(self.spec, perm, reply) for perm, reply in zip(found.permutations, located, strict=True)]
-        onto = self._into(sent, weighted_mean(universe, pulls))
+        mean = weighted_mean(universe, pulls)
+        onto = into_basis(
+            self.spec, sent, mean, max_steps=self.max_steps, tolerance=self.tolerance, max_seconds=self._seconds
+        )
         maps = [permutation.compose(onto, perm) for perm in found.permutations]
         return _Found([permutation.compose(perm, start) for perm, start in zip(maps, starts, strict=True)], *numbers)
 
@@ -262,11 +266,6 @@ class Aligner:
             max_seconds=self._seconds,
         )
 
-    def _into(self, sent: Params, params: Params) -> dict[str, Tensor]:
-        return into_basis(
-            self.spec, sent, params, max_steps=self.max_steps, tolerance=self.tolerance, max_seconds=self._seconds
-        )
-
     @property
     def _seconds(self) -> float | None:
         """What is left of the time for this round's search."""
@@ -294,19 +293,6 @@ class Aligner:
             log(WARNING, "\t> node %s did not reply: this round ends in the basis of the last global model", self.basis)
             return unmoved
         return [permutation.between(moves[chosen], move) for move in moves], permutation.invert(moves[chosen])
-
-
-def with_cpu_fallback(compute: Callable[[torch.device], Value], device: torch.device, what: str) -> tuple[Value, bool]:
-    """Compute on `device`, or on the CPU when that runs out of memory; and whether it did."""
-    try:
-        return compute(device), False
-    except torch.OutOfMemoryError:
-        if device.type == "cpu":
-            raise
-        log(WARNING, "\t> %s: %s is out of memory, going on on the CPU", what, device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return compute(torch.device("cpu")), True
 
 
 def _moved(spec: PermutationSpec, perm: Permutation, params: Params) -> Params:

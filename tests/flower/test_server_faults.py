@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from c2m3_fl.errors import CalibrationError, ParamsError
 from c2m3_fl.flower import aligner
-from c2m3_fl.flower.aligner import with_cpu_fallback
+from c2m3_fl.flower.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.records import to_params
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (
