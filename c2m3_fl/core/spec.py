@@ -46,6 +46,8 @@ class PermutationSpec:
         One entry for every tensor of the state dict, in its order.
     pins : tuple of Pin
         The axes that no rule covers, with the reason.
+    proven : tuple of str
+        Modes and batch sizes of the network in which the groups were proven; specs that differ in it are equal.
 
     Raises
     ------
@@ -57,6 +59,7 @@ class PermutationSpec:
     groups: Mapping[str, Group]
     tensors: Mapping[str, TensorSpec]
     pins: tuple[Pin, ...] = field(default=())
+    proven: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for name, group in self.groups.items():

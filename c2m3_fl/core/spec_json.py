@@ -25,6 +25,7 @@ def to_json(spec: PermutationSpec) -> str:
         "groups": {name: {"size": group.size, "parent": group.parent} for name, group in spec.groups.items()},
         "tensors": {name: _pack_tensor(tensor) for name, tensor in spec.tensors.items()},
         "pins": [[pin.tensor, pin.axis, pin.reason, pin.operator, pin.module] for pin in spec.pins],
+        "proven": spec.proven,
     }
     return json.dumps(document, separators=(",", ":"))
 
@@ -49,7 +50,8 @@ def from_json(text: str) -> PermutationSpec:
         _check_sizes(groups, document["tensors"])
         tensors = {name: _unpack_tensor(name, entry, groups) for name, entry in document["tensors"].items()}
         pins = tuple(Pin(*entry) for entry in document["pins"])
-        return PermutationSpec(groups, tensors, pins)
+        proven = tuple(str(each) for each in document.get("proven", ()))
+        return PermutationSpec(groups, tensors, pins, proven)
     except SpecError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:

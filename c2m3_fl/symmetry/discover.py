@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from functools import partial
+import warnings
+from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from c2m3_fl.core.spec import PermutationSpec
-from c2m3_fl.errors import SpecError, TraceError
-from c2m3_fl.network.calibration import ExampleInputs, Inputs, as_inputs
+from c2m3_fl.network.calibration import ExampleInputs, as_inputs
 from c2m3_fl.network.calls import Outputs, choose_outputs
-from c2m3_fl.network.exporting import aliases, export
-from c2m3_fl.symmetry.build_spec import build_spec
-from c2m3_fl.symmetry.facts import Structure
-from c2m3_fl.symmetry.pinning import without
-from c2m3_fl.symmetry.proof import Prover, guilty
-from c2m3_fl.symmetry.tracing import is_plain, label_graph
+from c2m3_fl.symmetry.accept import Invariance, prove, require, smallest
+from c2m3_fl.symmetry.derive import derive, tensors, trace
+from c2m3_fl.symmetry.proof import Prover
+from c2m3_fl.symmetry.settings import Setting, survey
 
-_DRAWS = 2  # a single random permutation of a wrong group may by chance be a symmetry
+__all__ = ["check_invariance", "derive", "permutation_spec", "prove", "require_invariance"]
+
+_SHOWN = 5  # names in a warning
 
 
 def permutation_spec(
@@ -98,10 +97,42 @@ def permutation_spec(
     {}
     """
     inputs, model = as_inputs(example_inputs), choose_outputs(model, outputs)
-    spec, modes = derive(model, inputs, pin=pin)
-    for training in modes:
-        spec = prove(spec, Prover(model, inputs, training=training))
-    return spec
+    found = trace(model, inputs, pin=pin)
+    provers = _provers(model, found.settings)
+    _warn(model, found.unused, provers)
+    return prove(found.spec, *provers)
+
+
+def _provers(model: nn.Module, settings: Iterable[Setting]) -> list[Prover]:
+    return [Prover(model, setting.inputs, training=setting.training) for setting in settings]
+
+
+def _warn(model: nn.Module, unused: tuple[str, ...], provers: list[Prover]) -> None:
+    """Say what the caller should know about a network from which a spec is derived."""
+    if unused:
+        more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""
+        warnings.warn(
+            f"forward() of {type(model).__name__} does not use {', '.join(unused[:_SHOWN])}{more}: nothing is known "
+            "about their units, so they are averaged in their present order. Pass a module whose forward() runs all "
+            "of the network, such as a wrapper that returns the outputs of every part, or leave them out of it",
+            stacklevel=3,
+        )
+    broken = [
+        name for name, value in tensors(model).items() if value.is_floating_point() and not value.isfinite().all()
+    ]
+    params = dict(model.named_parameters(remove_duplicate=False))
+    if broken := [name for name in broken if name in params]:
+        warnings.warn(
+            f"parameters {broken[:_SHOWN]} hold entries that are not finite: the groups are proven with random numbers "
+            "in their place",
+            stacklevel=3,
+        )
+    if not any(prover.tells for prover in provers):
+        warnings.warn(
+            f"all outputs of {type(model).__name__} are zero or not finite for these inputs: its groups are proven by "
+            "the results inside the network alone",
+            stacklevel=3,
+        )
 
 
 def check_invariance(
@@ -112,7 +143,7 @@ def check_invariance(
     outputs: Outputs | None = None,
     draws: int = 1,
     seed: int = 0,
-) -> float:
+) -> Invariance:
     """Largest relative change of any output under random permutations of all groups at once.
 
     The comparison runs on a copy of the network in evaluation mode and in double precision (in single precision if
@@ -135,9 +166,10 @@ def check_invariance(
 
     Returns
     -------
-    float
-        Rounding stays below 1e-9 in double and below 1e-4 in single precision. Infinite if all outputs are zero or
-        not finite.
+    Invariance
+        A float: rounding stays below 1e-9 in double and below 1e-4 in single precision; infinite if all outputs are
+        zero or not finite. Its attribute `power` holds, for every group on several axes, the smallest change that a
+        wrong permutation of one of them alone would cause.
 
     Raises
     ------
@@ -177,9 +209,10 @@ def check_invariance(
         ...
     c2m3_fl.errors.SpecError: groups ['hidden'] change the outputs (relative error ...); correct their segments ...
     """
-    spec.check(_tensors(model), "model")
+    spec.check(tensors(model), "model")
     prover = Prover(choose_outputs(model, outputs), as_inputs(example_inputs), seed=seed)
-    return max(prover.error(spec) for _ in range(draws))
+    error = max(prover.error(spec) for _ in range(draws))
+    return Invariance(error, smallest(prover.power(spec), spec.groups))
 
 
 def require_invariance(model: nn.Module, spec: PermutationSpec, example_inputs: ExampleInputs) -> None:
@@ -199,76 +232,8 @@ def require_invariance(model: nn.Module, spec: PermutationSpec, example_inputs: 
     ParamsError
         When the spec does not describe this network's tensors.
     SpecError
-        When a permutation that the spec allows changes the outputs, naming the groups at fault.
+        When a permutation that the spec allows changes the outputs, or results inside the network, naming the groups
+        at fault; also when a wrong permutation would not show with these inputs.
     """
-    spec.check(_tensors(model), "model")
-    prover = Prover(model, as_inputs(example_inputs))
-    if _fails(spec, prover, None):
-        found = guilty(partial(_fails, spec, prover), list(spec.groups)) or list(spec.groups)
-        raise SpecError(
-            f"groups {found} change the outputs (relative error {prover.error(spec, found):.1e}, expected below "
-            f"{prover.tolerance:.0e}); correct their segments or leave them out, or derive the spec by permutation_spec"
-        )
-
-
-def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tuple[PermutationSpec, tuple[bool, ...]]:
-    """The spec that tracing finds, before any check on numbers, and the modes (training or not) of the traces.
-
-    If evaluation mode leaves parameters unused, training mode is traced as well: it runs auxiliary heads.
-    """
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"model is a {type(model).__name__}, expected a module; pass the network itself, Net()")
-    structure = Structure()
-    state = _tensors(model)
-    first_name = aliases(model)
-    own = {name for name, value in state.items() if first_name.get(name, name) == name and value.ndim}
-    modes: tuple[bool, ...] = (False,)
-    unused = ""
-    used = label_graph(export(model, inputs, is_plain), model, structure)
-    if own - used:
-        try:
-            used |= label_graph(export(model, inputs, is_plain, training=True), model, structure)
-            modes, unused = (False, True), "not used by the forward pass"
-        except TraceError:
-            unused = "not used in evaluation mode, and training mode cannot be traced with these inputs"
-    structure.operator = structure.module = ""
-    for name in sorted(own - used):
-        for dim, size in enumerate(state[name].shape):
-            structure.pin(structure.axis(name, dim, size), unused)
-    _pin_named(structure, state, first_name, pin)
-    buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
-    return build_spec(structure, state, first_name, buffers), modes
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the state dict; other entries are left out."""
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-
-
-def _pin_named(structure: Structure, state: dict[str, Tensor], first_name: dict[str, str], pin: Iterable[str]) -> None:
-    for entry in [pin] if isinstance(pin, str) else pin:
-        name, _, axis = entry.partition(":")
-        if name not in state:
-            raise SpecError(f"pin {entry!r}: the network has no tensor {name!r}; its names are those of state_dict()")
-        dims = range(state[name].ndim)
-        if axis and (not axis.isdecimal() or int(axis) not in dims):
-            raise SpecError(f"pin {entry!r}: {name!r} has axes {list(dims)}, not {axis!r}")
-        source = first_name.get(name, name)
-        for dim in [int(axis)] if axis else dims:
-            structure.pin(structure.axis(source, dim, state[name].shape[dim]), "pinned by the user")
-
-
-# ----------------------------------------------------------------------------------------------------------- proof
-
-
-def prove(spec: PermutationSpec, prover: Prover) -> PermutationSpec:
-    """Pin groups until no remaining group changes the outputs."""
-    while spec.groups and _fails(spec, prover, None):
-        found = guilty(partial(_fails, spec, prover), list(spec.groups))
-        for name in found or list(spec.groups):
-            spec = without(spec, name, "fails the numerical proof")
-    return spec
-
-
-def _fails(spec: PermutationSpec, prover: Prover, chosen: Collection[str] | None) -> bool:
-    return any(not prover.error(spec, chosen) <= prover.tolerance for _ in range(_DRAWS))
+    spec.check(tensors(model), "model")
+    require(spec, _provers(model, survey(model, as_inputs(example_inputs)).distinct))

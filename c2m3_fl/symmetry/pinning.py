@@ -20,7 +20,7 @@ def without(spec: PermutationSpec, group: str, reason: str) -> PermutationSpec:
     pins = tuple(Pin(tensor, axis, reason) for tensor, axis in spec.members(group))
     groups = {name: value for name, value in spec.groups.items() if name != group}
     tensors = {name: _freed(value, group, parent, spec) for name, value in spec.tensors.items()}
-    return PermutationSpec(groups, tensors, spec.pins + pins)
+    return replace(spec, groups=groups, tensors=tensors, pins=spec.pins + pins)
 
 
 def _freed(tensor: TensorSpec, group: str, parent: str | None, spec: PermutationSpec) -> TensorSpec:

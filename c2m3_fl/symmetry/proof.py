@@ -1,4 +1,4 @@
-"""Numerical proof: a network with permuted units must compute the same outputs."""
+"""Numerical proof: a network with permuted units must compute the same outputs, inside as well as at its end."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
-from c2m3_fl.core.permutation import Permutation, apply, identity, random
+from c2m3_fl.core.permutation import apply
 from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.errors import TraceError
 from c2m3_fl.network.calibration import Inputs
 from c2m3_fl.network.calls import tensors_in
 from c2m3_fl.network.copying import in_precision, private_copy
 from c2m3_fl.network.exporting import aliases, mode, plain_attention, require_runs
+from c2m3_fl.symmetry.generic import generic, generic_inputs
+from c2m3_fl.symmetry.moves import Carrier, Move, alone, places, restrict, stirring
+from c2m3_fl.symmetry.recording import Recorder, Tape
+from c2m3_fl.symmetry.replay import Replayed, replay
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; rounding alone stays below
+VISIBLE = 100.0  # a wrong permutation must change something by as many tolerances
 
 
 class Prover:
@@ -38,87 +43,177 @@ class Prover:
     Raises
     ------
     TraceError
-        When the network cannot be called with the inputs.
+        When the network cannot be called with the inputs, or when its outputs are empty.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, *, seed: int = 0, training: bool = False) -> None:
         self._training = training
         self._first_name = aliases(model)
-        try:
-            self._prepare(model, inputs, torch.float64, seed)
-        except Exception:  # a constant or a cast inside the network requires single precision
-            with mode(model, training=training):
-                require_runs(model, inputs)
-            self._prepare(model, inputs, torch.float32, seed)
+        self._tape: Tape | None = None
+        self._base: Replayed | None = None
+        self._rescale = True
+        self.single = False
+        attempts = [(torch.float64, True), (torch.float64, False), (torch.float32, False)]
+        for dtype, varied in attempts:
+            try:
+                self._prepare(model, inputs, dtype, seed, varied=varied)
+            except Exception:  # the network insists on a precision, or on its own parameters
+                if dtype == torch.float32:
+                    with mode(model, training=training):
+                        require_runs(model, inputs)
+                    raise
+            else:
+                if self.tells or not varied:
+                    break
+        if not any(value.numel() for value in self._expected):
+            raise TraceError(
+                f"{type(model).__name__} returns nothing for the example inputs: they are empty; pass a batch of at "
+                "least one example"
+            )
 
-    def _prepare(self, model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> None:
+    def _prepare(self, model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int, *, varied: bool) -> None:
         self.dtype = dtype
         self.generator = torch.Generator().manual_seed(seed)
         self._module = in_precision(private_copy(model).cpu(), dtype)
-        self._inputs = _cast(inputs, dtype, self.generator)
+        self._inputs = generic_inputs(inputs, dtype, self.generator)
         state: Mapping[str, Any] = self._module.state_dict()
         own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        self._params = generic(own, self.generator, self._first_name)
-        self._expected = self._run(self._params)
+        buffers = {name for name, _ in self._module.named_buffers(remove_duplicate=False)}
+        self._params = generic(own, buffers, self.generator, self._first_name, varied=varied)
+        self._expected = self._run(self._params, record=dtype == torch.float64)
+
+    @property
+    def tells(self) -> bool:
+        """Whether any output is finite and not zero, and so would show a change."""
+        return any(_tells(leaf) for leaf in self._expected)
+
+    @property
+    def sees(self) -> bool:
+        """Whether anything would show a change: an output, or a result inside the network."""
+        return self.tells or self._replayed() is not None
 
     @property
     def tolerance(self) -> float:
         """Largest relative error that rounding explains."""
-        return TOLERANCE[self.dtype]
+        return TOLERANCE[torch.float32 if self.single else self.dtype]
 
     def error(self, spec: PermutationSpec, chosen: Collection[str] | None = None) -> float:
         """Largest relative change of any output when a random permutation moves each of the `chosen` groups (all).
 
         Infinite if all outputs are zero or not finite: then no change would show.
         """
-        if not any(_tells(leaf) for leaf in self._expected):
+        if not self.tells:
             return float("inf")
-        perm = stirring(spec, self.generator)
-        if chosen is not None:
-            perm = restrict(spec, perm, chosen)
-        return difference(self._expected, self._run(apply(spec, perm, self._params)))
+        return difference(self._expected, self._run(apply(spec, self._perm(spec, chosen), self._params)))
 
-    def _run(self, params: Params) -> list[Tensor]:
-        first = {name: value.clone() if value.ndim == 0 else value for name, value in params.items()}
+    def hidden_error(self, spec: PermutationSpec, chosen: Collection[str] | None = None) -> float:
+        """The same for the outputs of the rescaled network and for the results of all operators inside it.
+
+        0 if the run cannot be replayed.
+        """
+        if self._tape is None:
+            return 0.0
+        return self._change(apply(spec, self._perm(spec, chosen), self._params))
+
+    def fails(self, spec: PermutationSpec, chosen: Collection[str] | None = None) -> bool:
+        """Whether a random permutation of the `chosen` groups (all) changes the outputs, or anything inside."""
+        if self.tells and not self.error(spec, chosen) <= self.tolerance:
+            return True
+        return not self.hidden_error(spec, chosen) <= self.tolerance
+
+    def power(self, spec: PermutationSpec) -> dict[str, dict[Carrier, float]]:
+        """By how much a permutation of one carrier alone would change an output, or a result inside the network.
+
+        Returns
+        -------
+        dict of str to dict
+            For every group, its carriers, which are the axes that move with it, and the change, estimated to first
+            order and measured where that is too small to show. A group with a single carrier has no wrong permutation
+            of this kind, and no entry.
+        """
+        base = self._replayed()
+        gradients = base.gradients if base is not None else {}
+        found: dict[str, dict[Carrier, float]] = {}
+        for name, held in places(spec).items():
+            family = (name, *spec.children(name))
+            perm = restrict(spec, stirring(spec, self.generator), [name])
+            own = [one for one in held if self._first_name.get(one[0], one[0]) == one[0]]
+            moves = {one: moved for one in own if (moved := alone(spec, one, family, perm)) is not None}
+            if len(moves) > 1:
+                found[name] = {one: self._visible(spec, one[0], moved, gradients) for one, moved in moves.items()}
+        return found
+
+    def _visible(self, spec: PermutationSpec, name: str, moved: Move, gradients: Mapping[str, Tensor]) -> float:
+        """The change that the move of one axis alone causes: by the gradient, or measured where that shows nothing."""
+        value, whole = self._params[name], spec.tensors[name]
+        change = moved.change(value, gradients[name], whole) if name in gradients else 0.0
+        if change >= VISIBLE * self.tolerance:
+            return change
+        return self._change({**self._params, name: moved.apply(value, whole)})
+
+    def _perm(self, spec: PermutationSpec, chosen: Collection[str] | None) -> dict[str, Tensor]:
+        perm = stirring(spec, self.generator)
+        return perm if chosen is None else restrict(spec, perm, chosen)
+
+    def _change(self, params: Params) -> float:
+        """Largest relative change, by other parameters, of the outputs or of a result inside the network."""
+        base = self._replayed()
+        if base is None:
+            return difference(self._expected, self._run(params)) if self.tells else 0.0
+        try:
+            other = self._replay(params)
+        except (RuntimeError, ValueError, IndexError):  # shapes that depend on values
+            return difference(self._expected, self._run(params)) if self.tells else 0.0
+        if base.prints.keys() != other.prints.keys():
+            return float("inf")
+        prints = max((abs(value - other.prints[key]) for key, value in base.prints.items()), default=0.0)
+        return max(prints, difference(base.outputs, other.outputs))
+
+    def _replayed(self) -> Replayed | None:
+        """The replay with the prover's own parameters, and its gradients where they exist."""
+        if self._base is None and self._tape is not None:
+            for gradients, rescale in ((True, True), (True, False), (False, True)):
+                try:
+                    self._base = self._replay(self._params, gradients=gradients, rescale=rescale)
+                except (RuntimeError, ValueError, IndexError):
+                    continue
+                if all(
+                    a.isfinite().all() or not b.isfinite().all()
+                    for a, b in zip(self._base.outputs, self._expected, strict=True)
+                ):
+                    self._rescale = rescale
+                    return self._base
+            self._base = self._tape = None
+        return self._base
+
+    def _replay(self, params: Params, *, gradients: bool = False, rescale: bool | None = None) -> Replayed:
+        assert self._tape is not None  # callers check
+        rescale = self._rescale if rescale is None else rescale
+        return replay(self._tape, self._outputs, params, gradients=gradients, rescale=rescale)
+
+    def _run(self, params: Params, *, record: bool = False) -> list[Tensor]:
+        buffers = {name for name, _ in self._module.named_buffers(remove_duplicate=False)}
+        first = {name: value.clone() if name in buffers or value.ndim == 0 else value for name, value in params.items()}
         first = {name: value for name, value in first.items() if self._first_name.get(name, name) == name}
         args, kwargs = copy.deepcopy(self._inputs)
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), plain_attention():
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            plain_attention(),
+            mode(self._module, training=self._training),
+        ):
             torch.manual_seed(0)
-            with mode(self._module, training=self._training):
+            if self.dtype != torch.float64:
                 out = functional_call(self._module, first, args, kwargs)
-        return [leaf.detach().clone() for leaf in tensors_in(out)]
-
-
-def stirring(spec: PermutationSpec, generator: torch.Generator) -> dict[str, Tensor]:
-    """A random permutation that is not the identity on any group, however small."""
-    perm = random(spec, generator)
-    for name in spec.roots:
-        if torch.equal(perm[name], torch.arange(len(perm[name]))):
-            perm[name] = perm[name].roll(1)
-    for name, group in spec.groups.items():
-        if group.parent is not None:
-            outer = perm[group.parent]
-            inner = (perm[name] % (group.size // len(outer))).reshape(len(outer), -1)
-            if bool((inner == torch.arange(inner.shape[1])).all()):
-                inner = inner.roll(1, dims=1)
-            perm[name] = (outer[:, None] * inner.shape[1] + inner).reshape(-1)
-    return perm
-
-
-def restrict(spec: PermutationSpec, perm: Permutation, chosen: Collection[str]) -> dict[str, Tensor]:
-    """The part of a permutation that moves the `chosen` groups only; other nested units follow their blocks."""
-    result = identity(spec)
-    for name in spec.roots:
-        if name in chosen:
-            result[name] = perm[name]
-    for name, group in spec.groups.items():
-        if group.parent is None:
-            continue
-        block = group.size // spec.groups[group.parent].size
-        outer = result[group.parent]
-        inner = (perm[name] % block).reshape(-1, block) if name in chosen else torch.arange(block)
-        result[name] = (outer[:, None] * block + inner).reshape(-1)
-    return result
+                return [leaf.detach().clone() for leaf in tensors_in(out)]
+            recorder = Recorder(first)
+            with recorder:
+                out = functional_call(self._module, first, args, kwargs)
+            leaves = list(tensors_in(out))
+            if record:
+                self._outputs = [recorder.ref(leaf).number for leaf in leaves]
+                self._tape, self.single = recorder.tape, recorder.tape.single
+        return [leaf.detach().clone() for leaf in leaves]
 
 
 def guilty(bad: Callable[[list[str]], bool], groups: list[str]) -> list[str]:
@@ -131,44 +226,6 @@ def guilty(bad: Callable[[list[str]], bool], groups: list[str]) -> list[str]:
     return guilty(bad, groups[:half]) + guilty(bad, groups[half:]) or groups[:half]
 
 
-def generic(params: Params, generator: torch.Generator, first_name: Mapping[str, str]) -> dict[str, Tensor]:
-    """The same params with constant tensors randomised: zeros (heads) or ones (scales) would hide an error."""
-    result: dict[str, Tensor] = {}
-    for name, value in params.items():
-        first = first_name.get(name, name)
-        if first in result:
-            result[name] = result[first]
-        elif value.is_floating_point() and value.numel() > 1 and bool((value == value.flatten()[0]).all()):
-            result[name] = _spread(value, generator)
-        else:
-            result[name] = value
-    return result
-
-
-def _spread(value: Tensor, generator: torch.Generator) -> Tensor:
-    if float(value.flatten()[0]) != 0.0:
-        size: Tensor = 0.5 + torch.rand(value.shape, generator=generator)
-        return value.sign() * size.to(value)
-    fan_in = max(1, value[0].numel()) if value.ndim > 1 else 4
-    noise: Tensor = torch.randn(value.shape, generator=generator) / fan_in**0.5
-    return noise.to(value)
-
-
-def _cast(inputs: Inputs, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-    def cast(value: Any) -> Any:  # noqa: ANN401  # inputs may hold anything
-        if not isinstance(value, Tensor):
-            return value
-        value = value.detach().cpu()
-        if not value.is_floating_point():
-            return value
-        if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
-            value = torch.randn(value.shape, generator=generator)  # constant inputs would hide errors
-        return value.to(dtype)
-
-    found: Inputs = pytree.tree_map(cast, inputs)
-    return found
-
-
 def _tells(output: Tensor) -> bool:
     """Whether an output would show a change."""
     return not output.is_floating_point() or bool((output.isfinite() & (output != 0)).any())
@@ -178,6 +235,8 @@ def difference(expected: list[Tensor], found: list[Tensor]) -> float:
     """Largest relative difference of corresponding tensors; infinite where only one of two entries is finite."""
     worst = 0.0
     for a, b in zip(expected, found, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
         if not a.is_floating_point():
             worst = max(worst, float((a != b).any()))
         elif not torch.equal(a.isfinite(), b.isfinite()):

@@ -178,12 +178,46 @@ def test_nothing_hides_behind_zeros_and_ones() -> None:
     assert check_invariance(network, _left_behind(spec, "3", "3.bias", 0), SMALL["mlp"][1]) > 1e-3
 
 
-def test_outputs_that_cannot_show_a_change_prove_nothing() -> None:
-    spec = permutation_spec(
-        Lambda(lambda net, x: net.b(net.a(x)) * 0, a=nn.Linear(4, 6), b=nn.Linear(6, 2)), noise(2, 4)
-    )
-    assert not spec.groups
-    assert {pin.reason for pin in spec.pins if pin.tensor == "a.bias"} == {"fails the numerical proof"}
+def test_outputs_that_are_always_zero_are_named_and_groups_are_proven_inside() -> None:
+    network = Lambda(lambda net, x: net.b(net.a(x)) * 0, a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    with pytest.warns(UserWarning, match="all outputs of Lambda are zero or not finite"):
+        spec = permutation_spec(network, noise(2, 4))
+    assert list(spec.groups) == ["a"]
+
+
+def test_a_parameter_that_is_not_finite_is_named_and_costs_nothing() -> None:
+    network = build("mlp")
+    with torch.no_grad():
+        network[3].weight[0, 0] = torch.nan
+    with pytest.warns(UserWarning, match=r"\['3.weight'\] hold entries that are not finite"):
+        spec = permutation_spec(network, SMALL["mlp"][1])
+    assert spec == traced("mlp").spec
+
+
+def test_an_empty_batch_is_named() -> None:
+    with pytest.raises(TraceError, match="they are empty; pass a batch of at least one example"):
+        permutation_spec(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.zeros(0, 4))
+
+
+def test_dropout_that_is_always_on_costs_nothing() -> None:
+    network = Lambda(lambda net, x: net.b(nn.functional.dropout(net.a(x), 0.5)), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    assert list(permutation_spec(network, noise(2, 4)).groups) == ["a"]
+
+
+class Encoder(nn.Module):
+    """An autoencoder whose forward pass is the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encode(x)
+
+
+def test_parameters_that_forward_does_not_use_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"forward\(\) of Encoder does not use decode.bias, decode.weight: (?s:.*)wrapper"):
+        permutation_spec(Encoder(), noise(2, 4))
 
 
 # --------------------------------------------------------------------------------------------------------- overrides
