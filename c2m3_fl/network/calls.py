@@ -91,7 +91,7 @@ def tensors_in(found: object) -> Iterator[Tensor]:
 
 
 def _chosen(outputs: Outputs) -> tuple[str | int, ...]:
-    names = (outputs,) if isinstance(outputs, str | int) else tuple(outputs)
+    names = tuple(outputs) if isinstance(outputs, list | tuple) else (outputs,)
     if not names or not all(type(each) in (str, int) for each in names):
         raise ConfigError(f"outputs is {outputs!r}, expected the name or the place of an output, or several of them")
     return names
