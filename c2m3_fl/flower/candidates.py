@@ -206,7 +206,7 @@ class Candidates:
                 ),
             )
         elif setup.refit is not None:
-            log(INFO, "\t> no refit by the clients: there are no replies in this round")
+            log(INFO, "\t> no refit by the clients: the replies that the trajectory was aggregated from are gone")
         if setup.head is None or (setup.offered and not self._offers(setup.head, clients)):
             return
         final, newest = self.last, list(self.params)[-1]

@@ -16,7 +16,7 @@ from c2m3_fl.flower.acceptance import Gate, entry_numbers
 from c2m3_fl.flower.deployment import Clients, Deployed, Request, deploy, wants_plain
 from c2m3_fl.flower.metrics import KEPT, Numbers, report_kept
 from c2m3_fl.flower.replies import Sorted, check_shared_fault
-from c2m3_fl.flower.rounds import Aggregate, Outcome, RoundStart, run_round
+from c2m3_fl.flower.rounds import Aggregate, AlignedReplies, Outcome, RoundStart, run_round
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.two_models import PREFIX, TwoModels
 from c2m3_fl.flower.wrapped import ignores_weights, typed_like
@@ -52,6 +52,7 @@ class Server:
         self.idle = 0
         self._gate = Gate(setup)
         self._incoming: Params = {}
+        self._waiting: AlignedReplies | None = None  # to the pending deployment, for a refit
         self._said = self._unjudged = self._headless = False
 
     def rebuild(self, setup: Setup) -> None:
@@ -61,7 +62,7 @@ class Server:
     def begin_run(self, num_rounds: int) -> None:
         """Forget the trajectory of an earlier run; the last of `num_rounds` rounds deploys."""
         self.models.forget()
-        self.total, self.idle = num_rounds, 0
+        self.total, self.idle, self._waiting = num_rounds, 0, None
 
     def next_start(self, incoming: Params) -> Params:
         """What clients train next: the trajectory, or `incoming` where it is a new start."""
@@ -116,6 +117,7 @@ class Server:
         deployed = deploy(self.setup, Request(*asked, offers=not self._headless))
         self._say(deployed)
         pending = not deploys and bool(self.setup.asks)
+        self._waiting = aligned if pending and self.setup.refit is not None else None
         fed = self.models.record(outcome.params, deployed.params, aligned, pending=pending)
         numbers = {**deployed.numbers, **({} if deployed.params is outcome.params else {"c2m3-fed-back": fed})}
         return deployed.params, outcome.metrics, {**outcome.numbers, **numbers, KEPT: 0}
@@ -129,7 +131,8 @@ class Server:
         trajectory = self.models.trajectory
         if trajectory is None or not deploys or not self.models.pending:
             return self._incoming, {}
-        request = Request(trajectory, self.models.pending, None, None, self._incoming, clients, deploys, equally)
+        where = self.models.pending, self._waiting
+        request = Request(trajectory, *where, None, self._incoming, clients, deploys, equally)
         deployed: Deployed = deploy(self.setup, request)
         self._say(deployed)
         self.models.deploy(deployed.params)

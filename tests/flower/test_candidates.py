@@ -141,6 +141,24 @@ def test_deploy_says_in_which_rounds_clients_are_asked(deploy, asking, resumable
     assert sorted(set(seen)) == asking
 
 
+@pytest.mark.parametrize("name", ["head", "refit", "both"])
+def test_where_the_last_round_keeps_the_previous_model_its_trajectory_is_deployed(name):
+    """As it would have been in the round before."""
+    current = [0]
+
+    def last_round_lost(replies):
+        current[0] += any(each.metadata.message_type == "train" for each in replies)
+        return [each for each in replies if current[0] < 2 or each.metadata.message_type != "train"]
+
+    options, chosen = OPTIONS[name]
+    _, expected, _ = played(options, rounds=1)
+    strategy, result, _ = played(options, transit=last_round_lost)
+    assert result.train_metrics_clientapp[2]["c2m3-kept-previous"] == 1
+    assert deployed(result, 2)[0].removeprefix("returned+") == chosen
+    assert same(result.arrays, expected.arrays)
+    assert not same(result.arrays, strategy.trajectory)
+
+
 RESUMED = {
     "head": {"head": "labels"},
     "refit, judged": {"recalibrate": REFIT, "judge": "clients"},
