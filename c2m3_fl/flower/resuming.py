@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from logging import ERROR, INFO
 from pathlib import Path
@@ -80,7 +80,7 @@ class Resumable(Strategy):
         for each in self.generators:
             if not isinstance(each, Generator | DataLoader):
                 raise ConfigError(f"generators holds {each!r}, expected random generators and data loaders")
-        warn_of_start(strategy)
+        warn_of_start(_not_warned_of(strategy))
         self._kept = Kept(strategy)
         self._done = self._rounds = 0
         self._result = Result()
@@ -230,6 +230,14 @@ class Resumable(Strategy):
             before.rewind()
             raise
         self._done, self._result = found.round, result
+
+
+def _not_warned_of(strategy: Strategy) -> Iterator[Strategy]:
+    """The wrapped strategies as far as a C2M3, which looks after those that it wraps itself."""
+    for each in chain(strategy):
+        yield each
+        if isinstance(each, C2M3):
+            return
 
 
 def _check_same_model(initial: ArrayRecord, found: Checkpoint) -> None:

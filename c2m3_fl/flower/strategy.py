@@ -19,7 +19,7 @@ from c2m3_fl.flower.judge import ClientJudge
 from c2m3_fl.flower.misuse import CURRENT, naming_options_of
 from c2m3_fl.flower.options import Deploy, Feedback, Options
 from c2m3_fl.flower.setup import build_setup
-from c2m3_fl.flower.wrapped import check_instance, warn_of_start
+from c2m3_fl.flower.wrapped import chain, check_instance, warn_of_start
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calls import Outputs
@@ -164,7 +164,7 @@ class C2M3(Dialect):
     ) -> None:
         inside = FedAvg() if strategy is None else strategy
         check_instance(inside, Strategy, C2M3)
-        warn_of_start(inside)
+        warn_of_start(chain(inside))
         options = Options(
             alignment=alignment,
             basis=basis,

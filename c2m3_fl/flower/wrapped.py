@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from logging import WARNING
 from typing import TypeVar, cast
 
@@ -76,16 +76,16 @@ def check_instance(strategy: object, kind: type[object], wrapper: type[object]) 
         )
 
 
-def warn_of_start(strategy: object) -> None:
+def warn_of_start(strategies: Iterable[object]) -> None:
     """Log every wrapped strategy whose class overrides ``start``: only that of the outermost strategy ever runs."""
-    for each in chain(strategy):
+    for each in strategies:
         start = getattr(each, "start", None)
         if start is not None and start.__module__.partition(".")[0] not in ("flwr", __package__.partition(".")[0]):
             name = type(each).__name__
             log(
                 WARNING,
-                "%s overrides start(), which never runs in a wrapper: let aggregate_train or evaluate_fn do what it "
-                "does, or derive %s from C2M3",
+                "%s overrides start(), which never runs inside of another strategy: do that in aggregate_train or in "
+                "evaluate_fn, or derive %s from C2M3 and start it itself",
                 name,
                 name,
             )
