@@ -42,7 +42,11 @@ class Gate:
 
     @cached_property
     def _buffers(self) -> Buffers:
-        return Buffers.of(self._setup.model, self._setup.data.example)
+        found = Buffers.of(self._setup.model, self._setup.data.example)
+        tensors = self._setup.spec.tensors
+        # Buffers about units move with them: in networks that started elsewhere they may be in another order.
+        moving = {name for name in found.own if name in tensors and any(tensors[name].axes)}
+        return replace(found, own=found.own - moving)
 
     def admit(self, found: Sorted[Any], sent: Params) -> Sorted[Any]:
         """The replies with buffers that training can give; those that training does not change are the model's own.
@@ -84,7 +88,7 @@ class Gate:
         sent : mapping of str to Tensor
             The model that was sent out, in its own element types.
         """
-        restored = self._buffers.restore(merged, sent)
+        restored = self._buffers.restore(merged, replies, sent)
         check_norm(restored, replies, sent)
         check_runs(self._setup.model, self._setup.data.example, restored, sent)
         return restored

@@ -96,6 +96,7 @@ class _Labeller:
         self.labels: dict[fx.Node, Any] = {}
         self.values: dict[fx.Node, Any] = {}
         self.used: set[str] = set()
+        self._stored: set[fx.Node] = set()
         self._buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
         self._first_name = aliases(model)
         state: Mapping[str, Any] = model.state_dict()
@@ -177,6 +178,7 @@ class _Labeller:
         if node.users:
             self.used.add(name)
         if not (tensor.is_floating_point() or tensor.is_complex()):
+            self._stored.add(node)
             self._constant(node, tensor)
             for dim, size in enumerate(tensor.shape):
                 self.structure.pin(self.structure.axis(name, dim, size), "holds integers, not units")
@@ -197,7 +199,16 @@ class _Labeller:
 
     def _constant(self, node: fx.Node, value: Tensor) -> None:
         self.values[node] = value
-        self.labels[node] = _fixed(value)
+        self.labels[node] = self._fixed(node, value)
+
+    def _fixed(self, node: fx.Node, value: Tensor) -> Labels:
+        """Labels of a constant; what the state dict holds may be other numbers in another network."""
+        labels = Labels(tuple(value.shape), (), frozenset(varying(value)))
+        if node in self._stored:
+            return labels
+        content = value.detach().cpu()
+        exact = content.double() if content.is_floating_point() else content.resolve_conj()
+        return replace(labels, content=exact.numpy())
 
     # ------------------------------------------------------------------------------------------------------- calls
 
@@ -207,6 +218,8 @@ class _Labeller:
             self.labels[node] = self.labels[source][index]
             if source in self.values:
                 self.values[node] = self.values[source][index]
+            if source in self._stored:
+                self._stored.add(node)
         elif not _shapes(node):
             self.labels[node] = node.meta.get("val")
         elif not self._fold(node):
@@ -223,11 +236,13 @@ class _Labeller:
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
         with torch.no_grad():
             result = node.target(*args, **kwargs)
+        if self._stored.intersection(node.all_input_nodes):
+            self._stored.add(node)
         if isinstance(result, Tensor):
             self._constant(node, result)
         else:
             self.values[node] = result
-            self.labels[node] = tuple(_fixed(value) if isinstance(value, Tensor) else value for value in result)
+            self.labels[node] = tuple(self._fixed(node, x) if isinstance(x, Tensor) else x for x in result)
         return True
 
     def _apply(self, node: fx.Node) -> Result:
@@ -274,13 +289,6 @@ def _shapes(node: fx.Node) -> tuple[Shape, ...]:
     value = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(tuple(int(size) for size in x.shape) for x in values if isinstance(x, Tensor))
-
-
-def _fixed(value: Tensor) -> Labels:
-    """Labels of a constant."""
-    content = value.detach().cpu()
-    exact = content.double() if content.is_floating_point() else content.resolve_conj()
-    return Labels(tuple(value.shape), (), frozenset(varying(value)), content=exact.numpy())
 
 
 def varying(tensor: Tensor) -> list[int]:

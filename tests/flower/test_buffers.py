@@ -115,6 +115,35 @@ def strategy_of(network, basis="global"):
     return C2M3(model=network, example_inputs=EXAMPLE, basis=basis)
 
 
+class Centred(nn.Module):
+    """Hidden units whose centres a buffer holds; training does not change them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 8), nn.Linear(8, 3)
+        self.register_buffer("centre", torch.randn(8))
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x) - self.centre))
+
+
+def test_buffers_about_units_follow_them():
+    """A reply in another order of units keeps its function, and so does the aggregate with the network itself."""
+    torch.manual_seed(0)
+    network = Centred()
+    sent = network.state_dict()
+    order = torch.randperm(8)
+    twin = {name: value[order] for name, value in sent.items() if name not in ("last.weight", "last.bias")}
+    twin |= {"last.weight": sent["last.weight"][:, order], "last.bias": sent["last.bias"]}
+    strategy = C2M3(model=network, example_inputs=EXAMPLE)
+    arrays, metrics = aggregate(reply_all([sent, twin]), strategy, sent)
+    x = torch.randn(5, 64)
+    expected = network(x)
+    network.load_state_dict(to_params(arrays))
+    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
+    assert metrics["c2m3-own-buffers"] == 0
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_legacy_buffers_that_training_does_not_change_are_the_model_s_own(name):
     found = replies_of(model(), **{name: HOSTILE[name]})

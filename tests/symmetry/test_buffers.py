@@ -145,3 +145,16 @@ def test_statistics_of_the_inputs_stay() -> None:
 
     spec = check(Scaled, noise(4, 3), 6)
     assert reasons(spec, "mean") == {"combined with ordered content"}
+
+
+def test_a_mask_that_the_state_dict_holds_pins_units_because_another_network_may_hold_another() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.register_buffer("mask", torch.arange(6) < 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(torch.where(self.mask, self.a(x), 0.0))
+
+    assert reasons(check(Masked, noise(3, 4)), "mask") == {"holds integers, not units"}
