@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -97,9 +97,27 @@ class Buffers:
         _, _, metrics = reply.content.partition(" ")
         return replace(reply, params=params, content=f"{digest(params)} {metrics}", replaced=frozenset(differing))
 
-    def restore(self, params: Params, sent: Params) -> dict[str, Tensor]:
-        """An aggregate with the model's own tensors, in the element types of the aggregate."""
-        return {name: sent[name].to(value.dtype) if name in self.own else value for name, value in params.items()}
+    def restore(self, params: Params, replies: Sequence[Params], sent: Params) -> dict[str, Tensor]:
+        """An aggregate with the model's own tensors, and with variances that are not negative.
+
+        Server momentum goes beyond the replies, and so below zero: there the smallest variance of the replies is used.
+
+        Parameters
+        ----------
+        params : mapping of str to Tensor
+            The aggregate; not mutated.
+        replies : sequence of mappings of str to Tensor
+            What it was made of.
+        sent : mapping of str to Tensor
+            The model that was sent out.
+        """
+        found = {name: sent[name].to(value.dtype) if name in self.own else value for name, value in params.items()}
+        for name in sorted(self.variances & found.keys()):
+            value = found[name]
+            if bool((value < 0).any()):
+                least = torch.stack([reply[name] for reply in replies]).amin(0).to(value.dtype)
+                found[name] = torch.where((value < 0) & (least >= 0), least, value)
+        return found
 
 
 def _statistics(model: nn.Module) -> set[str]:

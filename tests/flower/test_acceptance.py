@@ -14,7 +14,7 @@ from torch import nn
 
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.acceptance import check_norm, check_runs
-from c2m3_fl.flower.records import from_params
+from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.recalibrate.repair import Repair
 from c2m3_fl.network.calibration import as_batch
@@ -78,19 +78,34 @@ def test_a_merged_model_that_raises_or_gives_nan_where_the_sent_one_does_not_is_
 
 
 class Negating(FedAvg):
+    """The mean, one tensor of it below zero."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
     def aggregate_train(self, server_round, replies):
         arrays, metrics = super().aggregate_train(server_round, replies)
-        arrays["1.running_var"] = Array(np.asarray(-arrays["1.running_var"].numpy()))
+        arrays[self.name] = Array(np.asarray(-arrays[self.name].numpy()))
         return arrays, metrics
 
 
 def test_a_merged_model_that_gives_nan_on_the_example_inputs_is_not_sent(caplog):
-    sent = normed().state_dict()
+    sent = Fragile().state_dict()
     replies = [reply(node, sent) for node in range(3)]
-    arrays, metrics = aggregate(replies, C2M3(Negating(), model=normed(), example_inputs=EXAMPLE), sent)
+    arrays, metrics = aggregate(replies, C2M3(Negating("width"), model=Fragile(), example_inputs=EXAMPLE), sent)
     assert same(arrays, from_params(sent))
     assert metrics["c2m3-kept-previous"] == 1
     assert any("the merged model gives NaN on the example inputs" in text for text in caplog.messages)
+
+
+def test_variances_below_zero_are_the_smallest_of_the_replies():
+    sent = normed().state_dict()
+    replies = [reply(node, {**sent, "1.running_var": torch.full((16,), 2.0 + node)}) for node in range(3)]
+    strategy = C2M3(Negating("1.running_var"), model=normed(), example_inputs=EXAMPLE)
+    arrays, metrics = aggregate(replies, strategy, sent)
+    assert torch.equal(to_params(arrays)["1.running_var"], torch.full((16,), 2.0))
+    assert metrics["c2m3-kept-previous"] == 0
 
 
 class Fragile(nn.Module):
