@@ -51,9 +51,10 @@ class C2M3(Strategy):
     of a reply is its number of examples.
 
     Differences: there is no grid to query clients, so `ClientStatistics`, `moments`, `ClientRefit`, `head` and `judge`
-    are refused and `deploy` does not exist; a legacy server saves no state, but `state_dict` and `load_state_dict`
-    are there for one that does; there is no `start`, so a second run on the same object goes on with the trajectory
-    if it is given the very model that was returned last.
+    are refused, `deploy` and `judge_key` do not exist; arrays have no names, so clients send whole models, without
+    `exchanged` and `lora`; a legacy server saves no state, but `state_dict` and `load_state_dict` are there for one
+    that does; there is no `start`, so a second run on the same object goes on with the trajectory if it is given the
+    very model that was returned last.
 
     Parameters
     ----------
