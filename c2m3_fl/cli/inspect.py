@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +16,11 @@ from c2m3_fl.cli.files import load_network
 from c2m3_fl.cli.limits import check_memory, check_output
 from c2m3_fl.cli.options import Outputs
 from c2m3_fl.cli.zoo import HEADER, example_image, load, measure
+from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.spec_json import save_spec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.network.calibration import ExampleInputs
-from c2m3_fl.symmetry.discover import permutation_spec
+from c2m3_fl.symmetry.discover import check_invariance, permutation_spec
 
 _BYTES = 8  # of a token, the larger kind of input
 
@@ -50,9 +52,20 @@ def inspect(
     network, example = _load(model, shape or [])
     spec = permutation_spec(network, example, outputs=outputs or None)
     console.print(str(spec), markup=False)
+    console.print("\n".join(_proof(network, spec, example)), markup=False)
     if save is not None:
         save_spec(spec, save)
         console.print(f"\nwritten to {save}", markup=False)
+
+
+def _proof(network: nn.Module, spec: PermutationSpec, example: ExampleInputs) -> Iterator[str]:
+    """In which modes and batch sizes the groups are proven, and what the proof could have seen."""
+    yield f"\nproven in: {'; '.join(spec.proven)}"
+    found = check_invariance(network, spec, example)
+    if found.power:
+        yield "\nsmallest change that a wrong permutation of one axis alone would cause, as far as 1e-7 visible"
+        width = max(map(len, found.power))
+        yield from (f"  {name:<{width}}  {change:.0e}" for name, change in found.power.items())
 
 
 def _print_zoo(model: str, save: Path | None, saved: Path | None) -> None:

@@ -35,6 +35,8 @@ def test_shows_the_spec_of_a_factory_and_writes_it(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     expected = permutation_spec(small(), torch.randn(3, 4))
     assert result.stdout.startswith(str(expected))
+    assert f"proven in: {'; '.join(expected.proven)}" in result.stdout
+    assert "smallest change that a wrong permutation of one axis alone would cause" in result.stdout
     assert load_spec(file) == expected
 
 
