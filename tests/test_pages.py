@@ -57,6 +57,15 @@ def test_from_the_readme_to_how_to_add_a_method_are_two_clicks() -> None:
     assert any(link.endswith("merging/README.md#write-a-method") for _, link in second)
 
 
+@pytest.mark.parametrize("room", ["core", "network", "symmetry", "merging", "flower", "../simulations"])
+def test_a_rooms_page_names_its_files(room: str) -> None:
+    folder = (ROOT / "c2m3_fl" / room).resolve()
+    table = (folder / "README.md").read_text(encoding="utf-8").split("## Files", 1)[1].split("\n## ", 1)[0]
+    named = re.findall(r"`([\w/]+\.py)`", table)
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*.py") if file.name != "__init__.py"}
+    assert sorted(named) == sorted(file for file in files if not file.startswith("examples/")), "one row each"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_blank_is_filled(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
