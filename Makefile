@@ -4,7 +4,7 @@
 #   make test    lint, types, floors and the fast tests
 #   make slow    the marked tests: slow ones, real Flower processes, data sets where they are found
 #   make flwr-newest   the adapters' tests with the newest release of Flower that they are known to pass with
-#   make bench   all benchmarks: tables on the terminal, JSON in results/; hours, most of them training for the last two
+#   make bench   all benchmarks: tables on the terminal, JSON in results/ or beside the page that shows it; hours, most of them training for the last two
 #   make mnist   the MNIST comparison of simulations/README.md, three seeds (needs C2M3_DATA or a download)
 
 PYTHON ?= python3
@@ -64,8 +64,11 @@ bench: $(READY)
 	$(BENCH).rounds --many 1000 --network mlp
 	$(BENCH).recovery
 	$(BENCH).reheating
+	$(BENCH).exchanges              # random weights and images
 	$(BENCH).quality                # from here on networks are trained, on scikit-learn's digits
 	$(BENCH).sequences
+	$(BENCH).adapters
+	$(BENCH).attacks
 	$(BENCH).merging_gallery results/gallery
 	$(BENCH).activation_start       # needs C2M3_DATA
 	$(BENCH).merging_cases          # needs C2M3_DATA; trains what the four tables below merge

@@ -1,6 +1,8 @@
 """One merge of clients with starts of their own: the search from the weights, and from the activations.
 
-    python -m tests.benchmarks.activation_start         table and results/activation_start.json (needs C2M3_DATA)
+    python -m tests.benchmarks.activation_start         table and record (needs C2M3_DATA)
+
+The record is ``c2m3_fl/flower/results/activation_start.json``, or that file in the folder `--out`.
 
 Why deep networks are matched from their activations in `c2m3_fl.flower.activation_start`. The federations are those of
 the experiments `resnet8` and `cifar10`, after one round.
@@ -65,7 +67,7 @@ def measure(settings: Settings, nodes: list[Params]) -> Iterator[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path, default=Path("c2m3_fl/flower/results"))
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
