@@ -44,9 +44,8 @@ class Gate:
     def _buffers(self) -> Buffers:
         found = Buffers.of(self._setup.model, self._setup.data.example)
         tensors = self._setup.spec.tensors
-        # Buffers about units move with them: in networks that started elsewhere they may be in another order.
-        moving = {name for name in found.own if name in tensors and any(tensors[name].axes)}
-        return replace(found, own=found.own - moving)
+        moving = frozenset(name for name in found.own if name in tensors and any(tensors[name].axes))
+        return replace(found, own=found.own - moving, moving=moving)
 
     def admit(self, found: Sorted[Any], sent: Params) -> Sorted[Any]:
         """The replies with buffers that training can give; those that training does not change are the model's own.
@@ -84,7 +83,7 @@ class Gate:
         merged : mapping of str to Tensor
             What the wrapped strategy returned.
         replies : sequence of mappings of str to Tensor
-            What it was given.
+            What it was given, aligned.
         sent : mapping of str to Tensor
             The model that was sent out, in its own element types.
         """

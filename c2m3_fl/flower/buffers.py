@@ -35,11 +35,15 @@ class Buffers:
         Whole numbers that training changes.
     variances : frozenset of str
         Floating ones that training changes and whose name says variance: never negative.
+    moving : frozenset of str
+        Training does not change them, but they hold values per unit, which move with the units: a reply that started
+        elsewhere may have them in another order.
     """
 
     own: frozenset[str]
     counters: frozenset[str]
     variances: frozenset[str]
+    moving: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module, example: Batch) -> Buffers:
@@ -91,6 +95,10 @@ class Buffers:
     def with_own(self, reply: Reply[Source], sent: Params) -> Reply[Source]:
         """The reply with the model's own tensors as they were sent to its client; itself where nothing differs."""
         differing = {n for n in self.own & reply.params.keys() if not torch.equal(reply.params[n], sent[n])}
+        moving = self.moving & reply.params.keys()
+        differing |= {
+            n for n in moving if not torch.equal(*(each[n].flatten().sort()[0] for each in (reply.params, sent)))
+        }
         if not differing:
             return reply
         params = {name: sent[name] if name in differing else value for name, value in reply.params.items()}
@@ -107,17 +115,25 @@ class Buffers:
         params : mapping of str to Tensor
             The aggregate; not mutated.
         replies : sequence of mappings of str to Tensor
-            What it was made of.
+            What it was made of, aligned: per unit, most of them have the same constant.
         sent : mapping of str to Tensor
             The model that was sent out.
         """
         found = {name: sent[name].to(value.dtype) if name in self.own else value for name, value in params.items()}
+        for name in self.moving & found.keys():
+            found[name] = _middle([reply[name] for reply in replies]).to(found[name].dtype)
         for name in sorted(self.variances & found.keys()):
             value = found[name]
             if bool((value < 0).any()):
                 least = torch.stack([reply[name] for reply in replies]).amin(0).to(value.dtype)
                 found[name] = torch.where((value < 0) & (least >= 0), least, value)
         return found
+
+
+def _middle(values: Sequence[Tensor]) -> Tensor:
+    """The median of every element; of two values the smaller one."""
+    stacked = torch.stack(list(values))
+    return (stacked.byte() if stacked.dtype == torch.bool else stacked).median(0).values
 
 
 def _statistics(model: nn.Module) -> set[str]:

@@ -106,7 +106,7 @@ class RoundStart:
     plain : bool
         Whether to aggregate the replies without alignment as well: one more candidate for a guard.
     accept : callable
-        From the aggregate and the replies to what becomes of it; raises `ParamsError` where it is not to be used.
+        From the aggregate and the aligned replies to what becomes of it; `ParamsError` where it is not to be used.
     sound : callable
         Which of the replies work by themselves: asked where the aggregate is not to be used.
     """
@@ -250,7 +250,7 @@ def _attempt(
     metrics: Metrics | None = None
     try:
         arrays, metrics = aggregate(aligned)
-        replies = [reply.params for reply in aligned.replies]
+        replies = aligned.params
         merged = None if arrays is None else start.accept(restore_types(arrays, replies), replies)
         before.check()
     except ParamsError as error:

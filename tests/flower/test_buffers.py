@@ -87,7 +87,7 @@ def replies_of(network: nn.Module, count: int = 3, **changed: torch.Tensor):
 
 HOSTILE = {
     "index": torch.full((3,), 10**9),
-    "mask": torch.zeros(8, dtype=torch.bool),
+    "mask": torch.ones(8, dtype=torch.bool),
     "scale": torch.full((3,), 1e3),
 }
 
@@ -142,6 +142,14 @@ def test_buffers_about_units_follow_them():
     network.load_state_dict(to_params(arrays))
     torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
     assert metrics["c2m3-own-buffers"] == 0
+
+
+def test_a_mask_in_another_order_than_its_units_is_outvoted():
+    network = model()
+    sent = network.state_dict()
+    replies = reply_all(replies_of(network, mask=sent["mask"].flip(0)))
+    arrays, _ = aggregate(replies, strategy_of(network), sent)
+    assert torch.equal(to_params(arrays)["mask"], sent["mask"])
 
 
 @pytest.mark.parametrize("name", HOSTILE)
