@@ -1,10 +1,11 @@
 """Bytes and seconds of a refit from clients, per exchange.
 
-    python -m tests.benchmarks.exchanges [NETWORK ...] [--redraw]
+    python -m tests.benchmarks.exchanges [NETWORK ...] [--price] [--redraw]
 
 asks three clients with 128 random images each and writes ``c2m3_fl/flower/results/exchanges.json``; rows of networks
-that are not named stay. ``--redraw`` prints that file's table. Seconds are CPU seconds of one thread. A client's are
-those from a query to its answer, the largest exchange; the server's those of all exchanges: reading, pooling, solving.
+that are not named stay. ``--price`` asks nobody: bytes follow from the shapes. ``--redraw`` prints that file's table.
+Seconds are CPU seconds of one thread: a client's from a query to its answer, in the exchange that takes longest; the
+server's over all exchanges, for reading, pooling and solving.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class Row:
         Bytes that a client would be sent if networks were sent whole in every exchange.
     sent, answered : int
         Bytes of arrays that a client is sent and answers with, over all exchanges.
-    client, server : float
-        CPU seconds: of a client in the exchange that takes longest, of the server over all exchanges.
+    client, server : float, optional
+        CPU seconds: of a client in the exchange that takes longest, of the server over all exchanges. None where nobody
+        was asked; `sent` is then the largest number.
     sketched, left_out : int
         Number of operators that are answered about by sketches, and that are not fitted because of their size.
     """
@@ -69,8 +71,8 @@ class Row:
     whole: int
     sent: int
     answered: int
-    client: float
-    server: float
+    client: float | None
+    server: float | None
     sketched: int
     left_out: int
 
@@ -111,8 +113,8 @@ def build(name: str) -> tuple[nn.Module, int]:
     return resnet18(num_classes=10).eval(), 64
 
 
-def measure(network: str, method: str) -> Row:
-    """Ask the clients once."""
+def measure(network: str, method: str, *, asks: bool) -> Row:
+    """Ask the clients once, or nobody."""
     model, side = build(network)
     generator = torch.Generator().manual_seed(1)
 
@@ -135,8 +137,9 @@ def measure(network: str, method: str) -> Row:
     program, grid, options = export_program(model, torch.zeros(2, 3, side, side)), Timed(app), METHODS[method]
     expected = price(options, program, average)
     start = time.process_time()
-    nodes = list(range(1, CLIENTS + 1))
-    refit_by_clients(options, grid, nodes, program, average, endpoints, [1.0] * CLIENTS)
+    if asks:
+        nodes = list(range(1, CLIENTS + 1))
+        refit_by_clients(options, grid, nodes, program, average, endpoints, [1.0] * CLIENTS)
     total = time.process_time() - start
     size = sum(value.numel() * value.element_size() for value in average.values())
     return Row(
@@ -145,10 +148,10 @@ def measure(network: str, method: str) -> Row:
         size,
         expected.exchanges,
         expected.exchanges * size * (1 if isinstance(options, RegMean) else 2),
-        grid.sent // CLIENTS,
-        grid.answered // CLIENTS,
-        max(grid.seconds) / CLIENTS,
-        total - sum(grid.seconds),
+        grid.sent // CLIENTS if asks else expected.sent,
+        grid.answered // CLIENTS if asks else expected.answered,
+        max(grid.seconds) / CLIENTS if asks else None,
+        total - sum(grid.seconds) if asks else None,
         len(expected.sketched),
         len(expected.too_large),
     )
@@ -162,9 +165,10 @@ def table(rows: Iterable[Mapping[str, object]]) -> str:
     for each in rows:
         row = Row(**each)  # type: ignore[arg-type]  # as it was written
         down, whole, up = (f"{value / 1e6:.1f}" for value in (row.sent, row.whole, row.answered))
+        seconds = " | ".join("–" if value is None else f"{value:.1f}" for value in (row.client, row.server))
         lines.append(
             f"| {row.network} | {row.size / 1e6:.1f} | `{row.method}` | {row.exchanges} | {down} | {whole} | {up} | "
-            f"{row.client:.1f} | {row.server:.1f} | {row.sketched} |"
+            f"{seconds} | {row.sketched} |"
         )
     return "\n".join(lines)
 
@@ -180,12 +184,13 @@ def _size(message: Message) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK")
+    parser.add_argument("--price", action="store_true")
     parser.add_argument("--redraw", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     known = read_record(RESULTS)["rows"] if RESULTS.exists() else []
     for network in () if options.redraw else options.networks:
-        fresh = [asdict(measure(network, method)) for method in METHODS]
+        fresh = [asdict(measure(network, method, asks=not options.price)) for method in METHODS]
         known = [row for row in known if row["network"] != network] + fresh
         known.sort(key=lambda row: NETWORKS.index(row["network"]))
         write_record(RESULTS, COMMAND, {"clients": CLIENTS, "images": IMAGES, "threads": 1}, known)
