@@ -104,7 +104,8 @@ class ClientRefit(SumsQuery):
 class RegMean(SumsQuery):
     """Average every linear operator by the second moments of its inputs, each network's on its own data.
 
-    One exchange; a client is sent its own aligned network alone. Weaker than `ClientRefit`.
+    One exchange; a client is sent its own aligned network alone. Weaker than `ClientRefit`. From data on the server
+    there is no such form: `Refit` fits the merged network to them with the inputs that it has itself.
 
     Attributes
     ----------
