@@ -35,9 +35,14 @@ def check_finite(params: Params, who: str = "") -> None:
 
 
 def norm(params: Params) -> float:
-    """Norm of all floating tensors together, in double precision."""
-    sizes = [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in params.values() if v.is_floating_point()]
-    return math.hypot(*sizes)
+    """Norm of all floating tensors together; of any size that double precision holds."""
+    return math.hypot(*(_size(value) for value in params.values() if value.is_floating_point()))
+
+
+def _size(value: Tensor) -> float:
+    """Norm of a tensor: at single precision, ten times as fast, unless squares overflow or vanish there."""
+    single = float(torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)))
+    return single if 0 < single < math.inf else float(torch.linalg.vector_norm(value, dtype=torch.float64))
 
 
 def digest(params: Params) -> str:
