@@ -17,7 +17,7 @@ from c2m3_fl.symmetry.proof import Prover
 from tests.symmetry.families import Inputs
 
 
-def check(build: Callable[[], nn.Module], inputs: Inputs, *sizes: int) -> PermutationSpec:
+def check(build: Callable[[], nn.Module], inputs: Inputs, *sizes: int, rounding: float = 1e-9) -> PermutationSpec:
     """Derive, prove and permute a network; `sizes` are those of its groups, in the order of the state dict."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -27,7 +27,7 @@ def check(build: Callable[[], nn.Module], inputs: Inputs, *sizes: int) -> Permut
     assert tuple(group.size for group in spec.groups.values()) == sizes, spec
     if spec.groups:
         provers = [Prover(network, call, training=training) for training in modes]
-        assert max(prover.error(spec) for prover in provers for _ in range(3)) < 1e-9
+        assert max(prover.error(spec) for prover in provers for _ in range(3)) < rounding
     args, kwargs = call
     with torch.no_grad():
         before = copy.deepcopy(network(*args, **kwargs))

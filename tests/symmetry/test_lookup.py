@@ -164,3 +164,26 @@ class Experts(nn.Module):
 @pytest.mark.parametrize("routing", ["rows", "scatter", "one_hot", "compare"])
 def test_experts_that_a_router_picks_are_units(routing: str) -> None:
     check(lambda: Experts(routing), noise(3, 4), 4, 6, 5)  # hidden units in one order, stream, experts
+
+
+def test_experts_that_run_in_the_order_of_their_numbers_stay_and_all_else_moves() -> None:
+    """Rows are sorted by expert, each run is multiplied by its expert's matrix, and the rows are sorted back."""
+
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.router, self.o = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+            self.up, self.down = nn.Parameter(torch.randn(3, 8, 12)), nn.Parameter(torch.randn(3, 12, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).tanh()
+            weight, expert = self.router(x).softmax(-1).max(-1)
+            order = torch.argsort(expert)
+            ends = (expert.unsqueeze(-1) <= torch.arange(3)).sum(0, dtype=torch.int32)
+            y = functional.grouped_mm(x[order], self.up, offs=ends).relu()
+            y = functional.grouped_mm(y, self.down, offs=ends)
+            return self.o(x + (y * weight[order].unsqueeze(-1))[torch.argsort(order)])
+
+    spec = check(Sorted, noise(16, 4), 12, 8, rounding=1e-4)  # the operator takes single precision
+    assert reasons(spec, "router.weight") == {"its index is read as a number"}
+    assert "experts run in their order" in reasons(spec, "up")

@@ -25,7 +25,7 @@ def test_every_file_of_rules_is_registered(name: str) -> None:
 
 def test_every_rule_is_of_an_operator_that_torch_has() -> None:
     known = {name.partition(".")[0].replace("::", ".") for name in torch._C._dispatch_get_all_op_names()}
-    assert not [name for name in registry.RULES if name not in known]
+    assert not [name for name in registry.RULES if name.startswith("aten.") and name not in known]
 
 
 def test_an_operator_with_two_rules_is_refused_naming_both() -> None:

@@ -6,8 +6,19 @@ from collections.abc import Sequence
 
 from c2m3_fl.symmetry.reshape_labels import copies, reshape
 from c2m3_fl.symmetry.rules.matrix import diagonal
-from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, Rule, rule
-from c2m3_fl.symmetry.unit_labels import Labels, align, combine, drop, einsum, in_order, insert, maximal, normalise
+from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, Rule, rule, unknown
+from c2m3_fl.symmetry.unit_labels import (
+    Labels,
+    align,
+    combine,
+    drop,
+    einsum,
+    in_order,
+    insert,
+    maximal,
+    normalise,
+    reduce,
+)
 
 
 def produces(call: Call, weight: Labels, axis: int) -> None:
@@ -44,6 +55,18 @@ def matmul(call: Call, x: Labels, y: Labels) -> Labels:
 def addmm(call: Call, bias: Labels, x: Labels, y: Labels, **_: Argument) -> Labels:
     """Matrix product plus something that broadcasts."""
     return combine(call.structure, bias, matmul(call, x, y))
+
+
+@rule("aten._grouped_mm", "transformers.grouped_mm_fallback")
+def grouped(
+    call: Call, x: Labels, weight: Labels, offsets: Labels | None = None, *_: Argument, **__: Argument
+) -> Result:
+    """Runs of rows against one matrix each, of a stack in the order of the runs (experts sorted by number)."""
+    if offsets is None or (x.ndim, weight.ndim) != (2, 3):
+        return unknown(call, x, weight, offsets)
+    produces(call, weight, 2)
+    stack = reduce(call.structure, in_order(call.structure, weight, [0], "experts run in their order"), [0])
+    return einsum(call.structure, ["sk", "kn"], "sn", [x, stack])
 
 
 @rule("aten.bilinear")
