@@ -67,7 +67,6 @@ bench: $(READY)
 	$(BENCH).exchanges              # random weights and images
 	$(BENCH).quality                # from here on networks are trained, on scikit-learn's digits
 	$(BENCH).sequences
-	$(BENCH).exchanges
 	$(BENCH).adapters
 	$(BENCH).attacks
 	$(BENCH).merging_gallery results/gallery
