@@ -63,11 +63,6 @@ def save_spec(spec: PermutationSpec, path: str | Path) -> None:
     Path(path).write_text(to_json(spec), encoding="utf-8")
 
 
-def load_spec(path: str | Path) -> PermutationSpec:
-    """Read a spec that `save_spec` wrote."""
-    return from_json(Path(path).read_text(encoding="utf-8"))
-
-
 def _pack_tensor(tensor: TensorSpec) -> dict[str, Any]:
     packed: dict[str, Any] = {"shape": tensor.shape, "axes": [[_pack(one) for one in axis] for axis in tensor.axes]}
     if tensor.buffer:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from c2m3_fl.cli import zoo
 from c2m3_fl.cli.app import app
-from c2m3_fl.core.spec_json import load_spec
+from c2m3_fl.core.spec_json import from_json
 from c2m3_fl.errors import ConfigError, DataError
 from c2m3_fl.symmetry.discover import permutation_spec
 from tests.benchmarks.records import read_record
@@ -37,7 +37,7 @@ def test_shows_the_spec_of_a_factory_and_writes_it(tmp_path: Path) -> None:
     assert result.stdout.startswith(str(expected))
     assert f"proven in: {'; '.join(expected.proven)}" in result.stdout
     assert "smallest change that a wrong permutation of one axis alone would cause" in result.stdout
-    assert load_spec(file) == expected
+    assert from_json(file.read_text(encoding="utf-8")) == expected
 
 
 def test_factory_may_bring_its_inputs() -> None:

@@ -216,7 +216,9 @@ class Encoder(nn.Module):
 
 
 def test_parameters_that_forward_does_not_use_are_named() -> None:
-    with pytest.warns(UserWarning, match=r"forward\(\) of Encoder does not use decode.bias, decode.weight: (?s:.*)wrapper"):
+    with pytest.warns(
+        UserWarning, match=r"forward\(\) of Encoder does not use decode.bias, decode.weight: (?s:.*)wrapper"
+    ):
         permutation_spec(Encoder(), noise(2, 4))
 
 
@@ -256,52 +258,3 @@ def test_wrong_spec_by_hand_is_refused_naming_its_groups() -> None:
     wrong = _left_behind(traced("mlp").spec, "3", "3.bias", 0)
     with pytest.raises(SpecError, match=r"groups \['3'\] change the outputs"):
         require_invariance(build("mlp"), wrong, SMALL["mlp"][1])
-
-
-# ------------------------------------------------------------------------------------------------------ wrong inputs
-
-WRONG = {
-    "shape": (noise(2, 5), r"float32 of shape \(2, 5\)"),
-    "type": (torch.ones(2, 3, 4, dtype=torch.int64), r"int64 of shape \(2, 3, 4\)"),
-    "number": ((noise(2, 12), noise(2, 12)), r"takes 2 positional arguments"),
-    "keyword": ({"pixels": noise(2, 12)}, r"pixels = float32 of shape \(2, 12\)"),
-    "nothing": (None, r"NoneType"),
-}
-
-
-@pytest.mark.parametrize(("inputs", "named"), WRONG.values(), ids=WRONG.keys())
-def test_inputs_that_the_network_does_not_take_are_named_with_a_remedy(inputs: object, named: str) -> None:
-    message = rf"^Sequential cannot be called with the example inputs, .*{named}(?s:.*)Pass the arguments of one call"
-    with pytest.raises(TraceError, match=message) as refused:
-        permutation_spec(build("mlp"), inputs)
-    assert "Control flow" not in str(refused.value)
-    with pytest.raises(TraceError, match=message):
-        check_invariance(build("mlp"), traced("mlp").spec, inputs)
-
-
-def test_a_class_in_place_of_a_network_is_refused() -> None:
-    with pytest.raises(TraceError, match=r"model is a type, expected a module"):
-        permutation_spec(nn.Identity, noise(2, 4))
-
-
-class Branching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            return self.a(x)
-        return -self.a(x)
-
-
-def test_control_flow_on_data_is_refused_with_its_line_and_a_remedy() -> None:
-    line = Branching.forward.__code__.co_firstlineno + 1
-    with pytest.raises(TraceError, match=rf"test_discover\.py:{line}.*torch\.where"):
-        permutation_spec(Branching(), noise(2, 4))
-
-
-def test_the_exporter_prints_nothing_when_it_refuses(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TraceError):
-        permutation_spec(Branching(), noise(2, 4))
-    assert capfd.readouterr() == ("", "")
