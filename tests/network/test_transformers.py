@@ -1,4 +1,4 @@
-"""Networks of the transformers library as they are, with adapters of peft: tiny, from configurations, random weights."""
+"""Networks of the transformers library as they are, with adapters of peft: tiny and of random weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def bert(**options: Any) -> nn.Module:
 def gpt2(**options: Any) -> nn.Module:
     """A causal language model whose scores use the embeddings' weights."""
     config = transformers.GPT2Config(
-        vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=20, **SPECIAL, **options
+        vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=20, n_inner=24, **SPECIAL, **options
     )
     return transformers.GPT2LMHeadModel(config)
 

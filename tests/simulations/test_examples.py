@@ -55,6 +55,17 @@ def test_a_resumed_federation_ends_where_an_undisturbed_one_does(tmp_path, monke
         assert torch.equal(resumed.arrays.to_torch_state_dict()[name], value), name
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_language_models_of_independent_initialisations_are_aligned():
+    pytest.importorskip("peft", reason="installed by the extra dev alone")
+    from simulations.examples import language
+
+    found = language.main()
+    assert found["llama, C2M3"][0] < found["llama, FedAvg"][0] - 0.1
+    assert found["bert with lora, C2M3"][-1] < 0.693, "the loss of a guess between two classes"
+
+
 def test_every_strategy_of_the_quickstart_is_in_its_table():
     assert set(quickstart_runs.STRATEGIES) == set(server_app.STRATEGIES)
 
