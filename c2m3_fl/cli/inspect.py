@@ -20,6 +20,7 @@ from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.spec_json import save_spec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.network.calibration import ExampleInputs
+from c2m3_fl.network.calls import choose_outputs
 from c2m3_fl.symmetry.discover import check_invariance, permutation_spec
 
 _BYTES = 8  # of a token, the larger kind of input
@@ -50,7 +51,8 @@ def inspect(
     if not model:
         raise ConfigError("no network named; give a torchvision classifier or package.module:factory, or --zoo")
     network, example = _load(model, shape or [])
-    spec = permutation_spec(network, example, outputs=outputs or None)
+    network = choose_outputs(network, outputs or None)
+    spec = permutation_spec(network, example)
     console.print(str(spec), markup=False)
     console.print("\n".join(_proof(network, spec, example)), markup=False)
     if save is not None:
