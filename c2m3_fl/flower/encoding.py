@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.generators import Generator, set_state, state_of
-from c2m3_fl.flower.rewind import attributes_of, left_alone
+from c2m3_fl.flower.rewind import CONSTANT, attributes_of, left_alone
 
 Arrays = dict[str, npt.NDArray[Any]]
 Node = Any  # of a JSON document
@@ -98,7 +98,8 @@ def encode(value: object, arrays: Arrays, depth: int = _DEPTH) -> Node:
         return {"kind": "stateful", "class": name, "items": encode(value.state_dict(), arrays, depth - 1)}
     if left_alone(value) or not attributes_of(value):
         raise UnsavableError(f"type {name}")
-    return {"kind": "object", "class": name, "items": encode(attributes_of(value), arrays, depth - 1)}
+    own = {key: each for key, each in attributes_of(value).items() if not isinstance(each, CONSTANT)}
+    return {"kind": "object", "class": name, "items": encode(own, arrays, depth - 1)}
 
 
 def decode(node: Node, arrays: Mapping[str, npt.NDArray[Any]], there: object = None, where: str = "") -> Any:  # noqa: ANN401

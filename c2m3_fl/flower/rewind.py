@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import partial
 from io import IOBase
+from logging import DEBUG
 from pathlib import PurePath
 from threading import Lock, RLock
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore import log
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,12 +26,13 @@ from c2m3_fl.flower.generators import Generator, set_state, state_of
 from c2m3_fl.flower.wrapped import LARGEST, chain
 
 _LOCKS = (type(Lock()), type(RLock()))
-_CODE = (ModuleType, type, FunctionType, BuiltinFunctionType, MethodType, partial, Enum)
-_RESOURCES = (Grid, Dataset, DataLoader, IOBase)  # data and connections, which are no state
-_PLAIN = (str, bytes, int, complex, PurePath, type(None))
-_LEFT_ALONE = (*_CODE, *_RESOURCES, *_PLAIN)
+_CODE = (ModuleType, type, FunctionType, BuiltinFunctionType, MethodType, partial)
+_RESOURCES = (Grid, Dataset, IOBase, PurePath)  # data and connections, which are no state
+CONSTANT = (*_CODE, *_RESOURCES)
+_LEFT_ALONE = (*CONSTANT, DataLoader, Enum, str, bytes, int, complex, type(None))
 _MAPPINGS = (dict, UserDict, ArrayRecord, MetricRecord, ConfigRecord, RecordDict)
 _SEQUENCES = (list, tuple, deque, set, frozenset)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEAVES = np.ndarray | Tensor | Array
 
 
@@ -54,7 +57,11 @@ class Before:
             found = _finite(value)
             if found is not None:
                 self._finite[path] = found
-            restore = _restoring(value)
+            try:
+                restore = _restoring(value)
+            except Exception as error:  # objects of any kind, which must not end the run
+                log(DEBUG, "%s is not taken back after a failed round: %s", path, error)
+                continue
             if restore is not None:
                 self._restore.append(restore)
 
@@ -116,11 +123,18 @@ def attributes_of(value: object) -> dict[str, Any]:
 
 
 def _finite(value: object) -> bool | None:
-    """Whether no element is NaN or beyond `LARGEST`; None for what holds no floats."""
+    """Whether no element is NaN or beyond `LARGEST`; None for what holds no floats, or cannot be compared."""
+    try:
+        return _in_range(value)
+    except Exception:  # a tensor or an array of a class of its own, which must not end the run
+        return None
+
+
+def _in_range(value: object) -> bool | None:
     if isinstance(value, Array):
         value = value.numpy()
     if isinstance(value, Tensor):
-        if value.layout != torch.strided or not value.is_floating_point():
+        if value.layout != torch.strided or value.is_meta or value.dtype not in _FLOATS:
             return None
         low, high = torch.aminmax(value.detach()) if value.numel() else (0.0, 0.0)
     elif isinstance(value, float | np.floating | np.ndarray):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from logging import WARNING
 from typing import Any
 
@@ -51,7 +51,7 @@ class Kept:
                 node, found = _encoded(value)
                 before, digest = made.get(name, (None, ""))
                 if isinstance(node, UnsavableError):
-                    if value is not before:
+                    if value is not before or isinstance(value, Iterator):
                         note["unsaved"].append(name)
                         self._say(place, name, value, node)
                 elif _digest(node, found) != digest:
@@ -105,6 +105,8 @@ def _encoded(value: object) -> tuple[Node | UnsavableError, Arrays]:
         return encode(value, arrays), arrays
     except UnsavableError as error:
         return error, {}
+    except Exception as error:  # a state dict of the user's own, which must not end the run
+        return UnsavableError(f"{type(error).__name__}: {error}"), {}
 
 
 def _digest(node: Node | UnsavableError, arrays: Arrays) -> str:

@@ -88,6 +88,7 @@ class Phase(Enum):
 @dataclass
 class Progress:
     rounds: list = field(default_factory=list)
+    of: object = len  # a function, which stays
     best: float = 0.0
 
 
@@ -232,14 +233,29 @@ def test_an_object_that_cannot_take_its_state_back_is_named(tmp_path):
         start(lambda folder: Resumable(Late(), folder), tmp_path)
 
 
+class Broken:
+    def state_dict(self):
+        raise RuntimeError("later")
+
+    def load_state_dict(self, state):
+        raise RuntimeError("never")
+
+
 def test_what_cannot_be_saved_is_said_once_and_again_when_resumed(tmp_path, caplog):
     class Opaque(FedAvg):
+        def __init__(self):
+            super().__init__(fraction_evaluate=0.0)
+            self.stream, self.constant, self.broken = iter([1, 2, 3]), (lambda: 5), Broken()
+
         def aggregate_train(self, server_round, replies):
             self.made = [lambda: server_round]
+            next(self.stream)
             return super().aggregate_train(server_round, replies)
 
-    start(lambda folder: Resumable(Opaque(fraction_evaluate=0.0), folder), tmp_path)
-    said = [text for text in caplog.messages if "attribute 'made' of type list is not saved" in text]
-    assert len(said) == 1
-    start(lambda folder: Resumable(Opaque(fraction_evaluate=0.0), folder), tmp_path)
+    start(lambda folder: Resumable(Opaque(), folder), tmp_path)
+    said = [text for text in caplog.messages if "is not saved" in text]
+    assert len(said) == 2
+    assert "attribute 'stream' of type list_iterator is not saved" in said[0]
+    assert "attribute 'made' of type list is not saved" in said[1]
+    start(lambda folder: Resumable(Opaque(), folder), tmp_path)
     assert "Opaque.made was not saved: it begins anew" in caplog.messages

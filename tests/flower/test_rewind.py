@@ -58,7 +58,10 @@ def rounds(strategy, faulty, poisoned=(2,)):
     found, current = [], mlp().state_dict()
     for number in (1, 2, 3):
         send(strategy, current, round_number=number)
-        replies = {node: {k: v + 0.001 * number for k, v in each.items()} for node, each in enumerate(clients(4, independent=False))}
+        replies = {
+            node: {k: v + 0.001 * number for k, v in each.items()}
+            for node, each in enumerate(clients(4, independent=False))
+        }
         if number in poisoned:
             replies[3] = faulty
         messages = [reply(node, each) for node, each in replies.items() if each is not None]
@@ -161,6 +164,23 @@ def test_state_of_every_kind_is_taken_back_in_place_as_often_as_need_be():
 class Locked:
     def __init__(self):
         self.lock, self.sent = Lock(), []
+
+
+class Awkward(torch.Tensor):
+    def detach(self):
+        raise RuntimeError("no copies")
+
+
+def test_what_cannot_be_copied_or_compared_does_not_end_the_run():
+    strategy = FedAvg()
+    strategy.odd = torch.zeros(2).as_subclass(Awkward)
+    strategy.eight, strategy.meta = torch.ones(2).to(torch.float8_e4m3fn), torch.ones(2, device="meta")
+    strategy.counts = [1]
+    before = Before(strategy)
+    strategy.counts.append(2)
+    before.check()
+    before.rewind()
+    assert strategy.counts == [1]
 
 
 def test_what_threads_share_and_what_is_data_is_left_alone():
