@@ -1,9 +1,10 @@
 """What three hostile clients of ten do to Flower's strategies, to the same in the universe, and who is named.
 
-python -m tests.benchmarks.attacks            writes c2m3_fl/flower/results/attacks.json: half an hour on one core
+python -m tests.benchmarks.attacks            writes c2m3_fl/flower/results/attacks.json: a quarter of an hour alone
+python -m tests.benchmarks.attacks --seeds 1  the first seed; more seeds are added to the record later
 python -m tests.benchmarks.attacks --table    prints the tables of the page from it
 
-Digits, one round, five seeds; independent starts and a shared one. One match serves all strategies of a case: all
+Digits, one round; independent starts and a shared one. One match serves all strategies of a case: all
 clients claim the same number of examples, so it does not depend on the strategy.
 """
 
@@ -142,7 +143,7 @@ def measure(out: Path, seeds: Sequence[int], starts: Sequence[bool]) -> None:
             if (STARTS[independent], seed) in {(row["start"], row["seed"]) for row in rows}:
                 continue
             rows += [run_case(bench, Setting(independent, seed), attack) for attack in ATTACKS]
-            write_record(out, COMMAND, {"clients": CLIENTS, "hostile": HOSTILE, "seeds": len(seeds)}, rows)
+            write_record(out, COMMAND, {"clients": CLIENTS, "hostile": HOSTILE}, rows)
             print(STARTS[independent], seed, flush=True)
 
 
@@ -152,7 +153,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     for start in STARTS.values():
         lines += [
             "",
-            f"{start} start".capitalize(),
+            f"{start} start, {len({row['seed'] for row in rows if row['start'] == start})} seeds".capitalize(),
             "",
             "| attack | " + " | ".join(STRATEGIES) + " | hostile named |",
             "| --- |" + " --- |" * len(STRATEGIES) + " ---: |",
