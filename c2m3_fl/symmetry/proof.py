@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from c2m3_fl.core.permutation import apply
+from c2m3_fl.core.permutation import Permutation, apply
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.errors import TraceError
 from c2m3_fl.network.calibration import Inputs
@@ -23,6 +23,8 @@ from c2m3_fl.symmetry.recording import Recorder, Tape
 from c2m3_fl.symmetry.replay import Replayed, replay
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; rounding alone stays below
+_UNREPLAYABLE = (RuntimeError, ValueError, IndexError)  # raised where shapes depend on values
+_SIGNS = (1, 2, 3)  # seeds of the signs by which results are turned
 VISIBLE = 100.0  # a wrong permutation must change something by as many tolerances
 
 
@@ -141,15 +143,43 @@ class Prover:
             moves = {one: moved for one in own if (moved := alone(spec, one, family, perm)) is not None}
             if len(moves) > 1:
                 found[name] = {one: self._visible(spec, one[0], moved, gradients) for one, moved in moves.items()}
+                found[name] |= self._turned(
+                    spec, perm, {one: moves[one] for one in moves if self._hides(found[name][one])}
+                )
         return found
+
+    def _hides(self, change: float) -> bool:
+        return not change >= VISIBLE * self.tolerance
 
     def _visible(self, spec: PermutationSpec, name: str, moved: Move, gradients: Mapping[str, Tensor]) -> float:
         """The change that the move of one axis alone causes: by the gradient, or measured where that shows nothing."""
         value, whole = self._params[name], spec.tensors[name]
         change = moved.change(value, gradients[name], whole) if name in gradients else 0.0
-        if change >= VISIBLE * self.tolerance:
-            return change
-        return self._change({**self._params, name: moved.apply(value, whole)})
+        return self._change({**self._params, name: moved.apply(value, whole)}) if self._hides(change) else change
+
+    def _turned(self, spec: PermutationSpec, perm: Permutation, moves: Mapping[Carrier, Move]) -> dict[Carrier, float]:
+        """The same with results turned at random, if the group passes that: always positive operands hide slopes."""
+        found = dict.fromkeys(moves, 0.0)
+        if not moves or self._replayed() is None:
+            return found
+        whole = apply(spec, perm, self._params)
+        for signs in _SIGNS:
+            base = self._attempt(self._params, signs)
+            other = self._attempt(whole, signs)
+            if base is None or other is None or not change(base, other) <= self.tolerance:
+                return dict.fromkeys(moves, 0.0)
+            for (name, axis), moved in moves.items():
+                if self._hides(found[name, axis]):
+                    value = moved.apply(self._params[name], spec.tensors[name])
+                    turned = self._attempt({**self._params, name: value}, signs)
+                    found[name, axis] = 0.0 if turned is None else change(base, turned)
+        return found
+
+    def _attempt(self, params: Params, signs: int) -> Replayed | None:
+        try:
+            return self._replay(params, signs=signs)
+        except _UNREPLAYABLE:
+            return None
 
     def _perm(self, spec: PermutationSpec, chosen: Collection[str] | None) -> dict[str, Tensor]:
         perm = stirring(spec, self.generator)
@@ -162,12 +192,9 @@ class Prover:
             return difference(self._expected, self._run(params)) if self.tells else 0.0
         try:
             other = self._replay(params)
-        except (RuntimeError, ValueError, IndexError):  # shapes that depend on values
+        except _UNREPLAYABLE:  # shapes that depend on values
             return difference(self._expected, self._run(params)) if self.tells else 0.0
-        if base.prints.keys() != other.prints.keys():
-            return float("inf")
-        prints = max((abs(value - other.prints[key]) for key, value in base.prints.items()), default=0.0)
-        return max(prints, difference(base.outputs, other.outputs))
+        return change(base, other)
 
     def _replayed(self) -> Replayed | None:
         """The replay with the prover's own parameters, and its gradients where they exist."""
@@ -175,7 +202,7 @@ class Prover:
             for gradients, rescale in ((True, True), (True, False), (False, True)):
                 try:
                     self._base = self._replay(self._params, gradients=gradients, rescale=rescale)
-                except (RuntimeError, ValueError, IndexError):
+                except _UNREPLAYABLE:
                     continue
                 if all(
                     a.isfinite().all() or not b.isfinite().all()
@@ -186,10 +213,12 @@ class Prover:
             self._base = self._tape = None
         return self._base
 
-    def _replay(self, params: Params, *, gradients: bool = False, rescale: bool | None = None) -> Replayed:
+    def _replay(
+        self, params: Params, *, gradients: bool = False, rescale: bool | None = None, signs: int | None = None
+    ) -> Replayed:
         assert self._tape is not None  # callers check
         rescale = self._rescale if rescale is None else rescale
-        return replay(self._tape, self._outputs, params, gradients=gradients, rescale=rescale)
+        return replay(self._tape, self._outputs, params, gradients=gradients, rescale=rescale, signs=signs)
 
     def _run(self, params: Params, *, record: bool = False) -> list[Tensor]:
         buffers = {name for name, _ in self._module.named_buffers(remove_duplicate=False)}
@@ -214,6 +243,14 @@ class Prover:
                 self._outputs = [recorder.ref(leaf).number for leaf in leaves]
                 self._tape, self.single = recorder.tape, recorder.tape.single
         return [leaf.detach().clone() for leaf in leaves]
+
+
+def change(base: Replayed, other: Replayed) -> float:
+    """Largest relative difference of the outputs of two replays and of the prints inside them."""
+    if base.prints.keys() != other.prints.keys():
+        return float("inf")
+    prints = max((abs(value - other.prints[key]) for key, value in base.prints.items()), default=0.0)
+    return max(prints, difference(base.outputs, other.outputs))
 
 
 def guilty(bad: Callable[[list[str]], bool], groups: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ The outputs alone may hide one: a branch may be scaled by almost nothing, a sign
 
 - parameters and results of operators that are very small or very large are rescaled as whole tensors. A permutation of
   units does not change the size of a tensor, so a right one passes, and no signal fades;
+- results may also be turned, each by the same sign as a whole: what is always positive hides a slope for negatives;
 - a *print* of every result is compared as well: the mean of a bounded function of its entries, whatever their order.
   Units in another order leave it unchanged. Results of the same operator and shape share one print, so that units may
   also move between them.
@@ -51,7 +52,13 @@ class Replayed:
 
 
 def replay(
-    tape: Tape, outputs: list[int], params: Params, *, gradients: bool = False, rescale: bool = True
+    tape: Tape,
+    outputs: list[int],
+    params: Params,
+    *,
+    gradients: bool = False,
+    rescale: bool = True,
+    signs: int | None = None,
 ) -> Replayed:
     """Run the operators of a tape.
 
@@ -67,14 +74,17 @@ def replay(
         Whether to compute gradients.
     rescale : bool
         Whether to rescale small and large tensors.
+    signs : int, optional
+        Seed of the signs by which results are turned; by default none is.
     """
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
         torch.manual_seed(0)
-        return _Replay(tape, params, gradients, rescale).run(outputs)
+        return _Replay(tape, params, gradients, rescale, signs).run(outputs)
 
 
 class _Replay:
-    def __init__(self, tape: Tape, params: Params, gradients: bool, rescale: bool) -> None:
+    def __init__(self, tape: Tape, params: Params, gradients: bool, rescale: bool, signs: int | None) -> None:
+        self.signs = None if signs is None else torch.Generator().manual_seed(signs)
         self.tape, self.rescale, self.gradients = tape, rescale, gradients
         self.generator = torch.Generator().manual_seed(1)
         self.values: dict[int, Tensor] = {}
@@ -172,6 +182,8 @@ class _Replay:
         if rescale and not _SMALL <= size <= _LARGE:
             value, size = value * (_TARGET / size), _TARGET
             self.sizes[self._root(number)] = size
+        if rescale and self.signs is not None and bool(torch.rand((), generator=self.signs) < 0.5):
+            value = -value
         found = _Print.apply(value, size) if self.gradients else _print(value, size)
         self.pools.setdefault((name, tuple(value.shape)), []).append(float(found.detach()))
         if self.gradients:
