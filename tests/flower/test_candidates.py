@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg, FedMedian
+from flwr.serverapp.strategy import FedAvg, FedMedian, Strategy
 
 from c2m3_fl.flower.client_head import Head, head_by_clients
 from c2m3_fl.flower.client_refit import ClientRefit
@@ -268,3 +268,25 @@ def test_an_explicit_judge_compares_what_was_asked_for_by_name_with_the_aggregat
     _, result, _ = played({"calibration": calibration(), "recalibrate": "repair", "judge": "clients"}, seen=seen)
     assert evaluations(seen) >= 2 * 3
     assert result.train_metrics_clientapp[2]["c2m3-judge-voters/repair"] == 3
+
+
+class Around(Strategy):
+    """A wrapper that hands the callbacks on, and no number of rounds."""
+
+    configure_train = aggregate_train = configure_evaluate = aggregate_evaluate = summary = None
+
+    def __init__(self, inside):
+        for name in Strategy.__abstractmethods__:
+            setattr(self, name, getattr(inside, name))
+
+
+def test_where_the_number_of_rounds_is_unknown_every_round_asks_and_that_is_said_once(caplog):
+    seen = []
+    strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, head="labels", judge=None)
+    grid = SerialGrid(
+        app(), 2, transit=lambda replies: seen.extend(each.metadata.message_type for each in replies) or replies
+    )
+    Around(strategy).start(grid, from_params(mlp().state_dict()), num_rounds=2)
+    after = "".join("t" if kind == "train" else "q" for kind in seen).split("tt")
+    assert [bool(asked) for asked in after] == [False, True, True]
+    assert sum("the number of rounds is unknown" in text for text in caplog.messages) == 1
