@@ -128,6 +128,18 @@ class SequencePlan(Plan):
 
         self.step(f"messages {kind}", send)
 
+    def table(self, dim: int) -> None:
+        """Attention with a bias per distance, looked up in a table."""
+        name = self.layer(nn.Linear(self.width, 3 * self.width))
+        bias = self.layer(nn.ParameterList([torch.randn(5)]))
+        distance = (torch.arange(5)[:, None] - torch.arange(5)).abs()
+
+        def attend(layers: nn.ModuleDict, x: Tensor, past: list[Tensor]) -> Tensor:
+            q, k, v = layers[name](x).chunk(3, -1)
+            return x + torch.softmax(q @ k.mT + layers[bias][0][distance], -1) @ v
+
+        self.step("table", attend)
+
     def tied_back(self, dim: int) -> None:
         """A layer up, and one down whose weight is the first one's, transposed, in the same memory."""
         up, down = nn.Linear(self.width, 5), nn.Linear(5, self.width)
@@ -154,6 +166,8 @@ _SHARED = (
     "indexed",
     "masked",
     "ranked",
+    "closed",
+    "narrow_type",
 )
 _IMAGE = (*_SHARED, "conv", "conv", "grouped", "grouped", "transposed", "norm", "prelu", "squeeze")
 _SEQUENCE = (
@@ -169,6 +183,7 @@ _SEQUENCE = (
     "joined_state",
     "messages",
     "tied_back",
+    "table",
 )
 
 

@@ -172,6 +172,22 @@ class Plan:
 
         self.step(f"largest {count}", largest)
 
+    def closed(self, dim: int) -> None:
+        """A branch, its halves treated unlike, behind a gate that starts at zero."""
+        if self.width > 1:
+            half = self.width // 2
+            name = self.layer(nn.ParameterList([torch.zeros(())]))
+
+            def branch(layers: nn.ModuleDict, x: Tensor, past: list[Tensor]) -> Tensor:
+                parts = torch.tanh(x.narrow(dim, 0, half)), torch.relu(x.narrow(dim, half, x.shape[dim] - half))
+                return x + layers[name][0] * torch.cat(parts, dim)
+
+            self.step("closed gate", branch)
+
+    def narrow_type(self, dim: int) -> None:
+        kind = self.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+        self.step(f"in {kind}", lambda layers, x, past: torch.tanh(x.to(kind)).to(x.dtype))
+
     def margin(self, dim: int) -> None:
         if self.width <= 20:
             pad = (0, 0, 0, 0, 1, 1) if dim == 1 else (1, 1)

@@ -22,7 +22,9 @@ def _invariant(network: nn.Module, inputs: Tensor) -> None:
         assert not [pin for pin in spec.pins if "no rule" in pin.reason]
         prover = Prover(network, as_inputs(inputs))
         for name in [None, *spec.groups]:
-            assert prover.error(spec, None if name is None else [name]) < 1e-9, f"{name} of\n{spec}"
+            chosen = None if name is None else [name]
+            assert prover.error(spec, chosen) < 1e-9, f"{name} of\n{spec}"
+            assert prover.hidden_error(spec, chosen) < 1e-9, f"inside, {name} of\n{spec}"
 
 
 _SETTINGS = settings(deadline=None, print_blob=True, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
