@@ -17,7 +17,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError
 
-_WORST = 1e4  # condition of the mean B in the best subspace, beyond which the factors are balanced instead
+_GROWTH = 2.0  # largest A in those of the nodes: where B's nearly cancel A would explode, and the factors are balanced
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,8 @@ def average_products(products: Sequence[Factors], weights: Sequence[float]) -> F
     """Factors of the best approximation, of the products' own rank, to their weighted mean.
 
     Of all factors with that product the left one is the mean left factor inside the best subspace: products that
-    are alike come back with the factors that they had. Where the left factors cancel, both factors are of one size.
+    are alike come back with the factors that they had. Where the left factors (nearly) cancel, both factors
+    are of one size.
 
     Parameters
     ----------
@@ -110,13 +111,18 @@ def average_products(products: Sequence[Factors], weights: Sequence[float]) -> F
     basis, kept = rows @ left[:, :rank], sizes[:rank]
     span = (columns @ right[:rank].T).T
     lost = float(sizes[rank:].norm() / sizes.norm()) if float(sizes[0]) > 0 else 0.0
-    inside = basis.T @ mean
-    spread = torch.linalg.svdvals(inside)
-    if float(spread[0]) == 0 or float(spread[-1]) * _WORST < float(spread[0]):
+    found = _near_mean(basis, kept, span, mean)
+    largest = max(float(each.right.double().norm()) for each in products)
+    if found is None or float(found[1].norm()) > _GROWTH * largest:
         found = _balanced(basis, kept, span, products, share)
-    else:
-        found = basis @ inside, torch.linalg.solve(inside, kept[:, None] * span)
     return Factors(found[0].to(first.dtype), found[1].to(first.dtype), lost)
+
+
+def _near_mean(basis: Tensor, sizes: Tensor, span: Tensor, mean: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The mean left factor inside the best subspace, and what gives the product with it; None where it cancels."""
+    inside = basis.T @ mean
+    right, fault = torch.linalg.solve_ex(inside, sizes[:, None] * span)
+    return None if bool(fault) or not bool(right.isfinite().all()) else (basis @ inside, right)
 
 
 def _balanced(

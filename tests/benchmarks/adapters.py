@@ -121,6 +121,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of the record")
+    parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if not options.table:
@@ -129,7 +130,7 @@ def main() -> None:
             for skewed in (False, True)
             for rank in (4,)
             for way in WAYS
-            for seed in range(5)
+            for seed in range(options.seeds)
         ]
         write_record(RECORD, COMMAND, {"clients": CLIENTS, "rounds": ROUNDS}, rows)
     print(table(read_record(RECORD)["rows"]))

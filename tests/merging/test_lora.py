@@ -96,6 +96,15 @@ def test_every_pair_of_a_state_dict_is_averaged_and_nothing_else_in_its_own_type
     assert {value.dtype for value in found.values()} == {torch.float32}
 
 
+def test_no_factor_explodes_where_the_others_nearly_cancel():
+    """The exact A for the mean B would be a thousand times the clients': training from it diverges."""
+    first, second = draw(2)
+    nearly = Factors(-first.left + 1e-3 * second.left, -first.right)
+    found = average_products([first, nearly], [1.0, 1.0])
+    assert float(found.right.norm()) < 2 * float(first.right.norm())
+    torch.testing.assert_close(product(found), exact([first, nearly], [1.0, 1.0]))
+
+
 def test_adapters_without_a_partner_or_that_are_not_linear_are_refused():
     with pytest.raises(ConfigError, match=r"a\.lora_A\.weight.* no partner"):
         adapter_pairs(["a.lora_A.weight", "b.weight"])
