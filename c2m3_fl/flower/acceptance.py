@@ -179,10 +179,10 @@ def fault(model: nn.Module, example: Batch, params: Params, sent: Params) -> str
 
 def _run(model: nn.Module, example: Batch, params: Params, *, training: bool) -> str:
     """What is wrong with a network and its outputs; "" for nothing."""
-    network = deepcopy(model)
-    place = next((value.device for value in network.state_dict().values()), torch.device("cpu"))
+    place = next((value.device for value in model.state_dict().values()), torch.device("cpu"))
     args, kwargs = tree_map(lambda value: value.to(place) if isinstance(value, Tensor) else value, example.call)
     try:
+        network = deepcopy(model)
         network.load_state_dict(dict(params), strict=False)
         with mode(network, training=training), torch.random.fork_rng(devices=[]), torch.no_grad():
             outputs = network(*args, **kwargs)

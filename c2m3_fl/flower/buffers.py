@@ -149,9 +149,9 @@ def _statistics(model: nn.Module) -> set[str]:
 def _changed(model: nn.Module, example: Batch) -> set[str]:
     """Names of the buffers that a step in training mode writes to; of all floating ones where it cannot be run."""
     for args, kwargs in _attempts(example):
-        network = deepcopy(model)
-        before = {name: (value, value._version, value.clone()) for name, value in _named(network)}
         try:
+            network = deepcopy(model)
+            before = {name: (value, value._version, value.clone()) for name, value in _named(network)}
             with mode(network, training=True), torch.random.fork_rng(devices=[]), torch.no_grad():
                 network(*args, **kwargs)
         except Exception:  # say, BatchNorm over a single example

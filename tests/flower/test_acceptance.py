@@ -14,6 +14,7 @@ from torch import nn
 
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.acceptance import check_norm, check_runs
+from c2m3_fl.flower.buffers import Buffers
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.recalibrate.repair import Repair
@@ -122,6 +123,26 @@ class Fragile(nn.Module):
             outputs = outputs + self.linear.bias[self.place]
             self.place.copy_((self.place + 1) % 3)
         return outputs
+
+
+class Single(nn.Module):
+    """Cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 3)
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("only tensors created explicitly by the user support the deepcopy protocol")
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_a_network_that_cannot_be_copied_is_not_tried_and_its_rounds_go_on():
+    sent = Single().state_dict()
+    check_runs(Single(), as_batch(EXAMPLE), sent, sent)
+    assert Buffers.of(Single(), as_batch(EXAMPLE)) == Buffers(frozenset(), frozenset(), frozenset())
 
 
 BREAKING = {"width": torch.tensor(-100.0), "place": torch.tensor(1000)}
