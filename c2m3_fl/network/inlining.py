@@ -40,7 +40,8 @@ def inline_branches(graph: fx.GraphModule) -> None:
 def plain_operators(program: ExportedProgram, inputs: Inputs) -> None:
     """Replace operators whose results depend on the content of tensors, or on sparse ones, by operators of numbers.
 
-    A mask of rows becomes the indices of the rows that it chooses. Sizes that depend on content become those of the
+    A mask of rows becomes the indices of the rows that it chooses, a linear layer of the unit matrix the transpose of
+    its weight. Sizes that depend on content become those of the
     example inputs.
 
     Parameters
@@ -56,6 +57,10 @@ def plain_operators(program: ExportedProgram, inputs: Inputs) -> None:
             node.target = _aten.mm.default
         elif node.target is _aten.index.Tensor:
             _index_by_number(graph, node)
+        elif node.target is _aten.linear.default and len(node.args) == 2:
+            source, weight = node.args
+            if isinstance(source, fx.Node) and source.target is _aten.eye.default:
+                node.target, node.args = _aten.t.default, (weight,)  # the adapters of DoRA write a weight so
     if any(_unknown(node.meta.get("val")) for node in graph.nodes):
         args, kwargs = inputs
         flat = program._graph_module_flat_inputs(args, kwargs)

@@ -16,7 +16,7 @@ from c2m3_fl.core.spec import PermutationSpec
 transformers = pytest.importorskip("transformers", reason="installed by the extra dev alone")
 peft = pytest.importorskip("peft", reason="installed by the extra dev alone")
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 TOKENS = torch.randint(1, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(2, 7, dtype=torch.long)
@@ -154,3 +154,4 @@ def test_adapters_move_with_what_they_adapt(make: Callable[..., nn.Module], targ
     spec = checked(network, INPUTS[make], outputs="logits")
     ranks = [name for name, group in spec.groups.items() if group.size == 3]
     assert len(ranks) == 2 * len(targets), "the units between the two matrices of an adapter"
+    assert any(group.size == 16 and group.parent is None for group in spec.groups.values()), "the residual stream"

@@ -56,7 +56,7 @@ def test_a_resumed_federation_ends_where_an_undisturbed_one_does(tmp_path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_language_models_of_independent_initialisations_are_aligned():
     pytest.importorskip("peft", reason="installed by the extra dev alone")
     from simulations.examples import language
