@@ -132,7 +132,8 @@ def main() -> None:
             for way in WAYS
             for seed in range(options.seeds)
         ]
-        write_record(RECORD, COMMAND, {"clients": CLIENTS, "rounds": ROUNDS}, rows)
+        command = f"{COMMAND} --seeds {options.seeds}"
+        write_record(RECORD, command, {"clients": CLIENTS, "rounds": ROUNDS}, rows)
     print(table(read_record(RECORD)["rows"]))
 
 
