@@ -71,8 +71,9 @@ def _generic(value: Tensor, generator: torch.Generator, *, parameter: bool, vari
 
 def _regular(value: Tensor) -> bool:
     """Whether slices along some axis have the same sum: copies, rows of zeros, the rows of an identity."""
-    for dim, size in enumerate(value.shape):
-        sums = value.movedim(dim, 0).reshape(size, -1).sum(1)
+    for dim in range(value.ndim):
+        others = [other for other in range(value.ndim) if other != dim]
+        sums = value.sum(others) if others else value
         if bool((sums.sort().values.diff() == 0).any()):
             return True
     return False
