@@ -7,7 +7,7 @@ dropout keeps everything. The tape can be replayed with other parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -240,5 +240,20 @@ def _fill(x: Tensor, p: Value = 0.5, **_: Value) -> Tensor:
     return x.copy_(p) if isinstance(p, Tensor) else x.fill_(p)
 
 
-# Random masks are drawn without regard to units: the same for every entry, they leave what can be compared.
-_SUBSTITUTES: dict[str, Callable[..., Any]] = {"aten::native_dropout": _keep_all, "aten::bernoulli_": _fill}
+def _half_like(x: Tensor, *_: Value, generator: Value = None, **options: Any) -> Tensor:  # noqa: ANN401  # its options
+    return torch.full_like(x, 0.5, **options)
+
+
+def _half(size: Sequence[int], *_: Value, generator: Value = None, **options: Any) -> Tensor:  # noqa: ANN401  # as above
+    return torch.full(size, 0.5, **options)
+
+
+# Random numbers are drawn without regard to units: the same for every entry, they leave what can be compared.
+_SUBSTITUTES: dict[str, Callable[..., Any]] = {
+    "aten::native_dropout": _keep_all,
+    "aten::bernoulli_": _fill,
+    "aten::randn_like": _half_like,
+    "aten::rand_like": _half_like,
+    "aten::randn": _half,
+    "aten::rand": _half,
+}
