@@ -21,6 +21,18 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
 
 
+class Recurrent(nn.Module):
+    """Returns its hidden states besides the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.last = nn.GRU(4, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden, _ = self.cell(x)
+        return {"scores": self.last(hidden), "hidden": hidden}
+
+
 def words() -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 2)), torch.zeros(2, 3, dtype=torch.long)
 
@@ -80,6 +92,12 @@ def test_a_file_without_a_coverage_table_is_refused_naming_the_command(tmp_path:
     result = _RUNNER.invoke(app, ["inspect", "--zoo", "--from", str(file)])
     assert isinstance(result.exception, DataError)
     assert f"write one: c2m3-fl inspect --zoo --save {file}" in str(result.exception)
+
+
+@pytest.mark.parametrize(("outputs", "groups"), [([], "0 groups"), (["--outputs", "scores"], "1 group;")])
+def test_outputs_that_are_not_read_pin_nothing(outputs: list[str], groups: str) -> None:
+    result = _RUNNER.invoke(app, ["inspect", f"{__name__}:Recurrent", "--input", "2,3,4", *outputs])
+    assert result.stdout.startswith(groups), result.output
 
 
 @pytest.mark.parametrize(

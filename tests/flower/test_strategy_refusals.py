@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flwr.server.strategy import FedAvg as LegacyFedAvg
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic
 
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower.client_repair import ClientStatistics
@@ -49,6 +49,8 @@ BAD_OPTIONS = {
     "itself": ({"strategy": C2M3(model=mlp(), example_inputs=EXAMPLE)}, ConfigError, "strategy is a C2M3 already"),
     "strategy class": ({"strategy": FedAvg}, ConfigError, r"strategy is the class FedAvg, .* FedAvg\(\)"),
     "legacy strategy": ({"strategy": LegacyFedAvg()}, ConfigError, "expected an instance of flwr.serverapp.strategy"),
+    "bagged trees": ({"strategy": FedXgbBagging()}, ConfigError, "FedXgbBagging, which collects trees"),
+    "trees in turn": ({"strategy": FedXgbCyclic()}, ConfigError, "FedXgbCyclic, which collects trees"),
     "outliers": ({"outliers": "keep"}, ConfigError, "outliers is 'keep'"),
     "memory": ({"memory": -1}, ConfigError, "memory is -1"),
     "refit without data": ({"recalibrate": "refit"}, CalibrationError, "'refit' needs calibration inputs"),
