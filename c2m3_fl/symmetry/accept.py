@@ -40,9 +40,9 @@ def require(spec: PermutationSpec, provers: Sequence[Prover]) -> None:
             found = guilty(partial(prover.fails, spec), list(spec.groups)) or list(spec.groups)
             error = max(prover.error(spec, found) if prover.tells else 0.0, prover.hidden_error(spec, found))
             raise SpecError(
-                f"groups {found} change the outputs (relative error {error:.1e}, expected below "
-                f"{prover.tolerance:.0e}) or results inside the network; correct their segments or leave them out, or "
-                "derive the spec by permutation_spec"
+                f"groups {found} change the outputs or results inside the network (relative error {error:.1e}, "
+                f"expected below {prover.tolerance:.0e}); correct their segments or leave them out, or derive the spec "
+                "by permutation_spec"
             )
     lost = unseen(spec, provers)
     if lost:
