@@ -10,6 +10,7 @@ from c2m3_fl.core.line_search import best_step
 from c2m3_fl.core.mapped import Mapped
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.starts import start_point
+from c2m3_fl.core.terms import Term
 from c2m3_fl.core.universe import Universe
 from tests.core.networks import ALL, draws, mlp, pairwise_agreement
 
@@ -170,3 +171,12 @@ def test_the_exact_step_is_at_least_as_good_as_any_grid(spec, block):
         grid = [towards(point, corner, block, t) for t in torch.linspace(0, 1, 41).tolist()]
         values = [at_point(problem, here).objective() for here in grid]
         assert values[0] + gained >= max(values) - 1e-12 * abs(max(values))
+
+
+def test_a_term_reads_the_permutations_of_its_own_groups_alone():
+    """A vertex has an entry for every group of the network: cutting all of them for every term is quadratic work."""
+    term = Mapped(Term(("a", "b"), torch.randn(2, 3, 1, 4)))
+    term.own()
+    vertex = {"a": torch.stack([torch.randperm(3)] * 2), "b": torch.stack([torch.randperm(4)] * 2), "elsewhere": None}
+    term.course(slice(0, 2), vertex, torch.full((2,), 0.5, dtype=torch.float64), torch.zeros(3, 1, 4))
+    term.advance(slice(0, 2), vertex, 0.5)
