@@ -99,9 +99,6 @@ def maximal(structure: Structure, factors: Iterable[Atoms]) -> tuple[Atoms, ...]
     return tuple(kept)
 
 
-# ------------------------------------------------------------------------------------------------------- arithmetic
-
-
 def align(x: Labels, ndim: int) -> Labels:
     """Add leading dimensions of size 1, as broadcasting does."""
     extra = ndim - x.ndim
@@ -246,9 +243,6 @@ def einsum(
         spread.append(insert(moved, [dim for dim in range(len(order)) if dim not in there]))
     product = combine(structure, *spread)
     return reduce(structure, product, range(len(output), len(order)))
-
-
-# ----------------------------------------------------------------------------------------------------------- layout
 
 
 def drop(x: Labels, dims: Iterable[int]) -> Labels:
