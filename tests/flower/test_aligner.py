@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.core import permutation
+from c2m3_fl.core.basis import into_basis
 from c2m3_fl.errors import SpecError
 from c2m3_fl.flower.memory import Memory
 from c2m3_fl.flower.records import from_params, to_params
@@ -25,8 +26,7 @@ def c2m3(**options):
 
 def home(strategy, params, reference):
     """Whether two networks are in one basis: aligning the first with the second moves nothing."""
-    found = strategy.setup.aligner._into(reference, params)
-    return permutation.is_identity(found)
+    return permutation.is_identity(into_basis(strategy.setup.spec, reference, params))
 
 
 def merged(strategy, replies, sent):

@@ -11,6 +11,7 @@ from torch import nn
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower import client_answers as answering_module
 from c2m3_fl.flower.client_moments import ACTION, answer_statistics
+from c2m3_fl.flower.client_networks import Sealed, write_networks
 from c2m3_fl.flower.client_repair import ClientStatistics, repair_by_clients
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
@@ -76,7 +77,9 @@ def test_a_client_with_fewer_examples_than_it_wants_answers_none_of_the_queries(
     answer_statistics(app, model=lambda context: mlp(), data=share, min_examples=61)
     moments = {"arrays": params, "config": ConfigRecord({"place": -1, "before": 0})}
     asked = {"places": [1], "roles": ["fit"], "positions": 100, "holdout": 5, "seed": 0, "double": 0}
-    sums = {"own": params, "merged": params, "config": ConfigRecord(asked)}
+    sealed = Sealed.of(mlp().state_dict())
+    networks, said = write_networks({"own": sealed, "merged": sealed}, {}, keep=False)
+    sums = {**networks, "config": ConfigRecord({**asked, **said, "sketches": [0]})}
     labels = {"arrays": params, "config": ConfigRecord({"stage": "sums", "every": 5})}
     for action, content in ((ACTION, moments), ("c2m3_sums", sums), ("c2m3_labels", labels)):
         grid = SerialGrid(app, 2)
