@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import Bulyan, MultiKrum
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.flower.stacked import stacked
+from c2m3_fl.core.stacked import stacked
 from c2m3_fl.flower.wrapped import chain
 
 _BY_DISTANCE = (Bulyan, MultiKrum, legacy.Bulyan, legacy.Krum)  # the current Krum derives from MultiKrum

@@ -13,26 +13,26 @@ from c2m3_fl.network.calibration import Inputs
 from c2m3_fl.network.exporting import aliases, export
 from c2m3_fl.symmetry.build_spec import build_spec
 from c2m3_fl.symmetry.facts import Structure
-from c2m3_fl.symmetry.settings import Setting, Survey, survey
+from c2m3_fl.symmetry.proof_settings import ProofSetting, Survey, survey
 from c2m3_fl.symmetry.tracing import is_plain, label_graph
 
 
 @dataclass(frozen=True)
-class Traced:
+class Derivation:
     """What tracing found.
 
     Attributes
     ----------
     spec : PermutationSpec
         The spec, before any check on numbers.
-    settings : tuple of Setting
+    settings : tuple of ProofSetting
         Modes and batch sizes that run different operators.
     unused : tuple of str
         Parameters that no forward pass uses.
     """
 
     spec: PermutationSpec
-    settings: tuple[Setting, ...]
+    settings: tuple[ProofSetting, ...]
     unused: tuple[str, ...]
 
 
@@ -42,7 +42,7 @@ def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tupl
     return found.spec, tuple(setting.training for setting in found.settings if not setting.batch)
 
 
-def trace(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> Traced:
+def trace(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> Derivation:
     """Trace every mode and batch size that runs operators of its own.
 
     Training mode may run auxiliary heads. What cannot be traced apart from the example in evaluation mode is left to
@@ -82,7 +82,7 @@ def trace(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> Trace
     buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
     spec = build_spec(structure, state, first_name, buffers)
     params = dict(model.named_parameters(remove_duplicate=False))
-    return Traced(replace(spec, proven=_words(found)), found.distinct, tuple(sorted((own - used) & params.keys())))
+    return Derivation(replace(spec, proven=_words(found)), found.distinct, tuple(sorted((own - used) & params.keys())))
 
 
 def _words(found: Survey) -> tuple[str, ...]:

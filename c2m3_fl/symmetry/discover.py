@@ -13,7 +13,7 @@ from c2m3_fl.network.calls import Outputs, choose_outputs
 from c2m3_fl.symmetry.accept import Invariance, prove, require, smallest
 from c2m3_fl.symmetry.derive import derive, tensors, trace
 from c2m3_fl.symmetry.proof import Prover
-from c2m3_fl.symmetry.settings import Setting, survey
+from c2m3_fl.symmetry.proof_settings import ProofSetting, survey
 
 __all__ = ["check_invariance", "derive", "permutation_spec", "prove", "require_invariance"]
 
@@ -103,7 +103,7 @@ def permutation_spec(
     return prove(found.spec, *provers)
 
 
-def _provers(model: nn.Module, settings: Iterable[Setting]) -> list[Prover]:
+def _provers(model: nn.Module, settings: Iterable[ProofSetting]) -> list[Prover]:
     return [Prover(model, setting.inputs, training=setting.training) for setting in settings]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from c2m3_fl.core import permutation
-from c2m3_fl.flower.outliers import find_outliers
+from c2m3_fl.core.outliers import find_outliers
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, clients, mlp, patient, reply, send
 from tests.flower.hostile import WIDTH, Setting, attacked, federation

@@ -1,4 +1,4 @@
-"""The values of all replies side by side, a few at a time."""
+"""The values of all nodes side by side, a few at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 
-_AT_A_TIME = 1 << 17  # values of each reply, so that many replies of a large network take little memory
+_AT_A_TIME = 1 << 17  # values of each node, so that many nodes of a large network take little memory
 
 
 def stacked(names: Iterable[str], params: Sequence[Params], origin: Params) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Replies that do not fit the others: robust scores, in which no minority of the replies decides what is typical."""
+"""Nodes that do not fit the others: robust scores, in which no minority of the nodes decides what is typical."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.flower.stacked import stacked
+from c2m3_fl.core.stacked import stacked
 
 # Chosen on seeds 100-102 of the federations of `tests.flower.hostile`, which no table shows (independent and shared
-# starts; equal shares, Dirichlet .5 and .1; no attack and fourteen): 3 of 1,944 honest replies and 352 of 756 hostile
+# starts; equal shares, Dirichlet .5 and .1; no attack and fourteen): 3 of 1,944 honest nodes and 352 of 756 hostile
 # ones are named.
 _WIDE = 3.0  # spreads below the median at which a cosine is odd
-_LEAST = 0.1  # and by which share of the median at least: replies of small spread are not told apart by rounding
+_LEAST = 0.1  # and by which share of the median at least: nodes of small spread are not told apart by rounding
 _LARGE = 3.0  # medians of the norm
 _LARGE_TENSOR = 10.0  # medians of a tensor's norm
 _SMALL_TENSOR = 0.01  # of the whole norm: below, a tensor's own median is no measure
-_DIRECTIONS = 5  # replies from which on directions are compared; of four, 2 % of honest ones would be named
-_OTHERS = 100  # replies that each one is compared with, evenly spaced where there are more
+_DIRECTIONS = 5  # nodes from which on directions are compared; of four, 2 % of honest ones would be named
+_OTHERS = 100  # nodes that each one is compared with, evenly spaced where there are more
 _TINY = 1e-300  # instead of zero, where a norm divides
 _SPREAD = 1.4826  # median deviations to a standard deviation
 
 
 @dataclass(frozen=True, eq=False)
 class _Geometry:
-    """Norms of all replies and their cosines with some of them, over all tensors.
+    """Norms of all nodes and their cosines with some of them, over all tensors.
 
     Attributes
     ----------
-    norms : Tensor of float64, shape (replies,)
-        Norms of whole replies.
-    tensors : mapping of str to Tensor of float64, shape (replies,)
+    norms : Tensor of float64, shape (nodes,)
+        Norms of whole nodes.
+    tensors : mapping of str to Tensor of float64, shape (nodes,)
         Norms of their tensors.
-    cosines : Tensor of float64, shape (replies, others)
-        NaN where a reply would be compared with itself.
-    start : Tensor of float64, shape (replies,)
+    cosines : Tensor of float64, shape (nodes, others)
+        NaN where a node would be compared with itself.
+    start : Tensor of float64, shape (nodes,)
         Their cosines with the model that was sent out; −1 for differences from it.
     """
 
@@ -48,13 +48,13 @@ class _Geometry:
 
 
 def find_outliers(spec: PermutationSpec, aligned: Sequence[Params], sent: Params) -> dict[int, str]:
-    """The replies that do not fit the others, and why; empty among fewer than three, which have no majority.
+    """The nodes that do not fit the others, and why; empty among fewer than three, which have no majority.
 
-    A reply is odd when its median cosine with the others lies more than three spreads and a tenth below what is
+    A node is odd when its median cosine with the others lies more than three spreads and a tenth below what is
     typical, or when it is too large. Both are taken of the weights and of the updates: of independent starts the
-    weights tell strangers, of a shared start the updates do. The spread is the larger one of that of the replies'
-    medians and the typical one of a reply's cosines, so that replies which all differ are not held against each
-    other. Weights between the sent model and the others' are those of a client that trained little, and a reply that
+    weights tell strangers, of a shared start the updates do. The spread is the larger one of that of the nodes'
+    medians and the typical one of a node's cosines, so that nodes which all differ are not held against each
+    other. Weights between the sent model and the others' are those of a client that trained little, and a node that
     is the model as it was sent is that of an idle one: neither is odd.
 
     Parameters
@@ -62,7 +62,7 @@ def find_outliers(spec: PermutationSpec, aligned: Sequence[Params], sent: Params
     spec : PermutationSpec
         The symmetries of the network.
     aligned : sequence of mappings of str to Tensor
-        The replies in one basis.
+        The nodes in one basis.
     sent : mapping of str to Tensor
         The model that was sent out, in the same basis.
     """
@@ -79,7 +79,7 @@ def find_outliers(spec: PermutationSpec, aligned: Sequence[Params], sent: Params
 
 
 def _compare(names: Sequence[str], aligned: Sequence[Params], sent: Params) -> tuple[_Geometry, _Geometry]:
-    """The geometry of the replies, and of their differences from the model that was sent out."""
+    """The geometry of the nodes, and of their differences from the model that was sent out."""
     others = torch.linspace(0, len(aligned) - 1, min(len(aligned), _OTHERS)).round().long()
     squares = {name: torch.zeros(2, len(aligned), dtype=torch.float64) for name in names}
     products = torch.zeros(2, len(aligned), len(others), dtype=torch.float64)
@@ -103,7 +103,7 @@ def _compare(names: Sequence[str], aligned: Sequence[Params], sent: Params) -> t
 
 
 def _elsewhere(what: str, found: _Geometry) -> dict[int, str]:
-    """Replies that point elsewhere than the others, and than the model that was sent out."""
+    """Nodes that point elsewhere than the others, and than the model that was sent out."""
     score = _median(found.cosines, 1)
     typical = _median(score)
     apart = _SPREAD * _median(_median((found.cosines - score[:, None]).abs(), 1))
@@ -116,7 +116,7 @@ def _elsewhere(what: str, found: _Geometry) -> dict[int, str]:
 
 
 def _large(what: str, found: _Geometry, spread: float = 0.0) -> dict[int, str]:
-    """Replies of a norm of many medians, and of many spreads of the norms' logarithms."""
+    """Nodes of a norm of many medians, and of many spreads of the norms' logarithms."""
     factor = found.norms / _median(found.norms).clamp(min=_TINY)
     limit = max(_LARGE, float(torch.tensor(_WIDE * spread).exp()))
     return {
@@ -127,7 +127,7 @@ def _large(what: str, found: _Geometry, spread: float = 0.0) -> dict[int, str]:
 
 
 def _large_tensors(found: _Geometry) -> dict[int, str]:
-    """Replies one of whose tensors has a norm of many medians."""
+    """Nodes one of whose tensors has a norm of many medians."""
     least = _SMALL_TENSOR * _median(found.norms).clamp(min=_TINY)
     odd = {}
     for name, norms in found.tensors.items():

@@ -12,7 +12,7 @@ from c2m3_fl.core.spec_json import from_json, to_json
 from c2m3_fl.errors import SpecError
 from c2m3_fl.network.calibration import as_inputs
 from c2m3_fl.symmetry.discover import permutation_spec, require_invariance
-from c2m3_fl.symmetry.settings import survey
+from c2m3_fl.symmetry.proof_settings import survey
 from tests.symmetry.families import Lambda, noise
 
 

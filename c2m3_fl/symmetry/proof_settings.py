@@ -33,7 +33,7 @@ Program = tuple[Hashable, ...]
 
 
 @dataclass(frozen=True)
-class Setting:
+class ProofSetting:
     """A way to run a network.
 
     Attributes
@@ -61,13 +61,13 @@ class Survey:
 
     Attributes
     ----------
-    distinct : tuple of Setting
+    distinct : tuple of ProofSetting
         One setting for every program.
-    covered : mapping of Setting to tuple of str
+    covered : mapping of ProofSetting to tuple of str
         The settings that run the same program, in words.
     """
 
-    distinct: tuple[Setting, ...]
+    distinct: tuple[ProofSetting, ...]
     covered: tuple[tuple[str, ...], ...]
 
 
@@ -81,10 +81,12 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
     inputs : Inputs
         The example.
     """
-    settings = [Setting(training, inputs) for training in (False, True)]
-    settings += [Setting(False, resized, size) for size in _SIZES if (resized := _resize(inputs, size)) is not None]
+    settings = [ProofSetting(training, inputs) for training in (False, True)]
+    settings += [
+        ProofSetting(False, resized, size) for size in _SIZES if (resized := _resize(inputs, size)) is not None
+    ]
     for device in ("meta", "cpu"):
-        programs: dict[Program, Setting] = {}
+        programs: dict[Program, ProofSetting] = {}
         covered: dict[Program, list[str]] = {}
         for setting in settings if device == "meta" else [one for one in settings if one.batch < _SIZES[-1]]:
             found = _program(model, setting, device)
@@ -114,7 +116,7 @@ def _resize(inputs: Inputs, size: int) -> Inputs | None:
     return found
 
 
-def _program(model: nn.Module, setting: Setting, device: str) -> Program | None:
+def _program(model: nn.Module, setting: ProofSetting, device: str) -> Program | None:
     """The operators that a setting runs; None if it does not run."""
     first = aliases(model)
     try:
