@@ -24,7 +24,7 @@ class Means(Enum):
     JUDGED = "what the clients judge best"
     MOMENTS = "as the clients' moments allow"
     REPAIR = "REPAIR, after units moved"
-    NOTHING = "nothing"
+    NOTHING = "no recalibration; the aggregate is deployed"
 
 
 def choose_means(

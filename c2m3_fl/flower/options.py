@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -69,6 +69,19 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         For a device that cannot be computed on.
     """
     return usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+
+
+def brief(options: object) -> str:
+    """An options object as it was written: its class, and the fields that differ from their defaults."""
+    if not is_dataclass(options) or isinstance(options, type):
+        return repr(options)
+    parts = []
+    for each in fields(options):
+        value = getattr(options, each.name)
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if repr(value) != repr(default):
+            parts.append(f"{each.name}={brief(value)}")
+    return f"{type(options).__name__}({', '.join(parts)})"
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

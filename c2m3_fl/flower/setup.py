@@ -20,7 +20,7 @@ from c2m3_fl.flower.client_repair import ClientStatistics, check_measurable
 from c2m3_fl.flower.evidence import unusable
 from c2m3_fl.flower.generators import undisturbed
 from c2m3_fl.flower.judge import ClientJudge
-from c2m3_fl.flower.options import Options, resolve_device
+from c2m3_fl.flower.options import Options, brief, resolve_device
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.held_out import split_batches
 from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve_for
@@ -110,11 +110,13 @@ class Setup:
         server = "the clients' moments" if self.statistics else f"{self.data.inputs} inputs on the server"
         parts = []
         if self.calibrated:
-            what = "as the evidence of each round allows" if self.decides else f"{self.recalibration}"
+            what = "as the evidence of each round allows" if self.decides else brief(self.recalibration)
             parts.append(f"{what}, with {server}")
-        parts += [f"{value}" for value in (self.refit, self.head) if value is not None]
-        if self.offered:
-            parts[-1] += ", where clients answer for their labels"
+        if self.refit is not None:
+            parts.append(f"{brief(self.refit)}, from the clients' own data")
+        if self.head is not None:
+            asked = ", where clients answer for their labels" if self.offered else ""
+            parts.append(f"{brief(self.head)}, the last layer from the clients' labels{asked}")
         if parts and isinstance(self.judge, ClientJudge):
             parts.append("the clients judge the candidates" + (", where they can" if self.tentative else ""))
         return "; ".join(parts) or "OFF"

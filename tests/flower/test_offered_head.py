@@ -7,8 +7,12 @@ from torch import nn
 
 from c2m3_fl.flower.client_head import Head
 from c2m3_fl.flower.client_labels import ACTION
-from c2m3_fl.flower.client_refit import ClientRefit
+from c2m3_fl.flower.client_refit import ClientRefit, RegMean
+from c2m3_fl.flower.options import brief
 from c2m3_fl.flower.strategy import C2M3
+from c2m3_fl.merging.recalibrate.auto import Auto
+from c2m3_fl.merging.recalibrate.refit import Refit
+from c2m3_fl.merging.recalibrate.repair import Repair
 from tests.flower.federation import EXAMPLE, accuracy, calibration, digits_app, mlp, same
 from tests.flower.test_candidates import HELD, app, deployed, played
 
@@ -91,8 +95,21 @@ def test_outputs_that_are_no_class_scores_have_no_head():
 def test_what_is_offered_is_said_and_what_was_asked_for_is_not_offered():
     offered = C2M3(model=mlp(), calibration=calibration()).setup
     assert offered.head == Head()
-    assert "where clients answer for their labels" in offered.describe()
+    assert "; Head(), the last layer from the clients' labels, where clients answer for their labels" in (
+        offered.describe()
+    )
     assert not offered.asks
     asked = C2M3(model=mlp(), calibration=calibration(), head="labels").setup
     assert asked.asks == ["head"]
     assert C2M3(model=mlp(), example_inputs=EXAMPLE, recalibrate=ClientRefit()).setup.offered
+
+
+@pytest.mark.parametrize("options", [Head(), ClientRefit(), RegMean(), Repair(), Refit(), Auto()])
+def test_options_are_named_by_what_differs_from_the_defaults(options):
+    assert brief(options) == f"{type(options).__name__}()"
+
+
+def test_what_differs_is_said_and_objects_without_fields_say_what_they_say():
+    assert brief(ClientRefit(exchanges=3, seed=1)) == "ClientRefit(seed=1, exchanges=3)"
+    assert brief(Auto(repair=Repair(final=False))) == "Auto(repair=Repair(final=False))"
+    assert brief(7) == "7"
