@@ -17,7 +17,7 @@ from c2m3_fl.flower.deployment import Clients
 from c2m3_fl.flower.exchanged import exchanging
 from c2m3_fl.flower.messages import aggregate_evaluations, aggregate_messages, personal_messages
 from c2m3_fl.flower.metrics import report_idle
-from c2m3_fl.flower.misuse import check_prefixes
+from c2m3_fl.flower.misuse import check_exchanged, check_prefixes, check_start
 from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.records import check_record, from_params, reply_schema, schema_of, to_params
 from c2m3_fl.flower.replies import sort_messages
@@ -60,7 +60,7 @@ class Dialect(Strategy):
         self.sent = from_params(setup.model.state_dict())
         self._schema = schema_of(self.sent, "model")
         if exchanged is not None:
-            self._exchange(list(exchanged))
+            self._exchange(check_exchanged(exchanged))
             self.sent = ArrayRecord({name: self.sent[name] for name in self.setup.spec.tensors})
         self._grid: Grid | None = None
         self._evaluate_config: ConfigRecord | None = None
@@ -117,6 +117,8 @@ class Dialect(Strategy):
         check_prefixes(params, self._schema, "the arrays to send out")
         if not self._named and params and params.keys() <= self._schema.keys():
             self._exchange(params)
+        elif self._named:
+            check_start(params, self.setup.spec.tensors)
         self.setup.spec.check(params, "the arrays to send out")
         check_finite(params, "the arrays to send out")
         start = self.server.next_start(params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import wraps
 from inspect import signature
 from typing import ParamSpec
@@ -65,4 +65,30 @@ def check_prefixes(given: Iterable[str], model: Iterable[str], who: str) -> None
         raise ParamsError(
             f"{who}: {one!r} is {other!r} in the model that C2M3 was given; torch.compile and DataParallel put a "
             "prefix before every name: pass the state dict of the very object that is `model`, or both without it"
+        )
+
+
+def check_exchanged(names: Iterable[str]) -> list[str]:
+    """The option `exchanged` as a list; `ConfigError` where it is one name, whose letters would be taken for names."""
+    if isinstance(names, str):
+        raise ConfigError(f"exchanged is the text {names!r}, expected names: exchanged=[{names!r}]")
+    return list(names)
+
+
+def check_start(given: Iterable[str], exchanged: Collection[str]) -> None:
+    """Raise `ParamsError` where a run starts with all of the exchanged arrays and others.
+
+    Parameters
+    ----------
+    given : iterable of str
+        Names of the arrays that the run starts with.
+    exchanged : collection of str
+        The names that the option `exchanged` holds.
+    """
+    given = list(given)
+    others = [name for name in given if name not in exchanged]
+    if others and len(given) - len(others) == len(exchanged):
+        raise ParamsError(
+            f"the arrays to send out hold {others[:5]}, which exchanged= does not name: start the run with the "
+            "exchanged arrays alone, ArrayRecord({name: model.state_dict()[name] for name in exchanged}), or name them"
         )

@@ -147,13 +147,14 @@ def test_what_was_remembered_of_a_part_is_taken_up_again():
     [
         ({"exchanged": ["5.weight"]}, "exchanged has \\['5.weight'\\], expected some of the model's"),
         ({"exchanged": []}, "exchanged has no names"),
+        ({"exchanged": "4.weight"}, r"exchanged is the text '4.weight', expected names: exchanged=\['4.weight'\]"),
         (
             {"exchanged": BODY, "recalibrate": "repair", "calibration": [torch.rand(32, 64)]},
             "recalibrate needs the who",
         ),
         ({"exchanged": BODY, "judge": "clients"}, "judge needs the whole model"),
     ],
-    ids=["strange", "none", "repair", "judge"],
+    ids=["strange", "none", "text", "repair", "judge"],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
@@ -162,8 +163,12 @@ def test_options_that_do_not_fit_are_refused(options, message):
 
 def test_arrays_that_are_not_what_was_named_are_refused():
     strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, exchanged=BODY)
-    with pytest.raises(ParamsError, match="unexpected"):
+    with pytest.raises(
+        ParamsError, match=r"hold \['0.weight', '0.bias'\], which exchanged= does not name: start the run"
+    ):
         send(strategy, mlp().state_dict())
+    with pytest.raises(ParamsError, match="missing"):
+        send(strategy, part(mlp().state_dict(), ["0.weight", *BODY[1:]]))
     with pytest.raises(ParamsError, match="keys differ"):
         send(C2M3(model=mlp(), example_inputs=EXAMPLE), {"6.weight": torch.zeros(2)})
     assert isinstance(from_params(part(mlp().state_dict(), BODY)), ArrayRecord)
