@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 
 import torch
@@ -46,8 +46,8 @@ class Merge:
         What was done.
     """
 
-    state_dict: dict[str, Tensor]
-    match: Match | None
+    state_dict: dict[str, Tensor] = field(repr=False)
+    match: Match | None = field(repr=False)
     report: MergeReport
 
     def __str__(self) -> str:

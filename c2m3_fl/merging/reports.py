@@ -236,7 +236,8 @@ class MergeReport:
             facts.append(("agreement", f"{self.objectives[0]:.6g} before, {self.objectives[1]:.6g} after"))
         if self.share_moved is not None:
             facts.append(("units moved", ", ".join(f"{share:.0%}" for share in self.share_moved)))
-        worst = sorted(self.layers.items(), key=lambda item: min(item[1]))[:_LAYERS]
+        angles = {name: cosines for name, cosines in self.layers.items() if any(cosines)}  # all zero: no directions
+        worst = sorted(angles.items(), key=lambda item: min(item[1]))[:_LAYERS]
         if worst:
             which = f"the {len(worst)} of {len(self.layers)} tensors in which they agree least"
             facts.append(("cosines", f"of every network with the others, in {which}:"))

@@ -152,6 +152,16 @@ def test_a_merge_says_in_a_few_lines_what_it_did() -> None:
     assert max(map(len, lines)) < 120
     assert str(merged.match).startswith("2 nodes: agreement ")
     assert str(merged) == str(merged.report)
+    assert "tensor(" not in repr(merged)
+
+
+def test_tensors_that_are_zero_have_no_angle_and_do_not_hide_those_that_have_one() -> None:
+    model, params = nodes("mlp", 2)
+    biases = [name for name in params[0] if name.endswith("bias")]
+    zeroed = [{name: value * (name not in biases) for name, value in each.items()} for each in params]
+    lines = str(merge(model, zeroed, spec=spec_of("mlp"))).splitlines()
+    angles = [line.split()[1] for line in lines if line.startswith("cosine ")]
+    assert sorted(angles) == sorted(name for name in params[0] if name not in biases)
 
 
 def test_batch_norm_without_calibration_is_noted() -> None:
