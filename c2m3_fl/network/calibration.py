@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.network.batch_content import check_input, is_labels, split_labels
@@ -143,6 +144,12 @@ def load_batches(
     reader = _Reader(model, example_inputs, inputs)
     if isinstance(calibration, tuple) and len(calibration) == 2 and reader.arity == 1 and _pairs(calibration):
         raise CalibrationError("the calibration data are one pair (inputs, labels), expected batches: pass [(x, y)]")
+    given: object = calibration
+    if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
+        raise CalibrationError(
+            f"the calibration data are a {type(given).__name__}, which gives one example at a time; expected "
+            "batches: pass DataLoader(dataset, batch_size=32)"
+        )
     source = [calibration] if isinstance(calibration, Tensor | Mapping) else calibration
     batches: list[Batch] = []
     try:

@@ -71,6 +71,7 @@ def _raising() -> Iterator[torch.Tensor]:
         ([{INPUTS}], "batch 0 is a set, expected a tensor"),
         ([INPUTS.numpy()], "batch 0 is a ndarray"),
         ([("a", INPUTS)], "input 0 is a str"),
+        (TensorDataset(INPUTS, LABELS), r"a TensorDataset, .* one example at a time; .* pass DataLoader\(dataset"),
         (_raising(), "failed after 1 batches: disk on fire"),
     ],
 )
