@@ -14,7 +14,7 @@ from torch import nn
 
 from c2m3_fl.cli.files import load_network
 from c2m3_fl.cli.limits import check_memory, check_output
-from c2m3_fl.cli.options import Outputs
+from c2m3_fl.cli.options import NETWORK, Outputs
 from c2m3_fl.cli.zoo import HEADER, example_image, load, measure
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.spec_json import save_spec
@@ -27,9 +27,7 @@ _BYTES = 8  # of a token, the larger kind of input
 
 
 def inspect(
-    model: Annotated[
-        str, typer.Argument(help="A torchvision classifier, or package.module:factory returning a module.")
-    ] = "",
+    model: Annotated[str, typer.Argument(help=NETWORK)] = "",
     shape: Annotated[
         list[str] | None,
         typer.Option("--input", help="Shape of an input, '2,3,32,32'; 'tokens:2,16' for integers. One per input."),
@@ -85,7 +83,10 @@ def _load(name: str, shapes: list[str]) -> tuple[nn.Module, ExampleInputs]:
     if module in ("", "torchvision"):
         example = example_image(attribute)
     if not shapes and example is None:
-        raise ConfigError(f"{name!r} returned no example inputs; give their shapes, --input 2,3,32,32")
+        raise ConfigError(
+            f"{name!r} returned no example inputs; give their shapes, --input 2,3,32,32, or "
+            "return (module, example inputs)"
+        )
     return network, _inputs(shapes) if shapes or example is None else example
 
 

@@ -25,7 +25,7 @@ from c2m3_fl.cli.options import Classes, ImageSize, Model, Outputs, Raw
 from c2m3_fl.core.basis import consensus
 from c2m3_fl.core.estimate import Estimate
 from c2m3_fl.core.result import Step
-from c2m3_fl.errors import C2M3Error, ConfigError
+from c2m3_fl.errors import C2M3Error, ConfigError, TraceError
 from c2m3_fl.merging.align.methods import METHODS, CycleConsistent, MergeStart, resolve_method
 from c2m3_fl.merging.evaluate.scoring import evaluate
 from c2m3_fl.merging.merge import Merge
@@ -85,7 +85,15 @@ def merge(
             example_inputs=_example(example, size) if images is None else None,
             outputs=outputs or None,
         )
-        spec = permutation_spec(held.model, held.example_inputs)
+        try:
+            spec = permutation_spec(held.model, held.example_inputs)
+        except TraceError as error:
+            if example is None and images is None:
+                raise ConfigError(
+                    f"{model!r} returned no example inputs, and {size} x {size} pixels in three channels do not do: "
+                    "let the factory return (module, example inputs), or give --calibration or --image-size"
+                ) from error
+            raise
         merged = merge_networks(
             held.model,
             nodes,

@@ -9,7 +9,9 @@ import typer
 
 from c2m3_fl.errors import ConfigError
 
-Model = Annotated[str, typer.Option(help="A torchvision classifier, or package.module:factory.")]
+NETWORK = "A torchvision classifier, or package.module:factory, which returns a module, or (module, example inputs)."
+
+Model = Annotated[str, typer.Option(help=NETWORK)]
 LabelledImages = Annotated[Path, typer.Option(help="Folder of images, one subfolder per class.")]
 Picture = Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")]
 KeepStatistics = Annotated[

@@ -21,7 +21,7 @@ LEGACY = [getattr(legacy, name) for name in _NAMES]
 
 
 def naming_options_of(inside: Sequence[type]) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Decorate the constructor of a wrapper: options of the strategies that go inside raise `ConfigError`.
+    """Decorate the constructor of a wrapper: options of the strategies inside, and of `start`, raise `ConfigError`.
 
     Parameters
     ----------
@@ -40,6 +40,10 @@ def naming_options_of(inside: Sequence[type]) -> Callable[[Callable[P, None]], C
                         raise ConfigError(
                             f"C2M3 has no option {name!r}, which belongs to the strategy inside: "
                             f"pass {kind.__name__}({name}=...) as strategy"
+                        )
+                    if name in signature(getattr(kind, "start", kind)).parameters:
+                        raise ConfigError(
+                            f"C2M3 has no option {name!r}, which belongs to its method start: pass start({name}=...)"
                         )
             construct(*args, **options)
 

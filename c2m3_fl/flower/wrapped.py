@@ -32,6 +32,7 @@ from c2m3_fl.errors import ConfigError, ParamsError
 
 Wrapping = TypeVar("Wrapping")
 
+_TAKERS = ((Strategy, "C2M3"), (legacy.Strategy, "LegacyC2M3 of c2m3_fl.flower"))
 _TREES = (FedXgbBagging, FedXgbCyclic, legacy.FedXgbBagging, legacy.FedXgbCyclic, legacy.FedXgbNnAvg)
 LARGEST = float(np.sqrt(np.finfo(np.float32).max))  # 1.8e19: the square of anything larger overflows float32
 
@@ -63,7 +64,8 @@ def check_instance(strategy: object, kind: type[object], wrapper: type[object]) 
         )
     if not isinstance(strategy, kind):
         found, expected = (f"{each.__module__}.{each.__qualname__}" for each in (type(strategy), kind))
-        raise ConfigError(f"strategy is a {found}, expected an instance of {expected}")
+        remedy = "".join(f"; use {name}, which takes it" for each, name in _TAKERS if isinstance(strategy, each))
+        raise ConfigError(f"strategy is a {found}, expected an instance of {expected}{remedy}")
     for each in chain(strategy):
         if isinstance(each, _TREES):
             raise ConfigError(

@@ -192,6 +192,21 @@ def test_networks_of_a_landscape_are_told_apart() -> None:
     assert _names([Path("a/$.pt"), Path("b/$.pt")]) == [r"a/\$", r"b/\$"]
 
 
+def mono() -> nn.Module:
+    return nn.Conv2d(1, 2, 3)
+
+
+def test_a_guess_of_the_inputs_that_does_not_do_says_how_to_show_them(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
+    for file in files:
+        save_file(mono().state_dict(), file)
+    arguments = ["merge", *files, "--model", "tests.cli.test_merge:mono", "-o", str(tmp_path / "c.safetensors")]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert "'tests.cli.test_merge:mono' returned no example inputs" in str(result.exception)
+    assert "return (module, example inputs), or give --calibration" in str(result.exception)
+
+
 def test_mismatches_are_told_apart_by_key_and_shape(files: list[str], tmp_path: Path) -> None:
     params = network().state_dict()
     save_file({name: value for name, value in params.items() if name != "3.bias"}, tmp_path / "fewer.safetensors")

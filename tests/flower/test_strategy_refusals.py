@@ -48,7 +48,12 @@ BAD_OPTIONS = {
     "device without values": ({"device": "meta"}, ConfigError, "device is 'meta'"),
     "itself": ({"strategy": C2M3(model=mlp(), example_inputs=EXAMPLE)}, ConfigError, "strategy is a C2M3 already"),
     "strategy class": ({"strategy": FedAvg}, ConfigError, r"strategy is the class FedAvg, .* FedAvg\(\)"),
-    "legacy strategy": ({"strategy": LegacyFedAvg()}, ConfigError, "expected an instance of flwr.serverapp.strategy"),
+    "legacy strategy": (
+        {"strategy": LegacyFedAvg()},
+        ConfigError,
+        "expected an instance of flwr.serverapp.strategy.*; use LegacyC2M3 of c2m3_fl.flower, which takes it",
+    ),
+    "option of start": ({"num_rounds": 3}, ConfigError, r"belongs to its method start: pass start\(num_rounds=...\)"),
     "bagged trees": ({"strategy": FedXgbBagging()}, ConfigError, "FedXgbBagging, which collects trees"),
     "trees in turn": ({"strategy": FedXgbCyclic()}, ConfigError, "FedXgbCyclic, which collects trees"),
     "outliers": ({"outliers": "keep"}, ConfigError, "outliers is 'keep'"),
