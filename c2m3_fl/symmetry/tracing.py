@@ -121,14 +121,14 @@ class _Labeller:
     def _tables(self) -> None:
         """Pin buffers that make units of their own, such as the knots of splines: their content tells the units apart.
 
-        Units that a parameter makes are permuted with all buffers about them, whatever these hold.
+        Units that a parameter makes are permuted with all buffers about them, whatever these hold. What parameters
+        only read, such as coordinates, the buffer makes.
         """
         structure, never = self.structure, len(self.structure.ties)
         alone, met = np.full((2, structure.size), never)
         for atoms, known in structure.alone.values():
             alone[atoms] = np.minimum(alone[atoms], known)
-        axes = [(key, self._state[key[0]]) for key, atoms in structure.axes.items() if (alone[atoms] < never).any()]
-        tables = [key for key, x in axes if key[0] in self._buffers and key[1] in varying(x)]
+        tables = [key for key in structure.axes if key[0] in self._buffers and key[1] in varying(self._state[key[0]])]
         if not tables:
             return
         for number in reversed(range(never)):
@@ -140,10 +140,14 @@ class _Labeller:
         own &= (alone <= met) & (alone < never)
         classes = tied(structure)
         made = np.unique(classes[(alone < never) & ~own])
+        learnt = {key: classes[atoms] for key, atoms in structure.axes.items() if key[0] not in self._buffers}
+        computed = np.concatenate([made, *(found for key, found in learnt.items() if key in structure.outputs)])
+        read = np.setdiff1d(np.concatenate([made, *learnt.values()]), computed)
         structure.operator = structure.module = ""
         for key in tables:
             atoms = structure.axes[key]
-            structure.pin(atoms[own[atoms] & ~np.isin(classes[atoms], made)], "buffer with content of its own")
+            table = own[atoms] & ~np.isin(classes[atoms], made) | np.isin(classes[atoms], read)
+            structure.pin(atoms[table], "buffer with content of its own")
 
     def _unread(self) -> None:
         """Pin what lies beyond a slice on a parameter axis: other inputs may read it, such as longer sequences."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from c2m3_fl.network.calibration import as_inputs
-from c2m3_fl.symmetry.discover import derive
+from c2m3_fl.symmetry.discover import derive, permutation_spec
 from tests.symmetry.families import noise
 
 _SIDE = 4
@@ -56,3 +56,23 @@ def test_offsets_keep_their_order_in_every_block(blocks: int) -> None:
     heads = {f"blocks.{block}.qkv{rest}" for block in range(blocks) for rest in (".blocks", "", "#2")}
     assert set(spec.groups) == {"stem", *heads}  # the stream; per block the heads, their keys and their values
     assert all(spec.tensors[f"blocks.{block}.bias"].axes[1] == () for block in range(blocks))
+
+
+def test_coordinates_that_a_layer_reads_stay_in_order() -> None:
+    """A table of coordinates makes units that no parameter computes: the columns that read it are told apart by it."""
+
+    class Offsets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.o = nn.Linear(2, 8), nn.Linear(8, 4), nn.Linear(4, 3)
+            rows, columns = torch.meshgrid(torch.linspace(-1, 1, 3), torch.linspace(-2, 2, 5), indexing="ij")
+            self.register_buffer("coordinates", torch.stack([rows, columns], -1).flatten(0, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = self.b(self.a(self.coordinates).relu())
+            return self.o((x[:, None] + bias).relu().mean(1))
+
+    network = Offsets()
+    found = permutation_spec(network, torch.randn(3, 4))
+    assert {name: group.size for name, group in found.groups.items()} == {"a": 8}
+    assert {pin.tensor for pin in found.pins if pin.reason.startswith("buffer with content")} >= {"coordinates"}
