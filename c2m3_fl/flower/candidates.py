@@ -22,7 +22,7 @@ from c2m3_fl.flower.client_head import Head, head_by_clients, report_head, why_n
 from c2m3_fl.flower.client_refit import refit_by_clients
 from c2m3_fl.flower.evidence import Means, choose_means
 from c2m3_fl.flower.judge import ClientJudge
-from c2m3_fl.flower.metrics import Numbers, failure, report_recalibration
+from c2m3_fl.flower.metrics import Numbers, failure, report_candidate
 from c2m3_fl.flower.rounds import AlignedReplies
 from c2m3_fl.flower.server_side import ServerSide
 from c2m3_fl.flower.setup import Setup
@@ -170,7 +170,7 @@ class Candidates:
             log(ERROR, "\t> %s: the merged model stays as it is", failure(_WHO.get(name, "recalibration"), error))
             self.failed += 1
             return
-        self.numbers |= report_recalibration(found.report) | report_head(found.report)
+        self.numbers |= report_candidate(name, found.report) | report_head(found.report)
         self.params[name] = found.state_dict
         if step:
             self.last = name

@@ -69,13 +69,13 @@ def report_alignment(nodes: Sequence[int], alignment: RoundMatch, odd: Mapping[i
         log(WARNING, "\t> node %d does not fit the others: %s", nodes[index], reason)
 
 
-def report_recalibration(report: RecalibrationReport) -> Numbers:
-    """Log what was done and, where a guard chose, on what evidence; the evidence in numbers."""
+def report_candidate(name: str, report: RecalibrationReport) -> Numbers:
+    """Log how a candidate was made and, where a guard chose, on what evidence; the evidence in numbers."""
     decision = report.decision
     if decision is None:
-        log(INFO, "\t> recalibration: %s", report.method)
+        log(INFO, "\t> candidate %r: %s", name, report.method)
         return {}
-    log(INFO, "\t> recalibration: the guard keeps %r: %s", decision.chosen, decision.reason)
+    log(INFO, "\t> candidate %r: the guard keeps %r: %s", name, decision.chosen, decision.reason)
     numbers: Numbers = {} if decision.shift is None else {"c2m3-guard-shift": decision.shift}
     for each in decision.candidates:
         numbers[f"c2m3-guard-kept/{each.name}"] = int(each.name == decision.chosen)

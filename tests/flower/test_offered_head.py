@@ -24,8 +24,11 @@ def queries(seen):
     return sum(kind == LABELS for kind, _ in seen)
 
 
-def test_by_default_the_head_is_a_candidate_and_deployed_where_the_clients_judge_it_best():
+def test_by_default_the_head_is_a_candidate_and_deployed_where_the_clients_judge_it_best(caplog):
     strategy, result, drawn = played({"calibration": calibration()})
+    made = {"repair": "repair", "refit": "refit", "head": "head from labels", "refit+head": "head from labels"}
+    for name, method in made.items():
+        assert caplog.messages.count(f"\t> candidate '{name}': {method}") == 1
     plain, expected, draws = played({"calibration": calibration(), "head": None})
     assert {"head", "refit+head"} <= set(deployed(result, 2))
     assert deployed(result, 2)[0].endswith("head")
