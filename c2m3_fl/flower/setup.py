@@ -117,7 +117,9 @@ class Setup:
         if self.head is not None:
             asked = ", where clients answer for their labels" if self.offered else ""
             parts.append(f"{brief(self.head)}, the last layer from the clients' labels{asked}")
-        if parts and isinstance(self.judge, ClientJudge):
+        if self.tentative and self.data.labelled and not self.asks and self.decides:
+            parts.append("the inputs' labels decide")
+        elif parts and isinstance(self.judge, ClientJudge):
             parts.append("the clients judge the candidates" + (", where they can" if self.tentative else ""))
         return "; ".join(parts) or "OFF"
 
@@ -150,6 +152,11 @@ def build_setup(
         raise ConfigError(f"model is {model!r}, expected a module such as Net()")
     place = resolve_device(device)
     statistics = calibration if isinstance(calibration, ClientStatistics) else None
+    if statistics is not None and example_inputs is None:
+        raise CalibrationError(
+            "calibration=ClientStatistics() shows the server no input: pass example_inputs, such as "
+            "torch.zeros(1, 3, 32, 32), with which the network can be traced"
+        )
     given = None if isinstance(calibration, ClientStatistics) else calibration
     with undisturbed(seed=0):  # a shuffling loader gives the same batches when the server is started again
         data = CalibrationSet.of(model, given, example_inputs=example_inputs, inputs=inputs, outputs=outputs)

@@ -186,7 +186,7 @@ def test_what_moments_cannot_give_is_refused_at_once():
         C2M3(model=mlp(), example_inputs=EXAMPLE, calibration=ClientStatistics(), recalibrate=Refit())
     with pytest.raises(ConfigError, match="endpoints is 'some'"):
         ClientStatistics(endpoints="some")
-    with pytest.raises(CalibrationError, match="neither example_inputs nor calibration"):
+    with pytest.raises(CalibrationError, match="shows the server no input: pass example_inputs"):
         C2M3(model=mlp(), calibration=ClientStatistics(), recalibrate="repair")
 
 

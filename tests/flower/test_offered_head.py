@@ -102,6 +102,9 @@ def test_what_is_offered_is_said_and_what_was_asked_for_is_not_offered():
         offered.describe()
     )
     assert not offered.asks
+    assert offered.describe().endswith("; the clients judge the candidates, where they can")
+    labelled = C2M3(model=mlp(), calibration=HELD).setup.describe()
+    assert labelled.endswith(f"with {len(HELD[0][0])} inputs on the server; the inputs' labels decide")
     asked = C2M3(model=mlp(), calibration=calibration(), head="labels").setup
     assert asked.asks == ["head"]
     assert C2M3(model=mlp(), example_inputs=EXAMPLE, recalibrate=ClientRefit()).setup.offered

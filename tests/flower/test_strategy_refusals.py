@@ -61,6 +61,11 @@ BAD_OPTIONS = {
     "refit without data": ({"recalibrate": "refit"}, CalibrationError, "'refit' needs calibration inputs"),
     "recalibrate": ({"recalibrate": "mend"}, ConfigError, "recalibrate is 'mend'"),
     "no inputs": ({"example_inputs": None}, CalibrationError, "neither example_inputs nor calibration"),
+    "moments alone": (
+        {"example_inputs": None, "calibration": ClientStatistics()},
+        CalibrationError,
+        r"ClientStatistics\(\) shows the server no input: pass example_inputs",
+    ),
     "empty calibration": ({"example_inputs": None, "calibration": []}, CalibrationError, "empty"),
 }
 
