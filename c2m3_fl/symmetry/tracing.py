@@ -166,8 +166,6 @@ class _Labeller:
         self.structure.module = stack[-1][0] if stack else ""
         self.structure.operator = str(node.target).removesuffix(".default") if node.op == "call_function" else ""
 
-    # ------------------------------------------------------------------------------------------------------ inputs
-
     def _placeholder(self, node: fx.Node) -> None:
         spec = self._inputs[node.name]
         if spec.kind is InputKind.USER_INPUT:
@@ -213,8 +211,6 @@ class _Labeller:
         content = value.detach().cpu()
         exact = content.double() if content.is_floating_point() else content.resolve_conj()
         return replace(labels, content=exact.numpy())
-
-    # ------------------------------------------------------------------------------------------------------- calls
 
     def _call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
