@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # every test starts a process that loads torch
+
 
 def spins(code, **variables):
     """What libgomp says of its settings when a process loads it, and the variable in the end; None without libgomp."""

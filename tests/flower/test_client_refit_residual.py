@@ -102,6 +102,7 @@ def test_where_the_skip_is_right_both_targets_are_one(monkeypatch):
     assert distance(found, endpoints) < 0.5 * distance(merged, endpoints)
 
 
+@pytest.mark.slow
 def test_features_come_nearer_on_digits_with_two_classes_a_client(monkeypatch):
     """Three local epochs from a shared start.
 

@@ -42,7 +42,7 @@ def test_permuted_copies_merge_to_the_original_function(network: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("network", ["mlp", "batch norm"])
+@pytest.mark.parametrize("network", ["mlp", pytest.param("batch norm", marks=pytest.mark.slow)])
 def test_the_order_of_the_nodes_does_not_matter_to_a_bit(network: str, method: str) -> None:
     model, params = nodes(network, 3)
     weights = [1.0, 3.0, 3.0]

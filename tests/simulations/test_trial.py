@@ -46,6 +46,7 @@ def test_a_pull_towards_the_model_sent_is_another_training():
     assert second.trained == EVERY_TRAINING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["shared", "independent"])
 def test_remembered_trainings_change_no_result(start):
     settings = replace(SETTINGS, initialisation=start)

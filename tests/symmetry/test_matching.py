@@ -41,6 +41,7 @@ def objective(problem: Problem, point: dict[str, Tensor]) -> float:
     return Universe(problem, point).objective()
 
 
+@pytest.mark.slow
 @each_family
 def test_the_objective_is_the_agreement_of_the_permuted_networks(family: str) -> None:
     spec, nodes, problem = three(family)
