@@ -102,7 +102,7 @@ def encode(value: object, arrays: Arrays, depth: int = _DEPTH) -> Node:
     return {"kind": "object", "class": name, "items": encode(own, arrays, depth - 1)}
 
 
-def decode(node: Node, arrays: Mapping[str, npt.NDArray[Any]], there: object = None, where: str = "") -> Any:  # noqa: ANN401
+def decode(node: Node, arrays: Mapping[str, npt.NDArray[Any]], there: object = None, where: str = "") -> Any:  # noqa: ANN401  # any
     """The value that `encode` got.
 
     Parameters
@@ -159,7 +159,7 @@ def _kind(generator: Generator) -> str:
     return type(owner).__name__
 
 
-def _filled(kind: str, node: Node, arrays: Mapping[str, npt.NDArray[Any]], there: Any, where: str) -> object:  # noqa: ANN401
+def _filled(kind: str, node: Node, arrays: Mapping[str, npt.NDArray[Any]], there: Any, where: str) -> object:  # noqa: ANN401  # any
     """The object that is there, with the state that was saved."""
     if kind == "enum":
         return type(there)[node["items"]]

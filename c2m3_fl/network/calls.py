@@ -59,7 +59,7 @@ def as_called(
     kept = f"_forward_{len(base.__mro__)}"
 
     @wraps(base.forward if own is None else own)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:  # noqa: ANN401
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:  # noqa: ANN401  # as above
         kwargs = {**always, **kwargs}
         found = base.forward(self, *args, **kwargs) if own is None else vars(self)[kept](*args, **kwargs)
         tensors = tuple(tensors_in(found if chosen is None else [_pick(found, each) for each in chosen]))

@@ -94,7 +94,7 @@ def _inline_cond(graph: fx.GraphModule, node: fx.Node) -> None:
     _replace(graph, node, chosen)
 
 
-def _paste(graph: fx.GraphModule, node: fx.Node, holder: Any, operands: Any) -> list[Any]:  # noqa: ANN401
+def _paste(graph: fx.GraphModule, node: fx.Node, holder: Any, operands: Any) -> list[Any]:  # noqa: ANN401  # as above
     """Copy a subgraph's operators before its call, and return the values of its outputs."""
     sub = graph.get_submodule(str(holder.target))
     assert isinstance(sub, fx.GraphModule)

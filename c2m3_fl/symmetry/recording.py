@@ -77,7 +77,7 @@ def replace_tensors(value: Value, change: Callable[[Any], Any], kind: type | tup
     return value
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Within this mode, networks compute in double precision and their operators are recorded in `tape`.
 
     Parameters
@@ -89,7 +89,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, known: Mapping[str, Tensor], device: str = "cpu") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.tape = Tape()
         self._device = torch.device(device)
         self._numbers: dict[int, int] = {}
@@ -103,8 +103,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
-        func: Any,  # noqa: ANN401
-        types: Any,  # noqa: ANN401
+        func: Any,  # noqa: ANN401  # as torch calls it
+        types: Any,  # noqa: ANN401  # as above
         args: tuple[Value, ...] = (),
         kwargs: dict[str, Value] | None = None,
     ) -> Any:  # noqa: ANN401  # an operator takes and returns anything

@@ -231,7 +231,7 @@ class _Print(torch.autograd.Function):
         return _print(value, size)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401  # as above
         (value,) = ctx.saved_tensors
         shifted = (value / ctx.size).nan_to_num(0, 0, 0) + 0.3
         return gradient / (1 + shifted.abs()) ** 2 / (ctx.size * value.numel()), None

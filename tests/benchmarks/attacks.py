@@ -117,7 +117,7 @@ def run_case(bench: Bench, setting: Setting, attack: str) -> dict[str, Any]:
             row["backdoor"][name][way] = round(success(arrays), 4)
             if name == "FedAvg" and way == "universe":
                 flags = metrics["c2m3-node-outlier"]
-                named = {node for node, flag in zip(metrics["c2m3-nodes"], flags, strict=True) if flag}  # type: ignore[arg-type]
+                named = {node for node, flag in zip(metrics["c2m3-nodes"], flags, strict=True) if flag}  # type: ignore[arg-type]  # lists
                 row["named"] = {
                     "honest": len([node for node in named if node < CLIENTS - HOSTILE or attack == "none"]),
                     "hostile": len([node for node in named if node >= CLIENTS - HOSTILE and attack != "none"]),

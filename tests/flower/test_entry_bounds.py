@@ -135,7 +135,7 @@ def test_training_metrics_that_are_nan_are_left_out_of_the_average_and_the_model
 
 
 def test_legacy_training_metrics_that_are_nan_are_left_out_of_the_average():
-    mean = lambda found: {"auc": sum(n * each["auc"] for n, each in found) / sum(n for n, _ in found)}  # noqa: E731
+    mean = lambda found: {"auc": sum(n * each["auc"] for n, each in found) / sum(n for n, _ in found)}  # noqa: E731  # short
     aucs = [0.5, 0.8, math.nan]
     results = [fit_result(n, params, metrics={"auc": aucs[n], "who": "me"}) for n, params in enumerate(clients(3))]
     _, metrics = legacy(LegacyFedAvg(fit_metrics_aggregation_fn=mean)).aggregate_fit(1, results, [])

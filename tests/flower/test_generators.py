@@ -14,7 +14,7 @@ from tests.flower.federation import digits, mlp
 
 
 def drawn():
-    return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()  # noqa: NPY002
+    return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()  # noqa: NPY002  # these are tested
 
 
 def test_global_generators_go_on_from_where_they_were():

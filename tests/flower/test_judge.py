@@ -88,10 +88,10 @@ def test_records_are_named_as_the_strategy_names_them():
 
 
 def test_the_global_random_states_stay_untouched():
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002  # is tested
     judged(evaluating(), nodes=9, options=ClientJudge(fraction=0.4))
     assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002  # as above
     assert torch.equal(torch.get_rng_state(), before[2])
 
 

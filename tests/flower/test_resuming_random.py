@@ -40,7 +40,7 @@ def drawing_app():
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
         loader = DataLoader(TensorDataset(*(each[:96] for each in digits())), batch_size=32, shuffle=True)
         for data, labels in loader:
-            noisy = data + 0.1 * np.random.rand() * random.random()  # noqa: NPY002
+            noisy = data + 0.1 * np.random.rand() * random.random()  # noqa: NPY002  # the global state is what is tested
             train(model, noisy.float(), labels, epochs=1, seed=0, rate=0.05)
         metrics = MetricRecord({"num-examples": 96})
         return Message(RecordDict({"arrays": from_params(model.state_dict()), "metrics": metrics}), reply_to=message)
@@ -60,7 +60,7 @@ def start(make, folder, killed_in=None, evaluate_fn=None):
 
 def seeded(value):
     random.seed(value)
-    np.random.seed(value)  # noqa: NPY002
+    np.random.seed(value)  # noqa: NPY002  # as above
     torch.manual_seed(value)
 
 

@@ -104,7 +104,7 @@ def test_keys_of_a_dict_that_are_arguments_are_inputs_and_labels_are_labels(key:
     assert torch.equal(batch.inputs[0], INPUTS)
     assert batch.labels is not None
     assert torch.equal(batch.labels, LABELS)
-    assert batch.example.keys() == {"img"}  # type: ignore[union-attr]
+    assert batch.example.keys() == {"img"}  # type: ignore[union-attr]  # a dict here
 
 
 def test_labels_that_are_not_class_indices_are_left_unread() -> None:

@@ -90,5 +90,5 @@ def test_cells_in_layers_have_units_of_their_own() -> None:
 
 def test_zeros_beside_inputs_do_not_tie_what_follows() -> None:
     """Columns that read zeros only may be exchanged with one another, not with those that read inputs."""
-    build = lambda: Lambda(lambda net, x: net.a(torch.cat([x, torch.zeros(3, 5)], 1)), a=nn.Linear(9, 2))  # noqa: E731
+    build = lambda: Lambda(lambda net, x: net.a(torch.cat([x, torch.zeros(3, 5)], 1)), a=nn.Linear(9, 2))  # noqa: E731  # short
     check(build, noise(3, 4), 5)

@@ -81,5 +81,5 @@ def test_pooling_of_nodes_by_graph_keeps_channels_free() -> None:
         h = net.a(x).relu()
         return net.o(torch.zeros(2, 6, dtype=x.dtype).index_add(0, graph, h))
 
-    build = lambda: Lambda(pooled, a=nn.Linear(4, 6), o=nn.Linear(6, 2))  # noqa: E731
+    build = lambda: Lambda(pooled, a=nn.Linear(4, 6), o=nn.Linear(6, 2))  # noqa: E731  # short
     check(build, (noise(5, 4), torch.tensor([0, 0, 1, 1, 1])), 6)

@@ -61,7 +61,7 @@ UNLIKE: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", UNLIKE)
 def test_units_treated_unlike_are_told_apart(name: str) -> None:
     function, sizes = UNLIKE[name]
-    build = lambda: Lambda(lambda net, x: net.o(function(net.a(x))), a=nn.Linear(4, 12), o=nn.Linear(12, 2))  # noqa: E731
+    build = lambda: Lambda(lambda net, x: net.o(function(net.a(x))), a=nn.Linear(4, 12), o=nn.Linear(12, 2))  # noqa: E731  # short
     check(build, noise(3, 4), *sizes)
 
 

@@ -119,6 +119,6 @@ def index_put(
     gone = range(start, start + joint.ndim)
     written = insert(drop(without(call.structure, written, gone), gone), range(len(rest), x.ndim))
     order = [rest.index(dim) if dim in rest else len(rest) + used.index(dim) for dim in range(x.ndim)]
-    pointed = {dim for dim in used if indices[dim].points is not None}  # type: ignore[union-attr]
+    pointed = {dim for dim in used if indices[dim].points is not None}  # type: ignore[union-attr]  # as above
     fixed = target.fixed | {dim for dim in used if dim not in pointed and x.shape[dim] > 1}
     return combine(call.structure, Labels(target.shape, target.factors, fixed), permute(written, order))
