@@ -139,14 +139,7 @@ def check_norm(merged: Params, replies: Sequence[Params], sent: Params) -> None:
 def check_runs(model: nn.Module, example: Batch, merged: Params, sent: Params) -> None:
     """Raise `ParamsError` where the merged model raises, or gives NaN, on inputs on which the model sent out does not.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The architecture; not mutated.
-    example : Batch
-        Inputs that it takes.
-    merged, sent : mapping of str to Tensor
-        The model to try, and the one that was sent out.
+    See `fault` for the parameters; `merged` is the model to try.
     """
     found = fault(model, example, merged, sent)
     if found:

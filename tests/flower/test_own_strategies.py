@@ -14,7 +14,21 @@ from tests.flower.federation import EXAMPLE, calibration, digits_app, mlp, same
 NODES = 3
 
 
-class Saving(FedAvg):
+class _Keeping:
+    """What both ways add: a start of its own, and a checkpoint in every round."""
+
+    def start(self, *args, **kwargs):
+        self.started = True
+        return super().start(*args, **kwargs)
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        self.saved.append(arrays.copy())
+        metrics["own"] = float(server_round)
+        return arrays, metrics
+
+
+class Saving(_Keeping, FedAvg):
     """As in Flower's example apps: a start of its own, attributes, and a checkpoint in every round."""
 
     def __init__(self, **options):
@@ -22,34 +36,14 @@ class Saving(FedAvg):
         self.saved = []
         self.started = False
 
-    def start(self, *args, **kwargs):
-        self.started = True
-        return super().start(*args, **kwargs)
 
-    def aggregate_train(self, server_round, replies):
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        self.saved.append(arrays.copy())
-        metrics["own"] = float(server_round)
-        return arrays, metrics
-
-
-class Derived(C2M3):
+class Derived(_Keeping, C2M3):
     """The other way: what C2M3 returns is the deployed model."""
 
     def __init__(self, strategy, **options):
         super().__init__(strategy, **options)
         self.saved = []
         self.started = False
-
-    def start(self, *args, **kwargs):
-        self.started = True
-        return super().start(*args, **kwargs)
-
-    def aggregate_train(self, server_round, replies):
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        self.saved.append(arrays.copy())
-        metrics["own"] = float(server_round)
-        return arrays, metrics
 
 
 def run(strategy, rounds=2, evaluate_fn=None):
