@@ -168,7 +168,7 @@ class FitHead:
     --------
     >>> from c2m3_fl.merging.recalibrate.setting import prepare
     >>> model = torch.nn.Linear(4, 2)
-    >>> inputs = torch.randn(200, 4)
+    >>> inputs = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     >>> data = [(inputs, (inputs[:, 0] > 0).long())]
     >>> done = FitHead()(prepare(model, model.state_dict(), [model.state_dict()], data))
     >>> done.report.head.after.accuracy > 0.9
