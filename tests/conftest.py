@@ -1,10 +1,12 @@
-"""Where the data sets are, one thread for every test, and a reason for every test that is left out."""
+"""Where the data sets are, one thread and one seed for every test, and a reason for every test that is left out."""
 
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,14 @@ _SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 if _SHARED.is_dir():
     os.environ.setdefault("C2M3_DATA", str(_SHARED))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Whatever a test draws from the global generators depends on nothing that ran before it in the same process."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # the state that the tested code may draw from
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

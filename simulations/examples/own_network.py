@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from c2m3_fl import Group, PermutationSpec, Segment, TensorSpec, check_invariance, merge
-from simulations.examples.digits import Net, accuracy, calibration, train
+from simulations.examples.digits import accuracy, calibration, train
 
 UNITS = 64
 
@@ -15,7 +16,9 @@ class Branching(nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.first, self.again, self.last = Net(seed).first, nn.Linear(UNITS, UNITS), nn.Linear(UNITS, 10)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.first, self.again, self.last = nn.Linear(64, UNITS), nn.Linear(UNITS, UNITS), nn.Linear(UNITS, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores, shape (images, 10)."""
