@@ -22,6 +22,7 @@ from c2m3_fl.flower.consistency import fill
 from c2m3_fl.flower.metrics import EVALUATIONS_DROPPED, Numbers, failure, without_ours
 from c2m3_fl.flower.records import Schema, read_npy, received_type
 from c2m3_fl.flower.replies import check_metrics, check_values, check_weight, content_of
+from c2m3_fl.flower.rewind import taken_back_on_failure
 from c2m3_fl.flower.rounds import AlignedReplies
 
 Result = tuple[ClientProxy, FitRes]
@@ -102,7 +103,7 @@ def aggregate_evaluations(
     results: Sequence[Evaluation],
     failures: list[Evaluation | BaseException],
 ) -> tuple[float | None, dict[str, Scalar]]:
-    """The wrapped strategy's aggregate of the evaluations that can be averaged; nothing where it fails."""
+    """The wrapped strategy's aggregate of the evaluations that can be averaged; nothing where it fails: as it was."""
     kept, dropped = [], []
     for proxy, evaluation in results:
         try:
@@ -115,11 +116,12 @@ def aggregate_evaluations(
         kept.append((proxy, evaluation))
     report_dropped(dropped)
     try:
-        loss, metrics = strategy.aggregate_evaluate(server_round, kept, failures)
+        with taken_back_on_failure(strategy):
+            loss, metrics = strategy.aggregate_evaluate(server_round, kept, failures)
+            return loss, {**without_ours(metrics or {}), **({EVALUATIONS_DROPPED: len(dropped)} if dropped else {})}
     except Exception as error:  # a failed evaluation must not end the run
         log(ERROR, "\t> %s", failure(f"the evaluation of {type(strategy).__name__}", error))
         return None, {}
-    return loss, {**without_ours(metrics or {}), **({EVALUATIONS_DROPPED: len(dropped)} if dropped else {})}
 
 
 def named_params(schema: Schema, parameters: Parameters, who: str) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from c2m3_fl.flower.metrics import EVALUATIONS_DROPPED, failure, without_ours
 from c2m3_fl.flower.private import with_arrays
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.replies import report_dropped, sort_evaluations
+from c2m3_fl.flower.rewind import taken_back_on_failure
 from c2m3_fl.flower.rounds import AlignedReplies
 from c2m3_fl.flower.wrapped import record_keys, stock_averages
 
@@ -45,7 +46,7 @@ def aggregate_messages(
 
 
 def aggregate_evaluations(strategy: Strategy, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-    """The wrapped strategy's aggregate of the evaluations that can be averaged; None where it fails.
+    """The wrapped strategy's aggregate of the evaluations that can be averaged; None where it fails, and is taken back.
 
     Parameters
     ----------
@@ -62,10 +63,11 @@ def aggregate_evaluations(strategy: Strategy, server_round: int, replies: Iterab
         report_dropped(found.dropped)
         replies, dropped = [each.source for each in found.replies], len(found.dropped)
     try:
-        metrics = strategy.aggregate_evaluate(server_round, replies)
-        if metrics is None:
-            return None
-        return MetricRecord(without_ours(metrics) | ({EVALUATIONS_DROPPED: dropped} if dropped else {}))
+        with taken_back_on_failure(strategy):
+            metrics = strategy.aggregate_evaluate(server_round, replies)
+            if metrics is None:
+                return None
+            return MetricRecord(without_ours(metrics) | ({EVALUATIONS_DROPPED: dropped} if dropped else {}))
     except Exception as error:  # a failed evaluation must not end the run
         log(ERROR, "\t> %s", failure(f"the evaluation of {type(strategy).__name__}", error))
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict, deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from io import IOBase
@@ -80,6 +81,24 @@ class Before:
             number = isinstance(value, float | np.floating)
             if _finite(value) is False and self._finite.get(path, not number):
                 raise ParamsError(f"the wrapped strategy's state {path} holds NaN, or values whose squares overflow")
+
+
+@contextmanager
+def taken_back_on_failure(strategy: object) -> Iterator[None]:
+    """Where the block raises, or leaves a state that cannot be used, take a strategy back and raise.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        The outermost wrapped strategy.
+    """
+    before = Before(strategy)
+    try:
+        yield
+        before.check()
+    except Exception:
+        before.rewind()
+        raise
 
 
 def _walk(strategies: tuple[object, ...]) -> Iterator[tuple[str, Any]]:

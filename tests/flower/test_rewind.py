@@ -10,15 +10,18 @@ from threading import Lock
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.common import EvaluateRes
 from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
 
 from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower import LegacyC2M3
 from c2m3_fl.flower.records import to_params
 from c2m3_fl.flower.rewind import Before
 from c2m3_fl.flower.strategy import C2M3
-from tests.flower.federation import EXAMPLE, clients, mlp, reply, same, send
+from tests.flower.federation import EXAMPLE, answer, clients, mlp, reply, same, send
+from tests.flower.legacy_federation import OK, Local
 
 HUGE = 1e30  # finite in float32, its square is not
 
@@ -231,3 +234,50 @@ def test_numbers_that_were_finite_are_watched():
     strategy.norm = 1e300
     with pytest.raises(ParamsError, match=r"FedAvg\.norm"):
         before.check()
+
+
+class BestSoFar:
+    """State that a strategy of the user's own changes while it aggregates an evaluation that then fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses, self.moments = [1.0], np.zeros(2)
+
+    def aggregate_evaluate(self, server_round, replies, failures=None):
+        self.losses.append(0.5)
+        self.moments += server_round
+        if server_round == 2:
+            raise ZeroDivisionError("no clients with a loss")
+        if server_round == 3:
+            self.moments[0] = np.nan
+        return (0.5, {}) if failures is not None else MetricRecord({"loss": 0.5})
+
+
+class Current(BestSoFar, FedAvg):
+    pass
+
+
+class Legacy(BestSoFar, legacy.FedAvg):
+    pass
+
+
+@pytest.mark.parametrize("dialect", ["current", "legacy"])
+def test_an_evaluation_that_fails_leaves_no_trace_in_the_wrapped_strategy(dialect, caplog):
+    """Round 2 raises, round 3 leaves NaN in an array: neither has an evaluation, and what follows is as before."""
+    current = dialect == "current"
+    inside = Current() if current else Legacy()
+    outer = (C2M3 if current else LegacyC2M3)(inside, model=mlp(), example_inputs=EXAMPLE)
+    shared, found = inside.losses, []
+    for number in (1, 2, 3, 4):
+        if current:
+            sent = [answer(7, RecordDict({"metrics": MetricRecord({"num-examples": 1, "loss": 0.5})}))]
+            found.append(outer.aggregate_evaluate(number, sent))
+        else:
+            results = [(Local(0, 1), EvaluateRes(OK, 0.5, 1, {}))]
+            found.append(outer.aggregate_evaluate(number, results, [])[0])
+    assert [each is None for each in found] == [False, True, True, False]
+    assert shared == [1.0, 0.5, 0.5]
+    assert inside.losses is shared
+    assert inside.moments.tolist() == [5, 5]
+    assert "failed: ZeroDivisionError: no clients with a loss" in caplog.text
+    assert f"state {type(inside).__name__}.moments holds NaN" in caplog.text
