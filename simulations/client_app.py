@@ -16,11 +16,13 @@ from c2m3_fl.flower.records import from_params, to_params
 from simulations.data import Images, derived_seed, federated_data
 from simulations.models import build_model
 from simulations.partition_grid import PARTITION, play_partition
+from simulations.peers import FISHER, diagonal_fisher
 from simulations.settings import Settings
 from simulations.training import default_device, log_probabilities, score, train
 
 _INITIALISATION, _BATCHES = 2, 3  # independent streams derived from the seed; the data use 0 and 1
 _BATCH = 250  # images that a client measures at once
+_INFORMATIVE = 256  # images of which a client computes its Fisher information
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +91,11 @@ def build_app(trainer: Trainer = train_locally) -> ClientApp:
         params, loss = trainer(assignment)
         count = len(federated_data(settings).training_share(client))
         metrics = MetricRecord({"num-examples": count, "train-loss": loss})
-        return Message(RecordDict({"arrays": from_params(params), "metrics": metrics}), reply_to=message)
+        content = RecordDict({"arrays": from_params(params), "metrics": metrics})
+        if config.get(FISHER):
+            images = federated_data(settings).training_share(client)[:_INFORMATIVE].inputs
+            content[FISHER] = from_params(diagonal_fisher(_network(settings), params, images))
+        return Message(content, reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:

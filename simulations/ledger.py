@@ -16,7 +16,7 @@ from typing import Any
 from c2m3_fl.errors import DataError
 
 _PACKAGES = ("c2m3-fl", "flwr", "torch", "numpy", "scipy")
-_SEQUENCES = ("accuracy", "loss", "clients", "moved")  # fields that JSON holds as lists
+_SEQUENCES = ("accuracy", "loss", "calibration_error", "clients", "moved")  # fields that JSON holds as lists
 _DIGITS = 5  # significant digits of a stored accuracy or loss
 
 Number = float | None  # None for a loss that is not finite, which JSON cannot hold
@@ -48,6 +48,12 @@ class Measurement:
         Number of local trainings that no earlier method of the cell had done.
     seconds : float
         Wall-clock time, including these trainings.
+    calibration_error : tuple of float
+        Expected calibration error of the returned model, in 15 bins, after every round.
+    server_seconds : float
+        CPU time outside clients and evaluation.
+    down, up : int
+        Bytes of arrays that one client received and sent, on average over clients, in the whole run.
     date : str
         Time of the end, in UTC.
     key : str
@@ -65,6 +71,10 @@ class Measurement:
     moved: tuple[float, ...] = ()
     trained: int = 0
     seconds: float = 0.0
+    calibration_error: tuple[Number, ...] = ()
+    server_seconds: float = 0.0
+    down: int = 0
+    up: int = 0
     date: str = ""
     key: str = ""
 
@@ -177,5 +187,5 @@ def _version(package: str) -> str:
 
 
 def _measurement(row: Mapping[str, Any]) -> Measurement:
-    known: dict[str, Any] = {name: row[name] for name in Measurement.__dataclass_fields__}
-    return Measurement(**{**known, **{name: tuple(known[name]) for name in _SEQUENCES}})
+    known: dict[str, Any] = {name: row[name] for name in Measurement.__dataclass_fields__ if name in row}
+    return Measurement(**{**known, **{name: tuple(known[name]) for name in _SEQUENCES if name in known}})

@@ -15,6 +15,7 @@ from c2m3_fl.flower.private import readdress
 from c2m3_fl.flower.records import to_params
 
 PARTITION = "partition-id"
+ARRAYS = "arrays"  # key of the network in a reply
 
 
 class PartitionGrid(Grid):
@@ -94,7 +95,7 @@ class PartitionGrid(Grid):
 
 def networks(answers: Sequence[Message]) -> tuple[Params, ...]:
     """The replies' state dicts; read them before a strategy does, because FedMedian empties the records."""
-    return tuple(to_params(record) for reply in answers for record in reply.content.array_records.values())
+    return tuple(to_params(reply.content.array_records[ARRAYS]) for reply in answers)
 
 
 def check_answers(answers: Sequence[Message], expected: int) -> None:

@@ -15,6 +15,23 @@ from c2m3_fl.errors import ConfigError
 
 Value = str | int | float
 
+ON_SERVER = {  # corrections on the server's images, and their titles
+    "batchnorm": "BatchNorm",
+    "repair": "REPAIR",
+    "refit": "refit",
+}
+ON_CLIENTS = {  # corrections by what the clients answer
+    "client-refit": "client refit",
+    "head": "head",
+    "client-refit+head": "client refit + head",
+}
+_PEERS = {  # methods of alignment, and the corrections that they are combined with
+    "fedavg": ("FedAvg", {**ON_SERVER, **ON_CLIENTS}),
+    "git-rebasin": ("Git Re-Basin", {**ON_SERVER, **ON_CLIENTS}),
+    "mergemany": ("MergeMany", {**ON_SERVER, **ON_CLIENTS}),
+    "activations": ("Activation matching", {**ON_SERVER, **ON_CLIENTS}),
+    "cca": ("CCA Merge", ON_SERVER),  # not permutations, so clients' own networks cannot be asked in its basis
+}
 TITLES = {  # names of the strategies in simulations/strategies.py, and their titles in tables and pictures
     "fedavg": "FedAvg",
     "fedavgm": "FedAvgM",
@@ -22,13 +39,17 @@ TITLES = {  # names of the strategies in simulations/strategies.py, and their ti
     "fedprox": "FedProx",
     "fedmedian": "FedMedian",
     "feddf": "FedDF",
+    "fisher": "Fisher average",
+    "regmean": "RegMean",
     "c2m3": "C2M3",
     "c2m3+default": "C2M3, default",
+    "c2m3+batchnorm": "C2M3 + BatchNorm",
     "c2m3+repair": "C2M3 + REPAIR",
     "c2m3+refit": "C2M3 + refit",
     "c2m3+head": "C2M3 + head",
     "c2m3+client-refit": "C2M3 + client refit",
     "c2m3+client-refit+head": "C2M3 + client refit + head",
+    "c2m3+regmean": "C2M3 + RegMean",
     "c2m3+judged": "C2M3, judged by clients",
     "c2m3+repair-fed-back": "C2M3 + REPAIR, fed back",
     "c2m3+refit-fed-back": "C2M3 + refit, fed back",
@@ -36,6 +57,14 @@ TITLES = {  # names of the strategies in simulations/strategies.py, and their ti
     "c2m3-fedavgm": "C2M3 (FedAvgM)",
     "c2m3-fedadam": "C2M3 (FedAdam)",
     "c2m3-fedprox": "C2M3 (FedProx)",
+    **{
+        name: title
+        for base, (first, corrections) in _PEERS.items()
+        for name, title in (
+            (base, first),
+            *((f"{base}+{key}", f"{first} + {then}") for key, then in corrections.items()),
+        )
+    },
 }
 OUTPUT = "output"  # a run-config key of the app that is not a setting: the folder of the server's results
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, Strategy
 from torch import Tensor, nn
 
-from c2m3_fl.flower.client_refit import ClientRefit
+from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.strategy import C2M3
+from c2m3_fl.merging.align.base import Method
+from c2m3_fl.merging.align.cca import CCA
+from c2m3_fl.merging.align.methods import ActivationMatching, GitReBasin, Mean, MergeMany
 from simulations.data import FederatedData
 from simulations.distillation import FedDF
-from simulations.settings import TITLES, check_choice
+from simulations.peers import AlignedBy, FisherAverage, Merged
+from simulations.settings import ON_CLIENTS, ON_SERVER, TITLES, check_choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +75,73 @@ def feddf(server: SimulatedServer) -> FedDF:
     return FedDF(model=server.model, inputs=server.calibration, steps=100, **server.everyone)
 
 
+def fisher(server: SimulatedServer) -> FisherAverage:
+    """Parameters weighted by the clients' Fisher information: Matena and Raffel 2022."""
+    return FisherAverage(**server.everyone)
+
+
+def regmean(server: SimulatedServer) -> AlignedBy:
+    """RegMean without alignment: Jin et al. 2023."""
+    return _then_clients(server, Mean(), recalibrate=RegMean())
+
+
+def c2m3_regmean(server: SimulatedServer) -> C2M3:
+    """RegMean in the universe."""
+    return _asking(server, recalibrate=RegMean())
+
+
+def mean(server: SimulatedServer, correction: str) -> Strategy:
+    """FedAvg without alignment, then a correction."""
+    return _corrected(server, Mean(), correction)
+
+
+def git_rebasin(server: SimulatedServer, correction: str = "none") -> Strategy:
+    """Weight matching of every reply with one of them: Ainsworth et al. 2023, algorithm 1."""
+    return _corrected(server, GitReBasin(), correction)
+
+
+def mergemany(server: SimulatedServer, correction: str = "none") -> Strategy:
+    """Weight matching of every reply with the mean of the others: Ainsworth et al. 2023, algorithm 2."""
+    return _corrected(server, MergeMany(), correction)
+
+
+def activation_matching(server: SimulatedServer, correction: str = "none") -> Strategy:
+    """Every reply's units matched with those of one reply by their correlation: Li et al. 2015."""
+    return _corrected(server, ActivationMatching(), correction)
+
+
+def cca_merge(server: SimulatedServer, correction: str = "none") -> Strategy:
+    """CCA Merge, linear maps in place of permutations: Horoi et al. 2024."""
+    return _corrected(server, CCA(), correction)
+
+
+def _corrected(server: SimulatedServer, method: Method, correction: str) -> Strategy:
+    """A method of alignment, then a correction on the server's images or by what clients answer."""
+    if correction in ("none", *ON_SERVER):
+        options = {"calibration": server.calibration, "recalibrate": correction, **server.everyone}
+        return Merged(model=server.model, method=method, **options)
+    return _then_clients(server, method, **_ASKED[correction])
+
+
+def _then_clients(server: SimulatedServer, method: Method, **options: Any) -> AlignedBy:  # noqa: ANN401  # C2M3's own
+    """A method of alignment, then what C2M3 asks the clients, without a judge."""
+    data = server.calibration
+    return AlignedBy(fedavg(server), model=server.model, method=method, calibration=data, judge=None, **options)
+
+
 def c2m3(server: SimulatedServer) -> C2M3:
     """Alignment alone: the server has no data, nothing is recalibrated."""
-    return C2M3(fedavg(server), model=server.model, example_inputs=server.calibration[0][:2])
+    return C2M3(fedavg(server), model=server.model, example_inputs=server.calibration[0][:2], head=None)
 
 
 def c2m3_default(server: SimulatedServer) -> C2M3:
     """C2M3 with its default options."""
     return C2M3(fedavg(server), model=server.model, calibration=server.calibration)
+
+
+def c2m3_batchnorm(server: SimulatedServer) -> C2M3:
+    """BatchNorm's statistics measured on the server's images, deployed."""
+    return C2M3(fedavg(server), model=server.model, calibration=server.calibration, recalibrate="batchnorm")
 
 
 def c2m3_repair(server: SimulatedServer) -> C2M3:
@@ -150,6 +214,12 @@ def c2m3_fedprox(server: SimulatedServer) -> C2M3:
     return C2M3(fedprox(server), model=server.model, calibration=server.calibration)
 
 
+_ASKED: Mapping[str, Mapping[str, Any]] = {  # options of C2M3 for the corrections by what clients answer
+    "client-refit": {"recalibrate": ClientRefit()},
+    "head": {"head": "labels"},
+    "client-refit+head": {"recalibrate": ClientRefit(), "head": "labels"},
+}
+
 STRATEGIES: Mapping[str, Callable[[SimulatedServer], Strategy]] = {
     "fedavg": fedavg,
     "fedavgm": fedavgm,
@@ -157,13 +227,17 @@ STRATEGIES: Mapping[str, Callable[[SimulatedServer], Strategy]] = {
     "fedprox": fedprox,
     "fedmedian": fedmedian,
     "feddf": feddf,
+    "fisher": fisher,
+    "regmean": regmean,
     "c2m3": c2m3,
     "c2m3+default": c2m3_default,
+    "c2m3+batchnorm": c2m3_batchnorm,
     "c2m3+repair": c2m3_repair,
     "c2m3+refit": c2m3_refit,
     "c2m3+head": c2m3_head,
     "c2m3+client-refit": c2m3_client_refit,
     "c2m3+client-refit+head": c2m3_client_refit_head,
+    "c2m3+regmean": c2m3_regmean,
     "c2m3+judged": c2m3_judged,
     "c2m3+repair-fed-back": c2m3_repair_fed_back,
     "c2m3+refit-fed-back": c2m3_refit_fed_back,
@@ -171,6 +245,19 @@ STRATEGIES: Mapping[str, Callable[[SimulatedServer], Strategy]] = {
     "c2m3-fedavgm": c2m3_fedavgm,
     "c2m3-fedadam": c2m3_fedadam,
     "c2m3-fedprox": c2m3_fedprox,
+    **{f"fedavg+{name}": partial(mean, correction=name) for name in (*ON_SERVER, *ON_CLIENTS)},
+    **{
+        base if name == "none" else f"{base}+{name}": partial(function, correction=name)
+        for base, function in (
+            ("git-rebasin", git_rebasin),
+            ("mergemany", mergemany),
+            ("activations", activation_matching),
+        )
+        for name in ("none", *ON_SERVER, *ON_CLIENTS)
+    },
+    **{
+        "cca" if name == "none" else f"cca+{name}": partial(cca_merge, correction=name) for name in ("none", *ON_SERVER)
+    },
 }
 
 

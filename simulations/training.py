@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from c2m3_fl.merging.evaluate.scoring import Score
+from c2m3_fl.merging.recalibrate.reliability import Reliability
 from simulations.data import Images
 from simulations.settings import Settings
 
 _BATCH = 500  # images per evaluation step
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean cross-entropy, accuracy, and expected calibration error in 15 bins (Guo et al. 2017)."""
+
+    loss: float
+    accuracy: float
+    calibration_error: float
 
 
 def default_device() -> torch.device:
@@ -85,10 +95,11 @@ def log_probabilities(model: nn.Module, params: Mapping[str, Tensor], inputs: Te
         return torch.cat([model(batch.to(device)).log_softmax(dim=1).cpu() for batch in torch.split(inputs, _BATCH)])
 
 
-def score(predicted: Tensor, labels: Tensor) -> Score:
-    """Accuracy and cross-entropy of log-probabilities."""
+def score(predicted: Tensor, labels: Tensor) -> Scores:
+    """Scores of log-probabilities, shape (images, classes)."""
     accuracy = (predicted.argmax(dim=1) == labels).double().mean()
-    return Score(loss=float(nn.functional.nll_loss(predicted, labels)), accuracy=float(accuracy))
+    error = Reliability.of(predicted, labels, [1.0]).ece
+    return Scores(float(nn.functional.nll_loss(predicted, labels)), float(accuracy), float(error))
 
 
 def ensemble(predictions: Iterable[Tensor]) -> Tensor:

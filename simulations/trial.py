@@ -21,17 +21,16 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import SimulationError
 from c2m3_fl.flower.records import from_params, to_params
-from c2m3_fl.flower.serial_grid import SerialGrid
-from c2m3_fl.merging.evaluate.scoring import Score
 from simulations.client_app import Assignment, Trained, Trainer, build_app, train_locally
 from simulations.data import FederatedData, derived_seed, federated_data
 from simulations.flower_log import flower_log
 from simulations.ledger import Measurement, finite, now
+from simulations.metered_grid import MeteredGrid
 from simulations.models import build_model
 from simulations.partition_grid import check_answers, networks
 from simulations.settings import Settings
 from simulations.strategies import build_strategy
-from simulations.training import ensemble, log_probabilities, score
+from simulations.training import Scores, ensemble, log_probabilities, score
 
 SERVER_MODEL = 4  # stream, derived from the seed, that initialises the server's model
 _MOVED = "c2m3-share-moved"
@@ -114,12 +113,16 @@ def run_cell(
                     method=method,
                     accuracy=tuple(finite(each.accuracy) for each in found.scores),
                     loss=tuple(finite(each.loss) for each in found.scores),
+                    calibration_error=tuple(finite(each.calibration_error) for each in found.scores),
                     clients=found.clients,
                     ensemble=found.ensemble,
                     metrics=_numbers(found.result),
                     moved=_moved(found.result),
                     trained=getattr(memory, "trained", 0) - before,
                     seconds=round(time.perf_counter() - since, 2),
+                    server_seconds=round(found.server_seconds, 3),
+                    down=found.down,
+                    up=found.up,
                     date=now(),
                     key=key_of(settings, method),
                 )
@@ -129,9 +132,12 @@ def run_cell(
 @dataclass(frozen=True, eq=False)
 class _Found:
     result: Result
-    scores: tuple[Score, ...]
+    scores: tuple[Scores, ...]
     clients: tuple[float, ...]
     ensemble: float
+    server_seconds: float
+    down: int
+    up: int
 
 
 def _run_method(settings: Settings, method: str, trainer: Trainer, examiner: _Examiner) -> _Found:
@@ -148,19 +154,26 @@ def _run_method(settings: Settings, method: str, trainer: Trainer, examiner: _Ex
             return _in_order(answers)
         return answers
 
-    grid = SerialGrid(build_app(trainer), settings.clients, run_config=settings.to_run_config(), transit=keep)
-    scores: list[Score] = []
+    grid = MeteredGrid(build_app(trainer), settings.clients, run_config=settings.to_run_config(), transit=keep)
+    scores: list[Scores] = []
+    evaluation = 0.0
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        nonlocal evaluation
         if server_round == 0:
             return None
+        begin = time.process_time()
         scores.append(examiner.score(to_params(arrays)))
+        evaluation += time.process_time() - begin
         return MetricRecord({"accuracy": scores[-1].accuracy, "loss": scores[-1].loss})
 
+    since = time.process_time()
     result = strategy.start(grid, from_params(model.state_dict()), settings.rounds, evaluate_fn=evaluate)
+    server = time.process_time() - since - evaluation - grid.client_seconds
     if len(scores) < settings.rounds:
         raise SimulationError(f"strategy {method!r} returned {len(scores)} models in {settings.rounds} rounds")
-    return _Found(result, tuple(scores), *examiner.score_clients(last))
+    alone, together = examiner.score_clients(last)
+    return _Found(result, tuple(scores), alone, together, server, *grid.bytes_per_client)
 
 
 def _in_order(replies: Sequence[Message]) -> list[Message]:
@@ -174,10 +187,10 @@ class _Examiner:
     def __init__(self, settings: Settings) -> None:
         self._data: FederatedData = federated_data(settings)
         self._model = build_model(settings, self._data.shape, self._data.classes, seed=0)
-        self._known: dict[str, Score] = {}
+        self._known: dict[str, Scores] = {}
 
-    def score(self, params: Params) -> Score:
-        """Accuracy and loss of one model."""
+    def score(self, params: Params) -> Scores:
+        """Scores of one model."""
         name = digest(params)
         if name not in self._known:
             images = self._data.held_out

@@ -72,6 +72,8 @@ def test_score_counts_hits_and_averages_the_surprise():
     result = score(predicted, torch.tensor([0, 1, 1, 1]))
     assert result.accuracy == 0.75
     assert result.loss == pytest.approx(-(math.log(0.7) + math.log(0.6) + math.log(0.1) + math.log(0.8)) / 4)
+    confident = [0.7 - 1, 0.6 - 1, 0.9 - 0, 0.8 - 1]  # confidence minus hit, each in a bin of its own
+    assert result.calibration_error == pytest.approx(sum(map(abs, confident)) / 4)
 
 
 def test_an_ensemble_averages_probabilities():
