@@ -118,7 +118,7 @@ def why_no_head(options: Head, grid: Grid, nodes: Sequence[int], program: Progra
         except CalibrationError as error:
             reason = str(error)
             if _UNKNOWN in reason:
-                break
+                return "the clients' app does not answer for labels; answer_statistics in it does"
         else:
             return None
     return reason

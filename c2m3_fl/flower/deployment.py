@@ -62,8 +62,8 @@ def deploy(setup: Setup, request: Request) -> Deployed:
         found = Candidates(setup, request)
         chosen, numbers, unjudged = _choose(setup, request, found)
     tried = setup.calibrated or (request.deploys and bool(setup.asks))
-    if not tried:
-        return Deployed(request.aggregate, {})
+    if not tried and len(found.params) == 1 and not found.failed:
+        return Deployed(request.aggregate, {}, headless=found.headless)
     changed = not same(found.params[AGGREGATE], found.params[chosen])
     if len(found.params) > 1:
         log(INFO, "\t> deployed: %s", chosen)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from logging import WARNING
 
 import torch
+from flwr.supercore import log
 
+from c2m3_fl.errors import CalibrationError
 from c2m3_fl.network.calibration import Batch
+from c2m3_fl.network.calibration_set import CalibrationSet
 
 # Shift beyond which calibration inputs are not of the clients' kind at all, in standard deviations of a channel or
 # logarithms of the ratio of spreads. Four clients' MLPs on digits, wine and breast cancer, IID and Dirichlet .1, seeds
@@ -61,7 +65,31 @@ def choose_means(
     return next((means for holds, means in rules if holds), Means.NOTHING)
 
 
-def unusable(batches: Sequence[Batch]) -> str | None:
+def usable(data: CalibrationSet, *, asked: bool) -> CalibrationSet:
+    """The data, without batches that nothing can be measured on, which is logged.
+
+    Parameters
+    ----------
+    data : CalibrationSet
+        The server's.
+    asked : bool
+        Whether a recalibration was asked for by name.
+
+    Raises
+    ------
+    CalibrationError
+        For such batches, where a recalibration was asked for.
+    """
+    reason = _unusable(data.batches)
+    if reason is None:
+        return data
+    if asked:
+        raise CalibrationError(f"{reason}: pass more, and more varied, inputs as calibration, or recalibrate='none'")
+    log(WARNING, "%s: nothing is recalibrated with them", reason)
+    return CalibrationSet(data.model, data.example_inputs)
+
+
+def _unusable(batches: Sequence[Batch]) -> str | None:
     """Why nothing can be measured on calibration inputs: there is one only, or all are the same; None for usable ones.
 
     No batches at all are usable: nothing is to be measured on them.

@@ -116,7 +116,7 @@ class Server:
         asked = (outcome.params, tuple(aligned.nodes), aligned, outcome.plain, returned, clients, deploys, equally)
         deployed = deploy(self.setup, Request(*asked, offers=not self._headless))
         self._say(deployed)
-        pending = not deploys and bool(self.setup.asks)
+        pending = not deploys and (bool(self.setup.asks) or self.setup.offered)
         self._waiting = aligned if pending and self.setup.refit is not None else None
         fed = self.models.record(outcome.params, deployed.params, aligned, pending=pending)
         numbers = {**deployed.numbers, **({} if deployed.params is outcome.params else {"c2m3-fed-back": fed})}
@@ -132,8 +132,8 @@ class Server:
         if trajectory is None or not deploys or not self.models.pending:
             return self._incoming, {}
         where = self.models.pending, self._waiting
-        request = Request(trajectory, *where, None, self._incoming, clients, deploys, equally)
-        deployed: Deployed = deploy(self.setup, request)
+        asked = (trajectory, *where, None, self._incoming, clients, deploys, equally)
+        deployed: Deployed = deploy(self.setup, Request(*asked, offers=not self._headless))
         self._say(deployed)
         self.models.deploy(deployed.params)
         return deployed.params, deployed.numbers
@@ -154,7 +154,7 @@ class Server:
             return True
         if how != "last":
             return server_round % how == 0
-        if self.total is None and self.setup.asks and not self._said:
+        if self.total is None and (self.setup.asks or self.setup.offered) and not self._said:
             self._said = True
             log(INFO, "\t> the number of rounds is unknown: every round deploys")
         return self.total is None

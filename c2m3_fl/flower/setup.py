@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from logging import DEBUG, INFO, WARNING
+from logging import DEBUG, INFO
 
 import torch
 from flwr.supercore import log
@@ -17,7 +17,7 @@ from c2m3_fl.flower.aligner import Aligner
 from c2m3_fl.flower.client_head import Head, check_head, resolve_head
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics, check_measurable
-from c2m3_fl.flower.evidence import unusable
+from c2m3_fl.flower.evidence import usable
 from c2m3_fl.flower.generators import undisturbed
 from c2m3_fl.flower.judge import ClientJudge
 from c2m3_fl.flower.options import Options, brief, resolve_device
@@ -162,7 +162,7 @@ def build_setup(
         data = CalibrationSet.of(model, given, example_inputs=example_inputs, inputs=inputs, outputs=outputs)
     model = data.model
     refit, chosen = _resolve_recalibration(recalibrate, calibration)
-    data = _usable(data, chosen)
+    data = usable(data, asked=chosen is not None)
     if spec is None:
         spec = permutation_spec(model, data.example_inputs)
     else:
@@ -173,19 +173,7 @@ def build_setup(
     if tentative and not decides:
         judging = None  # a recalibration that was asked for by name is what is deployed
     _check_moments(moments, fitted, chosen, decides=decides)
-    recalibrates = decides and (bool(data.batches) or statistics is not None or refit is not None)
-    offered = head == "auto"
-    last = resolve_head(head)
-    if offered and not (recalibrates and isinstance(judging, ClientJudge) and not data.labelled):
-        last, offered = None, False
-    if last is not None:
-        try:
-            check_head(data.program, model.state_dict(), last)
-        except CalibrationError as error:
-            if not offered:
-                raise
-            log(DEBUG, "no head from labels: %s", error)
-            last, offered = None, False
+    last, offered = _resolve_last(head, data, offers=decides and isinstance(judging, ClientJudge), options=options)
     return Setup(
         model,
         options,
@@ -234,6 +222,27 @@ def _resolve_recalibration(
     return refit, chosen
 
 
+def _resolve_last(
+    head: Head | str | None, data: CalibrationSet, *, offers: bool, options: Options
+) -> tuple[Head | None, bool]:
+    """The head that clients are asked for, and whether nobody asked for it by name.
+
+    None is offered where labels on the server are the stronger evidence, and with separate alignment, under which no
+    client's part in the model shall depend on another client: differential privacy needs it.
+    """
+    found, offered = resolve_head(head), head == "auto"
+    if found is None or (offered and (not offers or data.labelled or options.alignment == "separate")):
+        return None, False
+    try:
+        check_head(data.program, data.model.state_dict(), found)
+    except CalibrationError as error:
+        if not offered:
+            raise
+        log(DEBUG, "no head from labels: %s", error)
+        return None, False
+    return found, offered
+
+
 def _aligner(spec: PermutationSpec, options: Options, device: torch.device, data: CalibrationSet) -> Aligner:
     deep = bool(data.batches) and len(spec.groups) >= DEEP
     return Aligner(
@@ -248,17 +257,6 @@ def _aligner(spec: PermutationSpec, options: Options, device: torch.device, data
         memory_limit=options.memory_limit,
         second_start=ActivationStart(spec, data) if deep else None,
     )
-
-
-def _usable(data: CalibrationSet, recalibration: Recalibration | None) -> CalibrationSet:
-    """The data, without batches that nothing can be measured on; an error where a recalibration was asked for."""
-    reason = unusable(data.batches)
-    if reason is None:
-        return data
-    if recalibration is not None:
-        raise CalibrationError(f"{reason}: pass more, and more varied, inputs as calibration, or recalibrate='none'")
-    log(WARNING, "%s: nothing is recalibrated with them", reason)
-    return CalibrationSet(data.model, data.example_inputs)
 
 
 def _resolve_judge(

@@ -69,8 +69,8 @@ class C2M3(Dialect):
         Whether A and B of adapters (``lora_A``, ``lora_B``) are averaged apart (default), or "exact": as the products
         that they add to the base, under strategies that average.
     head : {"auto", "labels"} or Head, optional
-        Fit the deployed model's last layer to the clients' labels. "auto" (default): as a candidate, where there is
-        something to recalibrate, outputs are class scores, and the clients answer (`answer_statistics`) and judge.
+        Fit the deployed model's last layer to the clients' labels. "auto" (default): as a candidate, with calibration
+        data or without, where outputs are class scores and the clients answer (`answer_statistics`) and judge.
     judge : {"auto", "clients", "labels"} or ClientJudge, optional
         Who compares the candidates for deployment: the clients by their own evaluation, or held-out calibration
         labels on the server. "auto" (default): the clients, once in a deploying round, where there are candidates

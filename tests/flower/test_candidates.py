@@ -249,7 +249,7 @@ def test_where_clients_cannot_judge_the_rule_below_decides_and_that_is_said_once
 
 
 SILENT = {
-    "nothing to judge": {},
+    "nothing to judge": {"head": None},
     "a recalibration by name": {"calibration": calibration(), "recalibrate": "repair"},
     "labels decide": {"calibration": HELD},
     "nobody": {"calibration": calibration(), "head": "labels", "judge": None},

@@ -37,11 +37,50 @@ def test_by_default_the_head_is_a_candidate_and_deployed_where_the_clients_judge
     assert drawn == draws
 
 
-def test_without_a_judgement_no_head_is_deployed():
-    _, found, _ = played({"calibration": calibration()}, clients_app=app(evaluates=""))
-    _, expected, _ = played({"calibration": calibration(), "head": None}, clients_app=app(evaluates=""))
-    assert {"head", "refit+head"} <= set(deployed(found, 2))
+def test_without_calibration_data_the_head_is_a_candidate_too():
+    strategy, result, drawn = played({})
+    plain, expected, draws = played({"head": None})
+    assert deployed(result, 2) == ["head", "aggregate", "previous"]
+    assert result.train_metrics_clientapp[2]["c2m3-judge-chosen/head"] == 1
+    assert accuracy(mlp, result.arrays) > accuracy(mlp, expected.arrays) + 0.1
+    assert same(strategy.trajectory, plain.trajectory)
+    assert same(plain.trajectory, expected.arrays)
+    assert drawn == draws
+
+
+@pytest.mark.parametrize("options", [{}, {"calibration": calibration()}], ids=["alone", "with calibration data"])
+def test_without_a_judgement_no_head_is_deployed(options):
+    _, found, _ = played(options, clients_app=app(evaluates=""))
+    _, expected, _ = played({**options, "head": None}, clients_app=app(evaluates=""))
+    assert "head" in deployed(found, 2)
     assert same(found.arrays, expected.arrays)
+
+
+def test_without_calibration_data_clients_that_do_not_answer_are_asked_once_and_one_line_says_so(caplog):
+    """What is returned is then the wrapped strategy's, bit for bit: `test_stock` compares it with bare strategies."""
+    silent, seen = digits_app(epochs=1, rate=0.02, evaluates="loss"), []
+    _, found, drawn = played({}, clients_app=silent, seen=seen)
+    (line,) = [text for text in caplog.messages if "answer_statistics" in text]
+    assert line == f"\t> {SAID}: the clients' app does not answer for labels; answer_statistics in it does"
+    _, expected, draws = played({"head": None}, clients_app=silent)
+    assert [kind for kind, _ in seen if kind != "train"] == [LABELS]
+    assert same(found.arrays, expected.arrays)
+    assert drawn == draws
+    names = [list(each.train_metrics_clientapp[2]) for each in (found, expected)]
+    assert names[0] == names[1]
+
+
+def test_where_the_last_round_is_lost_the_head_of_its_trajectory_is_still_a_candidate():
+    current = [0]
+
+    def last_round_lost(replies):
+        current[0] += any(each.metadata.message_type == "train" for each in replies)
+        return [each for each in replies if current[0] < 2 or each.metadata.message_type != "train"]
+
+    _, expected, _ = played({}, rounds=1)
+    _, result, _ = played({}, transit=last_round_lost)
+    assert deployed(result, 2)[0].endswith("head")
+    assert same(result.arrays, expected.arrays)
 
 
 @pytest.mark.parametrize("deploy", ["last", "every"])
@@ -52,7 +91,7 @@ def test_clients_that_do_not_answer_are_asked_once_and_that_is_no_failure(deploy
     _, found, _ = played(options, clients_app=silent, seen=seen)
     _, expected, _ = played({**options, "head": None}, clients_app=silent)
     assert queries(seen) == 1
-    assert [text for text in caplog.messages if SAID in text and "No query function registered" in text]
+    assert [text for text in caplog.messages if SAID in text and "answer_statistics" in text]
     assert sum(SAID in text for text in caplog.messages) == 1
     assert found.train_metrics_clientapp[2]["c2m3-failed-candidates"] == 0
     assert same(found.arrays, expected.arrays)
@@ -75,8 +114,9 @@ def test_one_client_that_answers_garbage_does_not_disable_the_head():
 
 
 OFF = {
-    "nothing to recalibrate with": {},
     "a recalibration by name": {"calibration": calibration(), "recalibrate": "repair"},
+    "no recalibration, by name": {"recalibrate": "none"},
+    "what differential privacy needs": {"alignment": "separate"},
     "labels on the server": {"calibration": HELD},
     "nobody judges": {"calibration": calibration(), "judge": None},
     "refused": {"calibration": calibration(), "head": None},
