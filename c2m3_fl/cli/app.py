@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import click
 import typer
+from click.exceptions import NoArgsIsHelpError
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
@@ -74,21 +75,30 @@ def _about() -> None:
 
 
 def main() -> None:
-    """Run the command line; an error ends it with status 1 and one line."""
+    """Run the command line; an error ends it with one line and status 1, or 2 for options that a command lacks."""
     try:
-        app()
+        status = app(standalone_mode=False)
+    except NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "c2m3-fl"
+        _fail(f"{error.format_message()} ({path} --help shows what there is)", error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
     except C2M3Error as error:
         _fail(str(error))
     except Exception as error:
         if os.environ.get(_TRACEBACK):
             raise
         _fail(f"{type(error).__name__}: {error}"[:_LONGEST] + f" ({_TRACEBACK}=1 shows where)")
+    sys.exit(status if isinstance(status, int) else 0)  # 130 for Ctrl-C
 
 
-def _fail(text: str) -> NoReturn:
+def _fail(text: str, status: int = 1) -> NoReturn:
     message = Text.assemble(("error: ", "bold red"), " ".join(text.split()))
     Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-    sys.exit(1)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from c2m3_fl.cli.limits import make_folder
 from c2m3_fl.cli.options import read_seeds
+from simulations.data import federated_data
 from simulations.presets import PRESETS
 from simulations.results import PROGRESS, RESULTS, Comparison, Round, load, read_lines, save
 from simulations.settings import TITLES, Settings, Value, check_choice
@@ -41,9 +42,10 @@ def compare(
     check_choice("engine", engine, _ENGINES)
     settings = _settings(preset, options)
     chosen = read_seeds(seeds) or (settings.seed,)
+    runs = [replace(settings, seed=seed) for seed in chosen]
+    federated_data(runs[0])  # refuses clients and images that the data set does not have
     make_folder(output)
     console = Console(width=None if sys.stdout.isatty() else _WIDE)
-    runs = [replace(settings, seed=seed) for seed in chosen]
     console.print(f"{len(runs)} x {len(settings.strategies)} strategies x {settings.rounds} rounds, engine {engine}")
     with _progress(console, len(runs) * settings.rounds * len(settings.strategies)) as report:
         rounds = _flower(runs, report) if engine == "flwr" else _serial(runs, report, verbose)

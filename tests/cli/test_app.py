@@ -41,7 +41,7 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_an_error_of_the_package_is_one_line_and_status_one(monkeypatch, capsys):
-    def fail() -> None:
+    def fail(standalone_mode: bool) -> None:
         raise DataError("data set 'mnist' [train] was not found")
 
     monkeypatch.setattr(entry, "app", fail)

@@ -54,6 +54,8 @@ def test_options_override_the_preset(tmp_path):
         (["--model", "mpl"], "model is 'mpl'.*did you mean 'mlp'"),
         (["--seeds", "0;1"], "seeds is '0;1', expected integers"),
         (["--alpha", "-1"], "alpha is -1.0, expected more than 0"),
+        (["--clients", str(10**11)], "clients is 100000000000, too many for 1[0-9]* training images"),
+        (["--train-size", str(10**11)], "train-size 100000000000 .* exceed the 1[0-9]* training images"),
     ],
 )
 def test_bad_options_are_named_before_anything_runs(tmp_path, arguments, said):

@@ -46,12 +46,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def run(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int = 1
+) -> str:
     """The only line that a command that fails prints."""
     monkeypatch.setattr(sys, "argv", ["c2m3-fl", *arguments])
     with pytest.raises(SystemExit) as ended:
         app.main()
-    assert ended.value.code == 1
+    assert ended.value.code == status
     written = capsys.readouterr()
     (line,) = (written.out + written.err).splitlines()
     return line
@@ -88,6 +90,44 @@ def test_a_command_is_refused_before_it_works(
 ) -> None:
     assert message in run(arguments, monkeypatch, capsys)
     assert not (place / "c.safetensors").exists()
+
+
+USAGE = {
+    "an unknown command": (["mrege"], "No such command 'mrege'"),
+    "an unknown option": (["merge", *PAIR, "-o", "c.safetensors", "--metod", "c2m3"], "No such option"),
+    "a missing option": (
+        ["merge", "a.safetensors", "b.safetensors", "-o", "c.safetensors"],
+        "Missing option '--model'",
+    ),
+    "a missing argument": (["merge", *MODEL, "-o", "c.safetensors"], "Missing argument"),
+    "a number that is none": (["compare", "--clients", "x"], "'x' is not a valid integer"),
+    "a number out of range": (["merge", *PAIR, "-o", "c.safetensors", "--image-size", "0"], "0 is not in the range"),
+    "an argument too many": (["inspect", MODEL[1], "a"], "Got unexpected extra argument (a)"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), USAGE.values(), ids=USAGE)
+def test_options_and_arguments_that_do_not_exist_end_with_one_line_that_names_the_help(
+    arguments: list[str],
+    message: str,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = run(arguments, monkeypatch, capsys, status=2)
+    assert line.startswith("error: ")
+    assert message in line
+    assert "--help shows what there is" in line
+
+
+def test_help_and_success_end_with_status_zero(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["c2m3-fl", "inspect", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 0
+    assert "Usage:" in capsys.readouterr().out
 
 
 def test_what_nobody_thought_of_ends_with_one_line_and_shows_its_traceback_on_demand(
