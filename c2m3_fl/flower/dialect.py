@@ -16,7 +16,7 @@ from c2m3_fl.flower.adapters import averaging_products, check_lora
 from c2m3_fl.flower.deployment import Clients
 from c2m3_fl.flower.exchanged import exchanging
 from c2m3_fl.flower.messages import aggregate_evaluations, aggregate_messages, personal_messages
-from c2m3_fl.flower.metrics import report_idle
+from c2m3_fl.flower.metrics import report_idle, reported
 from c2m3_fl.flower.misuse import check_exchanged, check_prefixes, check_start
 from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.records import check_record, from_params, reply_schema, schema_of, to_params
@@ -143,7 +143,8 @@ class Dialect(Strategy):
         params, metrics, numbers = self.server.play(
             server_round, found, self.strategy, aggregate, self._clients(server_round)
         )
-        return from_params(params), MetricRecord({**(metrics or {}), **numbers})
+        told = reported(numbers, every=self.setup.options.diagnostics)
+        return from_params(params), MetricRecord({**(metrics or {}), **told})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

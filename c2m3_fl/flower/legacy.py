@@ -31,6 +31,7 @@ from c2m3_fl.flower.legacy_messages import (
     to_parameters,
     to_scalars,
 )
+from c2m3_fl.flower.metrics import reported
 from c2m3_fl.flower.misuse import LEGACY, naming_options_of
 from c2m3_fl.flower.options import Feedback, Options
 from c2m3_fl.flower.privacy import check_callers, check_privacy
@@ -186,8 +187,8 @@ class C2M3(Strategy):
             return self.strategy.aggregate_fit(server_round, results, failures)
         aggregate = partial(aggregate_results, self.strategy, server_round, failures, self.schema)
         params, metrics, numbers = self.server.play(server_round, self._sorted(results), self.strategy, aggregate)
-        scalars = to_scalars(numbers, spelled_out=self.setup.options.diagnostics)
-        return to_parameters(params), {**(metrics or {}), **scalars}
+        told = to_scalars(reported(numbers, every=self.setup.options.diagnostics))
+        return to_parameters(params), {**(metrics or {}), **told}
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager

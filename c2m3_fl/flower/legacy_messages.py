@@ -157,13 +157,13 @@ def to_parameters(params: Params) -> Parameters:
     return ndarrays_to_parameters([np.asarray(value.detach().cpu().numpy()) for value in params.values()])
 
 
-def to_scalars(numbers: Numbers, *, spelled_out: bool) -> dict[str, Scalar]:
-    """Legacy metrics hold no lists: what is known of every node gets a key of its own where that was asked for."""
+def to_scalars(numbers: Numbers) -> dict[str, Scalar]:
+    """Legacy metrics hold no lists: what is known of every node gets a key of its own."""
     scalars: dict[str, Scalar] = {}
     nodes = numbers.get("c2m3-nodes", [])
     for name, value in numbers.items():
         if not isinstance(value, list):
             scalars[name] = value
-        elif spelled_out and isinstance(nodes, list) and name != "c2m3-nodes":
+        elif isinstance(nodes, list) and name != "c2m3-nodes":
             scalars |= {f"{name}/{node}": each for node, each in zip(nodes, value, strict=True)}
     return scalars

@@ -18,11 +18,45 @@ Value = TypeVar("Value")
 _OURS = "c2m3-"  # how the names of this package's metrics begin
 KEPT = _OURS + "kept-previous"  # whether a round left the global model as it was
 EVALUATIONS_DROPPED = _OURS + "evaluations-dropped"
+_DEPLOYED = _OURS + "deployed/"
+_MAIN = (
+    "replies",
+    "dropped",
+    "kept-previous",
+    "objective-before",
+    "objective-after",
+    "share-moved",
+    "repaired",
+    "fed-back",
+)
+_UNUSUAL = ("cast", "own-buffers", "not-averaged", "outliers", "timed-out", "on-cpu", "failed-candidates")
 
 
 def without_ours(metrics: Mapping[str, Value]) -> dict[str, Value]:
     """Metrics that were made from what clients sent, without names that this package alone may set."""
     return {name: value for name, value in metrics.items() if not name.startswith(_OURS)}
+
+
+def reported(numbers: Numbers, *, every: bool) -> Numbers:
+    """The numbers of a round that its metrics hold, which Flower prints whole in every round; the others at DEBUG.
+
+    Parameters
+    ----------
+    numbers : mapping
+        All of them.
+    every : bool
+        Whether the metrics hold all. Otherwise they hold the main ones, counts of what is unusual that are not zero,
+        and the name of the model that was deployed.
+    """
+    log(DEBUG, "\t> numbers of the round: %s", numbers)
+    if every:
+        return numbers
+    main, unusual = ({_OURS + name for name in names} for names in (_MAIN, _UNUSUAL))
+    return {
+        name: value
+        for name, value in numbers.items()
+        if name in main or (value and (name in unusual or name.startswith(_DEPLOYED)))
+    }
 
 
 def aligned_numbers(nodes: Sequence[int], alignment: RoundMatch, odd: Mapping[int, str]) -> Numbers:

@@ -106,7 +106,8 @@ class C2M3(Dialect):
         Bytes that a match may take beside the replies (default None: about six models a reply). Beyond it replies are
         matched in batches, at a few per cent less agreement.
     diagnostics : bool
-        Whether the metrics also hold the agreement of every tensor of every client (default False).
+        Whether the metrics, which Flower prints in every round, hold all numbers, the agreement of every tensor of
+        every client among them. By default they hold the main ones, and the others go to the log at DEBUG.
     feedback : {"never", "moved", "always"}
         When clients train the deployed model next instead of the trajectory: after rounds in which many units "moved"
         (default; at most once per node), "never" or "always". A deployed model of more than twice the largest reply's

@@ -72,7 +72,9 @@ class Bench:
     @staticmethod
     def build() -> Bench:
         """Make all of them once."""
-        wrap = partial(C2M3, model=mlp(0, WIDTH), example_inputs=EXAMPLE, recalibrate="none", memory=0)
+        wrap = partial(
+            C2M3, model=mlp(0, WIDTH), example_inputs=EXAMPLE, recalibrate="none", memory=0, diagnostics=True
+        )
         found: dict[str, dict[str, Strategy]] = {}
         shared: Aligner | None = None
         for name, make in STRATEGIES.items():

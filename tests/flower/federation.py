@@ -186,8 +186,8 @@ def same(left: ArrayRecord, right: ArrayRecord) -> bool:
 
 @cache
 def patient() -> C2M3:
-    """One strategy for many rounds: it remembers nothing, and is traced once."""
-    return C2M3(model=mlp(), example_inputs=EXAMPLE, memory=0)
+    """One strategy for many rounds: it remembers nothing, is traced once, and its metrics hold all numbers."""
+    return C2M3(model=mlp(), example_inputs=EXAMPLE, memory=0, diagnostics=True)
 
 
 def good(count: int = 3) -> list[Message]:

@@ -21,7 +21,7 @@ from tests.flower.federation import EXAMPLE, accuracy, clients, digits, digits_a
 
 
 def c2m3(**options):
-    return C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, **options)
+    return C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, diagnostics=True, **options)
 
 
 def home(strategy, params, reference):

@@ -59,7 +59,10 @@ def played(options, *, rounds=2, clients_app=None, seen=None, transit=None):
     np.random.seed(5)  # noqa: NPY002  # the state that clients' code may draw from
     torch.manual_seed(5)
     strategy = C2M3(
-        FedAvg(fraction_train=0.75, fraction_evaluate=0.0), model=mlp(), **{"example_inputs": EXAMPLE, **options}
+        FedAvg(fraction_train=0.75, fraction_evaluate=0.0),
+        model=mlp(),
+        diagnostics=True,
+        **{"example_inputs": EXAMPLE, **options},
     )
     result = strategy.start(
         SerialGrid(clients_app or app(), NODES, transit=heard), from_params(mlp().state_dict()), num_rounds=rounds

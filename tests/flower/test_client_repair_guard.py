@@ -15,9 +15,8 @@ from tests.flower.federation import EXAMPLE, answering, digits, digits_app, mlp
 def guarded(data, app=None, **options):
     """The round's metrics of a federation whose server holds `data` and lets the guard decide."""
     app = app or answering(app=digits_app(independent=True, epochs=5))
-    return run(SerialGrid(app, 4), rounds=1, calibration=[data], recalibrate="auto", **options).train_metrics_clientapp[
-        1
-    ]
+    options |= {"calibration": [data], "recalibrate": "auto", "diagnostics": True}
+    return run(SerialGrid(app, 4), rounds=1, **options).train_metrics_clientapp[1]
 
 
 def test_the_clients_own_moments_show_the_guard_whether_the_servers_data_are_like_theirs():

@@ -15,7 +15,7 @@ LABELLED = [tuple(each[:300] for each in digits())]
 
 
 def _aggregated(wrapped: Strategy, recalibrate: object, data: list, replies: list) -> tuple[dict, dict]:
-    strategy = C2M3(wrapped, model=mlp(), calibration=data, recalibrate=recalibrate)
+    strategy = C2M3(wrapped, model=mlp(), calibration=data, recalibrate=recalibrate, diagnostics=True)
     send(strategy, mlp().state_dict())
     arrays, metrics = strategy.aggregate_train(1, [reply(node, params) for node, params in enumerate(replies)])
     return to_params(arrays), dict(metrics)

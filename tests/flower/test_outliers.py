@@ -106,7 +106,7 @@ def test_replies_that_all_differ_are_not_held_against_each_other():
 @pytest.mark.parametrize("basis", ["global", "largest", 3])
 def test_updates_are_those_from_the_sent_model_in_whatever_basis_the_round_ends(basis):
     """All clients in orders of their own; the verdict is that of the same replies in one order."""
-    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, basis=basis, memory=0)
+    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, basis=basis, memory=0, diagnostics=True)
     spec = strategy.setup.spec
     honest, sent = near(0, 6, 0.02)
     replies = [*honest, {k: 2 * sent[k] - honest[0][k] for k in sent}]
