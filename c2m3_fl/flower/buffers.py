@@ -115,13 +115,14 @@ class Buffers:
         params : mapping of str to Tensor
             The aggregate; not mutated.
         replies : sequence of mappings of str to Tensor
-            What it was made of, aligned: per unit, most of them have the same constant.
+            What it was made of, aligned. Constants per unit are those that most of them have; where no constant has a
+            majority, as when all started elsewhere, the aggregate's stay, except in masks.
         sent : mapping of str to Tensor
             The model that was sent out.
         """
         found = {name: sent[name].to(value.dtype) if name in self.own else value for name, value in params.items()}
         for name in self.moving & found.keys():
-            found[name] = _middle([reply[name] for reply in replies]).to(found[name].dtype)
+            found[name] = _agreed([reply[name] for reply in replies], found[name])
         for name in sorted(self.variances & found.keys()):
             value = found[name]
             if bool((value < 0).any()):
@@ -130,10 +131,18 @@ class Buffers:
         return found
 
 
-def _middle(values: Sequence[Tensor]) -> Tensor:
-    """The median of every element; of two values the smaller one."""
+def _agreed(values: Sequence[Tensor], otherwise: Tensor) -> Tensor:
+    """What most of the values are, element by element; `otherwise` where no number has a majority.
+
+    The mean of masks is no mask: they take the median, of two values the smaller one.
+    """
     stacked = torch.stack(list(values))
-    return (stacked.byte() if stacked.dtype == torch.bool else stacked).median(0).values
+    stacked = stacked.byte() if stacked.dtype == torch.bool else stacked
+    middle = stacked.median(0).values
+    if bool(((stacked == 0) | (stacked == 1)).all()):
+        return middle.to(otherwise.dtype)
+    majority = 2 * (stacked == middle).sum(0) > len(stacked)
+    return torch.where(majority, middle.to(otherwise.dtype), otherwise)
 
 
 def _statistics(model: nn.Module) -> set[str]:
