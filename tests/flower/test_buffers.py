@@ -141,7 +141,7 @@ def test_buffers_about_units_follow_them():
     expected = network(x)
     network.load_state_dict(to_params(arrays))
     torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
-    assert metrics["c2m3-own-buffers"] == 0
+    assert "c2m3-own-buffers" not in metrics
 
 
 def test_a_mask_in_another_order_than_its_units_is_outvoted():
