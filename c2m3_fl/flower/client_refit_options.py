@@ -59,7 +59,8 @@ class ClientRefit(SumsQuery):
     ----------
     exchanges : int, optional
         Largest number of exchanges; by default one per operator. With fewer, several consecutive operators are
-        measured under one network: a later one then does not see the corrections of the earlier ones.
+        measured under one network: a later one then does not see the corrections of the earlier ones, and the result
+        may be below the average (measured on the page of this package).
     strengths : tuple of float
         Ridge strengths, relative to the mean variance of an operator's inputs, from which held-out examples choose;
         keeping the weights is always a candidate.
