@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from c2m3_fl.errors import ConfigError, DataError, ParamsError
 from c2m3_fl.merging.recalibrate.setting import check_params
@@ -115,8 +117,8 @@ def load_params(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        _check_packed(file)
         with warnings.catch_warnings(action="ignore"):  # of torch, on kinds of tensors that are refused below
+            _check_size(file)
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except DataError:
         raise
@@ -140,17 +142,27 @@ def load_params(file: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
-def _check_packed(file: Path) -> None:
-    """Raise `DataError` for an archive that takes more memory than it has bytes: torch itself never compresses."""
-    if not zipfile.is_zipfile(file):
+def _check_size(file: Path) -> None:
+    """Raise `DataError` for a torch file whose tensors take more memory than it has bytes: torch never compresses."""
+    held = file.stat().st_size
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(each.file_size for each in archive.infolist())
+        if unpacked > held:
+            raise DataError(
+                f"{file} unpacks to {unpacked:,} bytes from {held:,}, expected an archive that is not compressed, as "
+                "torch.save writes it; save the state dict again"
+            )
         return
-    with zipfile.ZipFile(file) as archive:
-        unpacked = sum(each.file_size for each in archive.infolist())
-    packed = file.stat().st_size
-    if unpacked > packed:
+    with (
+        FakeTensorMode()
+    ):  # the format before torch 1.6, whose sizes precede the elements: nothing is read or allocated
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    storages = [each.untyped_storage() for each in tree_leaves(loaded) if isinstance(each, Tensor)]
+    claimed = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    if claimed > held:
         raise DataError(
-            f"{file} unpacks to {unpacked:,} bytes from {packed:,}, expected an archive that is not compressed, as "
-            "torch.save writes it; save the state dict again"
+            f"{file} says that its tensors take {claimed:,} bytes, and has {held:,}: it is damaged; save it again"
         )
 
 

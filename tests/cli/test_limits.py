@@ -189,6 +189,16 @@ def test_an_archive_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path
     assert peak < 1_000_000
 
 
+def test_a_file_of_the_old_format_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    """The number of elements is in the pickle before them: BININT2 1000, here BININT 4e8."""
+    file, weight = tmp_path / "a.pt", torch.randn(1000)
+    torch.save({"w": weight, "again": weight}, file, _use_new_zipfile_serialization=False)
+    assert torch.equal(load_params(file)["w"], weight)
+    file.write_bytes(file.read_bytes().replace(b"M\xe8\x03", b"J" + (400_000_000).to_bytes(4, "little")))
+    with pytest.raises(DataError, match=r"says that its tensors take 1,600,000,000 bytes, and has 4,\d+"):
+        load_params(file)
+
+
 @pytest.mark.parametrize("side", [10_000, 14_000])
 def test_images_of_too_many_pixels_are_refused(side: int, tmp_path: Path) -> None:
     """From the header alone: Pillow warns from 89 million pixels on and fails from twice as many on."""
