@@ -90,7 +90,8 @@ class TensorSpec:
     axes : tuple of Axis
         The segments of every axis; an empty tuple is an axis that never moves.
     buffer : bool
-        Buffers (BatchNorm statistics) are permuted and averaged but are no part of the objective.
+        Buffers (BatchNorm statistics) are permuted and averaged but are no part of the objective; fixed tables
+        (positions added to a stream) are a part like parameters, ``buffer=False``.
     diagonal : int
         For ``diagonal = g > 1`` the tensor stands for the diagonal blocks of a block-diagonal one, as the
         weight of a grouped convolution does: axis 0 holds g blocks of rows, and the segments of axis 1

@@ -14,6 +14,7 @@ from c2m3_fl.network.exporting import aliases, export
 from c2m3_fl.symmetry.build_spec import build_spec
 from c2m3_fl.symmetry.facts import Structure
 from c2m3_fl.symmetry.proof_settings import ProofSetting, Survey, survey
+from c2m3_fl.symmetry.tables import with_tables
 from c2m3_fl.symmetry.tracing import is_plain, label_graph
 
 
@@ -81,6 +82,8 @@ def trace(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> Deriv
     _pin_named(structure, state, first_name, pin)
     buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
     spec = build_spec(structure, state, first_name, buffers)
+    if trained:
+        spec = with_tables(spec, structure.written)
     params = dict(model.named_parameters(remove_duplicate=False))
     return Derivation(replace(spec, proven=_words(found)), found.distinct, tuple(sorted((own - used) & params.keys())))
 

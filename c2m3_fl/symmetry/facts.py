@@ -46,6 +46,8 @@ class Structure:
         Atoms of the virtual axis 1 of block-diagonal weights, shape (blocks * width,).
     diagonal : dict of str to int
         Number of diagonal blocks of the weights of grouped convolutions.
+    written : set of str
+        Tensors that a traced pass writes to, such as running statistics.
     outputs : dict of (str, int) to None
         Axes that compute units (rows of a linear layer), in the order of their first use. Groups are named after them.
     alone : dict of int to (ndarray, int)
@@ -59,6 +61,7 @@ class Structure:
         self.axes: dict[AxisKey, Atoms] = {}
         self.virtuals: dict[str, Atoms] = {}
         self.diagonal: dict[str, int] = {}
+        self.written: set[str] = set()
         self.outputs: dict[AxisKey, None] = {}
         self.ties: list[tuple[Atoms, Atoms]] = []
         self.relations: list[tuple[Atoms, Atoms]] = []

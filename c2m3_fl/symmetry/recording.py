@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Value = Any  # tensors, numbers, types, or lists of them
@@ -88,6 +89,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         ``"meta"`` to record shapes without content.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, known: Mapping[str, Tensor], device: str = "cpu") -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.tape = Tape()
@@ -108,6 +111,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         args: tuple[Value, ...] = (),
         kwargs: dict[str, Value] | None = None,
     ) -> Any:  # noqa: ANN401  # an operator takes and returns anything
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return self._both_branches(*args) if func is torch.ops.higher_order.cond else NotImplemented
         kept = func is torch.ops.aten.view.dtype  # reinterprets bits: its type is no precision
         args = tuple(args if kept else self._widen(args))
         kwargs = {key: self._widen(value) for key, value in (kwargs or {}).items()}
@@ -128,6 +133,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
             self.tape.single = True
         self._record(name, function, args, kwargs, found, fresh, writes)
         return found
+
+    def _both_branches(
+        self, condition: Value, yes: Callable[..., Value], no: Callable[..., Value], operands: Sequence[Value]
+    ) -> Value:
+        """Both branches of `torch.cond`, so that the parameters of the one that is not taken are seen as well."""
+        with self:
+            chosen = torch.as_tensor(condition)
+            return pytree.tree_map(lambda *pair: torch.where(chosen, *pair), yes(*operands), no(*operands))
 
     def ref(self, tensor: Tensor) -> Ref:
         """The number of a tensor; one that is not known yet becomes a constant, or a view of a known one."""

@@ -16,7 +16,6 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from c2m3_fl.network.exporting import aliases
-from c2m3_fl.symmetry.colour_refinement import tied
 from c2m3_fl.symmetry.facts import Atoms, Structure
 from c2m3_fl.symmetry.rules.elementwise import constant, elementwise
 from c2m3_fl.symmetry.rules.registry import (
@@ -30,6 +29,7 @@ from c2m3_fl.symmetry.rules.registry import (
     unknown,
 )
 from c2m3_fl.symmetry.shared_entries import tie_shared
+from c2m3_fl.symmetry.tables import pin_tables, pin_unread, varying
 from c2m3_fl.symmetry.unit_labels import Labels, Shape, combine, in_order
 
 _FOLDED = 2**22  # results with more entries are not evaluated: they count as ordered
@@ -114,52 +114,9 @@ class _Labeller:
             elif node.op == "output":
                 self._output(node)
         tie_shared(self.structure, self.model, self._state, self._first_name)
-        self._tables()
-        self._unread()
+        pin_tables(self.structure, self._state, self._buffers)
+        pin_unread(self.structure)
         return self.used
-
-    def _tables(self) -> None:
-        """Pin buffers that make units of their own, such as the knots of splines: their content tells the units apart.
-
-        Units that a parameter makes are permuted with all buffers about them, whatever these hold. What parameters
-        only read, such as coordinates, the buffer makes.
-        """
-        structure, never = self.structure, len(self.structure.ties)
-        alone, met = np.full((2, structure.size), never)
-        for atoms, known in structure.alone.values():
-            alone[atoms] = np.minimum(alone[atoms], known)
-        tables = [key for key in structure.axes if key[0] in self._buffers and key[1] in varying(self._state[key[0]])]
-        if not tables:
-            return
-        for number in reversed(range(never)):
-            for atoms in structure.ties[number]:
-                met[atoms] = number
-        own = np.zeros(structure.size, dtype=bool)
-        for key in tables:
-            own[structure.axes[key]] = True
-        own &= (alone <= met) & (alone < never)
-        classes = tied(structure)
-        made = np.unique(classes[(alone < never) & ~own])
-        learnt = {key: classes[atoms] for key, atoms in structure.axes.items() if key[0] not in self._buffers}
-        computed = np.concatenate([made, *(found for key, found in learnt.items() if key in structure.outputs)])
-        read = np.setdiff1d(np.concatenate([made, *learnt.values()]), computed)
-        structure.operator = structure.module = ""
-        for key in tables:
-            atoms = structure.axes[key]
-            table = own[atoms] & ~np.isin(classes[atoms], made) | np.isin(classes[atoms], read)
-            structure.pin(atoms[table], "buffer with content of its own")
-
-    def _unread(self) -> None:
-        """Pin what lies beyond a slice on a parameter axis: other inputs may read it, such as longer sequences."""
-        structure = self.structure
-        statements = [side for pair in structure.ties + structure.relations for side in pair]
-        touched = np.zeros(structure.size, dtype=bool)
-        for atoms in [*statements, *structure.sets.values(), *(atoms for atoms, _ in structure.pins)]:
-            touched[atoms] = True
-        structure.operator = structure.module = ""
-        for atoms in structure.axes.values():
-            if touched[atoms].any() and not touched[atoms].all():
-                structure.pin(atoms[~touched[atoms]], "not read with these inputs")
 
     def _locate(self, node: fx.Node) -> None:
         stack = list(node.meta.get("nn_module_stack", {}).values())
@@ -276,10 +233,13 @@ class _Labeller:
         assert isinstance(outputs, list | tuple)  # one entry per output, by the format of exported programs
         for spec, value in zip(self.program.graph_signature.output_specs, outputs, strict=True):
             found = self.labels.get(value) if isinstance(value, fx.Node) else None
+            mutated = spec.target if spec.kind is OutputKind.BUFFER_MUTATION else None
+            if mutated in self._state:
+                self.structure.written.add(self._first_name.get(mutated, mutated))
             if not isinstance(found, Labels):
                 continue
-            if spec.kind is OutputKind.BUFFER_MUTATION and spec.target in self._state:
-                name = self._first_name.get(spec.target, spec.target)
+            if mutated in self._state:
+                name = self._first_name.get(mutated, mutated)
                 combine(self.structure, found, self._parameter(name, self._state[spec.target]))
             elif spec.kind is OutputKind.USER_OUTPUT:
                 in_order(self.structure, expose(self.structure, found), range(found.ndim), "network output")
@@ -289,12 +249,3 @@ def _shapes(node: fx.Node) -> tuple[Shape, ...]:
     value = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(tuple(int(size) for size in x.shape) for x in values if isinstance(x, Tensor))
-
-
-def varying(tensor: Tensor) -> list[int]:
-    """Dimensions along which a tensor is not constant."""
-    return [
-        dim
-        for dim, size in enumerate(tensor.shape)
-        if size > 1 and not torch.equal(tensor, tensor.narrow(dim, 0, 1).expand_as(tensor))
-    ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d
 
+from c2m3_fl.symmetry.discover import permutation_spec
 from tests.symmetry.checks import check, reasons
 from tests.symmetry.families import noise
 
@@ -97,20 +98,46 @@ def test_buffers_with_content_move_with_their_units(name: str) -> None:
     check(*NETWORKS[name], 6, 5)
 
 
+class Positions(nn.Module):
+    """A stream of units to which fixed positions are added; the table may be longer than the inputs."""
+
+    def __init__(self, length: int = 5) -> None:
+        super().__init__()
+        self.a, self.o, self.norm = nn.Linear(3, 6), nn.Linear(6, 2), nn.BatchNorm1d(6)
+        self.register_buffer("places", torch.sin(torch.arange(length * 6.0)).view(length, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = (self.a(x) + self.places[: x.shape[1]]).tanh()
+        return self.o(self.norm(stream.flatten(0, 1)).unflatten(0, stream.shape[:2]).mean(1))
+
+
 def test_fixed_positions_move_with_the_stream_that_they_are_added_to() -> None:
     """The rows, one per place, stay; the columns carry the units of the embedding."""
-
-    class Positions(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.o = nn.Linear(3, 6), nn.Linear(6, 2)
-            self.register_buffer("places", torch.sin(torch.arange(30.0)).view(5, 6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.o((self.a(x) + self.places).tanh().mean(1))
-
     spec = check(Positions, noise(2, 5, 3), 6)
     assert spec.tensors["places"].axes[0] == ()
+
+
+@pytest.mark.parametrize(("length", "counted"), [(5, True), (9, False)])
+def test_a_fixed_table_has_a_say_in_matches_if_it_is_read_as_a_whole(length: int, counted: bool) -> None:
+    """It is a parameter that training does not change; rows that are never read say nothing about the function."""
+    spec = permutation_spec(Positions(length), noise(2, 5, 3))
+    assert spec.tensors["places"].buffer != counted
+    assert spec.tensors["norm.running_mean"].buffer
+    assert spec.tensors["norm.running_var"].buffer
+
+
+def test_averages_that_training_writes_have_no_say() -> None:
+    class Following(Averaged):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                with torch.no_grad():
+                    self.average.lerp_(self.layer.weight, 0.1)
+            return super().forward(x)
+
+    network = nn.Sequential(Following(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    spec = permutation_spec(network, noise(3, 4))
+    assert spec.tensors["0.average"].buffer
+    assert spec.groups["0.layer"].size == 6
 
 
 def test_knots_that_a_buffer_holds_keep_their_order() -> None:
