@@ -11,12 +11,12 @@ from flwr.serverapp import Grid
 
 from c2m3_fl.errors import SimulationError
 from c2m3_fl.flower.records import from_params, to_params
-from simulations.data import derived_seed, federated_data
+from simulations.data import federated_data
 from simulations.models import build_model
 from simulations.partition_grid import PartitionGrid
 from simulations.results import Round
 from simulations.settings import Settings
-from simulations.strategies import build_strategy
+from simulations.strategies import build_strategy, start_model
 from simulations.training import default_device, ensemble, log_probabilities, score
 
 Report = Callable[[Round], None]
@@ -46,7 +46,7 @@ def run_comparison(grid: Grid, settings: Settings, report: Report) -> tuple[Roun
 
 def _run_strategy(grid: Grid, settings: Settings, name: str, report: Report) -> list[Round]:
     data = federated_data(settings)
-    model = build_model(settings, data.shape, data.classes, derived_seed(settings.seed, _SERVER_MODEL))
+    model = start_model(settings)
     strategy = build_strategy(name, model, data)
     clients = PartitionGrid(grid, settings.clients)
     examiner = _Examiner(clients, settings, name, report)

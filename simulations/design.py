@@ -190,15 +190,17 @@ def read_design(name: str, text: str, *, quick: bool = False, seeds: Sequence[in
 
 def _reduced(design: Design, quick: _Reader) -> Design:
     methods = quick.strings("methods") if "methods" in quick.read else design.methods
+    also = () if "methods" in quick.read else design.also
+    known = (*methods, *(name for each in also for name in each.methods))
     return replace(
         design,
         name=f"{design.name}-quick",
         title=f"{design.title}; reduced",
         seeds=quick.integers("seeds") if "seeds" in quick.read else design.seeds,
         methods=methods,
-        drawn=tuple(name for name in design.drawn if name in methods),
+        drawn=tuple(name for name in design.drawn if name in known),
         settings={**design.settings, **(quick.values("settings") if "settings" in quick.read else {})},
-        also=() if "methods" in quick.read else design.also,
+        also=also,
         where=_where(quick.who, quick.read.get("where", {})),
     )
 

@@ -6,16 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from statistics import mean
 
+from simulations import method_tables
 from simulations.ledger import Measurement, Record
 from simulations.settings import TITLES
-from simulations.verdict import Pair, accuracies, at, cells, compare, losses, methods, spread
+from simulations.verdict import Pair, accuracies, at, cells, compare, losses, methods, one_round, spread
 
-Labels = Mapping[str, str]
 _SUMMARY = ("fedavg", "c2m3+default", "c2m3+judged", "feddf")  # methods of the README's table
 
 
 def markdown(record: Record) -> str:
-    """Accuracy and loss of every method on every cell, the acceptance rule, and the source of the numbers."""
+    """Accuracy and loss of every method on every cell, the acceptance rule, and the source of the numbers.
+
+    An experiment of one round has the tables of `method_tables`.
+    """
+    if one_round(record):
+        return f"{_caption(record)}\n\n{method_tables.markdown(record)}\n"
     everywhere, somewhere = _split(record)
     parts = [
         _caption(record),

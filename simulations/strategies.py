@@ -15,10 +15,13 @@ from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.align.base import Method
 from c2m3_fl.merging.align.cca import CCA
 from c2m3_fl.merging.align.methods import ActivationMatching, GitReBasin, Mean, MergeMany
-from simulations.data import FederatedData
+from simulations.data import FederatedData, derived_seed, federated_data
 from simulations.distillation import FedDF
+from simulations.models import build_model
 from simulations.peers import AlignedBy, FisherAverage, Merged
-from simulations.settings import ON_CLIENTS, ON_SERVER, TITLES, check_choice
+from simulations.settings import ON_CLIENTS, ON_SERVER, TITLES, Settings, check_choice
+
+_SERVER_MODEL = 4  # stream, derived from the seed, that initialises the server's model
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,6 +262,12 @@ STRATEGIES: Mapping[str, Callable[[SimulatedServer], Strategy]] = {
         "cca" if name == "none" else f"cca+{name}": partial(cca_merge, correction=name) for name in ("none", *ON_SERVER)
     },
 }
+
+
+def start_model(settings: Settings) -> nn.Module:
+    """The network that a server starts from, by the seed of the settings."""
+    data = federated_data(settings)
+    return build_model(settings, data.shape, data.classes, derived_seed(settings.seed, _SERVER_MODEL))
 
 
 def build_strategy(name: str, model: nn.Module, data: FederatedData) -> Strategy:

@@ -22,14 +22,14 @@ from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import SimulationError
 from c2m3_fl.flower.records import from_params, to_params
 from simulations.client_app import Assignment, Trained, Trainer, build_app, train_locally
-from simulations.data import FederatedData, derived_seed, federated_data
+from simulations.data import FederatedData, federated_data
 from simulations.flower_log import flower_log
 from simulations.ledger import Measurement, finite, now
 from simulations.metered_grid import MeteredGrid
 from simulations.models import build_model
 from simulations.partition_grid import check_answers, networks
 from simulations.settings import Settings
-from simulations.strategies import build_strategy
+from simulations.strategies import build_strategy, start_model
 from simulations.training import Scores, ensemble, log_probabilities, score
 
 SERVER_MODEL = 4  # stream, derived from the seed, that initialises the server's model
@@ -142,7 +142,7 @@ class _Found:
 
 def _run_method(settings: Settings, method: str, trainer: Trainer, examiner: _Examiner) -> _Found:
     data = federated_data(settings)
-    model = build_model(settings, data.shape, data.classes, derived_seed(settings.seed, SERVER_MODEL))
+    model = start_model(settings)
     strategy = build_strategy(method, model, data)
     last: list[Params] = []
 

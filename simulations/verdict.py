@@ -65,6 +65,11 @@ def methods(record: Record) -> list[str]:
     return list(dict.fromkeys(each.method for each in record.measurements))
 
 
+def one_round(record: Record) -> bool:
+    """Whether every federation of the record ran for one round."""
+    return all(len(each.accuracy) == 1 for each in record.measurements)
+
+
 def at(record: Record, cell: Mapping[str, str], method: str) -> tuple[Measurement, ...]:
     """Measurements of a method on a cell, in the order of seeds; empty if it did not run."""
     found = [each for each in record.measurements if each.cell == cell and each.method == method]

@@ -47,14 +47,15 @@ def experiment(
 
 def _draw(design: Design, output: Path, console: Console) -> None:
     """Write tables and picture beside the JSON and, for this checkout's results, the tables in the pages."""
-    from simulations import grid_pictures, grid_tables
+    from simulations import grid_pictures, grid_tables, method_pictures
+    from simulations.verdict import one_round
 
     file = result_file(design, output)
     record = load(file)
     table, picture = file.with_suffix(".md"), file.with_suffix(".png")
     written = grid_tables.markdown(record)
     table.write_text(written)
-    grid_pictures.draw(record, picture)
+    (method_pictures if one_round(record) else grid_pictures).draw(record, picture)
     if output.resolve() == (_FOLDER / "results").resolve():
         pages = {
             _FOLDER: (design.name, written),

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from c2m3_fl.errors import SimulationError
+from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations import client_app
 from simulations.client_app import train_locally
+from simulations.comparison import run_comparison
 from simulations.settings import Settings
 from simulations.trial import RememberingTrainer, key_of, run_cell
 
@@ -54,6 +56,18 @@ def test_remembered_trainings_change_no_result(start):
     with_memory = _run(settings, methods)
     without = _run(settings, methods, trainer=train_locally)
     assert [_numbers(each) for each in with_memory] == [_numbers(each) for each in without]
+
+
+@pytest.mark.parametrize("start", ["shared", "independent"])
+def test_compare_and_experiment_measure_the_same_of_one_federation(start):
+    settings = replace(SETTINGS, initialisation=start, strategy="c2m3+repair")
+    grid = SerialGrid(client_app.app, settings.clients, run_config=settings.to_run_config())
+    rounds = run_comparison(grid, settings, lambda _scored: None)
+    (measured,) = _run(settings, ["c2m3+repair"])
+    assert [each.accuracy for each in rounds] == pytest.approx(measured.accuracy, abs=1e-4)
+    assert [each.loss for each in rounds] == pytest.approx(measured.loss, rel=1e-4)
+    assert rounds[-1].clients == pytest.approx(measured.clients, abs=1e-4)
+    assert rounds[-1].ensemble == pytest.approx(measured.ensemble, abs=1e-4)
 
 
 def test_what_is_remembered_is_not_changed_by_who_gets_it():

@@ -1,0 +1,129 @@
+"""An experiment of one round as Markdown: one row per method, one column per federation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import inf, isfinite
+from statistics import mean, stdev
+
+from scipy.stats import t as student
+
+from simulations.design import Labels
+from simulations.ledger import Measurement, Record
+from simulations.settings import TITLES
+from simulations.verdict import accuracies, at, cells, losses, methods, spread
+
+_ACROSS = 2  # the last axes, whose levels are columns; there is one table per cell of the others
+_LEVEL = 0.95  # of confidence intervals
+
+
+def markdown(record: Record) -> str:
+    """Accuracy of every method on every federation, then gains and costs on average."""
+    parts = []
+    for group, where in groups(record).items():
+        parts += [f"{_title(group)}Accuracy:", _accuracies(record, where)]
+        parts += ["On average over these federations:", _averages(record, where)]
+    return "\n\n".join(parts)
+
+
+def groups(record: Record) -> dict[tuple[tuple[str, str], ...], list[Labels]]:
+    """The cells by their levels on all axes but the last ones."""
+    found: dict[tuple[tuple[str, str], ...], list[Labels]] = {}
+    for cell in cells(record):
+        found.setdefault(tuple(cell.items())[: max(len(cell) - _ACROSS, 0)], []).append(cell)
+    return found
+
+
+def _title(group: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"**{axis} {level}**. " for axis, level in group)
+
+
+def _accuracies(record: Record, where: Sequence[Labels]) -> str:
+    """One row per method, and rows for the clients alone; the best method of a column is bold."""
+    names = [name for name in methods(record) if any(at(record, cell, name) for cell in where)]
+    columns = [", ".join(f"{axis} {level}" for axis, level in tuple(cell.items())[-_ACROSS:]) for cell in where]
+    best = [max(mean(accuracies(found)) for name in names if (found := at(record, cell, name))) for cell in where]
+    rows = [["method", *columns], ["---"] + ["---:"] * len(columns)]
+    for name in names:
+        pairs = zip(where, best, strict=True)
+        rows.append([TITLES.get(name, name), *(_cell(at(record, cell, name), top) for cell, top in pairs)])
+    for title, read in _ALONE.items():
+        rows.append([f"*{title}*", *(spread([read(each) for each in at(record, cell, names[0])]) for cell in where)])
+    return _lines(rows)
+
+
+def _cell(found: tuple[Measurement, ...], best: float) -> str:
+    if not found:
+        return ""
+    text = spread(accuracies(found))
+    return f"**{text}**" if mean(accuracies(found)) == best else text
+
+
+_ALONE: Mapping[str, Callable[[Measurement], float]] = {
+    "mean client": lambda each: mean(each.clients),
+    "best client": lambda each: max(each.clients),
+    "ensemble": lambda each: each.ensemble,
+}
+
+
+def _averages(record: Record, where: Sequence[Labels]) -> str:
+    """Paired gain over the first method, and loss, calibration error and costs, of every method."""
+    first, *_ = methods(record)
+    rows = [
+        [
+            "method",
+            f"gain over {TITLES.get(first, first)}",
+            "loss",
+            "calibration error",
+            "server CPU s",
+            "MB down",
+            "MB up",
+        ],
+        ["---"] + ["---:"] * 6,
+    ]
+    for name in methods(record):
+        found = [each for cell in where for each in at(record, cell, name)]
+        if not found:
+            continue
+        rows.append(
+            [
+                TITLES.get(name, name),
+                "" if name == first else _gain(record, where, name, first),
+                _mean(losses(found), ".2f"),
+                _mean(
+                    [inf if not each.calibration_error else each.calibration_error[-1] or 0.0 for each in found], ".3f"
+                ),
+                _mean([each.server_seconds for each in found], ".1f"),
+                _mean([each.down / 1e6 for each in found], ".2f"),
+                _mean([each.up / 1e6 for each in found], ".2f"),
+            ]
+        )
+    return _lines(rows)
+
+
+def _gain(record: Record, where: Sequence[Labels], name: str, first: str) -> str:
+    """Mean gain in accuracy with its interval: seeds are the sample, cells are averaged within a seed."""
+    gains: dict[int, list[float]] = {}
+    for cell in where:
+        base = {each.seed: accuracies([each])[0] for each in at(record, cell, first)}
+        for each in at(record, cell, name):
+            if each.seed in base:
+                gains.setdefault(each.seed, []).append(accuracies([each])[0] - base[each.seed])
+    means = [mean(each) for each in gains.values()]
+    return f"{mean(means):+.3f}{_margin(means)}" if means else ""
+
+
+def _margin(values: Sequence[float]) -> str:
+    """Half the width of Student's interval for the mean; nothing for a single value."""
+    if len(values) < 2:
+        return ""
+    half = float(student.ppf((1 + _LEVEL) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return f" ± {half:.3f}"
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    return format(mean(values), form) if all(map(isfinite, values)) else "–"
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
