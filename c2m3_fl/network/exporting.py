@@ -157,6 +157,8 @@ def _explain(model: nn.Module, error: Exception) -> str:
             "Control flow must not depend on the values of tensors: use torch.where or torch.cond, take the branch "
             "out of forward()"
         )
+    elif isinstance(error, KeyError) and "already exists" in str(error):
+        reason += "torch.export keeps an attribute of that name itself: rename the tensor"
     else:
         reason += "Change that line, take it out of forward()"
     return f"{reason}, or give a PermutationSpec by hand"

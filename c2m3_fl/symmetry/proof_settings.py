@@ -82,9 +82,8 @@ def survey(model: nn.Module, inputs: Inputs) -> Survey:
         The example.
     """
     settings = [ProofSetting(training, inputs) for training in (False, True)]
-    settings += [
-        ProofSetting(False, resized, size) for size in _SIZES if (resized := _resize(inputs, size)) is not None
-    ]
+    sizes = {size: resized for size in _SIZES if (resized := _resize(inputs, size)) is not None}
+    settings += [ProofSetting(training, sizes[size], size) for training in (False, True) for size in sizes]
     for device in ("meta", "cpu"):
         programs: dict[Program, ProofSetting] = {}
         covered: dict[Program, list[str]] = {}

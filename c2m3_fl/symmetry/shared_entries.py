@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
@@ -11,11 +11,16 @@ from c2m3_fl.symmetry.facts import Structure
 
 
 def tie_shared(
-    structure: Structure, model: nn.Module, state: Mapping[str, Tensor], first_name: Mapping[str, str]
+    structure: Structure,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    first_name: Mapping[str, str],
+    read: Collection[str],
 ) -> None:
     """Tie the axes of tensors that share entries, and pin those whose common entries no axes express.
 
-    Other tensors that the modules hold are constants of the graph: a parameter that shares entries with one is pinned.
+    Other tensors that the modules hold are constants of the graph: a parameter that shares entries with one that is
+    read is pinned.
 
     Parameters
     ----------
@@ -27,10 +32,12 @@ def tie_shared(
         Parameters and buffers under the names of the state dict.
     first_name : mapping of str to str
         The first name of every tied tensor.
+    read : collection of str
+        Names of the tensors that the pass reads.
     """
     own = {name: value for name, value in state.items() if first_name.get(name, name) == name}
     structure.operator = structure.module = ""
-    for found in overlaps({**_constants(model), **own}):
+    for found in overlaps({**{name: value for name, value in _constants(model).items() if name in read}, **own}):
         names = [name for name in (found.first, found.second) if name in own]
         if not names:
             continue

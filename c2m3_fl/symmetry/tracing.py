@@ -113,7 +113,8 @@ class _Labeller:
                 self._call(node)
             elif node.op == "output":
                 self._output(node)
-        tie_shared(self.structure, self.model, self._state, self._first_name)
+        read = {str(self._inputs[node.name].target) for node in self.labels if node.op == "placeholder" and node.users}
+        tie_shared(self.structure, self.model, self._state, self._first_name, read)
         pin_tables(self.structure, self._state, self._buffers)
         pin_unread(self.structure)
         return self.used

@@ -65,10 +65,10 @@ def by_hand() -> nn.Module:
     return network
 
 
-def spectral(parametrise: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def spectral(parametrise: Callable[[nn.Module], nn.Module], passes: int = 3) -> nn.Module:
     layers = [parametrise(layer) for layer in (nn.Conv2d(2, 6, 3), nn.Conv2d(6, 5, 3), nn.Linear(20, 4))]
     network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), nn.Flatten(), layers[2])
-    for _ in range(3):
+    for _ in range(passes):
         network(torch.randn(2, 2, 6, 6))
     return network
 
@@ -88,6 +88,7 @@ NETWORKS = {
     ),
     "spectral norm": (lambda: spectral(parametrizations.spectral_norm), noise(2, 2, 6, 6)),
     "spectral norm by a hook": (lambda: spectral(nn.utils.spectral_norm), noise(2, 2, 6, 6)),
+    "spectral norm by a hook, before the first pass": (lambda: spectral(nn.utils.spectral_norm, 0), noise(2, 2, 6, 6)),
     "masks of pruning": (pruned, noise(3, 4)),
 }
 

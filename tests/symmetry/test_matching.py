@@ -16,11 +16,11 @@ from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import start_point
 from c2m3_fl.core.terms import compile_terms
 from c2m3_fl.core.universe import Universe
-from tests.core.networks import pairwise_agreement
+from tests.core.networks import at_matrices, autograd, pairwise_agreement
 from tests.symmetry.families import SMALL, build, traced
 
 WEIGHTS = [0.5, 0.2, 0.3]
-WHOLE = slice(0, 3)
+WHOLE = range(3)
 each_family = pytest.mark.parametrize("family", SMALL)
 
 
@@ -37,8 +37,10 @@ def drawn(spec: PermutationSpec, seed: int) -> list[Permutation]:
     return [permutation.random(spec, generator) for _ in WEIGHTS]
 
 
-def objective(problem: Problem, point: dict[str, Tensor]) -> float:
-    return Universe(problem, point).objective()
+def noise(problem: Problem, seed: int) -> dict[str, Tensor]:
+    """Doubly stochastic matrices for all nodes."""
+    places = start_point(problem, "sinkhorn", torch.Generator().manual_seed(seed)).places
+    return {name: torch.stack([places[i][name] for i in range(problem.count)]) for name in problem.spec.groups}
 
 
 @pytest.mark.slow
@@ -47,52 +49,41 @@ def test_the_objective_is_the_agreement_of_the_permuted_networks(family: str) ->
     spec, nodes, problem = three(family)
     for seed in range(3):
         perms = drawn(spec, seed)
-        found = objective(problem, start_point(problem, perms, None))
+        found = Universe(problem, start_point(problem, perms, None)).objective
         assert found == pytest.approx(pairwise_agreement(spec, nodes, perms, WEIGHTS), rel=1e-9, abs=1e-9)
 
 
 @each_family
 def test_the_gradient_is_that_of_autograd(family: str) -> None:
     _, _, problem = three(family)
-    point = start_point(problem, "sinkhorn", torch.Generator().manual_seed(1))
-    universe = Universe(problem, point)
-    gradient = universe.gradient(WHOLE, universe.others(WHOLE))
-    leaves = {name: matrices.clone().requires_grad_() for name, matrices in point.items()}
-    total = torch.zeros((), dtype=torch.float64)
-    for term in problem.terms:
-        there = term.value
-        for axis, group in enumerate(term.groups):
-            moved = there.movedim(term.dim(axis), 1)
-            there = (leaves[group] @ moved.flatten(2)).view_as(moved).movedim(1, term.dim(axis))
-        shares = problem.weights.view(-1, *[1] * (there.ndim - 1))
-        total = total + 0.5 * ((shares * there).sum(0).square().sum() - (shares * there).square().sum())
-    total.backward()
-    for name, leaf in leaves.items():
-        if leaf.grad is not None:
-            torch.testing.assert_close(problem.weights[:, None, None] * gradient[name], leaf.grad)
+    point = noise(problem, 1)
+    expected = autograd(problem, point)
+    for name, found in at_matrices(problem, point).gradient(WHOLE).items():
+        torch.testing.assert_close(problem.weights[:, None, None] * found, expected[name])
 
 
 @each_family
-@pytest.mark.parametrize("block", [slice(1, 2), WHOLE], ids=["one node", "all nodes"])
-def test_the_exact_step_is_at_least_as_good_as_any_grid(family: str, block: slice) -> None:
+@pytest.mark.parametrize("block", [range(1, 2), WHOLE], ids=["one node", "all nodes"])
+def test_the_exact_step_is_at_least_as_good_as_any_grid(family: str, block: range) -> None:
     spec, _, problem = three(family)
-    point = start_point(problem, "sinkhorn", torch.Generator().manual_seed(2))
-    perms = drawn(spec, 3)
-    corner = start_point(problem, perms, None)
-    vertex = {name: torch.stack([perm[name] for perm in perms[block]]) for name in spec.groups}
-    universe = Universe(problem, {name: matrices.clone() for name, matrices in point.items()})
-    others, before = universe.others(block), universe.objective()
-    coefficients = universe.course(block, others, vertex)
+    point, perms = noise(problem, 2), drawn(spec, 3)
+    vertex = {name: torch.stack([perms[i][name] for i in block]) for name in spec.groups}
+    universe = at_matrices(problem, point)
+    before = universe.objective
+    coefficients = universe.course(block, universe.gradient(block), vertex)
     step_size, gained = best_step(coefficients)
     for t in torch.linspace(0, 1, 11).tolist():
         between = {name: matrices.clone() for name, matrices in point.items()}
         for name, matrices in between.items():
-            matrices[block] = (1 - t) * matrices[block] + t * corner[name][block]
-        here, there = objective(problem, between), sum(c * t**power for power, c in enumerate(coefficients))
+            matrices[block.start : block.stop] *= 1 - t
+            for i in block:
+                matrices[i] += t * torch.eye(matrices.shape[1]).to(matrices)[perms[i][name]]
+        here, there = at_matrices(problem, between).objective, sum(c * t**k for k, c in enumerate(coefficients))
         assert here - before == pytest.approx(there - coefficients[0], rel=1e-9, abs=1e-9)
         assert gained >= there - 1e-9 * abs(here)
-    universe.advance(block, others, vertex, step_size)
-    assert universe.objective() == pytest.approx(before + gained - coefficients[0], rel=1e-9)
+    universe = at_matrices(problem, point)
+    universe.advance(block, vertex, step_size)
+    assert universe.add_up() == pytest.approx(before + gained - coefficients[0], rel=1e-9)
 
 
 @each_family

@@ -29,6 +29,7 @@ def branching(when: Callable[[nn.Module, Tensor], bool]) -> nn.Module:
 BRANCHES = {
     "training mode": lambda net, x: net.training,
     "a large batch": lambda net, x: x.shape[0] > 8,
+    "training on a large batch": lambda net, x: net.training and x.shape[0] > 8,
     "a single example": lambda net, x: x.shape[0] == 1,
 }
 
@@ -47,7 +48,9 @@ def test_one_program_for_all_modes_and_sizes_is_traced_once_and_said() -> None:
     norm, drop = nn.BatchNorm1d(6), nn.Dropout(0.5)
     network = nn.Sequential(nn.Linear(4, 6), norm, nn.ReLU(), drop, nn.Linear(6, 2))
     spec = permutation_spec(network, noise(3, 4))
-    assert spec.proven == ("evaluation mode", "training mode", *(f"evaluation mode, a batch of {n}" for n in (1, 34)))
+    modes = ("evaluation mode", "training mode")
+    large = tuple(f"{mode}, a batch of 34" for mode in modes)
+    assert spec.proven == (*modes, "evaluation mode, a batch of 1", *large)  # BatchNorm does not train on one example
     assert from_json(to_json(spec)).proven == spec.proven
     assert len(survey(network, as_inputs(noise(3, 4))).distinct) == 1
 
@@ -55,7 +58,7 @@ def test_one_program_for_all_modes_and_sizes_is_traced_once_and_said() -> None:
 def test_a_mode_that_cannot_run_is_not_among_the_proven() -> None:
     network = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
     spec = permutation_spec(network, noise(1, 4))  # batch statistics of one example do not exist
-    assert spec.proven == ("evaluation mode", "evaluation mode, a batch of 34")
+    assert spec.proven == ("evaluation mode", *(f"{mode} mode, a batch of 34" for mode in ("evaluation", "training")))
 
 
 # -------------------------------------------------------------------------------------------------------- precision

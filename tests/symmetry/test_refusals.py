@@ -51,6 +51,21 @@ def test_control_flow_on_data_is_refused_with_its_line_and_a_remedy() -> None:
         permutation_spec(Branching(), noise(2, 4))
 
 
+def test_a_name_that_the_exporter_keeps_to_itself_is_refused_with_a_remedy() -> None:
+    class Books(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+            self.register_buffer("code", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.code.add_(1)
+            return self.a(x) * self.code
+
+    with pytest.raises(TraceError, match=r"'code' already exists.* rename the tensor"):
+        permutation_spec(Books(), noise(2, 4))
+
+
 def test_the_exporter_prints_nothing_when_it_refuses(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TraceError):
         permutation_spec(Branching(), noise(2, 4))
