@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from logging import WARNING
 from typing import Generic, TypeVar
@@ -14,6 +14,8 @@ from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.client_text import shown
 
 Source = TypeVar("Source")
+
+_NAMED = 10  # nodes in one line of the log
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +99,23 @@ def fault_of(node: int, error: Exception) -> Dropped:
     if isinstance(error, ParamsError):
         return Dropped(node, str(error), isinstance(error, TransientError))
     return Dropped(node, f"the reply cannot be read: {type(error).__name__}: {error}")
+
+
+def report_unanswered(what: str, failed: Mapping[int, str]) -> None:
+    """Log whose answers to a query cannot be used, once for all nodes with one reason.
+
+    Parameters
+    ----------
+    what : str
+        What was asked for.
+    failed : mapping of int to str
+        Nodes and reasons.
+    """
+    for reason in dict.fromkeys(failed.values()):
+        nodes = [str(node) for node, each in failed.items() if each == reason]
+        more = f" and {len(nodes) - _NAMED} others" if len(nodes) > _NAMED else ""
+        who = f"node{'s' if len(nodes) > 1 else ''} {', '.join(nodes[:_NAMED])}{more}"
+        log(WARNING, "\t> no %s from %s: %s", what, who, reason)
 
 
 def report_dropped(dropped: Iterable[Dropped]) -> None:

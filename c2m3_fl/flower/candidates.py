@@ -126,6 +126,7 @@ class Candidates:
         self.params: dict[str, Params] = {AGGREGATE: typed_like(setup.model.state_dict(), request.aggregate)}
         self.numbers: Numbers = {}
         self.failed = 0
+        self._said: set[str] = set()  # failures, which candidates may share
         self.headless = ""
         self.last = AGGREGATE
         if request.aligned is not None:
@@ -167,7 +168,10 @@ class Candidates:
             check_finite(found.state_dict)
             check_runs(self.setup.model, self.setup.data.example, found.state_dict, self.params[AGGREGATE])
         except Exception as error:  # if recalibration fails, keep the aggregate
-            log(ERROR, "\t> %s: the merged model stays as it is", failure(_WHO.get(name, "recalibration"), error))
+            reason = failure(_WHO.get(name, "recalibration"), error)
+            if reason not in self._said:
+                log(ERROR, "\t> %s: the merged model stays as it is", reason)
+            self._said.add(reason)
             self.failed += 1
             return
         self.numbers |= report_candidate(name, found.report) | report_head(found.report)

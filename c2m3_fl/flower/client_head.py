@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from logging import DEBUG, INFO, WARNING
+from logging import INFO, WARNING
 from typing import TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
-from c2m3_fl.flower.admitted import fault_of
+from c2m3_fl.flower.admitted import fault_of, report_unanswered
 from c2m3_fl.flower.client_labels import ACTION, LAYERS, SIDES, SPARSEST
 from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.flower.records import Entry, from_params, to_params
@@ -114,7 +114,7 @@ def why_no_head(options: Head, grid: Grid, nodes: Sequence[int], program: Progra
     query, reason = {"arrays": from_params(merged)}, "there is no client to ask"
     for node in nodes[:_PROBED]:
         try:
-            _ask(options, grid, [node], "sums", query, wire.read_sums, level=DEBUG)
+            _ask(options, grid, [node], "sums", query, wire.read_sums)
         except CalibrationError as error:
             reason = str(error)
             if _UNKNOWN in reason:
@@ -267,7 +267,6 @@ def _ask(
     stage: str,
     query: Mapping[str, ArrayRecord],
     read: Callable[[ArrayRecord], Answer],
-    level: int = WARNING,
 ) -> tuple[dict[int, Answer], dict[int, str]]:
     """The usable answers by node, in the order of the nodes; and why others cannot be used."""
     config = ConfigRecord({"stage": stage, "every": options.holdout})
@@ -282,11 +281,11 @@ def _ask(
             found[node] = read(only_arrays(reply))
         except Exception as error:  # whatever one client sends is its fault
             failed[node] = fault_of(node, error).reason
-            log(level, "\t> no %s of labels from node %d: %s", stage, node, failed[node])
     if not found:
         first = f" (the first reply: {next(iter(failed.values()))})" if failed else ""
         raise CalibrationError(
             f"no client answered the query for {stage} of labels{first}; every client needs answer_statistics in its "
             "app, with labelled data"
         )
+    report_unanswered(f"{stage} of labels", failed)
     return {node: found[node] for node in nodes if node in found}, failed

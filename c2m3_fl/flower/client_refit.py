@@ -20,7 +20,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import CalibrationError, ParamsError
-from c2m3_fl.flower.admitted import fault_of
+from c2m3_fl.flower.admitted import fault_of, report_unanswered
 from c2m3_fl.flower.client_networks import Sealed, is_stale, write_networks
 from c2m3_fl.flower.client_refit_options import ClientRefit, Price, RegMean, asks_clients, plan_of, price
 from c2m3_fl.flower.client_sums import ACTION
@@ -145,7 +145,7 @@ class _Clients:
         """The usable answers, by operator name and node in the order of the nodes."""
         networks, last = Sealed.of(params), exchange is self._plan.exchanges[-1]
         read: dict[int, dict[str, Answer]] = {}
-        failed: list[str] = []
+        failed: dict[int, str] = {}
         asked = self._nodes
         for whole in (False, True):
             lacking: set[int] = set()
@@ -160,9 +160,7 @@ class _Clients:
                     else:
                         read[node] = self._read(reply, exchange, params)
                 except Exception as error:  # whatever one client sends is its fault
-                    fault = fault_of(node, error)
-                    log(WARNING, "\t> no sums from node %d: %s", node, fault.reason)
-                    failed.append(fault.reason)
+                    failed[node] = fault_of(node, error).reason
             asked = [node for node in asked if node in lacking]
             if not asked:
                 break
@@ -172,10 +170,11 @@ class _Clients:
             for name, answer in read.get(node, {}).items():
                 found.setdefault(name, {})[node] = answer
         if not read:
-            first = f" (the first reply: {failed[0]})" if failed else ""
+            first = f" (the first reply: {next(iter(failed.values()))})" if failed else ""
             raise CalibrationError(
                 f"no client answered the query for sums{first}; every client needs it: add answer_statistics to its app"
             )
+        report_unanswered("sums", failed)
         return found
 
     def trusted(

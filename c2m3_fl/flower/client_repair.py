@@ -11,17 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from logging import WARNING
 from typing import Literal
 
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
-from c2m3_fl.flower.admitted import fault_of
+from c2m3_fl.flower.admitted import fault_of, report_unanswered
 from c2m3_fl.flower.client_moments import ACTION
 from c2m3_fl.flower.records import Entry, from_params, to_params
 from c2m3_fl.flower.replies import only_arrays
@@ -193,7 +191,7 @@ class _Survey:
         ]
         asked = {(message.metadata.dst_node_id, message.metadata.group_id) for message in messages}
         found: dict[tuple[int, str], dict[str, Moments]] = {}
-        failed: list[str] = []
+        failed: dict[int, str] = {}
         for reply in self._grid.send_and_receive(messages, timeout=self._timeout):
             node, about = reply.metadata.src_node_id, reply.metadata.group_id
             try:
@@ -201,18 +199,17 @@ class _Survey:
                     raise ParamsError(f"an answer about {about!r} was not asked for, or came twice")
                 found[node, about] = self._read(reply, place)
             except Exception as error:  # whatever one client sends is its fault
-                fault = fault_of(node, error)
-                log(WARNING, "\t> no moments from node %d: %s", node, fault.reason)
-                failed.append(fault.reason)
+                failed[node] = fault_of(node, error).reason
         for key, reason in self._odd(found).items():
-            log(WARNING, "\t> no moments from node %d: %s", key[0], reason)
+            failed[key[0]] = reason
             del found[key]
         if not found:
-            first = f" (the first reply: {failed[0]})" if failed else ""
+            first = f" (the first reply: {next(iter(failed.values()))})" if failed else ""
             raise CalibrationError(
                 f"no client answered the query for channel moments{first}; every client needs it: "
                 "add answer_statistics to its app"
             )
+        report_unanswered("moments", failed)
         return found
 
     def _read(self, reply: Message, place: int) -> dict[str, Moments]:

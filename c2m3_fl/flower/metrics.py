@@ -48,9 +48,9 @@ def reported(numbers: Numbers, *, every: bool) -> Numbers:
         Whether the metrics hold all. Otherwise they hold the main ones, counts of what is unusual that are not zero,
         and the name of the model that was deployed.
     """
-    log(DEBUG, "\t> numbers of the round: %s", numbers)
     if every:
         return numbers
+    log(DEBUG, "\t> numbers of the round: %s", numbers)
     main, unusual = ({_OURS + name for name in names} for names in (_MAIN, _UNUSUAL))
     return {
         name: value

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
+from flwr.app import Error
 from flwr.clientapp import ClientApp
 
 from c2m3_fl.errors import CalibrationError
+from c2m3_fl.flower.admitted import report_unanswered
 from c2m3_fl.flower.client_refit import ClientRefit, refit_by_clients
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
 from tests.flower.client_refits import NODES, WEIGHTS, app_of, networks, refit
-from tests.flower.federation import EXAMPLE, mlp
+from tests.flower.federation import EXAMPLE, answer, mlp
+
+FAULT = Error(0, "ValueError: no query")
 
 
 def corrupt(harm, node=2, part="/xx"):
@@ -73,11 +79,23 @@ def test_a_client_that_vanishes_between_exchanges_or_answers_some_operators_only
     assert len(halved.report.operators) == 6
 
 
-def test_without_any_answer_the_aggregate_is_left_to_the_caller():
+def test_without_any_answer_the_aggregate_is_left_to_the_caller_and_nobody_is_named(caplog):
     with pytest.raises(CalibrationError, match="no client answered the query for sums"):
         refit(mlp, transit=lambda replies: [])
     with pytest.raises(CalibrationError, match="add answer_statistics to its app"):
         refit(mlp, app=ClientApp())
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
+
+
+def test_nodes_without_an_answer_for_one_reason_are_one_line(caplog):
+    def refusing(replies):
+        return [replies[0], *(answer(each.metadata.src_node_id, FAULT) for each in replies[1:])]
+
+    refit(mlp, ClientRefit(exchanges=1, first_layer=True), transit=refusing)
+    told = [text for text in caplog.messages if "no sums" in text]
+    assert told == ["\t> no sums from nodes 2, 3: the client failed: ValueError: no query"]
+    report_unanswered("moments", dict.fromkeys(range(12), "gone"))
+    assert caplog.messages[-1] == "\t> no moments from nodes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 others: gone"
 
 
 def test_a_scaled_reply_is_not_asked_and_changes_nothing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from flwr.app import Array, Error, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -45,7 +47,7 @@ def test_long_text_is_cut_and_says_so():
 
 
 def lines(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records]
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
 
 
 def forgeries():
@@ -108,7 +110,7 @@ def test_no_answer_to_a_query_and_no_judgement_forges_the_log(options, caplog):
     strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, judge="clients", **options)
     strategy.start(SerialGrid(failing_app(), 2), from_params(mlp().state_dict()), num_rounds=1)
     said = [line for line in lines(caplog) if "RuntimeError: x" in line]
-    assert len(said) > 1
+    assert said
     assert all(line.lstrip("\t").isprintable() and len(line) < 1200 for line in said)
 
 
