@@ -21,8 +21,6 @@ from simulations.training import default_device, ensemble, log_probabilities, sc
 
 Report = Callable[[Round], None]
 
-_SERVER_MODEL = 4  # stream, derived from the seed, that initialises the server's model
-
 
 def run_comparison(grid: Grid, settings: Settings, report: Report) -> tuple[Round, ...]:
     """All strategies of the settings, one after the other, from the same seeds and partitions.

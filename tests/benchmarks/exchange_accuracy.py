@@ -24,14 +24,13 @@ from c2m3_fl.flower.client_refit import ClientRefit, RegMean, price
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations.client_app import build_app
-from simulations.data import derived_seed, federated_data
+from simulations.data import federated_data
 from simulations.design import load_design
 from simulations.flower_log import flower_log
-from simulations.models import build_model
 from simulations.settings import Settings
-from simulations.strategies import SimulatedServer, fedavg
+from simulations.strategies import SimulatedServer, fedavg, start_model
 from simulations.training import log_probabilities, score
-from simulations.trial import SERVER_MODEL, RememberingTrainer
+from simulations.trial import RememberingTrainer
 from tests.benchmarks.records import read_record, write_record
 
 RESULTS = Path(flower.__file__).parent / "results" / "exchange_accuracy.json"
@@ -72,7 +71,7 @@ def measure(settings: Settings) -> Iterator[dict[str, Any]]:
     data = federated_data(settings)
     app = build_app(RememberingTrainer())
     for method, recalibrate in METHODS.items():
-        model = build_model(settings, data.shape, data.classes, derived_seed(settings.seed, SERVER_MODEL))
+        model = start_model(settings)
         server = SimulatedServer(model, data.calibration, len(data.parts))
         example, asked = data.calibration[0][:2], recalibrate or "none"
         grid = SerialGrid(app, settings.clients, run_config=settings.to_run_config())
