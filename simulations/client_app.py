@@ -1,4 +1,4 @@
-"""The client: trains the network that it receives, or its own in round 1, on its share of the images."""
+"""The client: trains the network that it receives, or its own in its first round, on its share of the images."""
 
 from __future__ import annotations
 
@@ -117,8 +117,12 @@ def own_start(settings: Settings, client: int) -> Params:
 
 
 def _start(settings: Settings, client: int, current: int, arrays: ArrayRecord) -> Params:
-    """Initial parameters: those received or, in round 1 with independent initialisations, the client's own."""
-    if settings.initialisation == "independent" and current == 1:
+    """Initial parameters: those received, or the client's own.
+
+    Its own are those of round 1 with independent initialisations, and those of a late client's first round.
+    """
+    first = settings.joins_in(client)
+    if current == first and (settings.initialisation == "independent" or first > 1):
         return own_start(settings, client)
     model = _network(settings)
     model.load_state_dict(to_params(arrays))

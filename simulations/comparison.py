@@ -16,7 +16,7 @@ from simulations.models import build_model
 from simulations.partition_grid import PartitionGrid
 from simulations.results import Round
 from simulations.settings import Settings
-from simulations.strategies import build_strategy, start_model
+from simulations.strategies import build_strategy, seed_sampling, start_model
 from simulations.training import default_device, ensemble, log_probabilities, score
 
 Report = Callable[[Round], None]
@@ -45,8 +45,10 @@ def run_comparison(grid: Grid, settings: Settings, report: Report) -> tuple[Roun
 def _run_strategy(grid: Grid, settings: Settings, name: str, report: Report) -> list[Round]:
     data = federated_data(settings)
     model = start_model(settings)
-    strategy = build_strategy(name, model, data)
-    clients = PartitionGrid(grid, settings.clients)
+    first, share = settings.present_in(1), settings.participation
+    strategy = build_strategy(name, model, data, clients=first, participation=share)
+    clients = PartitionGrid(grid, settings.present_in)
+    seed_sampling(settings)
     examiner = _Examiner(clients, settings, name, report)
     result = strategy.start(clients, from_params(model.state_dict()), settings.rounds, evaluate_fn=examiner)
     if len(result.arrays) == 0:

@@ -1,17 +1,28 @@
-"""A grid in this process that counts what the clients cost."""
+"""A grid in this process: clients that join late, and what all of them cost."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from flwr.app import Message
+from flwr.app import Message, MessageType
+from flwr.clientapp import ClientApp
 
 from c2m3_fl.flower.serial_grid import SerialGrid
+from simulations.settings import Settings
 
 
 class MeteredGrid(SerialGrid):
-    """`SerialGrid` that counts the bytes of arrays in both directions, and the clients' CPU time.
+    """`SerialGrid` whose late clients are absent at first, and which counts bytes of arrays and the clients' CPU time.
+
+    Parameters
+    ----------
+    app : ClientApp
+        What every client runs.
+    settings : Settings
+        The federation.
+    transit : callable, optional
+        As for `SerialGrid`.
 
     Attributes
     ----------
@@ -19,15 +30,33 @@ class MeteredGrid(SerialGrid):
         CPU time of this process while clients worked.
     down, up : int
         Bytes of arrays that were sent to clients, and by them, in all.
+    trained : int
+        Number of clients that were asked to train in the last round.
     """
 
-    client_seconds = 0.0
-    down = 0
-    up = 0
+    def __init__(
+        self,
+        app: ClientApp,
+        settings: Settings,
+        *,
+        transit: Callable[[list[Message]], Iterable[Message]] | None = None,
+    ) -> None:
+        super().__init__(app, settings.clients, run_config=settings.to_run_config(), transit=transit)
+        self.client_seconds = 0.0
+        self.down = self.up = self.trained = 0
+        self._settings = settings
+        self._round = 1
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the clients that have joined."""
+        return list(super().get_node_ids())[: self._settings.present_in(self._round)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Let the nodes answer; the messages are made before the clock starts."""
         sent = list(messages)
+        if sent and all(message.metadata.message_type == MessageType.TRAIN for message in sent):
+            self.trained = len(sent)
+            self._round += 1
         self.down += sum(_size(message) for message in sent)
         begin = time.process_time()
         names = list(super().push_messages(sent))

@@ -61,6 +61,10 @@ def _build(settings: Settings, shape: Shape, classes: int) -> nn.Module:
         return mlp(shape, settings.widths, classes)
     if name == "cnn":
         return cnn(shape, [scaled(32), scaled(64)], scaled(128), classes)
+    if name == "conv3":
+        return conv3(shape, scaled(128), classes)
+    if name == "cnn-pooled":
+        return cnn_pooled(shape[0], [scaled(6), scaled(32)], [scaled(120), scaled(84)], classes)
     if name == "lenet":
         return lenet(shape, scaled, classes)
     if name.startswith("vgg"):
@@ -87,6 +91,25 @@ def cnn(shape: Shape, channels: Sequence[int], hidden: int, classes: int) -> nn.
         inputs, height, width = outputs, height // 2, width // 2
     layers += [nn.Flatten(), nn.Linear(inputs * height * width, hidden), nn.ReLU(), nn.Linear(hidden, classes)]
     return nn.Sequential(*layers)
+
+
+def conv3(shape: Shape, width: int, classes: int) -> nn.Sequential:
+    """Convolution, pooling, convolution, pooling, convolution, linear layer (Dai et al., Co-Boosting, 2024)."""
+    layers: list[nn.Module] = []
+    for index, inputs in enumerate((shape[0], width, width)):
+        layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(), *([nn.MaxPool2d(2)] if index < 2 else [])]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * (shape[1] // 4) * (shape[2] // 4), classes))
+
+
+def cnn_pooled(inputs: int, channels: Sequence[int], hidden: Sequence[int], classes: int) -> nn.Sequential:
+    """Convolutions with pooling, then global average pooling and hidden layers (Crisostomi et al., C2M3, 2024)."""
+    layers: list[nn.Module] = []
+    for narrow, wide in pairwise([inputs, *channels]):
+        layers += [nn.Conv2d(narrow, wide, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    for narrow, wide in pairwise([channels[-1], *hidden]):
+        layers += [nn.Linear(narrow, wide), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden[-1], classes))
 
 
 def lenet(shape: Shape, scaled: Callable[[int], int], classes: int) -> nn.Sequential:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
@@ -30,14 +30,15 @@ class PartitionGrid(Grid):
     ----------
     grid : Grid
         The SuperNodes.
-    clients : int
-        Number of clients; client k has node id k + 1.
+    clients : int or callable
+        Number of clients, or from the number of a round to that of its clients; client k has node id k + 1.
     """
 
-    def __init__(self, grid: Grid, clients: int) -> None:
+    def __init__(self, grid: Grid, clients: int | Callable[[int], int]) -> None:
         self.networks: tuple[Params, ...] = ()
         self._grid = grid
         self._clients = clients
+        self._round = 1
 
     def set_run(self, run: Run) -> None:
         """Set the run of the SuperNodes."""
@@ -56,7 +57,8 @@ class PartitionGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the clients."""
-        return range(1, self._clients + 1)
+        count = self._clients if isinstance(self._clients, int) else self._clients(self._round)
+        return range(1, count + 1)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send to the SuperNodes."""
@@ -88,6 +90,7 @@ class PartitionGrid(Grid):
         answers = [_incoming(reply) for reply in self._grid.send_and_receive(sent, timeout=timeout)]
         answers.sort(key=lambda reply: (reply.metadata.src_node_id, reply.metadata.group_id))
         if training:
+            self._round += 1
             check_answers(answers, len(sent))
             self.networks = networks(answers)
         return answers

@@ -57,6 +57,7 @@ TITLES = {  # names of the strategies in simulations/strategies.py, and their ti
     "c2m3-fedavgm": "C2M3 (FedAvgM)",
     "c2m3-fedadam": "C2M3 (FedAdam)",
     "c2m3-fedprox": "C2M3 (FedProx)",
+    "c2m3-fedmedian": "C2M3 (FedMedian)",
     **{
         name: title
         for base, (first, corrections) in _PEERS.items()
@@ -107,6 +108,8 @@ class Settings:
         choices=(
             "mlp",
             "cnn",
+            "conv3",
+            "cnn-pooled",
             "lenet",
             "vgg11",
             "vgg11-bn",
@@ -142,6 +145,9 @@ class Settings:
     holdout: float = _option(
         0.0, "share of its images that a client evaluates on and does not train on", at_least=0, at_most=0.5
     )
+    participation: float = _option(1.0, "share of the clients that train in a round", above=0, at_most=1)
+    late_clients: int = _option(0, "clients that join later, each with a network of its own", at_least=0)
+    late_round: int = _option(2, "round in which they join", at_least=2)
     strategy: str = _option("fedavg,c2m3,c2m3+repair", "strategies to run one after the other, separated by commas")
     calibration_size: int = _option(200, "unlabelled training images kept by the server for REPAIR", at_least=1)
     seed: int = _option(0, "seed of partition, initialisations and batches", at_least=0)
@@ -155,6 +161,8 @@ class Settings:
             if each.metadata["choices"]:
                 check_choice(key, value, each.metadata["choices"])
             object.__setattr__(self, each.name, value)
+        if self.late_clients >= self.clients:
+            raise ConfigError(f"late-clients is {self.late_clients}, expected fewer than the {self.clients} clients")
         if not self.strategies:
             raise ConfigError("strategy is empty, expected names such as 'fedavg,c2m3,c2m3+repair'")
         for name in self.strategies:
@@ -185,6 +193,14 @@ class Settings:
     def strategies(self) -> tuple[str, ...]:
         """Names of the strategies, in order, without repetition."""
         return tuple(dict.fromkeys(name.strip() for name in self.strategy.split(",") if name.strip()))
+
+    def joins_in(self, client: int) -> int:
+        """The first round of a client."""
+        return self.late_round if client >= self.clients - self.late_clients else 1
+
+    def present_in(self, number: int) -> int:
+        """How many clients there are in a round."""
+        return sum(self.joins_in(client) <= number for client in range(self.clients))
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from simulations.models import build_model
 from simulations.peers import AlignedBy, FisherAverage, Merged
 from simulations.settings import ON_CLIENTS, ON_SERVER, TITLES, Settings, check_choice
 
-_SERVER_MODEL = 4  # stream, derived from the seed, that initialises the server's model
+_SERVER_MODEL, _SAMPLING = 4, 5  # streams, derived from the seed: the server's model, the clients of a round
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,17 +36,25 @@ class SimulatedServer:
     calibration : list of Tensor
         Unlabelled images.
     clients : int
-        Number of clients; all of them train in every round.
+        Number of clients in round 1.
+    participation : float
+        Share of the clients that train in a round.
     """
 
     model: nn.Module
     calibration: list[Tensor]
     clients: int
+    participation: float = 1.0
 
     @property
     def everyone(self) -> dict[str, Any]:
-        """Options of Flower's strategies: train on all clients, leave evaluation to the server."""
-        return {"fraction_evaluate": 0.0, "min_train_nodes": self.clients, "min_available_nodes": self.clients}
+        """Options of Flower's strategies: who trains; evaluation is left to the server."""
+        return {
+            "fraction_evaluate": 0.0,
+            "fraction_train": self.participation,
+            "min_train_nodes": max(1, int(self.participation * self.clients)),
+            "min_available_nodes": self.clients,
+        }
 
 
 def fedavg(server: SimulatedServer) -> FedAvg:
@@ -212,6 +221,11 @@ def c2m3_fedadam(server: SimulatedServer) -> C2M3:
     return C2M3(fedadam(server), model=server.model, calibration=server.calibration)
 
 
+def c2m3_fedmedian(server: SimulatedServer) -> C2M3:
+    """The default around FedMedian."""
+    return C2M3(fedmedian(server), model=server.model, calibration=server.calibration)
+
+
 def c2m3_fedprox(server: SimulatedServer) -> C2M3:
     """The default around FedProx."""
     return C2M3(fedprox(server), model=server.model, calibration=server.calibration)
@@ -248,6 +262,7 @@ STRATEGIES: Mapping[str, Callable[[SimulatedServer], Strategy]] = {
     "c2m3-fedavgm": c2m3_fedavgm,
     "c2m3-fedadam": c2m3_fedadam,
     "c2m3-fedprox": c2m3_fedprox,
+    "c2m3-fedmedian": c2m3_fedmedian,
     **{f"fedavg+{name}": partial(mean, correction=name) for name in (*ON_SERVER, *ON_CLIENTS)},
     **{
         base if name == "none" else f"{base}+{name}": partial(function, correction=name)
@@ -270,7 +285,14 @@ def start_model(settings: Settings) -> nn.Module:
     return build_model(settings, data.shape, data.classes, derived_seed(settings.seed, _SERVER_MODEL))
 
 
-def build_strategy(name: str, model: nn.Module, data: FederatedData) -> Strategy:
+def seed_sampling(settings: Settings) -> None:
+    """Seed Python's global generator, from which Flower's strategies sample the clients of a round."""
+    random.seed(derived_seed(settings.seed, _SAMPLING))
+
+
+def build_strategy(
+    name: str, model: nn.Module, data: FederatedData, *, clients: int = 0, participation: float = 1.0
+) -> Strategy:
     """The strategy `name` for a federation.
 
     Parameters
@@ -281,6 +303,10 @@ def build_strategy(name: str, model: nn.Module, data: FederatedData) -> Strategy
         The architecture.
     data : FederatedData
         Data of the federation.
+    clients : int
+        Number of clients in round 1; by default all that have data.
+    participation : float
+        Share of the clients that train in a round.
 
     Raises
     ------
@@ -288,4 +314,4 @@ def build_strategy(name: str, model: nn.Module, data: FederatedData) -> Strategy
         For another name.
     """
     check_choice("strategy", name, tuple(TITLES))
-    return STRATEGIES[name](SimulatedServer(model, data.calibration, len(data.parts)))
+    return STRATEGIES[name](SimulatedServer(model, data.calibration, clients or len(data.parts), participation))

@@ -29,11 +29,11 @@ from simulations.metered_grid import MeteredGrid
 from simulations.models import build_model
 from simulations.partition_grid import check_answers, networks
 from simulations.settings import Settings
-from simulations.strategies import build_strategy, start_model
+from simulations.strategies import build_strategy, seed_sampling, start_model
 from simulations.training import Scores, ensemble, log_probabilities, score
 
-SERVER_MODEL = 4  # stream, derived from the seed, that initialises the server's model
 _MOVED = "c2m3-share-moved"
+_YOUNG = ("participation", "late-clients", "late-round")
 
 
 @dataclass(eq=False)
@@ -67,8 +67,13 @@ class RememberingTrainer:
 
 
 def key_of(settings: Settings, method: str) -> str:
-    """Digest of everything that a measurement depends on, except the code."""
-    decided = {name: value for name, value in settings.to_run_config().items() if name != "strategy"}
+    """Digest of everything that a measurement depends on, except the code.
+
+    Settings that are younger than the first records count where they differ from their default.
+    """
+    usual, decided = Settings().to_run_config(), settings.to_run_config()
+    young = {name for name in _YOUNG if decided[name] == usual[name]}
+    decided = {name: value for name, value in decided.items() if name != "strategy" and name not in young}
     return hashlib.sha256(json.dumps([decided, method], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -143,18 +148,20 @@ class _Found:
 def _run_method(settings: Settings, method: str, trainer: Trainer, examiner: _Examiner) -> _Found:
     data = federated_data(settings)
     model = start_model(settings)
-    strategy = build_strategy(method, model, data)
+    first, share = settings.present_in(1), settings.participation
+    strategy = build_strategy(method, model, data, clients=first, participation=share)
     last: list[Params] = []
 
     def keep(answers: list[Message]) -> Iterable[Message]:
         if answers and all(each.metadata.message_type == MessageType.TRAIN for each in answers):
             answers = sorted(answers, key=lambda reply: reply.metadata.src_node_id)
-            check_answers(answers, settings.clients)
+            check_answers(answers, grid.trained)
             last[:] = networks(answers)
             return _in_order(answers)
         return answers
 
-    grid = MeteredGrid(build_app(trainer), settings.clients, run_config=settings.to_run_config(), transit=keep)
+    grid = MeteredGrid(build_app(trainer), settings, transit=keep)
+    seed_sampling(settings)
     scores: list[Scores] = []
     evaluation = 0.0
 

@@ -11,6 +11,8 @@ from simulations.settings import Settings
 MODELS = {  # name: number of permutation groups that a reader of the network would count
     "mlp": 2,
     "cnn": 3,
+    "conv3": 3,
+    "cnn-pooled": 4,
     "lenet": 4,
     "vgg11": 8,
     "vgg11-bn": 8,
