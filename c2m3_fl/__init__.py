@@ -31,7 +31,8 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from c2m3_fl.flower.strategy import C2M3
-    from c2m3_fl.merging.merge import Merge, merge
+    from c2m3_fl.merging.merge import merge
+    from c2m3_fl.merging.merged import Merge
     from c2m3_fl.merging.recalibrate.repair import repair
     from c2m3_fl.symmetry.discover import check_invariance, permutation_spec
 
@@ -43,7 +44,7 @@ _HOME = {
     "DataError": "c2m3_fl.errors",
     "Group": "c2m3_fl.core.spec",
     "Match": "c2m3_fl.core.result",
-    "Merge": "c2m3_fl.merging.merge",
+    "Merge": "c2m3_fl.merging.merged",
     "MissingExtraError": "c2m3_fl.errors",
     "ParamsError": "c2m3_fl.errors",
     "PermutationSpec": "c2m3_fl.core.spec",

@@ -28,8 +28,8 @@ from c2m3_fl.core.result import Step
 from c2m3_fl.errors import C2M3Error, ConfigError, TraceError
 from c2m3_fl.merging.align.methods import METHODS, CycleConsistent, MergeStart, resolve_method
 from c2m3_fl.merging.evaluate.scoring import evaluate
-from c2m3_fl.merging.merge import Merge
 from c2m3_fl.merging.merge import merge as merge_networks
+from c2m3_fl.merging.merged import Merge
 from c2m3_fl.merging.recalibrate.short_names import SHORT_NAMES
 from c2m3_fl.network.calibration import ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet

@@ -109,6 +109,29 @@ def mean_from_first(values: Sequence[Tensor], share: Sequence[float]) -> Tensor:
     return values[0] + total
 
 
+def mean_of_owners(values: Sequence[Tensor], share: Sequence[float], owned: Sequence[Tensor]) -> Tensor:
+    """Weighted mean of every entry over the values that own it; zero where none does.
+
+    Parameters
+    ----------
+    values : sequence of Tensor
+        At least one, all of one shape; not mutated.
+    share : sequence of float
+        One weight per value.
+    owned : sequence of Tensor of bool
+        Whether a value owns an entry; each broadcasts to the shape of the values.
+    """
+    first = values[0]
+    wide = torch.promote_types(first.dtype, torch.float64)
+    total = torch.zeros_like(first, dtype=wide)
+    weight = torch.zeros((), dtype=torch.float64, device=first.device)
+    for value, own_share, mask in zip(values, share, owned, strict=True):
+        own = own_share * mask.to(device=first.device, dtype=torch.float64)
+        total = total + own * value.to(device=first.device, dtype=wide)
+        weight = weight + own
+    return torch.where(weight > 0, total / torch.where(weight > 0, weight, 1.0), 0.0).to(first.dtype)
+
+
 def _mean(name: str, values: list[Tensor], share: list[float]) -> Tensor:
     first = values[0]
     for index, value in enumerate(values):

@@ -16,7 +16,8 @@ from c2m3_fl.merging.align.methods import (
 from c2m3_fl.merging.evaluate.barrier import Line, Simplex, barrier, pairwise_barriers, simplex
 from c2m3_fl.merging.evaluate.landscape import Landscape, landscape
 from c2m3_fl.merging.evaluate.scoring import Score
-from c2m3_fl.merging.merge import Merge, merge
+from c2m3_fl.merging.merge import merge
+from c2m3_fl.merging.merged import Merge
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, recalibration_report, repair
@@ -24,6 +25,7 @@ from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.shift import channel_moments
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.reports import MergeReport, Recalibrated, RecalibrationReport
+from c2m3_fl.merging.widths.maps import WidthMaps
 
 __all__ = [
     "CCA",
@@ -49,6 +51,7 @@ __all__ = [
     "Score",
     "Setting",
     "Simplex",
+    "WidthMaps",
     "barrier",
     "channel_moments",
     "landscape",

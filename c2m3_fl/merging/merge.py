@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import normalise_weights, weighted_mean
-from c2m3_fl.core.basis import consensus
-from c2m3_fl.core.result import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import order_by_weight, to_device
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.merging.align.base import Alignment, Method, Nodes
 from c2m3_fl.merging.align.methods import CycleConsistent, MergeStart, resolve_method
+from c2m3_fl.merging.merged import Merge, merge_report
 from c2m3_fl.merging.recalibrate import short_names
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.setting import Setting, check_params, check_types, prepare, usable_device
 from c2m3_fl.merging.recalibrate.shift import OwnMoments, with_own_moments
 from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve, resolve_for
-from c2m3_fl.merging.reports import MergeReport, RecalibrationReport
+from c2m3_fl.merging.widths.merge_widths import merge_widths
+from c2m3_fl.merging.widths.networks import Widths, check_models, one_width
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.calls import Outputs
@@ -32,32 +30,12 @@ from c2m3_fl.network.copying import own_names
 from c2m3_fl.symmetry.discover import permutation_spec, require_invariance
 
 
-@dataclass(frozen=True, eq=False)
-class Merge:
-    """A merged network.
-
-    Attributes
-    ----------
-    state_dict : dict of str to Tensor
-        Loads into the model.
-    match : Match, optional
-        Each node's permutation into the universe; None for methods that have none.
-    report : MergeReport
-        What was done.
-    """
-
-    state_dict: dict[str, Tensor] = field(repr=False)
-    match: Match | None = field(repr=False)
-    report: MergeReport
-
-    def __str__(self) -> str:
-        return str(self.report)
-
-
 def merge(
-    model: nn.Module,
-    state_dicts: Sequence[Params],
+    model: nn.Module | None = None,
+    state_dicts: Sequence[Params] = (),
     *,
+    models: Sequence[nn.Module] | None = None,
+    width: nn.Module | int | None = None,
     example_inputs: ExampleInputs | None = None,
     weights: Sequence[float] | Tensor | None = None,
     calibration: Calibration | CalibrationSet | None = None,
@@ -81,6 +59,12 @@ def merge(
         The architecture that all nodes share; not mutated.
     state_dicts : sequence of mappings of str to Tensor
         The nodes' state dicts; not mutated.
+    models : sequence of nn.Module, optional
+        In place of `model`, one per node: the same architecture in different widths. A module that stands there several
+        times is traced once.
+    width : int or nn.Module, optional
+        The width of the result, with `models`: that of a node, by its number, with the node's own units in its own
+        order; or that of another module. By default the widest.
     example_inputs : Tensor, tuple or dict, optional
         The arguments of one call: a tensor, a tuple of arguments, or a dict of keyword arguments. By default the
         inputs of the first calibration batch.
@@ -119,7 +103,8 @@ def merge(
         When there is no node, keys, shapes or types differ from the model's or among the nodes, or a value is not
         finite.
     SpecError
-        When the given spec allows a permutation that changes the network's outputs.
+        When the given spec allows a permutation that changes the network's outputs, or `models` differ in more than
+        their width.
     WeightsError, CalibrationError, ConfigError
         When weights, calibration data or options are not usable.
     TraceError
@@ -139,6 +124,22 @@ def merge(
     True
     """
     begin = time.perf_counter()
+    if models is not None or width is not None:
+        models = check_models(model, models, state_dicts, width)
+        if not one_width(models, width):
+            if spec is not None or moments is not None:
+                raise ConfigError("spec and moments are for nodes of one width; leave them out for different widths")
+            _check_basis(basis, len(state_dicts))
+            return merge_widths(
+                Widths.of(models, width, calibration, example_inputs=example_inputs, inputs=inputs, outputs=outputs),
+                state_dicts,
+                weights=weights,
+                recalibration=resolve_for(recalibrate, data=calibration is not None),
+                method=resolve_method(_started(method, start)),
+                basis=basis,
+                device=device,
+            )
+        model = models[0]
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {model!r}, expected a module such as Net()")
     aligner = resolve_method(_started(method, start))
@@ -175,7 +176,12 @@ def merge(
     seconds = time.perf_counter() - begin
     versions = model.state_dict()  # has the modules' versions, which some modules read when they load it
     versions.update(to_device(merged, home))
-    return Merge(versions, alignment.match, _report(nodes, alignment, report, seconds))
+    return Merge(versions, alignment.match, merge_report(nodes, alignment, report, seconds))
+
+
+def _check_basis(basis: int | None, count: int) -> None:
+    if basis is not None and not _indexes(basis, count):
+        raise ConfigError(f"basis is {basis!r}, expected the index of one of the {count} nodes")
 
 
 def _started(method: Method | str, start: MergeStart) -> Method | str:
@@ -226,37 +232,9 @@ def _check(
     for index, node in enumerate(nodes):
         check_params(model, node, f"node {index}")
         check_types(nodes[0], node, f"node {index}")
-    if basis is not None and not _indexes(basis, len(nodes)):
-        raise ConfigError(f"basis is {basis!r}, expected the index of one of the {len(nodes)} nodes")
+    _check_basis(basis, len(nodes))
     return normalise_weights(weights, len(nodes))
 
 
 def _indexes(value: object, count: int) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral) and 0 <= int(value) < count
-
-
-def _report(
-    nodes: Nodes, alignment: Alignment, recalibration: RecalibrationReport | None, seconds: float
-) -> MergeReport:
-    share = nodes.weights.tolist()
-    layers = consensus(nodes.spec, alignment.params, share).layers if len(share) > 1 else {}
-    found, moves = alignment.match, alignment.moves
-    notes = list(alignment.notes)
-    if recalibration is None and not nodes.batches:
-        notes.append("nothing was recalibrated: there are no calibration data")
-    if recalibration is None and any(name.endswith("running_var") for name in nodes.spec.tensors):
-        notes.append(
-            "BatchNorm statistics are means over the nodes, wrong for the merged network; recalibrate with data"
-        )
-    return MergeReport(
-        nodes=len(nodes.params),
-        basis=nodes.basis,
-        weights=tuple(share),
-        objectives=None if found is None or not layers else (found.objectives[0], found.objectives[-1]),
-        share_moved=None if moves is None else tuple(permutation.share_moved(move) for move in moves),
-        layers={name: tuple(row.tolist()) for name, row in layers.items()},
-        recalibration=recalibration,
-        notes=tuple(notes),
-        match_seconds=alignment.seconds,
-        seconds=seconds,
-    )

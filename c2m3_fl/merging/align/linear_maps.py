@@ -17,7 +17,7 @@ from c2m3_fl.network.program import Program
 
 _EPS = 7  # position of eps among the arguments of aten.batch_norm
 _WEIGHTS = 2  # position of the weights among the arguments of recurrent operators
-_UNKNOWN = -1
+UNKNOWN = -1  # role of an axis whose use is not recognised
 _CONTRACTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "tensordot", "conv")
 
 
@@ -51,17 +51,28 @@ def reading_axes(spec: PermutationSpec, program: Program) -> dict[str, int]:
         When the axis is unknown, or a tensor both produces and reads units, as an embedding tied to the last layer.
     """
     found: dict[str, int] = {}
+    for name, roles in axis_roles(spec, program).items():
+        if len(roles) > 1 or UNKNOWN in roles:
+            raise ConfigError(
+                f"{name!r} both produces and reads units, or its use is not recognised, so it cannot be mapped "
+                "linearly: use a method of permutations, such as 'c2m3'"
+            )
+        axis = next(iter(roles), None)
+        if axis is not None:
+            found[name] = axis
+    return found
+
+
+def axis_roles(spec: PermutationSpec, program: Program) -> dict[str, set[int | None]]:
+    """Of every parameter with units the axes that read units: None if some use only produces, `UNKNOWN` if unclear."""
+    found: dict[str, set[int | None]] = {}
     for node in program.graph.nodes:
         name = program.names.get(node.name, "")
         if not name or not any(spec.tensors[name].axes):
             continue
         roles = {_reading_axis(spec.tensors[name], node, value, user) for value, user in _uses(node)}
-        if len(roles) > 1 or _UNKNOWN in roles:
-            raise ConfigError(
-                f"{name!r} both produces and reads units, or its use is not recognised, so it cannot be mapped "
-                "linearly: use a method of permutations, such as 'c2m3'"
-            )
-        found |= {each: axis for each in program.all_names(name) for axis in roles if axis is not None}
+        for each in program.all_names(name):
+            found.setdefault(each, set()).update(roles)
     return found
 
 
@@ -89,15 +100,15 @@ def _reading_axis(tensor: TensorSpec, node: fx.Node, value: fx.Node, user: fx.No
         ):
             return None  # a scale, or units that another weight reads
         convolution = layout.kind in (Kind.CONVOLUTION, Kind.TRANSPOSED)
-        axis = 1 - OUTPUT_AXIS[layout.kind] if direct and (convolution or len(tensor.shape) == 2) else _UNKNOWN
+        axis = 1 - OUTPUT_AXIS[layout.kind] if direct and (convolution or len(tensor.shape) == 2) else UNKNOWN
     elif user.target in RECURRENT:
         weights = user.args[_WEIGHTS]
         if vector or not isinstance(weights, Sequence) or value not in weights:
             return None  # a bias, or an input
-        axis = 1 if direct else _UNKNOWN
+        axis = 1 if direct else UNKNOWN
     else:
-        return _UNKNOWN if direct or not vector else None
-    return axis if axis == _UNKNOWN or tensor.axes[axis] else None
+        return UNKNOWN if direct or not vector else None
+    return axis if axis == UNKNOWN or tensor.axes[axis] else None
 
 
 def _contracts(node: fx.Node) -> bool:

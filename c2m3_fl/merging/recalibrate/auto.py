@@ -26,7 +26,7 @@ from c2m3_fl.merging.recalibrate.setting import Setting
 from c2m3_fl.merging.recalibrate.shift import shift
 from c2m3_fl.merging.reports import Recalibrated, RecalibrationCandidate, RecalibrationDecision
 from c2m3_fl.network.calibration import Batch
-from c2m3_fl.network.program import Walk
+from c2m3_fl.network.program import Program, Walk
 
 # About the geometric mean of two shifts on held-out training images of MNIST and CIFAR-10: the largest with data of the
 # clients' own distribution, however skewed their labels (.25), and the smallest at which refit lost to REPAIR (.95).
@@ -101,7 +101,7 @@ class Auto:
     def _by_labels(self, setting: Setting, done: dict[str, Recalibrated]) -> RecalibrationDecision:
         """Decide with labels, as described above; refit is added to `done` if it is chosen."""
         best = judge(setting, {name: each.state_dict for name, each in done.items()})
-        votes = _votes(setting, [done[best.chosen].state_dict])
+        votes = _votes(setting, done[best.chosen].state_dict)
         if votes is None:  # no class scores: nothing to compare by
             done["refit"] = self.refit(setting)
             return judge(setting, {name: each.state_dict for name, each in done.items()})
@@ -112,7 +112,7 @@ class Auto:
         trial = self.refit(setting.leaving_out(masks)).state_dict
         left = torch.cat(masks)
         labels = torch.cat([batch.labels for batch in setting.batches if batch.labels is not None])[left]
-        found = _votes(setting, [trial])
+        found = _votes(setting, trial)
         assert found is not None  # its outputs have the form of those above
         kept, gained = (float((each[left] == labels).double().mean()) for each in (votes, found))
         (judged,) = judge(setting, {"refit": trial}).candidates
@@ -185,10 +185,10 @@ def judge(setting: Setting, candidates: Mapping[str, Params]) -> RecalibrationDe
         or, without labels, at least as good.
     """
     labels = [batch.labels for batch in setting.batches]
-    ensemble = _votes(setting, setting.endpoints)
+    ensemble = _votes(setting, None)
     found = []
     for name, params in candidates.items():
-        votes = _votes(setting, [params])
+        votes = _votes(setting, params)
         agreement = None if ensemble is None or votes is None else float((votes == ensemble).double().mean())
         known = [each for each in labels if each is not None]
         accuracy = None
@@ -224,15 +224,18 @@ def _check_labels(batch: Batch, classes: int) -> None:
         )
 
 
-def _votes(setting: Setting, networks: Sequence[Params]) -> Tensor | None:
-    """Class that the networks' ensemble predicts for every calibration input; None if outputs are not class scores."""
-    share = setting.weights if len(networks) == len(setting.weights) else torch.ones(1)
+def _votes(setting: Setting, params: Params | None) -> Tensor | None:
+    """Class that a network predicts for every calibration input, or with None the ensemble of the endpoints.
+
+    None if outputs are not class scores.
+    """
+    voters = [(setting.programs, params, 1.0)] if params is not None else _voters(setting)
     votes = []
     with torch.no_grad():
-        for program, batch in zip(setting.programs, setting.batches, strict=True):
+        for index, batch in enumerate(setting.batches):
             total: Tensor | None = None
-            for params, weight in zip(networks, share.tolist(), strict=True):
-                outputs = Walk(program, params, batch).finish()
+            for programs, network, weight in voters:
+                outputs = Walk(programs[index], network, batch).finish()
                 scores = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else outputs
                 if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[1] < 2:
                     return None
@@ -242,3 +245,9 @@ def _votes(setting: Setting, networks: Sequence[Params]) -> Tensor | None:
             _check_labels(batch, total.shape[1])
             votes.append(total.argmax(1))
     return torch.cat(votes)
+
+
+def _voters(setting: Setting) -> list[tuple[Sequence[Program], Params, float]]:
+    """Programs, state dict and weight of every endpoint."""
+    share = setting.weights.tolist()
+    return [(setting.programs_of(place), each, share[place]) for place, each in enumerate(setting.endpoints)]

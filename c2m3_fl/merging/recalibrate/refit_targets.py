@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.averaging import mean_from_first
 from c2m3_fl.merging.recalibrate.setting import Setting
 from c2m3_fl.merging.recalibrate.softmax_fit import balance
 from c2m3_fl.network.operators import Kind, Operator
@@ -70,13 +69,13 @@ class MeanOutputs:
         floor: float | None,
     ) -> None:
         self._setting = setting
-        self._share = setting.weights.tolist()
         self._floor = floor
         self._sums: dict[str, Tensor] = {}
         self._drawn: dict[tuple[int, int], Drawn] = {}
         seen = 0
         for index, (program, batch) in enumerate(zip(setting.programs, setting.batches, strict=True)):
-            walks = [Walk(program, endpoint, batch) for endpoint in setting.endpoints]
+            sources = [setting.programs_of(place)[index] for place in range(len(setting.endpoints))]
+            walks = [Walk(*pair, batch) for pair in zip(sources, setting.endpoints, strict=True)]
             inputs = len(batch.inputs[0])
             left = setting.left_out[index].cpu() if setting.left_out else torch.zeros(inputs, dtype=torch.bool)
             rank = seen + (~left).cumsum(0) - 1
@@ -84,9 +83,12 @@ class MeanOutputs:
             role = torch.where(left, LEAVE, torch.where(rank % FOLDS == FOLDS - 1, CHOOSE, FIT))
             count = -(-positions * inputs // setting.inputs)
             for place, operator in enumerate(program.operators):
-                outputs = [walk.output(operator) for walk in walks]
+                own = [source.operators[place] for source in sources]
+                outputs = [walk.output(each) for walk, each in zip(walks, own, strict=True)]
                 if wanted(operator):
-                    outputs = [view(operator, each) for view, each in zip(setting.views, outputs, strict=True)]
+                    outputs = [
+                        view(*pair) for view, pair in zip(setting.views, zip(own, outputs, strict=True), strict=True)
+                    ]
                     own_seed = seed + 1009 * place + 1_000_003 * index
                     self._drawn[place, index] = self._draw(
                         operator, outputs, role.to(batch.inputs[0].device), count, own_seed
@@ -119,7 +121,7 @@ class MeanOutputs:
         shape = tuple(outputs[0].shape)
         axis = operator.layout.channel % len(shape)
         owner = input_of(positions, shape[:axis] + shape[axis + 1 :], len(role))
-        return Drawn(positions, role[owner.clamp_max(len(role) - 1)], mean_from_first(rows, self._share), shape)
+        return Drawn(positions, role[owner.clamp_max(len(role) - 1)], self._setting.mean(operator, rows), shape)
 
     def _balance(self, floor: float) -> None:
         """Balance the mean probabilities of every operator that gives scores."""

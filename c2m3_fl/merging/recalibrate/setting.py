@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from c2m3_fl.core.averaging import normalise_weights
+from c2m3_fl.core.averaging import mean_from_first, mean_of_owners, normalise_weights
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import order_by_weight, to_device
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
-from c2m3_fl.merging.recalibrate.targets import Target, View, as_it_is, forecasts, mean_targets, output_moments
+from c2m3_fl.merging.recalibrate.targets import Target, View, as_it_is, forecasts, output_moments
 from c2m3_fl.network.calibration import Batch, Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.moments import Moments
+from c2m3_fl.network.operators import Operator
 from c2m3_fl.network.program import Program
 
 _MEASURED = ("moments", "targets", "forecasts")  # cached properties of a setting
@@ -52,6 +53,12 @@ class Setting:
     left_out : tuple of Tensor of bool
         Per batch the inputs that no weights may be fitted to, because a guard will judge the fit on them; moments of
         channels may be measured on all inputs. Empty if no input is left out.
+    sources : tuple of tuple of Program
+        For endpoints of other widths than the average: per endpoint the exported network that it runs in, one entry
+        per batch. Empty if all have the architecture of `programs`.
+    owned : callable, optional
+        For endpoints of other widths: whether each has the channels of an operator's output, bool of shape
+        (endpoints, channels). A channel's mean is over the endpoints that have it. None: all have all.
     """
 
     programs: tuple[Program, ...]
@@ -65,6 +72,8 @@ class Setting:
     own: tuple[Mapping[str, Moments], ...] = ()
     plain: Params | None = None
     left_out: tuple[Tensor, ...] = ()
+    sources: tuple[tuple[Program, ...], ...] = ()
+    owned: Callable[[Operator], Tensor] | None = None
 
     def leaving_out(self, masks: Sequence[Tensor]) -> Setting:
         """The same setting, with inputs that no weights may be fitted to; measured moments are kept."""
@@ -72,21 +81,48 @@ class Setting:
         other.__dict__.update({name: self.__dict__[name] for name in _MEASURED if name in self.__dict__})
         return other
 
+    def programs_of(self, endpoint: int) -> tuple[Program, ...]:
+        """The exported network that an endpoint runs in, one entry per batch."""
+        return self.sources[endpoint] if self.sources else self.programs
+
+    def mean(self, operator: Operator, values: Sequence[Tensor]) -> Tensor:
+        """Weighted mean of the endpoints' values of an operator's channels, which are the last axis of each value."""
+        share = self.weights.tolist()
+        if self.owned is None:
+            return mean_from_first(values, share)
+        return mean_of_owners(values, share, list(self.owned(operator)))
+
     @cached_property
     def moments(self) -> list[dict[str, Moments]]:
         """Each endpoint's channel moments on the calibration data; measured on first use, in one pass each."""
         with torch.no_grad():
-            pairs = zip(self.endpoints, self.views, strict=True)
-            return [output_moments(self.programs, self.batches, endpoint, view) for endpoint, view in pairs]
+            return [
+                output_moments(self.programs_of(place), self.batches, endpoint, view)
+                for place, (endpoint, view) in enumerate(zip(self.endpoints, self.views, strict=True))
+            ]
 
     @cached_property
     def targets(self) -> dict[str, Target]:
         """Moments that every operator's output should have."""
-        return mean_targets(self.moments, self.weights)
+        return {
+            operator.name: Target(
+                self.mean(operator, [moments[operator.name].mean for moments in self.moments]),
+                self.mean(operator, [moments[operator.name].std for moments in self.moments]),
+            )
+            for operator in self.programs[0].operators
+        }
 
     @cached_property
     def forecasts(self) -> dict[str, Moments]:
-        """Moments that closed-form REPAIR expects of the averaged network."""
+        """Moments that closed-form REPAIR expects of the averaged network.
+
+        Raises
+        ------
+        ConfigError
+            When the endpoints differ in width.
+        """
+        if self.sources:
+            raise ConfigError("Repair(closed_form=True) takes endpoints of one width; use Repair() or Refit()")
         with torch.no_grad():
             return forecasts(self.programs, self.batches, self.endpoints, self.views, self.weights)
 
