@@ -46,26 +46,25 @@ def frank_wolfe(
     callback : callable, optional
         Called with a `Step` after every step.
     """
-    problem, objectives, gap, still = universe.problem, [universe.objective()], math.inf, False
+    problem, objectives, gap, still = universe.problem, [universe.objective], math.inf, False
     blocks = _blocks(problem, limits.together)
     while (
         len(objectives) <= limits.max_steps and not limits.over and not _fades(objectives, fading)
     ):  # C2M3 Alg. 1, l. 2: repeat
         gap, step_sizes, moved = 0.0, [], 0.0
         for block in blocks:
-            others = universe.others(block)
-            gradient = universe.gradient(block, others)  # C2M3 Alg. 1, l. 3: the gradient, for every node and group
+            gradient = universe.gradient(block)  # C2M3 Alg. 1, l. 3: the gradient, for every node and group
             vertex = oracle(problem.spec, gradient, pool)  # C2M3 Alg. 1, l. 4: one assignment problem for each
-            course = universe.course(block, others, vertex)
+            course = universe.course(block, gradient, vertex)
             slope = max(course[1], 0.0) / problem.unit  # <gradient, vertex - point>: the block's duality gap
-            gap, moved = gap + slope, moved + share_moved(vertex, universe.vertex(block)) / len(blocks)
+            gap, moved = gap + slope, moved + share_moved(vertex, universe.nearest(block)) / len(blocks)
             if slope * len(blocks) > limits.tolerance:
                 step_sizes.append(best_step(course)[0])  # C2M3 Alg. 1, l. 5: the line search
-                universe.advance(block, others, vertex, step_sizes[-1])  # C2M3 Alg. 1, l. 6: step towards the vertex
+                universe.advance(block, vertex, step_sizes[-1])  # C2M3 Alg. 1, l. 6: step towards the vertex
         still = not step_sizes
         if still:  # C2M3 Alg. 1, l. 7: until converged
             break
-        objectives.append(universe.objective())
+        objectives.append(universe.add_up())
         if callback is not None:
             callback(
                 Step(
@@ -82,11 +81,11 @@ def frank_wolfe(
     return Course(tuple(objectives), gap, still)
 
 
-def _blocks(problem: Problem, together: int | None) -> list[slice]:
+def _blocks(problem: Problem, together: int | None) -> list[range]:
     """The nodes that are not frozen, `together` at a time; None for all of them."""
     size = together or problem.count
     first = range(problem.frozen, problem.count, size)
-    return [slice(start, min(start + size, problem.count)) for start in first]
+    return [range(start, min(start + size, problem.count)) for start in first]
 
 
 def _fades(objectives: Sequence[float], fading: float) -> bool:

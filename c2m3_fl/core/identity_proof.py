@@ -102,10 +102,10 @@ def _gram(terms: Sequence[Term], group: str, like: Tensor, length: int | None) -
                     apart = -(-part[0].numel() // (length * size))  # spread out: neighbours may all be zero for a unit
                     places = torch.arange(0, part.shape[dim], min(part.shape[dim], apart), device=part.device)
                     part = part.index_select(dim, places)
-            own = like.new_zeros(1, size, size)
-            contract(part, part, term.dim(axis), own)
-            gram += own[0]
-            scaled.add_(own[0], alpha=whole / part[0].numel())
+            own = like.new_zeros(size, size)
+            contract(part[0], part[0], term.dim(axis) - 1, own)
+            gram += own
+            scaled.add_(own, alpha=whole / part[0].numel())
     return gram, scaled
 
 

@@ -39,7 +39,7 @@ def weight_matching(spec: PermutationSpec, reference: Params, params: Params) ->
         for _ in range(_SWEEPS):
             if not ascent.sweep():
                 break
-    return {name: rows[1].cpu() for name, rows in ascent.vertex.items()}
+    return {name: rows[1].cpu() for name, rows in problem.frames.items()}
 
 
 def pairwise_matching(spec: PermutationSpec, nodes: Sequence[Params], reference: int = 0) -> tuple[Permutation, ...]:

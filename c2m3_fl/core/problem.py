@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import isfinite
 
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.mapped import Mapped, inners
+from c2m3_fl.core.mapped import agreement, inners, moved
 from c2m3_fl.core.spec import Group, Params, PermutationSpec
 from c2m3_fl.core.terms import Term, compile_terms, matched_names, working_dtype
 from c2m3_fl.errors import ConfigError, ParamsError
@@ -18,14 +19,16 @@ from c2m3_fl.errors import ConfigError, ParamsError
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is to be matched.
+    """What is to be matched. The nodes are kept once, in an order that changes in place while they are matched.
 
     Attributes
     ----------
     spec : PermutationSpec
         The symmetries of the network.
     terms : tuple of Term
-        The parts of the agreement that some group moves.
+        The parts of the agreement that some group moves, every node's in its frame.
+    frames : dict of str to Tensor of int64, shape (nodes, size)
+        The permutations in whose order the terms hold the nodes: the identity at first.
     weights : Tensor of float64, shape (nodes,)
         Averaging weights, which sum to one.
     constant : float
@@ -40,6 +43,7 @@ class Problem:
 
     spec: PermutationSpec
     terms: tuple[Term, ...]
+    frames: dict[str, Tensor]
     weights: Tensor
     constant: float
     scale: float
@@ -72,7 +76,7 @@ class Problem:
             See `match`.
         """
         terms = compile_terms(spec, nodes, _balancing(spec, nodes) if balance else None)
-        constant = sum(float(Mapped(term).agreement(weights)[0]) for term in terms if not term.groups)
+        constant = sum(_agreement(term, weights) for term in terms if not term.groups)
         moving = tuple(term for term in terms if term.groups)
         squares = sum((inners(term.value, term.value).cpu() for term in moving), torch.zeros(len(nodes)))
         norms = squares.sqrt().tolist()
@@ -81,7 +85,10 @@ class Problem:
         names = matched_names(spec, nodes)
         device = nodes[0][names[0]].device if names else torch.device("cpu")
         like = torch.empty(0, dtype=working_dtype(nodes, names), device=device)
-        return cls(spec, moving, weights, constant, max(scale, 0.0), like, frozen)
+        frames = {
+            name: torch.arange(group.size, device=device).repeat(len(nodes), 1) for name, group in spec.groups.items()
+        }
+        return cls(spec, moving, frames, weights, constant, max(scale, 0.0), like, frozen)
 
     @property
     def unit(self) -> float:
@@ -93,9 +100,34 @@ class Problem:
         """Number of nodes."""
         return len(self.weights)
 
-    def objective(self, mapped: Sequence[Mapped]) -> float:
-        """The weighted agreement over all pairs of nodes."""
-        return self.constant + sum(float(each.agreement(self.weights)[0]) for each in mapped)
+    def frame(self, node: int) -> dict[str, Tensor]:
+        """The permutations in whose order a node is kept."""
+        return {name: rows[node] for name, rows in self.frames.items()}
+
+    def touched(self, groups: Iterable[str]) -> list[int]:
+        """The numbers of the terms that some of the groups move."""
+        return sorted({number for group in groups for number in self._numbers[group]})
+
+    def move(self, node: int, index: Mapping[str, Tensor]) -> None:
+        """Permute some groups of a node's frame, in place."""
+        for number in self.touched(index):
+            term = self.terms[number]
+            term.value[node] = moved(term, term.value[node], index)
+        for name, rows in index.items():
+            self.frames[name][node] = self.frames[name][node][rows]
+
+    def objective(self) -> float:
+        """The weighted agreement over all pairs of nodes in their frames."""
+        return self.constant + sum(_agreement(term, self.weights) for term in self.terms)
+
+    @cached_property
+    def _numbers(self) -> dict[str, list[int]]:
+        """Per group the numbers of the terms that it moves."""
+        numbers: dict[str, list[int]] = {name: [] for name in self.spec.groups}
+        for number, term in enumerate(self.terms):
+            for group in dict.fromkeys(term.groups):
+                numbers[group].append(number)
+        return numbers
 
     def gain(self, objectives: Sequence[float]) -> float:
         """What the last step of a course gained, in the unit of gaps: not negative, and zero for a course of none."""
@@ -149,6 +181,11 @@ def check_search(
         raise ConfigError(f"together is {together}, expected how many nodes step at once, or None for all of them")
     if max_seconds is not None and not max_seconds >= 0:
         raise ConfigError(f"max_seconds is {max_seconds}, expected a number of seconds that is not negative, or None")
+
+
+def _agreement(term: Term, weights: Tensor) -> float:
+    """A term's part of the agreement of the nodes in their frames."""
+    return float(agreement(term.value, weights.tolist(), torch.empty_like(term.value[0])))
 
 
 def _balancing(spec: PermutationSpec, nodes: Sequence[Params]) -> dict[str, float]:

@@ -11,6 +11,7 @@ permutation of the copy, and only there unless two units have equal profiles: pe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Executor
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from c2m3_fl.core.assignment import oracle
 from c2m3_fl.core.problem import Problem
+from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.terms import Term
 
 _LENGTH = 1 << 12  # numbers of a term in one unit's profile: more separate units no better and take long to sort
@@ -32,18 +34,27 @@ def profile_vertex(problem: Problem, pool: Executor) -> dict[str, Tensor]:
     dict of str to Tensor, shape (nodes, size)
         Index forms; the identity for the first node.
     """
-    gains = {
-        name: problem.like.new_zeros(problem.count - 1, group.size, group.size)
-        for name, group in problem.spec.groups.items()
-    }
-    for term in problem.terms:
-        for axis, group in enumerate(term.groups):
+    spec, found = problem.spec, {}
+    for root in spec.roots:  # one family's gains at a time
+        groups = {name: spec.groups[name] for name in (root, *spec.children(root))}
+        gains = {
+            name: problem.like.new_zeros(problem.count - 1, group.size, group.size) for name, group in groups.items()
+        }
+        for number in problem.touched(groups):
+            _add_products(problem.terms[number], gains)
+        for name, index in oracle(PermutationSpec(groups, {}), gains, pool).items():
+            found[name] = torch.cat([torch.arange(groups[name].size, device=index.device)[None], index])
+    return found
+
+
+def _add_products(term: Term, gains: Mapping[str, Tensor]) -> None:
+    """Add the inner products of the first node's profiles with the others'."""
+    for axis, group in enumerate(term.groups):
+        if group in gains:
             known = profiles(term, axis, 0)
             centre = known.mean(0)  # subtracted: a common offset changes no assignment, but costs precision
             for node, gain in enumerate(gains[group], start=1):
                 gain.addmm_(known - centre, (profiles(term, axis, node) - centre).T)
-    first = {name: torch.arange(gain.shape[1], device=gain.device)[None] for name, gain in gains.items()}
-    return {name: torch.cat([first[name], index]) for name, index in oracle(problem.spec, gains, pool).items()}
 
 
 def profiles(term: Term, axis: int, node: int) -> Tensor:

@@ -22,8 +22,8 @@ from c2m3_fl.core.mapped import share_moved
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.result import Callback, Found, Limits, Step
-from c2m3_fl.core.starts import soften, start_point
-from c2m3_fl.core.universe import Universe
+from c2m3_fl.core.starts import at_perms, soften
+from c2m3_fl.core.universe import Point, Universe
 
 FEW = 3  # nodes up to which nothing is reheated: it gained too little there for its work
 # What reheatings may cost together: the first ascent's work of so many nodes, so that what they add to a match of many
@@ -39,17 +39,15 @@ PASSES = 2  # of Frank-Wolfe from a reheated point; the polish does the rest
 _FADING = 0.01  # share of the whole rise below which the polish gains more than another pass
 
 
-def search(
-    problem: Problem, point: dict[str, Tensor], pool: Executor, limits: Limits, callback: Callback | None = None
-) -> Found:
+def search(problem: Problem, point: Point, pool: Executor, limits: Limits, callback: Callback | None = None) -> Found:
     """The ascent from a point, and the reheatings of its end.
 
     Parameters
     ----------
     problem : Problem
         What is to be matched.
-    point : dict of str to Tensor, shape (nodes, size, size)
-        Doubly stochastic matrices: where to start; they are changed in place.
+    point : Point
+        Where to start.
     pool : Executor
         Where assignment problems are solved.
     limits : Limits
@@ -68,14 +66,14 @@ def expected_reheating(nodes: int) -> float:
     return 0.0 if nodes <= FEW else _COST * min(len(WARMTHS), int(BUDGET / (_COST * nodes)))
 
 
-def ascend(
-    problem: Problem, point: dict[str, Tensor], pool: Executor, limits: Limits, callback: Callback | None = None
-) -> Found:
+def ascend(problem: Problem, point: Point, pool: Executor, limits: Limits, callback: Callback | None = None) -> Found:
     """Frank-Wolfe from a point and the block ascent from there; the parameters are those of `search`."""
     universe = Universe(problem, point)
     course = frank_wolfe(universe, pool, limits, fading=_FADING if limits.polish else 0.0, callback=callback)
-    vertex, objectives = climb(universe, course, pool, limits, callback)
-    perms = tuple({name: rows[i].cpu() for name, rows in vertex.items()} for i in range(problem.count))
+    objectives = climb(universe, course, pool, limits, callback)
+    perms = tuple(
+        {name: rows.to("cpu", copy=True) for name, rows in problem.frame(i).items()} for i in range(problem.count)
+    )
     return Found(perms, objectives, problem.gain(objectives), len(course.objectives) - 1, universe.work)
 
 
@@ -120,17 +118,12 @@ def duality_gap(problem: Problem, permutations: Sequence[Permutation], pool: Exe
     pool : Executor
         Where assignment problems are solved.
     """
-    universe = Universe(problem, start_point(problem, permutations[problem.frozen :], None))
+    universe = Universe(problem, at_perms(problem, permutations))
     gap = 0.0
     for node in range(problem.frozen, problem.count):
-        block = slice(node, node + 1)
-        gains = universe.gradient(block, universe.others(block))
-        # in the order in which the node stands the identity is often proven the oracle's answer, which costs little
-        gains = {name: gain[:, :, permutations[node][name].to(gain.device)] for name, gain in gains.items()}
-        best = oracle(problem.spec, gains, pool)
-        for name, gain in gains.items():
-            there, here = gain.gather(2, best[name][..., None])[..., 0], gain.diagonal(dim1=1, dim2=2)
-            gap += float(problem.weights[node]) * float((there.double() - here.double()).sum())
+        gradient = universe.gradient(range(node, node + 1))
+        best = oracle(problem.spec, gradient, pool)
+        gap += float(problem.weights[node]) * universe.gain(node, gradient, best)
     return max(gap, 0.0) / problem.unit
 
 

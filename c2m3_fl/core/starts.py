@@ -1,4 +1,4 @@
-"""Where the search starts: one doubly stochastic matrix for every node and group."""
+"""Where the search starts: permutations, or doubly stochastic matrices, of every node."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.mapped import Mapped, Vertex, gather, inner, weighted_sum
+from c2m3_fl.core.mapped import Vertex, inner, moved
 from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.places import Place, warm
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.profiles import profile_vertex
 from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.core.universe import Point
 from c2m3_fl.errors import ConfigError
 
 StartName = Literal["auto", "identity", "profiles", "barycentre", "sinkhorn", "random"]
@@ -38,13 +40,13 @@ def check_start(spec: PermutationSpec, start: Start, count: int) -> None:
 
 def begin(
     problem: Problem, start: Start, generator: torch.Generator | None, pool: Executor
-) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+) -> tuple[Point, tuple[float, ...]]:
     """The point to start from, and the agreement of the nodes as they stand where "auto" chose a better one.
 
     Parameters
     ----------
     problem : Problem
-        What is to be matched.
+        What is to be matched, the nodes as they stand.
     start : str or sequence of Permutation
         See `match`; permutations are those of the nodes that are not frozen, in the order of the problem.
     generator : torch.Generator, optional
@@ -53,30 +55,28 @@ def begin(
         Where assignment problems are solved.
     """
     if isinstance(start, str) and start == "profiles":
-        return _at_vertex(problem, profile_vertex(problem, pool)), ()
+        return Point(profile_vertex(problem, pool)), ()
     if start != "auto":
         return start_point(problem, start, generator), ()
     vertex = profile_vertex(problem, pool)
     if _sum_square(problem, vertex) <= _sum_square(problem, {}):
         return start_point(problem, "identity", generator), ()
-    return _at_vertex(problem, vertex), (problem.objective([Mapped(term) for term in problem.terms]),)
+    return Point(vertex), (problem.objective(),)
 
 
 def _sum_square(problem: Problem, vertex: Vertex) -> float:
     """Squared norm of the nodes' weighted sum at a vertex ({}: as they stand), the part of the agreement that moves."""
     total = 0.0
     for term in problem.terms:
-        value = term.value
-        for axis, group in enumerate(term.groups):
-            if group in vertex:
-                value = gather(value, term.dim(axis), vertex[group])
-        mean = weighted_sum(value, problem.weights)
+        mean = torch.zeros_like(term.value[0])
+        for node, share in enumerate(problem.weights.tolist()):
+            mean.add_(moved(term, term.value[node], {name: index[node] for name, index in vertex.items()}), alpha=share)
         total += inner(mean, mean)
     return total
 
 
-def start_point(problem: Problem, start: Start, generator: torch.Generator | None) -> dict[str, Tensor]:
-    """The doubly stochastic matrices of a start that takes no assignment problem; frozen nodes at the identity.
+def start_point(problem: Problem, start: Start, generator: torch.Generator | None) -> Point:
+    """A start that takes no assignment problem; frozen nodes at the identity.
 
     Parameters
     ----------
@@ -86,30 +86,28 @@ def start_point(problem: Problem, start: Start, generator: torch.Generator | Non
         See `begin`.
     generator : torch.Generator, optional
         See `begin`.
-
-    Returns
-    -------
-    dict of str to Tensor, shape (nodes, size, size)
     """
     spec, count = problem.spec, problem.count - problem.frozen
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
-    here = [permutation.identity(spec)] * problem.frozen
+    still = [permutation.identity(spec)] * problem.frozen
     if not isinstance(start, str):
-        return _at_perms(problem, [*here, *start])
-    if start == "identity":
-        return _at_perms(problem, [permutation.identity(spec)] * problem.count)
+        return at_perms(problem, [*still, *start])
     if start == "random":
-        return _at_perms(problem, [*here, *(permutation.random(spec, generator) for _ in range(count))])
+        return at_perms(problem, [*still, *(permutation.random(spec, generator) for _ in range(count))])
+    here = at_perms(problem, [permutation.identity(spec)] * problem.count)
     if start == "barycentre":
         # With every node at the exact barycentre all rows of the gradient are equal and nothing moves; the agreement
         # is invariant under permutations of the universe, so one node's gauge may be fixed.
-        positive = {name: torch.ones(problem.count, group.size, group.size) for name, group in spec.groups.items()}
-        return _fixed(_soft(problem, positive), max(1, problem.frozen))
-    noise = {name: _noise(problem.count, group.size, generator) for name, group in spec.groups.items()}
-    return _fixed(_soft(problem, noise), problem.frozen)
+        return Point(here.frames, _warm(problem, 1.0, max(1, problem.frozen)))
+    if start == "sinkhorn":
+        noise = {name: _noise(problem.count, group.size, generator) for name, group in spec.groups.items()}
+        soft = _soft(problem, noise)
+        nodes = range(problem.frozen, problem.count)
+        return Point(here.frames, {node: {name: each[node] for name, each in soft.items()} for node in nodes})
+    return here
 
 
-def soften(problem: Problem, perms: Sequence[Permutation], warmth: float) -> dict[str, Tensor]:
+def soften(problem: Problem, perms: Sequence[Permutation], warmth: float) -> Point:
     """The point at the share `warmth` of the way from permutations to the barycentre; frozen nodes stay.
 
     Parameters
@@ -121,29 +119,18 @@ def soften(problem: Problem, perms: Sequence[Permutation], warmth: float) -> dic
     warmth : float
         Between 0, the permutations, and 1, the barycentre.
     """
-    point = _at_perms(problem, perms)
-    for matrices in point.values():
-        matrices[problem.frozen :].mul_(1 - warmth).add_(warmth / matrices.shape[1])
-    return point
+    return Point(at_perms(problem, perms).frames, _warm(problem, warmth, problem.frozen))
 
 
-def _at_perms(problem: Problem, perms: Sequence[Permutation]) -> dict[str, Tensor]:
-    """One permutation per node in matrix form."""
-    return _at_vertex(
-        problem, {name: torch.stack([perm[name].cpu() for perm in perms]) for name in problem.spec.groups}
-    )
+def at_perms(problem: Problem, perms: Sequence[Permutation]) -> Point:
+    """One permutation per node."""
+    device = problem.like.device
+    return Point({name: torch.stack([perm[name] for perm in perms]).to(device) for name in problem.spec.groups})
 
 
-def _at_vertex(problem: Problem, vertex: Vertex) -> dict[str, Tensor]:
-    """Index forms, shape (nodes, size), in matrix form."""
-    return {name: torch.eye(index.shape[1])[index.cpu()].to(problem.like) for name, index in vertex.items()}
-
-
-def _fixed(point: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The point with its first nodes put at the identity."""
-    for matrices in point.values():
-        matrices[:count] = torch.eye(matrices.shape[1]).to(matrices)
-    return point
+def _warm(problem: Problem, warmth: float, first: int) -> dict[int, dict[str, Place]]:
+    """All groups of all nodes but the first ones on the way to the barycentre."""
+    return {node: dict.fromkeys(problem.spec.groups, warm(warmth)) for node in range(first, problem.count)}
 
 
 def _noise(count: int, size: int, generator: torch.Generator) -> Tensor:

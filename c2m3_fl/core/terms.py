@@ -14,7 +14,7 @@ first group before R and the others after it, both contractions of the gradient 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.spec import Axis, Params, PermutationSpec, Segment, TensorSpec
+
+_AT_A_TIME = 1 << 20  # values of the nodes that are cut together, beside the terms that they become
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,17 +93,34 @@ def compile_terms(
     if not names:
         return []
     dtype, device = working_dtype(nodes, names), nodes[0][names[0]].device
+    at_once = max(1, _AT_A_TIME // sum(nodes[0][name].numel() for name in names))
+    whole: dict[tuple[str, ...], Tensor] = {}
+    for first in range(0, len(nodes), at_once):
+        for groups, part in _cut(spec, names, nodes[first : first + at_once], scales, dtype, device):
+            if groups not in whole:
+                whole[groups] = part.new_empty(len(nodes), *part.shape[1:])
+            whole[groups][first : first + at_once] = part
+    return [Term(groups, value) for groups, value in whole.items()]
+
+
+def _cut(
+    spec: PermutationSpec,
+    names: Sequence[str],
+    nodes: Sequence[Params],
+    scales: Mapping[str, float] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Cut some nodes' tensors: per tuple of groups, in order, the parts that they move, side by side."""
     pieces: dict[tuple[str, ...], list[Tensor]] = {}
     for name in names:
-        tensor = spec.tensors[name]
         factor = 1.0 if scales is None else scales[name] ** 0.5
         value = torch.stack([node[name].detach().to(device=device, dtype=dtype) for node in nodes])
-        for groups, piece in _pieces(spec, *densify(tensor, value if factor == 1.0 else value * factor)):
+        for groups, piece in _pieces(spec, *densify(spec.tensors[name], value if factor == 1.0 else value * factor)):
             pieces.setdefault(groups, []).append(piece)
-    return [
-        Term(groups, parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=min(2, parts[0].ndim - 1)))
-        for groups, parts in sorted(pieces.items())
-    ]
+    for groups in sorted(pieces):
+        parts = pieces.pop(groups)
+        yield groups, torch.cat(parts, dim=min(2, parts[0].ndim - 1))
 
 
 def _pieces(spec: PermutationSpec, axes: tuple[Axis, ...], value: Tensor) -> list[tuple[tuple[str, ...], Tensor]]:

@@ -8,98 +8,222 @@ so value, gradient and step cost O(nodes). A block of nodes moves while the othe
 
     f = <O, sum_block w_i U_i> + (|sum_block w_i U_i|^2 - sum_block w_i^2 |U_i|^2) / 2 + constant,
 
-whose second part vanishes for a block of one node.
+whose second part vanishes for a block of one node. Every node is kept once, in the order of the permutations where it
+was last (`mapped`): a node at permutations is its own image, and gradients and vertices are relative to that order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from c2m3_fl.core.line_search import added, power_basis
-from c2m3_fl.core.mapped import Mapped, Vertex, weighted_sum
+from c2m3_fl.core.mapped import Vertex, agreement, contract, dot, half_square, image, inner, moved
+from c2m3_fl.core.places import FRAME, Place, mass, matrix_of, nearest, towards, worth
 from c2m3_fl.core.problem import Problem, work_of
+from c2m3_fl.core.terms import Term
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Where nodes stand.
+
+    Attributes
+    ----------
+    frames : mapping of str to Tensor of int64, shape (nodes, size)
+        Permutations into the universe.
+    places : mapping of int to mappings of str to Place
+        Of the nodes that are not at permutations: where their groups stand, relative to the frames; see `places`.
+    """
+
+    frames: Vertex
+    places: Mapping[int, Mapping[str, Place]] = field(default_factory=dict)
 
 
 class Universe:
-    """The mapped tensors of every term at the current point of a search, and their weighted sums; changed in place.
+    """All nodes at the current point of a search, and their weighted sum; changed in place.
 
     Parameters
     ----------
     problem : Problem
-        What is to be matched.
-    point : mapping of str to Tensor, shape (nodes, size, size)
-        Doubly stochastic matrices: where the search stands. They move along.
+        What is to be matched. Its terms move along: a problem has one universe at a time.
+    point : Point
+        Where the search starts.
 
     Attributes
     ----------
+    places : list of dict of str to Place
+        Per node the places of the groups that are not at permutations.
+    objective : float
+        The weighted agreement over all pairs of nodes when it was last added up.
     work : int
         Work so far: that of every gradient and of the assignment problems that it poses; see `work_of`.
     """
 
-    def __init__(self, problem: Problem, point: dict[str, Tensor]) -> None:
-        self.problem, self.point = problem, point
+    def __init__(self, problem: Problem, point: Point) -> None:
+        self.problem = problem
         self.work = 0
-        self._weights = problem.weights.to(problem.like.device)
+        self._shares: list[float] = problem.weights.tolist()
         self._node_work = work_of(problem.spec.groups, problem.terms)
-        self.mapped = [Mapped(term, point) for term in problem.terms]
-        for each in self.mapped:
-            each.own()
-        self.means = [weighted_sum(each.universe, self._weights) for each in self.mapped]
+        for node in range(problem.count):
+            problem.move(node, _relative(problem.frame(node), {k: rows[node] for k, rows in point.frames.items()}))
+        self.places = [dict(point.places.get(node, {})) for node in range(problem.count)]
+        self.means = [torch.zeros_like(term.value[0]) for term in problem.terms]
+        self.objective = self.add_up()
 
-    def objective(self) -> float:
+    def add_up(self) -> float:
         """The weighted agreement over all pairs of nodes; the sums are added up anew, which keeps rounding small."""
-        total = self._weights.new_tensor(self.problem.constant)
-        for each, mean in zip(self.mapped, self.means, strict=True):
-            part, fresh = each.agreement(self._weights)
-            total += part
-            mean.copy_(fresh)
-        return float(total)
-
-    def vertex(self, block: slice) -> dict[str, Tensor]:
-        """Where most of the mass of each unit of a block is, shape (nodes of the block, size)."""
-        return {name: matrices[block].argmax(-1) for name, matrices in self.point.items()}
-
-    def others(self, block: slice) -> list[Tensor]:
-        """For every term the weighted sum of the nodes outside a block."""
-        weights = self._weights[block]
-        return [
-            torch.sub(mean, weighted_sum(each.universe[block], weights))
-            for each, mean in zip(self.mapped, self.means, strict=True)
+        parts = [
+            agreement((self.node(term, node) for node in range(self.problem.count)), self._shares, mean)
+            for term, mean in zip(self.problem.terms, self.means, strict=True)
         ]
+        self.objective = self.problem.constant + (float(torch.stack(parts).sum()) if parts else 0.0)
+        return self.objective
 
-    def gradient(self, block: slice, others: Sequence[Tensor]) -> dict[str, Tensor]:
+    def node(self, term: Term, node: int) -> Tensor:
+        """A node's part of a term, in the universe."""
+        return image(term, term.value[node], self.places[node])
+
+    def nearest(self, block: range) -> dict[str, Tensor]:
+        """Where most of the mass of a block's units is, relative to the frames, shape (nodes of the block, size)."""
+        like = self.problem.like
+        return {
+            name: torch.stack([nearest(self.places[node].get(name, FRAME), group.size, like) for node in block])
+            for name, group in self.problem.spec.groups.items()
+        }
+
+    def others(self, number: int, node: int) -> Tensor:
+        """The weighted sum of the other nodes' parts of the term of this number."""
+        return torch.sub(self.means[number], self.node(self.problem.terms[number], node), alpha=self._shares[node])
+
+    def slope(self, number: int, node: int, others: Tensor, into: Mapping[str, Tensor]) -> None:
+        """Add a term's gradient for one node to those of its groups; the node's weight is left out."""
+        term = self.problem.terms[number]
+        for axis, group in enumerate(term.groups):
+            if group in into:
+                rest = image(term, term.value[node], self.places[node], without=[axis])
+                contract(others, rest, term.dim(axis) - 1, into[group])
+
+    def gradient(self, block: range) -> dict[str, Tensor]:
         """Per group, shape (nodes of the block, size, size); every node's own weight, a common factor, is left out."""
         problem = self.problem
-        self.work += (block.stop - block.start) * self._node_work
+        self.work += len(block) * self._node_work
         into = {
-            name: problem.like.new_zeros(block.stop - block.start, group.size, group.size)
+            name: problem.like.new_zeros(len(block), group.size, group.size)
             for name, group in problem.spec.groups.items()
         }
-        for each, rest in zip(self.mapped, others, strict=True):
-            each.gradient(block, self._weights, rest, into)
+        for row, node in enumerate(block):
+            own = {name: gradients[row] for name, gradients in into.items()}
+            for number in range(len(problem.terms)):
+                self.slope(number, node, self.others(number, node), own)
         return into
 
-    def course(self, block: slice, others: Sequence[Tensor], vertex: Vertex) -> list[float]:
-        """The agreement on the way of a block to a vertex: coefficients of t^0, t^1, ..., up to a constant."""
-        parts = [
-            part
-            for each, rest in zip(self.mapped, others, strict=True)
-            for part in each.course(block, vertex, self._weights, rest)
-        ]
-        if not parts:
-            return added([])
-        numbers = iter(torch.cat(parts).tolist())  # one copy from the device for all of them
-        return added([power_basis([next(numbers) for _ in part]) for part in parts])
+    def course(self, block: range, gradient: Mapping[str, Tensor], vertex: Vertex) -> list[float]:
+        """The agreement on the way of a block to a vertex: coefficients of t^0, t^1, ..., up to a constant.
 
-    def advance(self, block: slice, others: Sequence[Tensor], vertex: Vertex, step_size: float) -> None:
+        The way of one node in terms of one or two grouped axes is a parabola: the gradient is its slope at the start,
+        and its end is known. Other terms add the inner products of all their mixtures.
+        """
+        node, alone, rise, curves = block.start, len(block) == 1, 0.0, []
+        index = self._changing(node, _row(vertex, 0))
+        for number, term in enumerate(self.problem.terms):
+            if not alone or len(term.groups) > 2:
+                curves += self._mixtures(number, block, vertex)
+            elif any(group in index for group in term.groups):
+                rise += self._shares[node] * inner(self.others(number, node), self.change(number, node, index))
+        mixed = added(curves)
+        if not alone:
+            return mixed
+        slope = self._shares[node] * self.gain(node, gradient, vertex) - mixed[1]
+        return added([[0.0, slope, rise - slope], mixed])
+
+    def gain(self, node: int, gradient: Mapping[str, Tensor], vertex: Vertex) -> float:
+        """What a linear agreement would gain on the way of one node to a vertex; the node's weight is left out."""
+        gains = [
+            worth(each[0], vertex[name][0]) - mass(each[0], self.places[node].get(name, FRAME))
+            for name, each in gradient.items()
+        ]
+        return float(torch.stack(gains).sum()) if gains else 0.0
+
+    def advance(self, block: range, vertex: Vertex, step_size: float) -> None:
         """Move a block of nodes towards a vertex."""
-        weights = self._weights
-        for each, rest, mean in zip(self.mapped, others, self.means, strict=True):
-            each.advance(block, vertex, step_size)
-            torch.add(rest, weighted_sum(each.universe[block], weights[block]), out=mean)
-        for name, matrices in self.point.items():
-            weight = matrices.new_tensor(step_size).expand(*vertex[name].shape, 1)
-            matrices[block].mul_(1 - step_size).scatter_add_(2, vertex[name][..., None], weight)
+        for row, node in enumerate(block):
+            index = _row(vertex, row)
+            if step_size == 1.0:
+                self.settle(node, index)
+                continue
+            places = {
+                name: towards(self.places[node].get(name, FRAME), rows, step_size, self.problem.like)
+                for name, rows in index.items()
+            }
+            for term, mean in zip(self.problem.terms, self.means, strict=True):
+                mean.sub_(self.node(term, node), alpha=self._shares[node])
+                mean.add_(image(term, term.value[node], places), alpha=self._shares[node])
+            self.places[node] = dict(places)
+
+    def settle(self, node: int, index: Mapping[str, Tensor]) -> None:
+        """Put groups of a node at permutations of its frame, which moves along."""
+        index = self._changing(node, index)
+        numbers, share = self.problem.touched(index), self._shares[node]
+        for number in numbers:
+            self.means[number].sub_(self.node(self.problem.terms[number], node), alpha=share)
+        self.problem.move(node, index)
+        for name in index:
+            self.places[node].pop(name, None)
+        for number in numbers:
+            self.means[number].add_(self.node(self.problem.terms[number], node), alpha=share)
+
+    def change(self, number: int, node: int, index: Mapping[str, Tensor]) -> Tensor:
+        """What permutations of some groups would change in a node's part of the term of this number."""
+        term = self.problem.terms[number]
+        places = {name: place for name, place in self.places[node].items() if name not in index}
+        return image(term, moved(term, term.value[node], index), places) - self.node(term, node)
+
+    def matrix(self, node: int, group: str) -> Tensor:
+        """Where a group of a node stands, as a matrix relative to its frame."""
+        place = self.places[node].get(group, FRAME)
+        return matrix_of(place, self.problem.spec.groups[group].size, self.problem.like)
+
+    def _changing(self, node: int, index: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a node's groups that permutations take elsewhere."""
+        return {name: rows for name, rows in index.items() if name in self.places[node] or not _stays(rows)}
+
+    def _mixtures(self, number: int, block: range, vertex: Vertex) -> list[list[float]]:
+        """A term's part of the course: from its parts with every choice of axes at the vertex."""
+        term, degree = self.problem.terms[number], len(self.problem.terms[number].groups)
+        others = self.means[number].clone()
+        sums = [torch.zeros_like(others) for _ in range(degree + 1)]
+        squares = torch.zeros(2 * degree + 1, dtype=torch.float64, device=others.device)
+        for row, node in enumerate(block):
+            own = term.value[node]
+            parts: list[Tensor] = [torch.zeros_like(others) for _ in range(degree + 1)]
+            for chosen in product((False, True), repeat=degree):
+                axes = [axis for axis, at_vertex in enumerate(chosen) if at_vertex]
+                mixture = moved(term, own, _row(vertex, row), axes)
+                parts[len(axes)] += image(term, mixture, self.places[node], without=axes)
+            others.sub_(parts[0], alpha=self._shares[node])
+            for total, part in zip(sums, parts, strict=True):
+                total.add_(part, alpha=self._shares[node])
+            squares -= self._shares[node] ** 2 * half_square(parts)
+        towards = torch.stack([dot(others, each) for each in sums])
+        curves = [towards] if len(block) == 1 else [towards, squares + half_square(sums)]
+        return [power_basis(curve.tolist()) for curve in curves]
+
+
+def _stays(index: Tensor) -> bool:
+    return torch.equal(index, torch.arange(len(index), device=index.device))
+
+
+def _relative(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The permutations of a frame that make another one of it, where they move something."""
+    index = {name: torch.argsort(rows)[after[name].to(rows)] for name, rows in before.items()}
+    return {name: rows for name, rows in index.items() if not _stays(rows)}
+
+
+def _row(vertex: Vertex, row: int) -> dict[str, Tensor]:
+    """One node's permutations."""
+    return {name: index[row] for name, index in vertex.items()}

@@ -82,14 +82,13 @@ def one_pass(universe: Universe) -> tuple[float, float]:
     whole, limit = 0.0, 0.0
     with assignment_pool() as pool:
         for node in range(universe.problem.count):
-            block = slice(node, node + 1)
+            block = range(node, node + 1)
             start = time.process_time()
-            others = universe.others(block)
-            before = time.process_time()
-            vertex = oracle(universe.problem.spec, universe.gradient(block, others), pool)
-            limit += time.process_time() - before
-            step_size, _ = best_step(universe.course(block, others, vertex))
-            universe.advance(block, others, vertex, step_size)
+            gradient = universe.gradient(block)
+            vertex = oracle(universe.problem.spec, gradient, pool)
+            limit += time.process_time() - start
+            step_size, _ = best_step(universe.course(block, gradient, vertex))
+            universe.advance(block, vertex, step_size)
             whole += time.process_time() - start
     return whole, limit
 
@@ -113,13 +112,13 @@ def measure(case: str, steps: int) -> Row:
     problem = Problem.of(spec, nodes, weights)
     universe = Universe(problem, start_point(problem, "identity", None))
     eye: list[dict[str, Tensor]] = [{name: torch.eye(group.size) for name, group in spec.groups.items()} for _ in nodes]
-    here, ours = objective(spec, nodes, eye), universe.objective()
+    here, ours = objective(spec, nodes, eye), universe.objective
     published_steps, matrices = [], eye
     for _ in range(steps):
         start = time.process_time()
         matrices, _ = frank_wolfe_step(spec, nodes, matrices)
         published_steps.append(time.process_time() - start)
-    gradients = universe.gradient(slice(0, count), [torch.zeros_like(mean) for mean in universe.means])
+    gradients = universe.gradient(range(count))
     slopes = published_gradient(spec, nodes, eye) if count <= 3 else []
     differences = [
         float((gradients[name][i] / count - slope).norm() / slope.norm().clamp(min=1e-30))
@@ -164,9 +163,10 @@ def _course(problem: Problem, steps: int) -> tuple[tuple[float, ...], float]:
     with assignment_pool() as pool:
         universe = Universe(problem, start_point(problem, "identity", None))
         course = frank_wolfe(universe, pool, Limits(steps, 1e-6, polish=False, together=None))
-        rounded = oracle(problem.spec, universe.point, pool)
-        perms = [{name: index[i] for name, index in rounded.items()} for i in range(problem.count)]
-        return course.objectives, Universe(problem, start_point(problem, perms, None)).objective()
+        for node in range(problem.count):
+            matrices = {name: universe.matrix(node, name)[None] for name in problem.spec.groups}
+            universe.settle(node, {name: index[0] for name, index in oracle(problem.spec, matrices, pool).items()})
+        return course.objectives, universe.add_up()
 
 
 def table(rows: list[Row]) -> str:

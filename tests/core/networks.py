@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.spec import Axis, Group, Params, PermutationSpec, Segment, TensorSpec
+from c2m3_fl.core.starts import start_point
+from c2m3_fl.core.universe import Point, Universe
 
 
 def on(group: str, size: int, *, inner: int = 1, offset: int = 0) -> Axis:
@@ -172,6 +175,37 @@ def planted(
 
 def same(left: Params, right: Params) -> bool:
     return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def at_matrices(problem: Problem, matrices: Mapping[str, Tensor]) -> Universe:
+    """The universe with every node, as it came, at doubly stochastic matrices of shape (nodes, size, size)."""
+    still = start_point(problem, "identity", None)
+    nodes = {i: {name: each[i] for name, each in matrices.items()} for i in range(problem.count)}
+    return Universe(problem, Point(still.frames, nodes))
+
+
+def matrices_at(universe: Universe) -> dict[str, Tensor]:
+    """Where the nodes of a universe stand, as matrices of shape (nodes, size, size) for the nodes as they came."""
+    found = {}
+    for name, frames in universe.problem.frames.items():
+        eye = torch.eye(frames.shape[1]).to(universe.problem.like)
+        found[name] = torch.stack([universe.matrix(i, name) @ eye[frame] for i, frame in enumerate(frames)])
+    return found
+
+
+def autograd(problem: Problem, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of the agreement of the nodes as they came, by products of which torch keeps track."""
+    leaves = {name: each.clone().requires_grad_() for name, each in matrices.items()}
+    total, weights = torch.zeros((), dtype=torch.float64), problem.weights
+    for term in problem.terms:
+        there = term.value
+        for axis, group in enumerate(term.groups):
+            rows = there.movedim(term.dim(axis), 1)
+            there = (leaves[group] @ rows.flatten(2)).view_as(rows).movedim(1, term.dim(axis))
+        mean = torch.einsum("n,n...->...", weights, there)
+        total = total + 0.5 * (mean.square().sum() - torch.einsum("n,n...->", weights.square(), there.square()))
+    slopes = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, slopes, strict=True))
 
 
 def pairwise_agreement(

@@ -40,7 +40,7 @@ def test_what_is_proven_is_stationary(spec):
             assert value == pytest.approx(pairwise_agreement(spec, nodes, here, weights), rel=1e-10)
             problem = Problem.of(spec, nodes, torch.tensor(weights, dtype=torch.float64))
             universe = Universe(problem, start_point(problem, "identity", None))
-            gradient = universe.gradient(slice(0, 3), universe.others(slice(0, 3)))
+            gradient = universe.gradient(range(3))
             with assignment_pool() as pool:
                 vertex = oracle(spec, gradient, pool)
             gap = sum(

@@ -8,7 +8,6 @@ import torch
 from c2m3_fl.core import permutation
 from c2m3_fl.core.assignment import assignment_pool
 from c2m3_fl.core.joining import join
-from c2m3_fl.core.mapped import vertex_of
 from c2m3_fl.core.match import match
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.profiles import profiles
@@ -26,8 +25,9 @@ def started(spec, nodes, start="profiles", frozen=0):
     """The start as permutations, one for every node."""
     problem = Problem.of(spec, nodes, torch.full((len(nodes),), 1 / len(nodes), dtype=torch.float64), frozen)
     with assignment_pool() as pool:
-        vertex = vertex_of(begin(problem, start, None, pool)[0])
-    return [{name: rows[i] for name, rows in vertex.items()} for i in range(len(nodes))]
+        point, _ = begin(problem, start, None, pool)
+    assert not point.places
+    return [{name: rows[i] for name, rows in point.frames.items()} for i in range(len(nodes))]
 
 
 @each_spec
