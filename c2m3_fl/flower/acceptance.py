@@ -42,7 +42,7 @@ class Gate:
 
     @cached_property
     def _buffers(self) -> Buffers:
-        found = Buffers.of(self._setup.model, self._setup.data.example)
+        found = Buffers.of(self._setup.model, self._setup.data.example).renamed(self._setup.names)
         tensors = self._setup.spec.tensors
         moving = frozenset(name for name in found.own if name in tensors and any(tensors[name].axes))
         return replace(found, own=found.own - moving, moving=moving)
@@ -89,7 +89,7 @@ class Gate:
         """
         restored = self._buffers.restore(merged, replies, sent)
         check_norm(restored, replies, sent)
-        check_runs(self._setup.model, self._setup.data.example, restored, sent)
+        check_runs(self._setup.model, self._setup.data.example, self._own(restored), self._own(sent))
         return restored
 
     def sound(self, replies: Sequence[Params], sent: Params) -> list[bool]:
@@ -103,7 +103,11 @@ class Gate:
             The model that was sent out, in its own element types.
         """
         model, example = self._setup.model, self._setup.data.example
-        return [not fault(model, example, reply, sent) for reply in replies]
+        return [not fault(model, example, self._own(reply), self._own(sent)) for reply in replies]
+
+    def _own(self, params: Params) -> dict[str, Tensor]:
+        """Exchanged tensors under the model's own names."""
+        return {self._setup.names.get(name, name): value for name, value in params.items()}
 
 
 def entry_numbers(found: Sorted[Any]) -> Numbers:

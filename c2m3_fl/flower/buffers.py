@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -68,6 +68,16 @@ class Buffers:
             frozenset(buffers - changed),
             frozenset(changed & whole),
             frozenset(name for name in (changed & buffers) - whole if "var" in name.rpartition(".")[2]),
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> Buffers:
+        """The same, in the names that clients send: `names` has the model's by those."""
+        sent = {own: name for name, own in names.items()}
+        return Buffers(
+            *(
+                frozenset(sent.get(name, name) for name in each)
+                for each in (self.own, self.counters, self.variances, self.moving)
+            )
         )
 
     def check(self, params: Params, sent: Params) -> None:

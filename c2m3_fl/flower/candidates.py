@@ -119,25 +119,27 @@ class Candidates:
         The candidate in which every step was taken that the evidence supports without a judge.
     headless : str
         Why clients do not answer for a head that nobody asked for; "" otherwise.
+    unlike : str
+        What shows that the calibration inputs are unlike the clients' data; "" otherwise.
     """
 
     def __init__(self, setup: Setup, request: Request) -> None:
         self.setup, self.request = setup, request
-        self.params: dict[str, Params] = {AGGREGATE: typed_like(setup.model.state_dict(), request.aggregate)}
+        self.params: dict[str, Params] = {AGGREGATE: typed_like(setup.state_dict(), request.aggregate)}
         self.numbers: Numbers = {}
         self.failed = 0
         self._said: set[str] = set()  # failures, which candidates may share
-        self.headless = ""
+        self.headless = self.unlike = ""
         self.last = AGGREGATE
         if request.aligned is not None:
             self._add_server_side(request.aligned)
         elif request.returned is not None:
-            self.params["returned"] = typed_like(setup.model.state_dict(), request.returned)
+            self.params["returned"] = typed_like(setup.state_dict(), request.returned)
             self.last = "returned"
         if request.deploys and request.clients is not None:
             self._add_client_side(request.clients)
         if self._compares_previous() and request.returned is not None:
-            self.params["previous"] = typed_like(setup.model.state_dict(), request.returned)
+            self.params["previous"] = typed_like(setup.state_dict(), request.returned)
 
     @property
     def judged(self) -> dict[str, Params]:
@@ -196,6 +198,7 @@ class Candidates:
                 partial(_unless_repaired, make) if name == "auto" and not labels and not moved else make,
                 step=means is not Means.JUDGED or name in steps,
             )
+        self.unlike = server.unlike
 
     def _add_client_side(self, clients: Clients) -> None:
         setup, request, aligned = self.setup, self.request, self.request.aligned

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Literal, TypedDict
+from logging import INFO
+from typing import TypedDict
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.state_dicts import check_finite
-from c2m3_fl.flower.adapters import averaging_products, check_lora
+from c2m3_fl.flower.adapters import Lora, averaging_products, bases_of, check_lora
 from c2m3_fl.flower.deployment import Clients
-from c2m3_fl.flower.exchanged import exchanging
+from c2m3_fl.flower.exchanged import exchanging, model_names
 from c2m3_fl.flower.messages import aggregate_evaluations, aggregate_messages, personal_messages
 from c2m3_fl.flower.metrics import report_idle, reported
-from c2m3_fl.flower.misuse import check_exchanged, check_prefixes, check_start
+from c2m3_fl.flower.misuse import check_exchanged, check_fits, check_prefixes, check_start
 from c2m3_fl.flower.privacy import check_callers, check_privacy
-from c2m3_fl.flower.records import check_record, from_params, reply_schema, schema_of, to_params
+from c2m3_fl.flower.records import check_record, from_params, reply_schema, schema_of, schema_of_params, to_params
 from c2m3_fl.flower.replies import sort_messages
 from c2m3_fl.flower.rounds import Aggregate
 from c2m3_fl.flower.server import Server
-from c2m3_fl.flower.setup import Setup, log_setup
+from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.two_models import trajectory_names
 from c2m3_fl.flower.wrapped import continue_from, record_keys, required_metrics
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
-Lora = Literal["apart", "exact"]
+_SENT = "the arrays to send out"
+_SUMMARY = {
+    "exact": "averaged as products",
+    "residual": "averaged as products, the rest is added to the base",
+}
 
 
 class _Private(TypedDict):
@@ -48,7 +54,7 @@ class Dialect(Strategy):
         What was built from the options.
     exchanged : iterable of str, optional
         See `C2M3`.
-    lora : {"apart", "exact"}
+    lora : {"apart", "exact", "residual"}
         See `C2M3`.
     """
 
@@ -57,11 +63,12 @@ class Dialect(Strategy):
         self.strategy, self.setup, self._lora = strategy, setup, lora
         self._whole, self._named = setup, exchanged is not None
         self.server = Server(setup)
-        self.sent = from_params(setup.model.state_dict())
-        self._schema = schema_of(self.sent, "model")
+        schema_of_params(setup.model.state_dict())
         if exchanged is not None:
-            self._exchange(check_exchanged(exchanged))
-            self.sent = ArrayRecord({name: self.sent[name] for name in self.setup.spec.tensors})
+            self.setup = exchanging(setup, check_exchanged(exchanged))
+            self.server.rebuild(self.setup)
+        self._bases = bases_of(lora, self.setup)
+        self.sent = from_params(self.setup.state_dict())
         self._grid: Grid | None = None
         self._evaluate_config: ConfigRecord | None = None
         check_privacy(self.strategy, **self._private)
@@ -114,13 +121,13 @@ class Dialect(Strategy):
         """Send out the trajectory, or `arrays` where they are a new start, to whom the wrapped strategy chooses."""
         check_callers(**self._private)
         params = to_params(arrays)
-        check_prefixes(params, self._schema, "the arrays to send out")
-        if not self._named and params and params.keys() <= self._schema.keys():
-            self._exchange(params)
-        elif self._named:
+        check_prefixes(params, self._whole.spec.tensors, _SENT)
+        if self._named:
             check_start(params, self.setup.spec.tensors)
-        self.setup.spec.check(params, "the arrays to send out")
-        check_finite(params, "the arrays to send out")
+        elif params and model_names(params, self._whole.spec.tensors) is not None:
+            self._exchange(list(params))
+        check_fits(params, self.setup.state_dict(), _SENT)
+        check_finite(params, _SENT)
         start = self.server.next_start(params)
         self.sent = arrays.copy() if start is params else from_params(start)
         self._grid = grid
@@ -132,14 +139,14 @@ class Dialect(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Align the replies, aggregate them with the wrapped strategy, and deploy the result."""
-        expected = reply_schema(self._schema, schema_of(self.sent))
+        expected = reply_schema(schema_of_params(self.setup.state_dict()), schema_of(self.sent))
         *_, weight = record_keys(self.strategy)
         found = sort_messages(replies, expected, weighted_by=weight, required=required_metrics(self.strategy))
         if self.server.sent is None:
             self.server.next_start(to_params(self.sent))
         aggregate: Aggregate[MetricRecord] = partial(aggregate_messages, self.strategy, server_round)
-        if self._lora == "exact":
-            aggregate = averaging_products(aggregate)
+        if self._lora != "apart":
+            aggregate = averaging_products(aggregate, self._bases)
         params, metrics, numbers = self.server.play(
             server_round, found, self.strategy, aggregate, self._clients(server_round)
         )
@@ -160,7 +167,17 @@ class Dialect(Strategy):
 
     def summary(self) -> None:
         """Log the configuration of the strategy and of the one that it wraps."""
-        log_setup(self.setup, self.strategy)
+        options, spec = self.setup.options, self.setup.spec
+        log(INFO, "\t├──> C2M3 settings:")
+        log(INFO, "\t│\t├── Wrapped strategy: %s", type(self.strategy).__name__)
+        units = sum(group.size for group in spec.groups.values())
+        log(INFO, "\t│\t├── Permutable: %d units in %d groups", units, len(spec.groups))
+        log(INFO, "\t│\t├── Alignment: %s | basis: %s", options.alignment, options.basis)
+        log(INFO, "\t│\t├── Recalibration: %s", self.setup.describe())
+        if self._lora != "apart":
+            log(INFO, "\t│\t├── Adapters: %s", _SUMMARY[self._lora])
+        log(INFO, "\t│\t├── Feedback: %s | deploy: %s", options.feedback, options.deploy)
+        log(INFO, "\t│\t└── Device: %s", self.setup.device)
         self.strategy.summary()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -178,6 +195,7 @@ class Dialect(Strategy):
         """Expect the tensors of these names from now on."""
         if set(names) != set(self.setup.spec.tensors):
             self.setup = exchanging(self._whole, names)
+            self._bases = bases_of(self._lora, self.setup)
             self.server.rebuild(self.setup)
 
     @property

@@ -17,10 +17,12 @@ from torch import nn
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import ConfigError
+from c2m3_fl.flower.adapters import Lora, averaging_products, bases_of, check_lora
 from c2m3_fl.flower.admitted import Sorted
 from c2m3_fl.flower.aligner import Basis, Mode
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics
+from c2m3_fl.flower.exchanged import exchanging
 from c2m3_fl.flower.legacy_messages import (
     Result,
     aggregate_evaluations,
@@ -32,10 +34,11 @@ from c2m3_fl.flower.legacy_messages import (
     to_scalars,
 )
 from c2m3_fl.flower.metrics import reported
-from c2m3_fl.flower.misuse import LEGACY, naming_options_of
+from c2m3_fl.flower.misuse import LEGACY, check_exchanged, check_fits, naming_options_of
 from c2m3_fl.flower.options import Feedback, Options
 from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.records import Schema, reply_schema, schema_of_params
+from c2m3_fl.flower.rounds import Aggregate
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup
 from c2m3_fl.flower.wrapped import chain, check_instance
@@ -52,27 +55,29 @@ class C2M3(Strategy):
     of a reply is its number of examples.
 
     Differences: there is no grid to query clients, so `ClientStatistics`, `moments`, `ClientRefit`, `head` and `judge`
-    are refused, `deploy` and `judge_key` do not exist; arrays have no names, so clients send whole models, without
-    `exchanged` and `lora`; a legacy server saves no state, but `state_dict` and `load_state_dict` are there for one
-    that does; there is no `start`, so a second run on the same object goes on with the trajectory if it is given the
-    very model that was returned last.
+    are refused, `deploy` and `judge_key` do not exist; arrays have no names, so where clients send a part of them
+    `exchanged` has to say which, in their order; a legacy server saves no state, but `state_dict` and `load_state_dict`
+    are there for one that does; there is no `start`, so a second run on the same object goes on with the trajectory if
+    it is given the very model that was returned last.
 
     Parameters
     ----------
     strategy, model, example_inputs, inputs, outputs, spec, device, alignment, min_replies
         As for the current strategy; so are `outliers`, `memory`, `max_steps`, `tolerance`, `max_seconds`,
-        `memory_limit`, `diagnostics`, `feedback`.
+        `memory_limit`, `diagnostics`, `feedback`, `lora`.
     calibration : iterable of batches, optional
         Inputs that the server holds, with labels or without, read once, scaled as in training: only BatchNorm's
         buffers show where they are not.
     recalibrate : str or Recalibration, optional
         What the deployed model is made of. None (default): what the evidence supports, labels in the calibration
-        data, else REPAIR after rounds in which units moved, else the plain aggregate. "none", "repair", or any other
+        data, else REPAIR after rounds in which units moved, else the aggregate. "none", "repair", or any other
         name or object that `merge` takes: that, in every round.
     basis : {"global", "largest", "client"} or int
         Where every round ends: in the basis of the model that was sent out ("global", the default), the same with
         every client's model sent in its own basis ("client"), or in the basis of the reply of largest weight or of
         that node.
+    exchanged : sequence of str, optional
+        The names of the tensors that clients send, in their order, where these are not the whole state dict.
     head, judge, moments : None
         Refused: they ask clients.
 
@@ -97,6 +102,8 @@ class C2M3(Strategy):
         calibration: Calibration | None = None,
         recalibrate: Recalibration | str | None = None,
         spec: PermutationSpec | None = None,
+        exchanged: Sequence[str] | None = None,
+        lora: Lora = "apart",
         device: torch.device | str | None = None,
         alignment: Mode = "joint",
         basis: Basis = "global",
@@ -140,11 +147,21 @@ class C2M3(Strategy):
             spec=spec,
             device=device,
         )
+        names = list(model.state_dict()) if exchanged is None else check_exchanged(exchanged, ordered=True)
+        self.setup = exchanging(self.setup, names)
+        check_lora(lora, self.strategy)
+        self._lora, self._bases = lora, bases_of(lora, self.setup)
         self.server = Server(self.setup)
-        self.schema = schema_of_params(model.state_dict())
+        state = self.setup.state_dict()
+        self.schema = schema_of_params({name: state[name] for name in names})
         self.expected: Schema = self.schema
         self.sent: Parameters | None = None
         check_privacy(self.strategy, separate=self.setup.separate, calibrated=self.setup.calibrated)
+
+    @property
+    def wrapped(self) -> Strategy:
+        """The strategy that was passed: its attributes, and the methods that are its own, are there."""
+        return self.strategy
 
     @property
     def trajectory(self) -> Parameters | None:
@@ -170,7 +187,7 @@ class C2M3(Strategy):
         """Send out the trajectory, or `parameters` where they are a new start, to whom the wrapped strategy chooses."""
         check_callers(separate=self.setup.separate, calibrated=self.setup.calibrated)
         named = named_params(self.schema, parameters, "the parameters to send out")
-        self.setup.spec.check(named, "the parameters to send out")
+        check_fits(named, self.setup.state_dict(), "the parameters to send out")
         check_finite(named, "the parameters to send out")
         start = self.server.next_start(named)
         self.expected = reply_schema(self.schema, schema_of_params(start))
@@ -185,7 +202,11 @@ class C2M3(Strategy):
         """Align the replies, aggregate them with the wrapped strategy, and recalibrate the result."""
         if self.sent is None:
             return self.strategy.aggregate_fit(server_round, results, failures)
-        aggregate = partial(aggregate_results, self.strategy, server_round, failures, self.schema)
+        aggregate: Aggregate[dict[str, Scalar]] = partial(
+            aggregate_results, self.strategy, server_round, failures, self.schema
+        )
+        if self._lora != "apart":
+            aggregate = averaging_products(aggregate, self._bases)
         params, metrics, numbers = self.server.play(server_round, self._sorted(results), self.strategy, aggregate)
         told = to_scalars(reported(numbers, every=self.setup.options.diagnostics))
         return to_parameters(params), {**(metrics or {}), **told}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
 from typing import ParamSpec
@@ -10,6 +11,7 @@ from typing import ParamSpec
 from flwr.server import strategy as legacy
 from flwr.serverapp import strategy as current
 
+from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.flower.records import bare_name
 
@@ -18,15 +20,27 @@ P = ParamSpec("P")
 _NAMES = ("FedAvg", "FedAvgM", "FedAdam", "FedProx", "FedTrimmedAvg", "Krum", "QFedAvg")
 CURRENT = [getattr(current, name) for name in _NAMES]
 LEGACY = [getattr(legacy, name) for name in _NAMES]
+_DIALECTS = {  # options of FedAvg and of its start, legacy and current
+    "fraction_fit": "fraction_train",
+    "min_fit_clients": "min_train_nodes",
+    "min_evaluate_clients": "min_evaluate_nodes",
+    "min_available_clients": "min_available_nodes",
+    "fit_metrics_aggregation_fn": "train_metrics_aggr_fn",
+    "evaluate_metrics_aggregation_fn": "evaluate_metrics_aggr_fn",
+    "initial_parameters": "initial_arrays",
+    "on_fit_config_fn": "train_config",
+    "on_evaluate_config_fn": "evaluate_config",
+}
+_OTHER = {**_DIALECTS, **{new: old for old, new in _DIALECTS.items()}}
 
 
 def naming_options_of(inside: Sequence[type]) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Decorate the constructor of a wrapper: options of the strategies inside, and of `start`, raise `ConfigError`.
+    """Decorate the constructor of a wrapper: options that it does not have raise `ConfigError`, with what to pass.
 
     Parameters
     ----------
     inside : sequence of type
-        The strategies, the most likely one first.
+        The strategies that may be inside, the most likely one first.
     """
 
     def decorate(construct: Callable[P, None]) -> Callable[P, None]:
@@ -34,22 +48,26 @@ def naming_options_of(inside: Sequence[type]) -> Callable[[Callable[P, None]], C
 
         @wraps(construct)
         def checked(*args: P.args, **options: P.kwargs) -> None:
-            for name in options.keys() - own.keys():
-                for kind in inside:
-                    if name in signature(kind).parameters:
-                        raise ConfigError(
-                            f"C2M3 has no option {name!r}, which belongs to the strategy inside: "
-                            f"pass {kind.__name__}({name}=...) as strategy"
-                        )
-                    if name in signature(getattr(kind, "start", kind)).parameters:
-                        raise ConfigError(
-                            f"C2M3 has no option {name!r}, which belongs to its method start: pass start({name}=...)"
-                        )
+            for name in options:
+                if name not in own:
+                    raise ConfigError(f"C2M3 has no option {name!r}{_remedy(name, inside, own)}")
             construct(*args, **options)
 
         return checked
 
     return decorate
+
+
+def _remedy(name: str, inside: Sequence[type], own: Iterable[str]) -> str:
+    """Where an option belongs that a wrapper does not have; the nearest one that it has; or nothing."""
+    for option in (name, _OTHER.get(name, name)):
+        kind = next((each for each in inside if option in signature(each).parameters), None)
+        if kind is not None:
+            return f", which belongs to the strategy inside: pass {kind.__name__}({option}=...) as strategy"
+        if option in signature(getattr(inside[0], "start", inside[0])).parameters:
+            return f", which belongs to its method start: pass start({option}=...)"
+    near = get_close_matches(name, list(own), n=1, cutoff=0.75)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_prefixes(given: Iterable[str], model: Iterable[str], who: str) -> None:
@@ -72,11 +90,33 @@ def check_prefixes(given: Iterable[str], model: Iterable[str], who: str) -> None
         )
 
 
-def check_exchanged(names: Iterable[str]) -> list[str]:
-    """The option `exchanged` as a list; `ConfigError` where it is one name, whose letters would be taken for names."""
+def check_exchanged(names: object, *, ordered: bool = False) -> list[str]:
+    """The option `exchanged` as a list of names.
+
+    Parameters
+    ----------
+    names : iterable of str
+        The option.
+    ordered : bool
+        Whether the order counts.
+
+    Raises
+    ------
+    ConfigError
+        Where it is one name, whose letters would be taken for names, something else than names, or twice the same, or
+        where it has no order.
+    """
     if isinstance(names, str):
         raise ConfigError(f"exchanged is the text {names!r}, expected names: exchanged=[{names!r}]")
-    return list(names)
+    if not isinstance(names, Iterable) or (ordered and isinstance(names, Set)):
+        how = " in the order in which clients send them" if ordered else ""
+        raise ConfigError(f"exchanged is a {type(names).__name__}, expected a list of names{how}")
+    found: list[str] = []
+    for name in names:
+        if not isinstance(name, str) or name in found:
+            raise ConfigError(f"exchanged holds {name!r}, expected names, every one of them once")
+        found.append(name)
+    return found
 
 
 def check_start(given: Iterable[str], exchanged: Collection[str]) -> None:
@@ -96,3 +136,25 @@ def check_start(given: Iterable[str], exchanged: Collection[str]) -> None:
             f"the arrays to send out hold {others[:5]}, which exchanged= does not name: start the run with the "
             "exchanged arrays alone, ArrayRecord({name: model.state_dict()[name] for name in exchanged}), or name them"
         )
+
+
+def check_fits(params: Params, model: Params, who: str) -> None:
+    """Raise `ParamsError` where arrays to send out are not those of the model, or of the part that is exchanged.
+
+    Parameters
+    ----------
+    params, model : mapping of str to Tensor
+        What is to be sent out, and the model's own.
+    who : str
+        Whose they are, for the error message.
+    """
+    missing = [name for name in model if name not in params]
+    extra = [name for name in params if name not in model]
+    if missing or extra:
+        raise ParamsError(
+            f"{who}: keys differ from the model's: missing {missing[:5]}, unexpected {extra[:5]}; start with "
+            "ArrayRecord(model.state_dict()), or with some of its arrays if clients send no others"
+        )
+    for name, value in model.items():
+        if params[name].shape != value.shape:
+            raise ParamsError(f"{who}: {name!r} has shape {tuple(params[name].shape)}, expected {tuple(value.shape)}")

@@ -53,7 +53,7 @@ class Server:
         self._gate = Gate(setup)
         self._incoming: Params = {}
         self._waiting: AlignedReplies | None = None  # to the pending deployment, for a refit
-        self._said = self._unjudged = self._headless = False
+        self._said = self._unjudged = self._headless = self._unlike = False
 
     def rebuild(self, setup: Setup) -> None:
         """Go on with another setup of the same model: clients exchange other tensors of it."""
@@ -98,7 +98,7 @@ class Server:
         ParamsError
             When no reply of the first round can be used, for one reason: a mistake that all clients share.
         """
-        sent = typed_like(self.setup.model.state_dict(), self.sent or {})
+        sent = typed_like(self.setup.state_dict(), self.sent or {})
         found = self._gate.admit(found, sent)
         if server_round == 1 and self.models.trajectory is None:
             check_shared_fault(found)
@@ -139,10 +139,13 @@ class Server:
         return deployed.params, deployed.numbers
 
     def _say(self, deployed: Deployed) -> None:
-        """Log once what the clients were asked for by default and do not give."""
+        """Log once what the clients were asked for by default and do not give, and data that are unlike theirs."""
         if deployed.headless and not self._headless:
             self._headless = True
             log(INFO, "\t> no head from labels among the candidates: %s", deployed.headless)
+        if deployed.unlike and not self._unlike:
+            self._unlike = True
+            log(WARNING, "\t> %s", deployed.unlike)
         if deployed.unjudged and not self._unjudged:
             self._unjudged = True
             log(WARNING, "\t> the clients do not judge, other evidence decides: %s", deployed.unjudged)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from logging import DEBUG, INFO
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from logging import DEBUG
 
 import torch
 from flwr.supercore import log
-from torch import nn
+from torch import Tensor, nn
 
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import CalibrationError, ConfigError
@@ -68,6 +68,8 @@ class Setup:
         Who judges the candidates: clients, or held-out labelled data.
     tentative : bool
         Whether clients judge because nothing else was asked for: then only where there is something to judge.
+    names : mapping of str to str
+        The model's names by those that clients send, where these differ.
     """
 
     model: nn.Module
@@ -85,6 +87,12 @@ class Setup:
     offered: bool = False
     judge: ClientJudge | CalibrationSet | None = None
     tentative: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model's tensors that clients exchange, under the names that they send."""
+        state = self.model.state_dict()
+        return {name: state[self.names.get(name, name)] for name in self.spec.tensors}
 
     @property
     def calibrated(self) -> bool:
@@ -191,19 +199,6 @@ def build_setup(
         judging,
         tentative,
     )
-
-
-def log_setup(setup: Setup, strategy: object) -> None:
-    """Log what a strategy was built from, and what it wraps."""
-    options, spec = setup.options, setup.spec
-    log(INFO, "\t├──> C2M3 settings:")
-    log(INFO, "\t│\t├── Wrapped strategy: %s", type(strategy).__name__)
-    units = sum(group.size for group in spec.groups.values())
-    log(INFO, "\t│\t├── Permutable: %d units in %d groups", units, len(spec.groups))
-    log(INFO, "\t│\t├── Alignment: %s | basis: %s", options.alignment, options.basis)
-    log(INFO, "\t│\t├── Recalibration: %s", setup.describe())
-    log(INFO, "\t│\t├── Feedback: %s | deploy: %s", options.feedback, options.deploy)
-    log(INFO, "\t│\t└── Device: %s", setup.device)
 
 
 def _resolve_recalibration(

@@ -10,6 +10,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import nn
 
 from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.flower.adapters import Lora
 from c2m3_fl.flower.aligner import Basis, Mode
 from c2m3_fl.flower.client_head import Head
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
@@ -54,7 +55,7 @@ class C2M3(Dialect):
     recalibrate : str, Recalibration, ClientRefit or RegMean, optional
         What the deployed model is made of. None (default): what the evidence supports, see `evidence.choose_means`:
         labels in the calibration data, else the clients' judgement, else their moments, else REPAIR after rounds in
-        which units moved, else the plain aggregate. "none", "repair", or any other name or object that `merge`
+        which units moved, else the aggregate. "none", "repair", or any other name or object that `merge`
         takes: that, in every round. `ClientRefit()`: what the clients' own data refit, besides.
     moments : ClientStatistics, optional
         With calibration data on the server: ask every client for the channel moments of its own reply on its own
@@ -63,11 +64,13 @@ class C2M3(Dialect):
         The symmetries of the network, proven on the example inputs; by default they are derived.
     exchanged : iterable of str, optional
         The names of the tensors that clients send, where that is not the whole state dict: a head, all but the norms,
-        `dict(model.named_parameters())`. By default those of the arrays that a run starts from. A group of units moves
-        where all tensors that carry it are exchanged; nothing is recalibrated.
-    lora : {"apart", "exact"}
+        `dict(model.named_parameters())`, PEFT's `get_peft_model_state_dict(model)`. By default those of the arrays that
+        a run starts from. A group of units moves where all tensors that carry it are exchanged; nothing is
+        recalibrated.
+    lora : {"apart", "exact", "residual"}
         Whether A and B of adapters (``lora_A``, ``lora_B``) are averaged apart (default), or "exact": as the products
-        that they add to the base, under strategies that average.
+        that they add to the base, under strategies that average. "residual": so, and what the best product of one rank
+        leaves out is added to the base, which must then be exchanged: clients that never receive it cannot use it.
     head : {"auto", "labels"} or Head, optional
         Fit the deployed model's last layer to the clients' labels. "auto" (default): as a candidate, with calibration
         data or without, where outputs are class scores and the clients answer (`answer_statistics`) and judge.
@@ -145,7 +148,7 @@ class C2M3(Dialect):
         moments: ClientStatistics | None = None,
         spec: PermutationSpec | None = None,
         exchanged: Iterable[str] | None = None,
-        lora: Literal["apart", "exact"] = "apart",
+        lora: Lora = "apart",
         head: Head | str | None = "auto",
         judge: ClientJudge | str | None = "auto",
         judge_key: str | None = None,

@@ -8,6 +8,7 @@ approximation of rank r (Eckart and Young, 1936). No matrix of the base's size i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError
 
+FACTOR = re.compile(r"(lora_(?:embedding_)?)([AB])(?![A-Za-z0-9_])")  # in a tensor's name
 _GROWTH = 2.0  # largest A in those of the nodes: where B's nearly cancel A would explode, and the factors are balanced
 
 
@@ -42,20 +44,40 @@ class Factors:
 def adapter_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     """The pairs (A, B) of adapters among the names of a state dict: alike but for ``lora_A`` and ``lora_B``.
 
+    Those of embeddings are called ``lora_embedding_A`` and ``lora_embedding_B``.
+
     Raises
     ------
     ConfigError
         For an A without its B, or a B without its A.
     """
-    known = [name for name in names if "lora_A" in name or "lora_B" in name]
-    partner = {
-        name: name.replace("lora_A", "lora_B") if "lora_A" in name else name.replace("lora_B", "lora_A")
-        for name in known
-    }
+    known = [name for name in names if FACTOR.search(name)]
+    partner = {name: FACTOR.sub(lambda found: found[1] + {"A": "B", "B": "A"}[found[2]], name) for name in known}
     lonely = [name for name in known if partner[name] not in partner]
     if lonely:
         raise ConfigError(f"adapters come in pairs lora_A and lora_B: {lonely[:5]} has no partner among the arrays")
-    return [(name, partner[name]) for name in known if "lora_A" in name]
+    return [(name, partner[name]) for name in known if _is_down(name)]
+
+
+def check_adapters(params: Params) -> list[tuple[str, str]]:
+    """The pairs (A, B) of a state dict, whose products are matrices.
+
+    Raises
+    ------
+    ConfigError
+        For an adapter without its partner, one whose factors have no product, and where there is none.
+    """
+    pairs = adapter_pairs(params)
+    if not pairs:
+        raise ConfigError(f"there are no adapters, named lora_A and lora_B, among the arrays {list(params)[:5]} …")
+    for down, up in pairs:
+        first, second = params[down].shape, params[up].shape
+        if min(len(first), len(second)) < 2 or first[0] != second[1] or any(size != 1 for size in second[2:]):
+            raise ConfigError(
+                f"{down!r} has shape {tuple(first)} and {up!r} {tuple(second)}: no adapter of linear maps, whose "
+                "shapes are (rank, columns) and (rows, rank)"
+            )
+    return pairs
 
 
 def average_adapters(nodes: Sequence[Params], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -65,25 +87,72 @@ def average_adapters(nodes: Sequence[Params], weights: Sequence[float]) -> dict[
     ----------
     nodes : sequence of mappings of str to Tensor
         State dicts that hold adapters of one rank on one base, under names with ``lora_A`` (rank, columns) and
-        ``lora_B`` (rows, rank).
+        ``lora_B`` (rows, rank). Those of convolutions have A of a kernel's shape, and B of kernel size one.
     weights : sequence of float
         Averaging weights, on any scale.
 
     Raises
     ------
     ConfigError
-        For an adapter without its partner, or one whose factors are not matrices of one rank.
+        See `check_adapters`.
     """
     found: dict[str, Tensor] = {}
-    for down, up in adapter_pairs(nodes[0]):
-        rank, columns = nodes[0][down].shape, nodes[0][up].shape
-        if len(rank) != 2 or len(columns) != 2 or rank[0] != columns[1]:
-            raise ConfigError(
-                f"{down!r} has shape {tuple(rank)} and {up!r} {tuple(columns)}: no adapter of linear maps"
-            )
-        mean = average_products([Factors(each[up], each[down]) for each in nodes], weights)
-        found |= {down: mean.right, up: mean.left}
+    for down, up in check_adapters(nodes[0]):
+        mean = average_products([factors_of(each, down, up) for each in nodes], weights)
+        found |= {down: mean.right.view_as(nodes[0][down]), up: mean.left.view_as(nodes[0][up])}
     return found
+
+
+def residuals(nodes: Sequence[Params], weights: Sequence[float], found: Params) -> dict[str, Tensor]:
+    """What adapters leave out of the weighted mean of the nodes' products: matrices of the base's size, by A's name.
+
+    Added to the base's weights, times the adapter's scale, they make the model exactly that of the mean of the
+    products. Clients that never receive the base cannot use them: then they serve the model that is merged in the end.
+    Source: Singhal et al., FedEx-LoRA (2024).
+
+    Parameters
+    ----------
+    nodes : sequence of mappings of str to Tensor
+        State dicts that hold adapters.
+    weights : sequence of float
+        Averaging weights, on any scale.
+    found : mapping of str to Tensor
+        The adapters that take the nodes' place: those of `average_adapters`, say.
+
+    Examples
+    --------
+    >>> nodes = [{"lora_A": torch.randn(2, 5), "lora_B": torch.randn(4, 2)} for _ in range(3)]
+    >>> adapter = average_adapters(nodes, [1, 1, 1])
+    >>> rest = residuals(nodes, [1, 1, 1], adapter)["lora_A"]
+    >>> mean = sum(each["lora_B"] @ each["lora_A"] for each in nodes) / 3
+    >>> torch.allclose(adapter["lora_B"] @ adapter["lora_A"] + rest, mean, atol=1e-5)
+    True
+    """
+    share = _shares(weights)
+    rests = {}
+    for down, up in check_adapters(found):
+        own = factors_of(found, down, up)
+        rest = -(own.left.double() @ own.right.double())
+        for part, each in zip(share.tolist(), nodes, strict=True):
+            factors = factors_of(each, down, up)
+            rest += part * (factors.left.double() @ factors.right.double())
+        rests[down] = rest.to(own.left.dtype)
+    return rests
+
+
+def factors_of(params: Params, down: str, up: str) -> Factors:
+    """The adapter of these names, as matrices."""
+    return Factors(params[up].flatten(1), params[down].flatten(1))
+
+
+def _shares(weights: Sequence[float]) -> Tensor:
+    share = torch.tensor(list(weights), dtype=torch.float64)
+    return share / share.sum()
+
+
+def _is_down(name: str) -> bool:
+    found = FACTOR.search(name)
+    return found is not None and found[2] == "A"
 
 
 def average_products(products: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -100,8 +169,7 @@ def average_products(products: Sequence[Factors], weights: Sequence[float]) -> F
     weights : sequence of float
         On any scale.
     """
-    share = torch.tensor(list(weights), dtype=torch.float64)
-    share = share / share.sum()
+    share = _shares(weights)
     first, rank = products[0].left, products[0].left.shape[1]
     lefts = [float(part) * each.left.double() for part, each in zip(share, products, strict=True)]
     mean = sum(lefts[1:], lefts[0])

@@ -8,6 +8,7 @@ from flwr.server.strategy import FedAvg as LegacyFedAvg
 from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic
 
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
+from c2m3_fl.flower import LegacyC2M3
 from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, calibration, mlp, send
@@ -20,7 +21,10 @@ BAD_OPTIONS = {
         ConfigError,
         r'moments serve recalibrate="auto" and None, not Repair',
     ),
-    "unknown": ({"colour": "red"}, TypeError, "unexpected keyword argument 'colour'"),
+    "unknown": ({"colour": "red"}, ConfigError, "C2M3 has no option 'colour'$"),
+    "misspelt": ({"recalibrat": "repair"}, ConfigError, r"no option 'recalibrat'; did you mean 'recalibrate'\?"),
+    "of the legacy FedAvg": ({"fraction_fit": 0.5}, ConfigError, r"pass FedAvg\(fraction_train=...\) as strategy"),
+    "of the legacy start": ({"initial_parameters": []}, ConfigError, r"pass start\(initial_arrays=...\)"),
     "feedback": ({"feedback": "now"}, ConfigError, "feedback is 'now', expected 'never'"),
     "deploy": ({"deploy": "first"}, ConfigError, "deploy is 'first', expected 'last'"),
     "deploy never": ({"deploy": 0}, ConfigError, "deploy is 0, expected a whole number"),
@@ -76,10 +80,27 @@ def test_bad_options_are_refused_before_any_round(options, error, message):
         C2M3(**{"model": mlp(), "example_inputs": EXAMPLE, **options})
 
 
+def test_the_legacy_strategy_names_options_of_the_current_one():
+    for option, message in {
+        "fraction_train": r"pass FedAvg\(fraction_fit=...\) as strategy",
+        "initial_arrays": r"pass FedAvg\(initial_parameters=...\) as strategy",
+        "calibratoin": "did you mean 'calibration'",
+    }.items():
+        with pytest.raises(ConfigError, match=f"C2M3 has no option '{option}'.*{message}"):
+            LegacyC2M3(model=mlp(), example_inputs=EXAMPLE, **{option: 1})
+
+
 def test_sending_out_a_model_that_does_not_fit_is_refused():
     strategy = C2M3(model=mlp(), example_inputs=EXAMPLE)
-    with pytest.raises(ParamsError, match="the arrays to send out"):
+    with pytest.raises(
+        ParamsError, match=r"the arrays to send out: '0.weight' has shape \(8, 64\), expected \(32, 64\)"
+    ):
         send(strategy, mlp(width=8).state_dict())
+    with pytest.raises(
+        ParamsError,
+        match=r"arrays to send out: keys differ from the model's: missing \[\], unexpected \['6.weight'\]; start with",
+    ):
+        send(strategy, {**mlp().state_dict(), "6.weight": torch.zeros(1)})
 
 
 def test_a_model_in_bfloat16_is_refused_with_advice():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.merging.lora import Factors, adapter_pairs, average_adapters, average_products
+from c2m3_fl.merging.lora import Factors, adapter_pairs, average_adapters, average_products, residuals
 
 ROWS, COLUMNS, RANK = 30, 20, 3
 
@@ -110,6 +110,32 @@ def test_adapters_without_a_partner_or_that_are_not_linear_are_refused():
         adapter_pairs(["a.lora_A.weight", "b.weight"])
     with pytest.raises(ConfigError, match=r"a\.lora_B\.weight.* no partner"):
         adapter_pairs(["a.lora_B.weight"])
-    conv = {"a.lora_A.weight": torch.zeros(2, 3, 3, 3), "a.lora_B.weight": torch.zeros(4, 2, 1, 1)}
-    with pytest.raises(ConfigError, match="no adapter of linear maps"):
-        average_adapters([conv], [1.0])
+    for shape in ((4, 1, 1, 1), (4, 2, 3, 3), (4,)):  # of a grouped convolution, of another kernel, of no matrix
+        conv = {"a.lora_A.weight": torch.zeros(2, 3, 3, 3), "a.lora_B.weight": torch.zeros(shape)}
+        with pytest.raises(ConfigError, match="no adapter of linear maps"):
+            average_adapters([conv], [1.0])
+    with pytest.raises(ConfigError, match=r"no adapters, named lora_A and lora_B, among the arrays \['w'\]"):
+        average_adapters([{"w": torch.zeros(2)}], [1.0])
+
+
+def test_adapters_of_convolutions_and_embeddings_are_averaged_as_products_too():
+    """A convolution's A has the kernel's shape and B the size one: together a matrix of rank r times the kernel's."""
+    nodes = []
+    for seed in range(3):
+        (conv,), (table,) = draw(1, seed, 5, 4 * 9, 2), draw(1, 9 + seed, 6, 20, 2)
+        nodes.append(
+            {
+                "c.lora_A.weight": conv.right.view(2, 4, 3, 3),
+                "c.lora_B.weight": conv.left.view(5, 2, 1, 1),
+                "e.lora_embedding_A": table.right,
+                "e.lora_embedding_B": table.left,
+            }
+        )
+    found = average_adapters(nodes, [1.0, 2.0, 3.0])
+    assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in nodes[0].items()}
+    for down, up in adapter_pairs(found):
+        products = [Factors(each[up].flatten(1), each[down].flatten(1)) for each in nodes]
+        expected = average_products(products, [1.0, 2.0, 3.0])
+        torch.testing.assert_close(found[up].flatten(1) @ found[down].flatten(1), product(expected))
+        rest = residuals(nodes, [1.0, 2.0, 3.0], found)[down]
+        torch.testing.assert_close(product(expected) + rest, exact(products, [1.0, 2.0, 3.0]))
