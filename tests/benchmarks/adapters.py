@@ -1,4 +1,4 @@
-"""Adapters on one base: averaged apart, and as products.
+"""Adapters on one base: averaged apart, as products, and as products with the rest added to the base.
 
 python -m tests.benchmarks.adapters            writes c2m3_fl/merging/results/adapters.json: a minute on one core
 python -m tests.benchmarks.adapters --table    prints the table of the page from it
@@ -21,16 +21,27 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.spec import Params
-from c2m3_fl.merging.lora import adapter_pairs, average_adapters
+from c2m3_fl.merging.lora import adapter_pairs, average_adapters, residuals
 from tests.benchmarks.records import read_record, write_record
 from tests.flower.federation import digits, mlp, train
 
 RECORD = Path("c2m3_fl/merging/results/adapters.json")
 COMMAND = "python -m tests.benchmarks.adapters"
 CLIENTS, ROUNDS, TRAINING = 5, 5, 1200
+SHOWN = ("distance", "round 1", f"round {ROUNDS}")
+
+
+def with_residual(nodes: Sequence[Params], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Adapters averaged as products, and the base to which the rest is added."""
+    found = average_adapters(nodes, weights)
+    rests = residuals(nodes, weights, found)
+    return found | {base_of(down): nodes[0][base_of(down)] + rest for down, rest in rests.items()}
+
+
 WAYS: dict[str, Callable[[Sequence[Params], Sequence[float]], Mapping[str, Tensor]]] = {
     "apart": weighted_mean,
     "exact": average_adapters,
+    "residual": with_residual,
 }
 
 
@@ -50,8 +61,19 @@ class Adapted(nn.Module):
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:
-    """What clients exchange."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items() if "lora_" in name}
+    """The adapters of a model."""
+    return exchanged(model, [name for name in model.state_dict() if "lora_" in name])
+
+
+def exchanged(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of these names, as they are now."""
+    state = model.state_dict()
+    return {name: state[name].detach().clone() for name in names}
+
+
+def base_of(down: str) -> str:
+    """The name of the weight to which an adapter is added."""
+    return down.replace("lora_A", "base.weight")
 
 
 def federate(seed: int, rank: int, way: str, *, skewed: bool) -> dict[str, Any]:
@@ -66,13 +88,14 @@ def federate(seed: int, rank: int, way: str, *, skewed: bool) -> dict[str, Any]:
         (labels[:TRAINING] // 2 == each).nonzero().flatten() if skewed else torch.arange(TRAINING)[each::CLIENTS]
         for each in range(CLIENTS)
     ]
-    current, accuracies, error = adapters(model), [], 0.0
+    sent = [name for name in model.state_dict() if "lora_" in name or (way == "residual" and "base.weight" in name)]
+    current, accuracies, error = exchanged(model, sent), [], 0.0
     for number in range(ROUNDS):
         replies = []
         for index, share in enumerate(shares):
             model.load_state_dict(current, strict=False)
             train(model, aside[share], labels[share], epochs=5, seed=100 * number + index, rate=0.01)
-            replies.append(adapters(model))
+            replies.append(exchanged(model, sent))
         weights = [float(len(share)) for share in shares]
         current = dict(WAYS[way](replies, weights))
         error = error or distance(current, replies, weights)
@@ -84,14 +107,17 @@ def federate(seed: int, rank: int, way: str, *, skewed: bool) -> dict[str, Any]:
 
 
 def distance(found: Params, replies: Sequence[Params], weights: Sequence[float]) -> float:
-    """Relative distance of the products from the weighted mean of the clients' products, over all layers."""
+    """Relative distance of what the base gains from the weighted mean of the clients' products, over all layers."""
     missed, whole = 0.0, 0.0
     for down, up in adapter_pairs(found):
         mean = sum(
             (weight / sum(weights) * each[up] @ each[down] for weight, each in zip(weights, replies, strict=True)),
             torch.zeros(()),
         )
-        missed += float((found[up] @ found[down] - mean).square().sum())
+        added = found[up] @ found[down]
+        if base_of(down) in found:
+            added = added + found[base_of(down)] - replies[0][base_of(down)]
+        missed += float((added - mean).square().sum())
         whole += float(mean.square().sum())
     return math.sqrt(missed / whole)
 
@@ -99,8 +125,8 @@ def distance(found: Params, replies: Sequence[Params], weights: Sequence[float])
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The page's table."""
     lines = [
-        "| clients | rank | distance, apart | exact | round 1, apart | exact | round 5, apart | exact |",
-        "| --- | ---: |" + " ---: |" * 6,
+        "| clients | rank | " + " | ".join(f"{what}, apart | exact | residual" for what in SHOWN) + " |",
+        "| --- | ---: |" + " ---: |" * 9,
     ]
     for skewed in (False, True):
         for rank in sorted({row["rank"] for row in rows}):
