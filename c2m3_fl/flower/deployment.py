@@ -30,13 +30,14 @@ class Deployed:
     """The deployed model, the aggregate's own object where that was chosen; and the numbers.
 
     `unjudged` says why clients were to judge and did not, `headless` why they did not answer for a head that nobody
-    asked for; "" otherwise.
+    asked for, `unlike` what shows that the calibration inputs are unlike the clients' data; "" otherwise.
     """
 
     params: Params
     numbers: Numbers
     unjudged: str = ""
     headless: str = ""
+    unlike: str = ""
 
 
 def wants_plain(setup: Setup) -> bool:
@@ -75,9 +76,8 @@ def deploy(setup: Setup, request: Request) -> Deployed:
         "c2m3-repaired": int(changed),
         "c2m3-repair-seconds": perf_counter() - started,
     }
-    return Deployed(
-        request.aggregate if chosen == AGGREGATE else found.params[chosen], numbers, unjudged, found.headless
-    )
+    params = request.aggregate if chosen == AGGREGATE else found.params[chosen]
+    return Deployed(params, numbers, unjudged, found.headless, found.unlike)
 
 
 def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Numbers, str]:

@@ -10,6 +10,7 @@ import torch
 from flwr.supercore import log
 
 from c2m3_fl.errors import CalibrationError
+from c2m3_fl.merging.recalibrate.auto import LIMIT
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.calibration_set import CalibrationSet
 
@@ -18,6 +19,9 @@ from c2m3_fl.network.calibration_set import CalibrationSet
 # 10 and 11, which no table shows: held-out inputs at most .22, with noise of their own spread .60, one class of them
 # 1.03, x2 and /2 .93, noise instead of inputs 1.97; inputs x16 and /16 at least 2.53, x255 and /255 at least 5.3.
 FAR = 2.0
+# Shift beyond which the log says that calibration inputs are unlike the clients': the largest at which `Auto` refits.
+# No lower limit than FAR is refused, for no shift between the two tells loss from gain: see the table on the page.
+UNLIKE = LIMIT
 
 
 class Means(Enum):

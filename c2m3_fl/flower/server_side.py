@@ -15,7 +15,7 @@ from c2m3_fl.core.permutation import identity
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower.client_repair import own_moments, repair_by_clients
-from c2m3_fl.flower.evidence import FAR
+from c2m3_fl.flower.evidence import FAR, UNLIKE
 from c2m3_fl.flower.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.rounds import AlignedReplies
 from c2m3_fl.flower.setup import Setup
@@ -41,6 +41,11 @@ class ServerSide:
         The aggregate without alignment, for a guard.
     grid : Grid, optional
         Where clients can be asked.
+
+    Attributes
+    ----------
+    unlike : str
+        What shows that the calibration inputs are unlike the clients' data, and yet usable; "" otherwise.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class ServerSide:
         grid: Grid | None = None,
     ) -> None:
         self.setup, self.merged, self.aligned, self.plain, self.grid = setup, merged, aligned, plain, grid
+        self.unlike = ""
         self._settings: dict[torch.device, Setting] = {}
 
     def recalibrate(self, recalibration: Recalibration, *, insists: bool = False) -> Recalibrated:
@@ -81,7 +87,7 @@ class ServerSide:
 
         def compute(device: torch.device) -> Recalibrated:
             setting = self._setting(device)
-            _check_kind(setting, insists=insists)
+            self.unlike = _check_kind(setting, insists=insists)
             found = recalibrate(recalibration, setting)
             return replace(found, state_dict={name: value.cpu() for name, value in found.state_dict.items()})
 
@@ -123,18 +129,24 @@ class ServerSide:
         return with_own_moments(setting, setup.spec, [identity(setup.spec)] * len(here), here)
 
 
-def _check_kind(setting: Setting, *, insists: bool) -> None:
-    """Refuse calibration inputs of another range or spread than those that the replies' networks know."""
+def _check_kind(setting: Setting, *, insists: bool) -> str:
+    """Refuse calibration inputs of another range or spread than those that the replies' networks know.
+
+    Returns what is to be said of inputs that are not refused, though they are unlike the clients'; "" otherwise.
+    """
     distance = shift(setting)
-    if distance is None or distance <= FAR:
-        return
-    reason = (
-        f"the calibration inputs are not of the clients' kind: some channels are {distance:.1f} spreads (or e-foldings "
-        f"of the spread) away from the clients' own, expected at most {FAR:g}; scale them as in training"
+    if distance is None or distance <= UNLIKE:
+        return ""
+    away = (
+        f"some channels are {distance:.1f} spreads (or e-foldings of the spread) away from the clients' own, "
+        f"expected at most {UNLIKE:g}"
     )
+    if distance <= FAR:
+        return f"the calibration inputs are unlike the clients' data: {away}; what is fitted to them may lose accuracy"
+    reason = f"the calibration inputs are not of the clients' kind: {away}; scale them as in training"
     if not insists:
         raise CalibrationError(reason)
-    log(WARNING, "\t> %s", reason)
+    return reason
 
 
 def _moved(moments: Moments, device: torch.device) -> Moments:

@@ -28,6 +28,7 @@ from c2m3_fl.network.operators import Kind, Operator
 
 OwnMoments = Mapping[str, Moments]
 
+_MOMENTUM = 6  # position of the momentum among the arguments of aten.batch_norm
 _SINGLE = 1e-9  # if the other nodes' total weight is smaller, there is only one node
 
 
@@ -158,13 +159,26 @@ def _buffered(setting: Setting) -> tuple[dict[str, Moments], ...]:
     """Running statistics of BatchNorm, as moments of the operators whose outputs they describe."""
     fed = {operator.name: _next_norm(setting, operator) for operator in setting.programs[0].operators}
     return tuple(
-        {
-            name: Moments(1, endpoint[norm.mean].double(), endpoint[norm.variance].double())
-            for name, norm in fed.items()
-            if norm is not None
-        }
+        {name: _settled(norm, endpoint) for name, norm in fed.items() if norm is not None}
         for endpoint in setting.endpoints
     )
+
+
+def _settled(norm: Operator, endpoint: Params) -> Moments:
+    """Running statistics, without what is left in them of their initial values, 0 and 1.
+
+    After n batches that is a share of (1 - momentum)ⁿ, as in Adam's moments (Kingma and Ba 2015, section 3): nearly a
+    half after a client's first eight batches. A variance below it proves that the statistics began otherwise, as those
+    of a trained network whose counter was lost; they are used as they are, as are those without a counter.
+    """
+    mean, variance = endpoint[norm.mean].double(), endpoint[norm.variance].double()
+    counter = endpoint.get(norm.mean.removesuffix("running_mean") + "num_batches_tracked")
+    momentum = norm.node.args[_MOMENTUM]
+    assert isinstance(momentum, float | int)  # as its schema says
+    left = 1.0 if counter is None else (1.0 - momentum) ** float(counter.double().mean())
+    if 0 < left < 1 and bool((variance >= left).all()):
+        mean, variance = mean / (1 - left), (variance - left) / (1 - left)
+    return Moments(1, mean, variance)
 
 
 def _next_norm(setting: Setting, operator: Operator) -> Operator | None:
