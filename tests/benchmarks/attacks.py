@@ -1,8 +1,10 @@
 """What three hostile clients of ten do to Flower's strategies, to the same in the universe, and who is named.
 
 python -m tests.benchmarks.attacks            writes c2m3_fl/flower/results/attacks.json: a quarter of an hour alone
-python -m tests.benchmarks.attacks --seeds 1  the first seed; more seeds are added to the record later
-python -m tests.benchmarks.attacks --table    prints the tables of the page from it
+python -m tests.benchmarks.attacks --seeds 2  the first two seeds: those that the record lacks are added to it
+python -m tests.benchmarks.attacks --table    measures nothing
+
+All of them write what the record says into the page.
 
 Digits, one round; independent starts and a shared one. One match serves all strategies of a case: all
 clients claim the same number of examples, so it does not depend on the strategy.
@@ -27,6 +29,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.flower.aligner import Aligner, RoundMatch
 from c2m3_fl.flower.strategy import C2M3
+from simulations.grid_tables import page
 from tests.benchmarks.records import read_record, write_record
 from tests.flower.federation import EXAMPLE, accuracy, digits, mlp, reply, send
 from tests.flower.hostile import (
@@ -42,10 +45,11 @@ from tests.flower.hostile import (
     triggered,
 )
 
-RECORD = Path("c2m3_fl/flower/results/attacks.json")
+RECORD, PAGE = Path("c2m3_fl/flower/results/attacks.json"), Path("c2m3_fl/flower/README.md")
 COMMAND = "python -m tests.benchmarks.attacks"
 WAYS = ("plain", "universe", "dropping")
 STARTS = {True: "independent", False: "shared"}
+TITLES = {"independent": "Independent starts", "shared": "A shared start"}
 
 
 class OneMatch(Aligner):
@@ -149,31 +153,38 @@ def measure(out: Path, seeds: Sequence[int], starts: Sequence[bool]) -> None:
             print(STARTS[independent], seed, flush=True)
 
 
-def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page's tables."""
-    lines = []
-    for start in STARTS.values():
-        lines += [
-            "",
-            f"{start} start, {len({row['seed'] for row in rows if row['start'] == start})} seeds".capitalize(),
-            "",
-            "| attack | " + " | ".join(STRATEGIES) + " | hostile named |",
-            "| --- |" + " --- |" * len(STRATEGIES) + " ---: |",
-        ]
-        for attack in ATTACKS:
-            found = [row for row in rows if row["start"] == start and row["attack"] == attack]
-            cells = [_cell(found, "accuracy", name) for name in STRATEGIES]
-            named = (
-                f"{sum(row['named']['hostile'] for row in found)}/{HOSTILE * len(found)}" if attack != "none" else ""
-            )
-            lines.append(f"| {attack} | " + " | ".join(cells) + f" | {named} |")
-        for attack in (each for each in ATTACKS if each.startswith("backdoor")):
-            found = [row for row in rows if row["start"] == start and row["attack"] == attack]
-            cells = [_cell(found, "backdoor", name) for name in STRATEGIES]
-            lines.append(f"| success of the {attack} | " + " | ".join(cells) + " | |")
+def report(record: Mapping[str, Any]) -> str:
+    """What the page says of a record: seeds, honest replies that were named, tables."""
+    rows = record["rows"]
+    seeds = sorted({row["seed"] for row in rows})
     honest = sum(row["named"]["honest"] for row in rows)
     total = sum(CLIENTS if row["attack"] == "none" else CLIENTS - HOSTILE for row in rows)
-    return "\n".join([*lines, "", f"honest replies named: {honest} of {total}"])
+    number = "One seed" if len(seeds) == 1 else f"Means of {len(seeds)} seeds"
+    when = f"{number}, {record['date']}, {record['machine']['cores']} cores"
+    where = f"[record](results/attacks.json), `{COMMAND} --seeds {len(seeds)}`"
+    lines = [f"{when} ({where}). Honest replies that were named: {honest} of {total}."]
+    for start, title in TITLES.items():
+        of = [row for row in rows if row["start"] == start]
+        if of:
+            lines += ["", f"{title}:", "", *_table(of)]
+    return "\n".join([*lines, ""])
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "| attack | " + " | ".join(STRATEGIES) + " | hostile named |",
+        "| --- |" + " --- |" * len(STRATEGIES) + " ---: |",
+    ]
+    for attack in ATTACKS:
+        found = [row for row in rows if row["attack"] == attack]
+        cells = [_cell(found, "accuracy", name) for name in STRATEGIES]
+        named = f"{sum(row['named']['hostile'] for row in found)}/{HOSTILE * len(found)}" if attack != "none" else ""
+        lines.append(f"| {attack} | " + " | ".join(cells) + f" | {named} |")
+    for attack in (each for each in ATTACKS if each.startswith("backdoor")):
+        found = [row for row in rows if row["attack"] == attack]
+        cells = [_cell(found, "backdoor", name) for name in STRATEGIES]
+        lines.append(f"| success of the {attack} | " + " | ".join(cells) + " | |")
+    return lines
 
 
 def _cell(rows: Sequence[Mapping[str, Any]], kind: str, name: str) -> str:
@@ -192,7 +203,10 @@ def main() -> None:
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     if not options.table:
         measure(options.out, range(options.seeds), [each for each in STARTS if options.only in ("", STARTS[each])])
-    print(tables(read_record(options.out)["rows"]))
+    found = report(read_record(options.out))
+    if options.out == RECORD:
+        PAGE.write_text(page(PAGE.read_text(), "attacks", found))
+    print(found)
 
 
 if __name__ == "__main__":
