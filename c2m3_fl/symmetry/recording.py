@@ -261,8 +261,18 @@ def _half(size: Sequence[int], *_: Value, generator: Value = None, **options: An
     return torch.full(size, 0.5, **options)
 
 
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor | None = None, *rest: Value, **options: Value) -> Tensor:
+    """Runs of rows against one matrix each, in any precision; the operator itself has no double one."""
+    if ends is None or (x.ndim, weight.ndim) != (2, 3) or rest or any(each is not None for each in options.values()):
+        raise NotImplementedError("only rows in runs against a stack of matrices")
+    starts, stops = [0, *ends.tolist()[:-1]], ends.tolist()
+    runs = [x[start:stop] @ each for start, stop, each in zip(starts, stops, weight, strict=True)]
+    return torch.cat([*runs, x.new_zeros(len(x) - stops[-1], weight.shape[2])])
+
+
 # Random numbers are drawn without regard to units: the same for every entry, they leave what can be compared.
 _SUBSTITUTES: dict[str, Callable[..., Any]] = {
+    "aten::_grouped_mm": _grouped,
     "aten::native_dropout": _keep_all,
     "aten::bernoulli_": _fill,
     "aten::randn_like": _half_like,

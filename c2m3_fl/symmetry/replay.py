@@ -7,7 +7,7 @@ The outputs alone may hide one: a branch may be scaled by almost nothing, a sign
 - results may also be turned, each by the same sign as a whole: what is always positive hides a slope for negatives;
 - a *print* of every result is compared as well: the mean of a bounded function of its entries, whatever their order.
   Units in another order leave it unchanged. Results of the same operator and shape share one print, so that units may
-  also move between them.
+  also move between them; so do parts that are cut from tensors of one shape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.symmetry.recording import Operation, Ref, Tape, Value, replace_tensors
 
-_SMALL, _LARGE, _TARGET = 0.1, 10.0, 0.2  # root mean squares between the first two stay as they are
+_SMALL, _LARGE, _TARGET = 0.02, 10.0, 0.2  # root mean squares between the first two stay as they are
 _FINE, _COARSE = 1e-3, 1e3  # the same for parameters
 _MASK = 1e4  # larger entries are masks of attention, no part of the size
 _CANCELLED = 1e-10  # a result that much smaller than its operands is rounding
@@ -89,6 +89,7 @@ class _Replay:
         self.generator = torch.Generator().manual_seed(1)
         self.values: dict[int, Tensor] = {}
         self.roots: dict[int, int] = {}  # of a view: the value whose memory it shares
+        self.wholes: dict[int, torch.Size] = {}  # of a part: the shape of the tensor that it is cut from
         self.sizes: dict[int, float] = {}  # root mean squares, by root, of all values that depend on parameters
         self.pools: dict[tuple[str, tuple[int, ...]], list[float]] = {}
         self.total = torch.zeros((), dtype=torch.float64)
@@ -156,6 +157,7 @@ class _Replay:
             if number in operation.written:
                 continue
             self.values[number] = value
+            self._cut_from(number, numbers, fresh=operation.fresh)
             if not operation.fresh:
                 self.roots[number] = self._root(numbers[0])
             elif probed:
@@ -164,6 +166,17 @@ class _Replay:
                 self.sizes[number] = largest
         for number in operation.written if read else ():
             self._probe(operation.name, number, self.values[number], largest, rescale=False)
+
+    def _cut_from(self, number: int, numbers: Sequence[int], *, fresh: bool) -> None:
+        """Note what a view is a part of; what is computed from a part alone, entry by entry, is a part, too."""
+        sources = set(numbers)
+        if not numbers or (fresh and len(sources) > 1):
+            return
+        value, source = self.values[number], self.values[numbers[0]]
+        whole = self.wholes.get(numbers[0], source.shape)
+        part = value.shape == source.shape if fresh else value.numel() < source.numel()
+        if part and value.numel() < whole.numel():
+            self.wholes[number] = whole
 
     def _root(self, number: int) -> int:
         return self.roots.get(number, number)
@@ -184,8 +197,11 @@ class _Replay:
             self.sizes[self._root(number)] = size
         if rescale and self.signs is not None and bool(torch.rand((), generator=self.signs) < 0.5):
             value = -value
-        found = _Print.apply(value, size) if self.gradients else _print(value, size)
-        self.pools.setdefault((name, tuple(value.shape)), []).append(float(found.detach()))
+        # The size of a part depends on the units in it, and these may move between parts that are treated alike.
+        scale = 1.0 if _SMALL <= size <= _LARGE else size
+        found = _Print.apply(value, scale) if self.gradients else _print(value, scale)
+        whole = self.wholes.get(number, value.shape)
+        self.pools.setdefault((name, tuple(whole)), []).append(float(found.detach()) * value.numel() / whole.numel())
         if self.gradients:
             self._add(found * float(torch.randn((), generator=self.generator)))
         return value

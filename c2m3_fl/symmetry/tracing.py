@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from c2m3_fl.network.exporting import aliases
 from c2m3_fl.symmetry.facts import Atoms, Structure
+from c2m3_fl.symmetry.pieces import Join, joins
 from c2m3_fl.symmetry.rules.elementwise import constant, elementwise
 from c2m3_fl.symmetry.rules.registry import (
     INDEXING,
@@ -80,6 +81,10 @@ def _in_place(node: fx.Node) -> bool:
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
+def _entry_by_entry(node: fx.Node) -> bool:
+    return len(node.all_input_nodes) == 1 and RULES.get(_rule_name(node)) is elementwise and not _in_place(node)
+
+
 def _rule_name(node: fx.Node) -> str:
     """Name of an operator's rule: without overload; for an in-place operator, that of the functional one."""
     name = ".".join(str(node.target).split(".")[:2])
@@ -101,14 +106,20 @@ class _Labeller:
         self._first_name = aliases(model)
         state: Mapping[str, Any] = model.state_dict()
         self._state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        self.joins = joins(program.graph, _entry_by_entry)
         self._inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
 
     def run(self) -> set[str]:
         """Label all nodes in order."""
+        cut = {node: join for join in self.joins.values() for node in join.nodes}
         for node in self.program.graph.nodes:
             self._locate(node)
+            if node in cut and self._at_once(cut[node]):
+                continue
             if node.op == "placeholder":
                 self._placeholder(node)
+            elif node in self.joins and self._at_once(self.joins[node]):
+                self.labels[node] = self.joins[node].labels(self.structure, self.labels)
             elif node.op == "call_function":
                 self._call(node)
             elif node.op == "output":
@@ -118,6 +129,11 @@ class _Labeller:
         pin_tables(self.structure, self._state, self._buffers)
         pin_unread(self.structure)
         return self.used
+
+    def _at_once(self, join: Join) -> bool:
+        """Whether pieces can be cut at once: not from a constant, and not from an index."""
+        found = self.labels.get(join.source)
+        return isinstance(found, Labels) and found.points is None and join.source not in self.values
 
     def _locate(self, node: fx.Node) -> None:
         stack = list(node.meta.get("nn_module_stack", {}).values())

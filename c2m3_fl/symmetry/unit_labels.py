@@ -294,6 +294,9 @@ def take(structure: Structure, x: Labels, dim: int, index: Atoms) -> Labels:
 
 
 def select(structure: Structure, x: Labels, dim: int, index: int) -> Labels:
-    """One entry along a dimension, which disappears."""
+    """One entry along a dimension, which disappears: whatever happens next happens to a single unit."""
     dim = x.dim(dim)
+    for factor in x.factors:
+        if support(factor) == {dim}:
+            structure.pin(np.take(factor, [index], axis=dim), "picked by its place")
     return drop(take(structure, x, dim, np.array([index % x.shape[dim]])), [dim])

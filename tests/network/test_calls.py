@@ -100,6 +100,11 @@ def test_an_output_that_does_not_exist_is_refused(outputs: Any, message: str) ->
         permutation_spec(Classifier(), TOKENS, outputs=outputs)
 
 
+def test_a_network_of_one_output_says_so() -> None:
+    with pytest.raises(ConfigError, match="has no output 'logits'; it returns one output$"):
+        permutation_spec(nn.Linear(4, 2), torch.zeros(1, 4), outputs="logits")
+
+
 def test_batches_of_dicts_keep_class_labels_apart() -> None:
     labels = torch.tensor([0, 1, 1])
     raw = UserDict({"mask": MASK, "labels": labels, "tokens": TOKENS})

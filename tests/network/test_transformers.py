@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from c2m3_fl import check_invariance, merge, permutation_spec
+from c2m3_fl.cli.app import app
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import PermutationSpec
 
@@ -105,6 +107,27 @@ def test_networks_are_traced_with_dicts_and_batch_encodings(make: Callable[..., 
     assert heads or make is llama, "heads of attention are blocks"
     inner = [name for name, group in spec.groups.items() if group.size == 24]
     assert len(inner) == (4 if make is t5 else 2), "the units inside the feed-forward layers"
+
+
+def encoder_and_decoder() -> tuple[nn.Module, dict[str, Tensor]]:
+    return t5(), INPUTS[t5]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "shown"),
+    [
+        ("bert", ["--input", "tokens:2,7"], "10 groups (4 nested); permutations move 99.94 % of 5,427 parameters"),
+        ("gpt2", ["--input", "tokens:2,7"], "9 groups (4 nested); permutations move 100.00 % of 5,872 parameters"),
+        ("llama", ["--input", "tokens:2,7"], "9 groups (4 nested); permutations move 100.00 % of 5,520 parameters"),
+        ("encoder_and_decoder", [], "21 groups (12 nested); permutations move 100.00 % of 12,864 parameters"),
+    ],
+)
+def test_inspect_shows_them(name: str, arguments: list[str], shown: str) -> None:
+    command = ["inspect", f"{__name__}:{name}", *arguments, "--outputs", "logits"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.stdout.startswith(f"{shown}\n")
+    assert "cannot be proven" not in result.stdout
+    assert "smallest change that a wrong permutation of one axis alone would cause" in result.stdout
 
 
 @pytest.mark.parametrize("make", [bert, gpt2])

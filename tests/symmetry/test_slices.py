@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from c2m3_fl.network.calibration import as_inputs
+from c2m3_fl.symmetry.discover import prove
+from c2m3_fl.symmetry.proof import Prover
 from tests.symmetry.checks import check, reasons
 from tests.symmetry.families import Lambda, noise, tokens
 
@@ -63,6 +66,45 @@ def test_units_treated_unlike_are_told_apart(name: str) -> None:
     function, sizes = UNLIKE[name]
     build = lambda: Lambda(lambda net, x: net.o(function(net.a(x))), a=nn.Linear(4, 12), o=nn.Linear(12, 2))  # noqa: E731  # short
     check(build, noise(3, 4), *sizes)
+
+
+def both(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda h: torch.cat([function(h[:, :5]), function(h[:, 5:])], 1)
+
+
+# The same, with parts that are cut, treated alike and joined again.
+ALIKE: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "parts": (both(torch.relu), (12,)),
+    "parts through two functions": (both(lambda part: 2 * part.tanh().neg()), (12,)),
+    "parts exchanged": (lambda h: torch.cat([h[:, 6:], h[:, :6]], 1).relu(), (12,)),
+    "every other": (lambda h: torch.cat([h[:, ::2].tanh(), h[:, 1::2].tanh()], 1), (12,)),
+    "chunks": (lambda h: torch.cat([part.relu() for part in h.chunk(3, 1)], 1), (12,)),
+    "one by one": (lambda h: torch.stack([h[:, unit].tanh() for unit in range(12)], 1), (12,)),
+    "unbound": (lambda h: torch.stack([unit.sigmoid() for unit in h.unbind(1)], 1), (12,)),
+    "units first": (lambda h: torch.stack([h[:, unit].tanh() for unit in range(12)]).t(), (12,)),
+    "two of three alike": (lambda h: torch.cat([h[:, :3].relu(), h[:, 3:7].tanh(), h[:, 7:].relu()], 1), (8, 4)),
+    "alike beside something else": (lambda h: torch.cat([both(torch.relu)(h), h[:, :1]], 1)[:, :12], (11,)),
+    "unlike by a number": (lambda h: torch.cat([h[:, :6].clamp(max=1), h[:, 6:].clamp(max=2)], 1), (6, 6)),
+    "a part twice": (lambda h: torch.cat([h[:, :6].relu(), h[:, :6].relu()], 1), (6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_parts_that_are_treated_alike_are_not_told_apart(name: str) -> None:
+    function, sizes = ALIKE[name]
+    build = lambda: Lambda(lambda net, x: net.o(function(net.a(x))), a=nn.Linear(4, 12), o=nn.Linear(12, 2))  # noqa: E731  # short
+    spec = check(build, noise(3, 4), *sizes)
+    assert prove(spec, Prover(build(), as_inputs(noise(3, 4)))).groups == spec.groups
+
+
+def test_units_that_a_loop_picks_are_pinned_with_that_reason() -> None:
+    def loop(net: nn.Module, x: Tensor) -> Tensor:
+        h: Tensor = net.a(x)
+        return net.o(torch.stack([h[:, unit].tanh() * net.scale[unit] for unit in range(6)]).sum(0)[:, None])
+
+    network = Lambda(loop, a=nn.Linear(4, 6), o=nn.Linear(1, 2))
+    network.scale = nn.Parameter(torch.randn(6))
+    assert reasons(check(lambda: network, noise(3, 4)), "a.bias") == {"picked by its place"}
 
 
 def test_they_are_told_apart_behind_a_gate_that_is_closed() -> None:
