@@ -12,11 +12,12 @@ from c2m3_fl.cli.curves import draw_segments
 from c2m3_fl.cli.files import load_network, load_nodes
 from c2m3_fl.cli.images import channels_of, load_images, size_of
 from c2m3_fl.cli.limits import PICTURES, check_output
-from c2m3_fl.cli.options import Classes, ImageSize, KeepStatistics, LabelledImages, Model, Picture, Raw
+from c2m3_fl.cli.options import Classes, ImageSize, KeepStatistics, LabelledImages, Model, Outputs, Picture, Raw
 from c2m3_fl.core import permutation
 from c2m3_fl.core.match import match
 from c2m3_fl.merging.evaluate.barrier import barrier as segment
 from c2m3_fl.network.calibration_set import CalibrationSet
+from c2m3_fl.network.calls import choose_outputs
 from c2m3_fl.symmetry.discover import permutation_spec
 
 
@@ -31,10 +32,12 @@ def barrier(
     image_size: ImageSize = None,
     raw: Raw = False,
     classes: Classes = 0,
+    outputs: Outputs = None,
 ) -> None:
     """Draw loss and accuracy along the segment between two networks, as they are and in one basis."""
     check_output(output, PICTURES)
     network, example = load_network(model, classes)
+    network = choose_outputs(network, outputs or None)
     nodes = load_nodes(network, (first, second))
     images = load_images(data, size_of(example, image_size), channels=channels_of(example), raw=raw)
     renormalise = False if keep_statistics else None

@@ -13,12 +13,13 @@ from c2m3_fl.cli.curves import draw_landscapes
 from c2m3_fl.cli.files import load_network, load_nodes
 from c2m3_fl.cli.images import channels_of, load_images, size_of
 from c2m3_fl.cli.limits import PICTURES, check_output
-from c2m3_fl.cli.options import Classes, ImageSize, KeepStatistics, LabelledImages, Model, Picture, Raw
+from c2m3_fl.cli.options import Classes, ImageSize, KeepStatistics, LabelledImages, Model, Outputs, Picture, Raw
 from c2m3_fl.core import permutation
 from c2m3_fl.core.match import match
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.evaluate.landscape import landscape as plane
 from c2m3_fl.network.calibration_set import CalibrationSet
+from c2m3_fl.network.calls import choose_outputs
 from c2m3_fl.symmetry.discover import permutation_spec
 
 
@@ -32,12 +33,14 @@ def landscape(
     image_size: ImageSize = None,
     raw: Raw = False,
     classes: Classes = 0,
+    outputs: Outputs = None,
 ) -> None:
     """Draw the loss across the plane through three networks, as they are and in one basis."""
     if len(files) != 3:
         raise ConfigError(f"a plane is spanned by three networks, got {len(files)} files")
     check_output(output, PICTURES)
     network, example = load_network(model, classes)
+    network = choose_outputs(network, outputs or None)
     nodes = load_nodes(network, files)
     images = load_images(data, size_of(example, image_size), channels=channels_of(example), raw=raw)
     renormalise = False if keep_statistics else None

@@ -143,6 +143,34 @@ def test_barriers_and_landscapes_are_drawn(
         assert picture.size[0] > 100
 
 
+class Both(nn.Sequential):
+    """Class scores and the hidden units below them."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self[2](self[1](self[0](x)))
+        return {"scores": self[3](hidden), "hidden": hidden}
+
+
+def both() -> nn.Module:
+    return Both(*network())
+
+
+@pytest.mark.parametrize(("command", "count"), [("barrier", 2), ("landscape", 3)])
+def test_barriers_and_landscapes_read_the_outputs_that_are_named(
+    command: str, count: int, files: list[str], images: str, tmp_path: Path
+) -> None:
+    """Hidden units that nobody reads move, and the scores alone have a loss."""
+    output = ["-o", str(tmp_path / "picture.png"), "--image-size", "8"]
+    extra = ["--resolution", "3"] if command == "landscape" else ["--points", "3"]
+    arguments = [command, *files[:count], "--data", images, *output, *extra]
+    whole = CliRunner().invoke(app, [*arguments, "--model", "tests.cli.test_merge:both"])
+    assert str(whole.exception).startswith("the network gives 2 outputs, expected class scores alone: name them")
+    chosen = [*arguments, "--model", "tests.cli.test_merge:both", "--outputs", "scores"]
+    plain = [*arguments, "--model", MODEL]
+    found, expected = (CliRunner().invoke(app, each, catch_exceptions=False).stdout for each in (chosen, plain))
+    assert found == expected
+
+
 def test_torch_files_are_read_and_pickles_refused(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "weights.pt")
     assert set(load_params(tmp_path / "weights.pt")) == set(network().state_dict())

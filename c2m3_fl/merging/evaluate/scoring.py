@@ -51,9 +51,13 @@ def evaluate(model: nn.Module, params: Params, batches: Sequence[Batch]) -> Scor
                 raise CalibrationError("barriers need labelled data: batches of (inputs, class indices)")
             with feeding(batch, params):
                 found = tuple(tensors_in(torch.func.functional_call(model, dict(params), *batch.call)))
-                if len(found) != 1:
-                    raise CalibrationError(f"the network gives {len(found)} outputs, expected class scores alone")
-                logits = found[0]
+            if len(found) != 1:
+                raise CalibrationError(
+                    f"the network gives {len(found)} outputs, expected class scores alone: name them with --outputs, "
+                    "or pass a module that returns them alone"
+                )
+            logits = found[0]
+            with feeding(batch, params):
                 loss += float(nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
             correct += int((logits.argmax(1) == batch.labels).sum())
             count += len(batch.labels)
