@@ -19,6 +19,7 @@ _OURS = "c2m3-"  # how the names of this package's metrics begin
 KEPT = _OURS + "kept-previous"  # whether a round left the global model as it was
 EVALUATIONS_DROPPED = _OURS + "evaluations-dropped"
 _DEPLOYED = _OURS + "deployed/"
+_GUARDED = {"none": "the aggregate", "plain": "the aggregate without alignment"}  # a guard's names for them
 _MAIN = (
     "replies",
     "dropped",
@@ -109,7 +110,11 @@ def report_candidate(name: str, report: RecalibrationReport) -> Numbers:
     if decision is None:
         log(INFO, "\t> candidate %r: %s", name, report.method)
         return {}
-    log(INFO, "\t> candidate %r: the guard keeps %r: %s", name, decision.chosen, decision.reason)
+    reason = decision.reason
+    for each, meant in _GUARDED.items():
+        reason = reason.replace(repr(each), meant)
+    chosen = _GUARDED.get(decision.chosen, repr(decision.chosen))
+    log(INFO, "\t> candidate %r: the guard keeps %s: %s", name, chosen, reason)
     numbers: Numbers = {} if decision.shift is None else {"c2m3-guard-shift": decision.shift}
     for each in decision.candidates:
         numbers[f"c2m3-guard-kept/{each.name}"] = int(each.name == decision.chosen)

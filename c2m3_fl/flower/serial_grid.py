@@ -89,7 +89,12 @@ class SerialGrid(Grid):
         """Ids of all nodes; a strategy that asks again and again waits for more of them, which nobody can add."""
         self._asked += 1
         if self._asked > _PATIENCE:
-            raise ConfigError(f"the strategy waits for more than the {len(self.contexts)} nodes of this SerialGrid")
+            count = len(self.contexts)
+            raise ConfigError(
+                f"the strategy waits for more nodes than the {count} of this SerialGrid: pass more to SerialGrid(app, "
+                f"nodes), or ask for fewer, say FedAvg(min_available_nodes={count}, min_train_nodes={count}, "
+                f"min_evaluate_nodes={count})"
+            )
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

@@ -115,7 +115,8 @@ def _pick(found: Any, name: str | int) -> Any:  # noqa: ANN401  # a network may 
     elif place is not None and -len(values) <= place < len(values):
         picked = values[place]
     else:
-        raise ConfigError(f"the network has no output {name!r}; it returns {list(names) or f'{len(values)} outputs'}")
+        count = "one output" if len(values) == 1 else f"{len(values)} outputs"
+        raise ConfigError(f"the network has no output {name!r}; it returns {list(names) or count}")
     if next(tensors_in(picked), None) is None:
         raise ConfigError(f"the network's output {name!r} is a {type(picked).__name__}, which holds no tensor")
     return picked

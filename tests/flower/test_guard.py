@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
 
 from c2m3_fl.core.averaging import weighted_mean
+from c2m3_fl.flower.metrics import report_candidate
 from c2m3_fl.flower.records import to_params
 from c2m3_fl.flower.strategy import C2M3
+from c2m3_fl.merging.reports import RecalibrationDecision, RecalibrationReport
 from tests.flower.federation import calibration, clients, digits, mlp, reply, send
 
 LABELLED = [tuple(each[:300] for each in digits())]
@@ -48,3 +52,16 @@ def test_comparing_leaves_no_trace_in_the_wrapped_strategy() -> None:
     compared, alone = stepped("auto"), stepped("repair")
     for key, value in alone.m_t.items():
         assert (compared.m_t[key] == value).all()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [("none", "the aggregate"), ("plain", "the aggregate without alignment"), ("repair", "'repair'")],
+)
+def test_the_log_names_what_the_guard_keeps_in_one_word(
+    chosen: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="flwr")
+    decision = RecalibrationDecision(chosen, f"it agrees more than {chosen!r} does", None, ())
+    report_candidate("auto", RecalibrationReport(chosen, (), (), decision=decision))
+    assert caplog.messages == [f"\t> candidate 'auto': the guard keeps {words}: it agrees more than {words} does"]

@@ -28,6 +28,9 @@ def test_classes_in_place_of_their_instances_are_named() -> None:
     node = model.state_dict()
     with pytest.raises(ConfigError, match=r"model is <class .*Linear'>, expected a module such as Net\(\)"):
         merge(torch.nn.Linear, [node, node], example_inputs=torch.zeros(2, 4))  # type: ignore[arg-type]  # on purpose
+    for given in ({"a": node, "b": node}, node):
+        with pytest.raises(ParamsError, match=r"node 0 is a str, .*; nodes in a dict are passed as list\(nodes.values"):
+            merge(model, given, example_inputs=torch.zeros(2, 4))  # type: ignore[arg-type]  # too
     with pytest.raises(ConfigError, match="spec is a str, expected a PermutationSpec"):
         merge(model, [node, node], example_inputs=torch.zeros(2, 4), spec="{}")  # type: ignore[arg-type]  # too
     with pytest.raises(ConfigError, match=r"method is \['cca'\], expected one of"):

@@ -101,7 +101,7 @@ def test_an_output_that_does_not_exist_is_refused(outputs: Any, message: str) ->
 
 
 def test_a_network_of_one_output_says_so() -> None:
-    with pytest.raises(ConfigError, match="has no output 'logits'; it returns one output$"):
+    with pytest.raises(ConfigError, match=r"has no output 'logits'; it returns one output$"):
         permutation_spec(nn.Linear(4, 2), torch.zeros(1, 4), outputs="logits")
 
 
