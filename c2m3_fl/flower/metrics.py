@@ -111,8 +111,8 @@ def report_candidate(name: str, report: RecalibrationReport) -> Numbers:
         log(INFO, "\t> candidate %r: %s", name, report.method)
         return {}
     reason = decision.reason
-    for each, meant in _GUARDED.items():
-        reason = reason.replace(repr(each), meant)
+    for known, meant in _GUARDED.items():
+        reason = reason.replace(repr(known), meant)
     chosen = _GUARDED.get(decision.chosen, repr(decision.chosen))
     log(INFO, "\t> candidate %r: the guard keeps %s: %s", name, chosen, reason)
     numbers: Numbers = {} if decision.shift is None else {"c2m3-guard-shift": decision.shift}
