@@ -24,7 +24,7 @@ from c2m3_fl.network.calibration import ExampleInputs
 from c2m3_fl.network.copying import own_names
 
 
-def load_network(name: str, classes: int = 0) -> tuple[nn.Module, ExampleInputs | None]:
+def load_network(name: str, classes: int = 0, width: float | None = None) -> tuple[nn.Module, ExampleInputs | None]:
     """The architecture of that name, and the example inputs that its factory returns with it.
 
     Parameters
@@ -34,6 +34,8 @@ def load_network(name: str, classes: int = 0) -> tuple[nn.Module, ExampleInputs 
         module, or a module and example inputs.
     classes : int
         Width of a torchvision network's output; 0 keeps its own.
+    width : float, optional
+        What the factory is called with, as an int if it is whole; by default nothing.
 
     Raises
     ------
@@ -42,16 +44,18 @@ def load_network(name: str, classes: int = 0) -> tuple[nn.Module, ExampleInputs 
     """
     module, _, attribute = name.rpartition(":")
     if module in ("", "torchvision"):
+        if width is not None:
+            raise ConfigError(f"{name!r} has one width; networks of several widths are named package.module:factory")
         return build_classifier(attribute, classes), None
-    made = call_factory(name)
+    made = call_factory(name, *(() if width is None else (int(width) if width == int(width) else width,)))
     network, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{name!r} returned {type(network).__name__}; expected a module, or (module, example inputs)")
     return network, example
 
 
-def call_factory(name: str) -> Any:  # noqa: ANN401  # whatever it returns
-    """The result of ``package.module:factory``, called without arguments.
+def call_factory(name: str, *arguments: float) -> Any:  # noqa: ANN401  # whatever it returns
+    """The result of ``package.module:factory``, called with these arguments, if any.
 
     Raises
     ------
@@ -61,12 +65,13 @@ def call_factory(name: str) -> Any:  # noqa: ANN401  # whatever it returns
     module, _, attribute = name.rpartition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(import_module(module), attribute)()
+        return getattr(import_module(module), attribute)(*arguments)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"cannot load {name!r}: {error}; expected package.module:factory") from error
     except Exception as error:  # a factory may raise anything
+        wanted = f"with the width, {arguments[0]}" if arguments else "without arguments"
         raise ConfigError(
-            f"{name!r} failed: {type(error).__name__}: {error}; expected a factory that is called without arguments"
+            f"{name!r} failed: {type(error).__name__}: {error}; expected a factory that is called {wanted}"
         ) from error
     finally:
         sys.path.pop(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors.torch import save_file
+from torch import nn
 
 from c2m3_fl.cli.convergence import draw_convergence
 from c2m3_fl.cli.curves import draw_agreement
@@ -33,6 +34,7 @@ from c2m3_fl.merging.merged import Merge
 from c2m3_fl.merging.recalibrate.short_names import SHORT_NAMES
 from c2m3_fl.network.calibration import ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
+from c2m3_fl.network.calls import choose_outputs
 from c2m3_fl.network.copying import private_copy
 from c2m3_fl.symmetry.discover import permutation_spec
 
@@ -53,6 +55,12 @@ def merge(
         str | None, typer.Option(help=f"One of {', '.join(SHORT_NAMES)}; by default repair, if there are images.")
     ] = None,
     weights: Annotated[list[float] | None, typer.Option(help="Averaging weight, once per file.")] = None,
+    width: Annotated[
+        list[float] | None, typer.Option(help="Width of a network, once per file: the argument of the factory.")
+    ] = None,
+    result_width: Annotated[
+        float | None, typer.Option(help="Width of the merged network; by default that of the widest.")
+    ] = None,
     outputs: Outputs = None,
     image_size: ImageSize = None,
     raw: Raw = False,
@@ -65,11 +73,16 @@ def merge(
 ) -> None:
     """Merge networks that were trained apart: permute their units into one universe, average, recalibrate."""
     _check(files, method, start, convergence)
+    _check_widths(files, width, result_width, picture)
     check_output(output, (".safetensors",))
     for drawing in (each for each in (picture, convergence) if each is not None):
         check_output(drawing, PICTURES)
-    network, example = load_network(model, classes)
-    nodes = load_nodes(network, files)
+    own: Sequence[float | None] = width or [None for _ in files]
+    kinds = dict.fromkeys(own if result_width is None else [*own, result_width])
+    made = {each: load_network(model, classes, each) for each in kinds}
+    models = [made[each][0] for each in own]
+    network, example = made[own[0]]
+    nodes = [load_nodes(each, [file])[0] for each, file in zip(models, files, strict=True)]
     size, images = size_of(example, image_size), None
     if calibration is not None and ":" in calibration.name and not calibration.exists():
         images = call_factory(str(calibration))
@@ -86,7 +99,7 @@ def merge(
             outputs=outputs or None,
         )
         try:
-            spec = permutation_spec(held.model, held.example_inputs)
+            spec = None if width else permutation_spec(held.model, held.example_inputs)
         except TraceError as error:
             if example is None and images is None:
                 raise ConfigError(
@@ -94,24 +107,30 @@ def merge(
                     "let the factory return (module, example inputs), or give --calibration or --image-size"
                 ) from error
             raise
-        merged = merge_networks(
-            held.model,
-            nodes,
-            spec=spec,
-            weights=weights,
-            calibration=held if held.batches else None,
-            method=CycleConsistent(cast("MergeStart", start), callback=tell) if method == "c2m3" else method,
-            recalibrate=recalibrate,
-        )
+        options: dict[str, Any] = {
+            "weights": weights,
+            "calibration": held if held.batches else None,
+            "method": CycleConsistent(cast("MergeStart", start), callback=tell) if method == "c2m3" else method,
+            "recalibrate": recalibrate,
+        }
+        if spec is None:
+            target = None if result_width is None else made[result_width][0]
+            options |= {"example_inputs": held.example_inputs, "outputs": outputs or None, "width": target}
+            merged = merge_networks(models=models, state_dicts=nodes, **options)
+        else:
+            merged = merge_networks(held.model, nodes, spec=spec, **options)
         report = {"method": method, **asdict(merged.report)}
         if held.labelled:
-            scored = {str(file): node for file, node in zip(files, nodes, strict=True)} | {"merged": merged.state_dict}
+            scored = [
+                *zip(map(str, files), models, nodes, strict=True),
+                ("merged", _fitting(made, merged), merged.state_dict),
+            ]
             report["accuracy"] = {
-                name: evaluate(private_copy(held.model).eval(), each, held.batches).accuracy
-                for name, each in scored.items()
+                name: evaluate(private_copy(choose_outputs(kind, outputs or None)).eval(), each, held.batches).accuracy
+                for name, kind, each in scored
             }
     _save(merged, output)
-    if picture is not None:
+    if picture is not None and spec is not None:
         before = consensus(spec, nodes, merged.report.weights).layers
         draw_agreement({name: row.tolist() for name, row in before.items()}, merged.report.layers, picture)
     if convergence is not None and steps:
@@ -122,6 +141,25 @@ def merge(
         typer.echo(json.dumps(report, indent=1))
     else:
         _print(merged, report, output)
+
+
+def _fitting(made: Mapping[Any, tuple[nn.Module, Any]], merged: Merge) -> nn.Module:
+    """The network that the merged state dict fits."""
+    shapes = {name: value.shape for name, value in merged.state_dict.items()}
+    found = (own for own, _ in made.values())
+    return next(own for own in found if {name: value.shape for name, value in own.state_dict().items()} == shapes)
+
+
+def _check_widths(
+    files: Sequence[Path], width: Sequence[float] | None, result_width: float | None, picture: Path | None
+) -> None:
+    """Refuse options of different widths that do not go together."""
+    if width and len(width) != len(files):
+        raise ConfigError(f"got {len(width)} of --width, expected one for each of the {len(files)} files")
+    if result_width is not None and not width:
+        raise ConfigError("--result-width is for networks of different widths: give --width, once per file")
+    if width and picture is not None:
+        raise ConfigError("--picture compares networks of one width, leave it out with --width")
 
 
 def _check(files: Sequence[Path], method: str, start: str, convergence: Path | None) -> None:
