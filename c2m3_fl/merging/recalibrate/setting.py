@@ -227,9 +227,10 @@ def check_params(model: nn.Module, params: Params, who: str) -> None:
     if isinstance(params, nn.Module):
         raise ParamsError(f"{who} is the module {type(params).__name__}, expected its state_dict()")
     if not isinstance(params, Mapping):
-        found = type(params).__name__
-        remedy = "; nodes in a dict are passed as list(nodes.values())" if found == "str" else ""
-        raise ParamsError(f"{who} is a {found}, expected a state dict: tensors by name{remedy}")
+        raise ParamsError(
+            f"{who} is a {type(params).__name__}, expected a state dict: tensors by name"
+            + ("; nodes in a dict are passed as list(nodes.values())" if type(params).__name__ == "str" else "")
+        )
     expected = model.state_dict()
     if not expected:
         raise ParamsError(f"{who}: {type(model).__name__} has no parameters and no buffers, so there is nothing to do")
