@@ -11,7 +11,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.mapped import agreement, inners, moved
+from c2m3_fl.core.mapped import agreement, dot, moved
 from c2m3_fl.core.spec import Group, Params, PermutationSpec
 from c2m3_fl.core.terms import Term, compile_terms, matched_names, working_dtype
 from c2m3_fl.errors import ConfigError, ParamsError
@@ -78,7 +78,7 @@ class Problem:
         terms = compile_terms(spec, nodes, _balancing(spec, nodes) if balance else None)
         constant = sum(_agreement(term, weights) for term in terms if not term.groups)
         moving = tuple(term for term in terms if term.groups)
-        squares = sum((inners(term.value, term.value).cpu() for term in moving), torch.zeros(len(nodes)))
+        squares = sum((_squares(term).cpu() for term in moving), torch.zeros(len(nodes)))
         norms = squares.sqrt().tolist()
         shares = [w * norm for w, norm in zip(weights.tolist(), norms, strict=True)]
         scale = sum(share * before for share, before in zip(shares[1:], accumulate(shares), strict=False))
@@ -186,6 +186,11 @@ def check_search(
 def _agreement(term: Term, weights: Tensor) -> float:
     """A term's part of the agreement of the nodes in their frames."""
     return float(agreement(term.value, weights.tolist(), torch.empty_like(term.value[0])))
+
+
+def _squares(term: Term) -> Tensor:
+    """Every node's squared norm; node by node, because products take memory of their own."""
+    return torch.stack([dot(own, own) for own in term.value])
 
 
 def _balancing(spec: PermutationSpec, nodes: Sequence[Params]) -> dict[str, float]:

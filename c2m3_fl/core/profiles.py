@@ -53,8 +53,9 @@ def _add_products(term: Term, gains: Mapping[str, Tensor]) -> None:
         if group in gains:
             known = profiles(term, axis, 0)
             centre = known.mean(0)  # subtracted: a common offset changes no assignment, but costs precision
+            known = known - centre
             for node, gain in enumerate(gains[group], start=1):
-                gain.addmm_(known - centre, (profiles(term, axis, node) - centre).T)
+                gain.addmm_(known, (profiles(term, axis, node) - centre).T)
 
 
 def profiles(term: Term, axis: int, node: int) -> Tensor:

@@ -94,6 +94,8 @@ def compile_terms(
         return []
     dtype, device = working_dtype(nodes, names), nodes[0][names[0]].device
     at_once = max(1, _AT_A_TIME // sum(nodes[0][name].numel() for name in names))
+    if len(nodes) <= at_once:
+        return [Term(groups, part) for groups, part in _cut(spec, names, nodes, scales, dtype, device)]
     whole: dict[tuple[str, ...], Tensor] = {}
     for first in range(0, len(nodes), at_once):
         for groups, part in _cut(spec, names, nodes[first : first + at_once], scales, dtype, device):
@@ -120,7 +122,7 @@ def _cut(
             pieces.setdefault(groups, []).append(piece)
     for groups in sorted(pieces):
         parts = pieces.pop(groups)
-        yield groups, torch.cat(parts, dim=min(2, parts[0].ndim - 1))
+        yield groups, parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=min(2, parts[0].ndim - 1))
 
 
 def _pieces(spec: PermutationSpec, axes: tuple[Axis, ...], value: Tensor) -> list[tuple[tuple[str, ...], Tensor]]:

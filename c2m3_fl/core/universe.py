@@ -178,10 +178,10 @@ class Universe:
             self.means[number].add_(self.node(self.problem.terms[number], node), alpha=share)
 
     def change(self, number: int, node: int, index: Mapping[str, Tensor]) -> Tensor:
-        """What permutations of some groups would change in a node's part of the term of this number."""
+        """What permutations of some groups would change in a node's part of a term that they move, by its number."""
         term = self.problem.terms[number]
         places = {name: place for name, place in self.places[node].items() if name not in index}
-        return image(term, moved(term, term.value[node], index), places) - self.node(term, node)
+        return image(term, moved(term, term.value[node], index), places).sub_(self.node(term, node))
 
     def matrix(self, node: int, group: str) -> Tensor:
         """Where a group of a node stands, as a matrix relative to its frame."""

@@ -37,7 +37,7 @@ SecondStart = Callable[[Sequence[Params], Sequence[float]], Sequence[Permutation
 # own starts (.953). Digits, MLP 64-32-32-10, 5 clients, IID, Dirichlet .1 and two classes, 1 and 5 local epochs,
 # learning rates .1 and .02, 8 rounds, seeds 10 and 11, which no table shows.
 MOVED = 0.4
-_IMAGES = 6  # models that a match holds for every node: see `tests.benchmarks.rounds`
+_MODELS = 2  # that a match holds for every node, with a margin: see `tests.core.test_memory`
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +276,7 @@ class Aligner:
         if self.memory_limit is None:
             return len(nodes)
         size = sum(nodes[0][name].nbytes for name in self.spec.tensors)
-        return max(2, int(self.memory_limit // (_IMAGES * size)))
+        return max(2, int(self.memory_limit // (_MODELS * size)))
 
     def _rebased(
         self, nodes: Sequence[int], weights: Sequence[float], moves: Sequence[Permutation]
