@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,7 @@ from c2m3_fl.cli.zoo import HEADER, example_image, load, measure
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.spec_json import save_spec
 from c2m3_fl.errors import ConfigError
+from c2m3_fl.merging.widths.agree import check_alike
 from c2m3_fl.network.calibration import ExampleInputs
 from c2m3_fl.network.calls import choose_outputs
 from c2m3_fl.symmetry.discover import check_invariance, permutation_spec
@@ -33,6 +34,10 @@ def inspect(
         typer.Option("--input", help="Shape of an input, '2,3,32,32'; 'tokens:2,16' for integers. One per input."),
     ] = None,
     outputs: Outputs = None,
+    width: Annotated[
+        list[float] | None,
+        typer.Option(help="A width, the argument of the factory; of several, the sizes of all groups are compared."),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the spec, or with --zoo the measurements, as JSON.")] = None,
     zoo: Annotated[bool, typer.Option("--zoo", help="The coverage table of all torchvision classifiers.")] = False,
     saved: Annotated[
@@ -48,10 +53,14 @@ def inspect(
         return
     if not model:
         raise ConfigError("no network named; give a torchvision classifier or package.module:factory, or --zoo")
-    network, example = _load(model, shape or [])
+    network, example = _load(model, shape or [], width[0] if width else None)
     network = choose_outputs(network, outputs or None)
     spec = permutation_spec(network, example)
     console.print(str(spec), markup=False)
+    if width:
+        found = [choose_outputs(load_network(model, width=each)[0], outputs or None) for each in width[1:]]
+        specs = [spec, *(permutation_spec(each, example) for each in found)]
+        console.print("\n".join(_widths(specs, [f"width {each:g}" for each in width])), markup=False)
     console.print("\n".join(_proof(network, spec, example)), markup=False)
     if save is not None:
         save_spec(spec, save)
@@ -68,6 +77,16 @@ def _proof(network: nn.Module, spec: PermutationSpec, example: ExampleInputs) ->
         yield from (f"  {name:<{width}}  {change:.0e}" for name, change in found.power.items())
 
 
+def _widths(specs: Sequence[PermutationSpec], names: Sequence[str]) -> Iterator[str]:
+    """Units of every group in networks of several widths, which must not differ in anything else."""
+    check_alike(specs, names)
+    wide = max(map(len, ["group", *specs[0].groups]))
+    yield "\nunits of every group, by width"
+    yield f"  {'group':<{wide}}  " + "  ".join(f"{name:>10}" for name in names)
+    for group in specs[0].groups:
+        yield f"  {group:<{wide}}  " + "  ".join(f"{spec.groups[group].size:>10}" for spec in specs)
+
+
 def _print_zoo(model: str, save: Path | None, saved: Path | None) -> None:
     """Print the coverage table, one line per finished network."""
     entries = load(saved) if saved is not None else measure([model] if model else None, save)
@@ -76,9 +95,9 @@ def _print_zoo(model: str, save: Path | None, saved: Path | None) -> None:
         typer.echo(entry.line())
 
 
-def _load(name: str, shapes: list[str]) -> tuple[nn.Module, ExampleInputs]:
+def _load(name: str, shapes: list[str], width: float | None) -> tuple[nn.Module, ExampleInputs]:
     """The network and its example inputs: of the given shapes, of the factory, or for a classifier an image."""
-    network, example = load_network(name)
+    network, example = load_network(name, width=width)
     module, _, attribute = name.rpartition(":")
     if module in ("", "torchvision"):
         example = example_image(attribute)

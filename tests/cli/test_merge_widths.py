@@ -1,4 +1,4 @@
-"""``c2m3-fl merge`` of networks of different widths."""
+"""``c2m3-fl merge`` and ``inspect`` of networks of different widths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from c2m3_fl.cli.app import app
-from c2m3_fl.errors import C2M3Error, ConfigError
+from c2m3_fl.errors import C2M3Error, ConfigError, SpecError
 
 BATCHES = "tests.cli.test_merge_widths:batches"
 
@@ -77,3 +77,22 @@ def test_a_torchvision_network_has_one_width(several: list[str], tmp_path: Path)
     arguments = ["merge", *several[:2], "--model", "resnet18", "-o", str(tmp_path / "m.safetensors")]
     with pytest.raises(ConfigError, match="'resnet18' has one width; networks of several widths are named package"):
         CliRunner().invoke(app, [*arguments, "--width", "1", "--width", "2"], catch_exceptions=False)
+
+
+def deeper(width: float) -> nn.Module:
+    return wide(width) if width < 2 else nn.Sequential(*wide(width).children(), nn.ReLU(), nn.Linear(2, 2))
+
+
+def test_inspect_compares_the_groups_of_several_widths() -> None:
+    arguments = ["inspect", "tests.cli.test_merge_widths:wide", "--input", "2,3,8,8", "--width", "0.5", "--width", "2"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["group", "width", "0.5", "width", "2"] in lines
+    assert ["1", "4", "16"] in lines
+
+
+def test_inspect_names_the_place_where_networks_differ_in_more_than_width() -> None:
+    arguments = ["inspect", "tests.cli.test_merge_widths:deeper", "--input", "2,3,8,8", "--width", "1", "--width", "2"]
+    with pytest.raises(SpecError, match=r"width 2 differs from width 1 in more than its width: it has the tensor '5\."):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
