@@ -13,7 +13,6 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 from torch import Tensor
 
-from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.flower.adapters import Lora, averaging_products, bases_of, check_lora
 from c2m3_fl.flower.deployment import Clients
 from c2m3_fl.flower.exchanged import exchanging, model_names
@@ -126,8 +125,7 @@ class Dialect(Strategy):
             check_start(params, self.setup.spec.tensors)
         elif params and model_names(params, self._whole.spec.tensors) is not None:
             self._exchange(list(params))
-        check_fits(params, self.setup.state_dict(), _SENT)
-        check_finite(params, _SENT)
+        check_fits(params, self.setup, _SENT)
         start = self.server.next_start(params)
         self.sent = arrays.copy() if start is params else from_params(start)
         self._grid = grid

@@ -15,7 +15,6 @@ from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, Strategy
 from torch import nn
 
 from c2m3_fl.core.spec import PermutationSpec
-from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.adapters import Lora, averaging_products, bases_of, check_lora
 from c2m3_fl.flower.admitted import Sorted
@@ -187,8 +186,7 @@ class C2M3(Strategy):
         """Send out the trajectory, or `parameters` where they are a new start, to whom the wrapped strategy chooses."""
         check_callers(separate=self.setup.separate, calibrated=self.setup.calibrated)
         named = named_params(self.schema, parameters, "the parameters to send out")
-        check_fits(named, self.setup.state_dict(), "the parameters to send out")
-        check_finite(named, "the parameters to send out")
+        check_fits(named, self.setup, "the parameters to send out")
         start = self.server.next_start(named)
         self.expected = reply_schema(self.schema, schema_of_params(start))
         self.sent = parameters if start is named else to_parameters(start)

@@ -12,8 +12,10 @@ from flwr.server import strategy as legacy
 from flwr.serverapp import strategy as current
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.flower.records import bare_name
+from c2m3_fl.flower.setup import Setup
 
 P = ParamSpec("P")
 
@@ -138,16 +140,19 @@ def check_start(given: Iterable[str], exchanged: Collection[str]) -> None:
         )
 
 
-def check_fits(params: Params, model: Params, who: str) -> None:
+def check_fits(params: Params, setup: Setup, who: str) -> None:
     """Raise `ParamsError` where arrays to send out are not those of the model, or of the part that is exchanged.
 
     Parameters
     ----------
-    params, model : mapping of str to Tensor
-        What is to be sent out, and the model's own.
+    params : mapping of str to Tensor
+        What is to be sent out.
+    setup : Setup
+        Of the strategy.
     who : str
         Whose they are, for the error message.
     """
+    model = setup.state_dict()
     missing = [name for name in model if name not in params]
     extra = [name for name in params if name not in model]
     if missing or extra:
@@ -158,3 +163,11 @@ def check_fits(params: Params, model: Params, who: str) -> None:
     for name, value in model.items():
         if params[name].shape != value.shape:
             raise ParamsError(f"{who}: {name!r} has shape {tuple(params[name].shape)}, expected {tuple(value.shape)}")
+    trained = {name for name, _ in setup.model.named_parameters(remove_duplicate=False)}
+    for name, value in params.items():
+        if setup.names.get(name, name) not in trained and not bool(value.isfinite().all()):
+            raise ParamsError(
+                f"{who}: the buffer {name!r} holds NaN or infinities, as masks do, which cannot be averaged: register "
+                "it with persistent=False, or exchange the other arrays alone, such as dict(model.named_parameters())"
+            )
+    check_finite(params, who)

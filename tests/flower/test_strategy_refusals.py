@@ -11,7 +11,7 @@ from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower import LegacyC2M3
 from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.strategy import C2M3
-from tests.flower.federation import EXAMPLE, calibration, mlp, send
+from tests.flower.federation import EXAMPLE, calibration, mlp, reply, send
 
 BAD_OPTIONS = {
     "model": ({"model": torch.nn.Linear}, ConfigError, r"expected a module such as Net\(\)"),
@@ -101,6 +101,31 @@ def test_sending_out_a_model_that_does_not_fit_is_refused():
         match=r"arrays to send out: keys differ from the model's: missing \[\], unexpected \['6.weight'\]; start with",
     ):
         send(strategy, {**mlp().state_dict(), "6.weight": torch.zeros(1)})
+
+
+class Masked(torch.nn.Module):
+    """Scores of which one is masked out."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+        self.register_buffer("mask", torch.tensor([-float("inf")] + [0.0] * 9))
+
+    def forward(self, x):
+        return (self.layer(x) + self.mask).softmax(-1)
+
+
+def test_a_mask_of_infinities_is_named_with_what_to_do_about_it():
+    model = Masked()
+    strategy = C2M3(model=model, example_inputs=EXAMPLE)
+    with pytest.raises(
+        ParamsError, match=r"the buffer 'mask' holds NaN or infinities, .* persistent=False, or exchange"
+    ):
+        send(strategy, model.state_dict())
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    send(strategy, parameters)
+    _, metrics = strategy.aggregate_train(1, [reply(node, parameters) for node in range(2)])
+    assert (metrics["c2m3-replies"], metrics["c2m3-kept-previous"]) == (2, 0)
 
 
 def test_a_model_in_bfloat16_is_refused_with_advice():
