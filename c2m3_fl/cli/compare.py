@@ -108,7 +108,7 @@ def _flower(runs: list[Settings], report: Report) -> tuple[Round, ...]:
 def _progress(console: Console, total: int) -> Iterator[Report]:
     """A bar over all rounds, and a line for each finished one."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=total)
 
         def report(scored: Round) -> None:

@@ -73,7 +73,7 @@ def _draw(design: Design, output: Path, console: Console) -> None:
 def _progress(console: Console) -> Iterator[Watch]:
     """A bar over all measurements, a line for each new one, and the estimated remaining time."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("starting", total=None)
         seen: set[str] = set()
         before, since = -1, time.monotonic()

@@ -68,7 +68,7 @@ def call_factory(name: str, *arguments: float) -> Any:  # noqa: ANN401  # whatev
         return getattr(import_module(module), attribute)(*arguments)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"cannot load {name!r}: {error}; expected package.module:factory") from error
-    except Exception as error:  # a factory may raise anything
+    except (Exception, SystemExit) as error:  # a factory may raise anything, and a script may end itself
         wanted = f"with the width, {arguments[0]}" if arguments else "without arguments"
         raise ConfigError(
             f"{name!r} failed: {type(error).__name__}: {error}; expected a factory that is called {wanted}"

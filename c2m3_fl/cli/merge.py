@@ -178,7 +178,8 @@ def _progress(title: str, steps: list[Step]) -> Iterator[Callable[[Step], None]]
     """A bar on the error stream, and a callback for the match that shows every step and appends it to `steps`."""
     estimate = Estimate(CycleConsistent.tolerance)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=1.0)
 
         def tell(step: Step) -> None:

@@ -28,6 +28,10 @@ def network() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(2, 3, 8, 8)
 
 
+def leave() -> None:
+    sys.exit(3)
+
+
 def params() -> dict[str, Tensor]:
     torch.manual_seed(0)
     return network()[0].state_dict()
@@ -75,6 +79,14 @@ REFUSED = {
         "2 images of 300000 x 300000 pixels take 2,160 GB, this machine has",
     ),
     "inputs of a terabyte": (["inspect", MODEL[1], "--input", "1000000,1000000"], "take 8,000 GB, this machine has"),
+    "a factory that exits": (
+        ["inspect", "tests.cli.test_limits:leave"],
+        "'tests.cli.test_limits:leave' failed: SystemExit: 3; expected a factory",
+    ),
+    "weights for one": (
+        ["merge", *PAIR, "-o", "c.safetensors", "--weights", "1"],
+        "weights: got 1, expected one for each",
+    ),
     "a negative size": (["inspect", MODEL[1], "--input", "2,-1"], "expected sizes of at least 1"),
     "a size beyond int64": (["inspect", MODEL[1], "--input", f"2,{10**30}"], "GB, this machine has"),
 }
@@ -133,7 +145,7 @@ def test_help_and_success_end_with_status_zero(
 def test_what_nobody_thought_of_ends_with_one_line_and_shows_its_traceback_on_demand(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(name: str, classes: int = 0) -> None:
+    def fail(*args: object) -> None:
         raise MemoryError("of two\nlines")
 
     monkeypatch.setattr("c2m3_fl.cli.merge.load_network", fail)
