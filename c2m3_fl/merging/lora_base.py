@@ -121,5 +121,5 @@ def _outputs(model: nn.Module, params: Params, example: Batch) -> list[Tensor]:
         example.call,
     )
     with mode(model, training=False), torch.no_grad():
-        outputs = tensors_in(functional_call(model, dict(params), args, kwargs))
+        outputs = tensors_in(functional_call(model, dict(params), args, kwargs, tie_weights=False))
         return [value for value in outputs if value.is_floating_point()]

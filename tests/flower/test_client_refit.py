@@ -142,6 +142,55 @@ def test_behind_batch_norm_the_moments_are_those_of_the_own_networks():
         torch.testing.assert_close(kind(merged, weights), kind(own, weights), rtol=1e-4, atol=1e-5)
 
 
+def test_behind_other_norms_the_moments_are_those_of_the_mixture_of_the_own_networks():
+    found, _ = refit(normed)
+    endpoints, _ = networks(normed)
+    weights, parts = torch.tensor(WEIGHTS).double() / sum(WEIGHTS), pooled(NODES)
+    merged = [_features(found.state_dict, part) for part in parts]
+    own = [_features(params, part) for params, part in zip(endpoints, parts, strict=True)]
+    mean, target = (sum(w * each.mean(0) for w, each in zip(weights, side, strict=True)) for side in (merged, own))
+    torch.testing.assert_close(mean, target, rtol=1e-3, atol=1e-3)
+    merged, own = (
+        sum(w * (each - middle).square().mean(0) for w, each in zip(weights, side, strict=True))
+        for side, middle in ((merged, mean), (own, target))
+    )
+    torch.testing.assert_close(merged, own, rtol=1e-3, atol=1e-3)
+
+
+def _features(params, part):
+    """What the LayerNorm gives."""
+    return outputs(lambda: normed()[:9], {n: v for n, v in params.items() if n[0] != "9"}, part).double()
+
+
+class Twice(nn.Module):
+    """One layer that is used twice, and two layers of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.one, self.other, self.last = (nn.Linear(64, 64) for _ in range(5))
+        self.other.weight = self.one.weight
+
+    def forward(self, images):
+        hidden = torch.relu(self.twice(torch.relu(self.twice(torch.relu(self.first(images))))))
+        return self.last(torch.relu(self.other(torch.relu(self.one(hidden)))))
+
+
+def twice(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Twice()
+
+
+def test_operators_that_are_used_twice_and_tied_weights_are_left_alone_and_reported():
+    found, merged = refit(twice)
+    skipped = dict(found.report.skipped)
+    for name in ("twice.weight", "twice.bias", "other.weight"):  # of tied weights one name is told
+        assert torch.equal(found.state_dict[name], merged[name])
+        assert skipped[name] == "shared by several operators"
+    assert torch.equal(found.state_dict["one.weight"], merged["one.weight"])
+    assert not torch.equal(found.state_dict["last.weight"], merged["last.weight"])
+
+
 def head_of(params):
     return {name: value for name, value in params.items() if name[0] in "12"}
 

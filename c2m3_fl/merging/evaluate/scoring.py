@@ -50,7 +50,9 @@ def evaluate(model: nn.Module, params: Params, batches: Sequence[Batch]) -> Scor
             if batch.labels is None:
                 raise CalibrationError("barriers need labelled data: batches of (inputs, class indices)")
             with feeding(batch, params):
-                found = tuple(tensors_in(torch.func.functional_call(model, dict(params), *batch.call)))
+                found = tuple(
+                    tensors_in(torch.func.functional_call(model, dict(params), *batch.call, tie_weights=False))
+                )
             if len(found) != 1:
                 raise CalibrationError(
                     f"the network gives {len(found)} outputs, expected class scores alone: name them with --outputs, "

@@ -121,3 +121,12 @@ def test_without_batch_norm_there_is_nothing_to_estimate_again() -> None:
     assert barrier(model, one, two, DATA) == barrier(model, one, two, DATA, renormalise=False)
     with pytest.raises(ConfigError, match="no running statistics"):
         barrier(model, one, two, DATA, renormalise=True)
+
+
+def test_tied_weights_may_be_two_tensors_as_they_are_in_a_file() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    inputs, labels = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 4
+    batches = load_batches([(inputs, labels)], model=model)
+    read = {name: value.clone() for name, value in model.state_dict().items()}
+    assert evaluate(model, read, batches) == evaluate(model, model.state_dict(), batches)
