@@ -5,7 +5,8 @@
 trains the clients, prints a markdown table, accuracy in percent (mean ± standard deviation over seeds), and writes
 ``c2m3_fl/merging/results/widths.json``; ``--redraw`` prints that file's table. A merge is given the inputs of 300
 training digits that no client has, and no label. That missing units count as zeros on axes that read units was chosen
-on seeds 10, 11 and 12 (``--seeds 10 11 12 --trial``), which are not in the table.
+on seeds 10, 11 and 12 (``--seeds 10 11 12 --trial``), which are not in the table. ``--picture FILE`` draws where the
+units of the first hidden layer of seed 0 (IID) are in the merged network.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from c2m3_fl import merging
@@ -138,13 +140,41 @@ def table(found: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def draw(file: Path) -> None:
+    """Who maps where: per client and place the cosine of its unit's weights with those of the other owners."""
+    found = Trained.of(PARTITIONS["IID"])
+    merged = merge(models=found.models, state_dicts=found.nodes, calibration=found.data.calibration, recalibrate="none")
+    assert merged.widths is not None
+    (name, places), *_ = merged.widths.into[-1].items()
+    units = torch.stack([own[name] for own in merged.widths.into])
+    rows = torch.zeros(*units.shape, found.nodes[0]["1.weight"].shape[1])
+    for client, node in enumerate(found.nodes):
+        rows[client] = node["1.weight"][units[client].clamp_min(0)] * (units[client] >= 0)[:, None]
+    cosines = torch.cosine_similarity(rows, rows.sum(0) - rows, dim=-1).masked_fill(units < 0, torch.nan)
+    order = (units >= 0).sum(0).argsort(descending=True, stable=True)
+    figure = Figure(figsize=(9, 2.4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(cosines[:, order], aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_facecolor("0.92")
+    axes.set_yticks(range(len(CLIENTS)), [f"client {place}, width {width}" for place, width in enumerate(CLIENTS)])
+    axes.set_xlabel(
+        f"{len(places)} units of the first hidden layer of the merged network, those with most owners first"
+    )
+    figure.colorbar(image, label="cosine with the others")
+    figure.savefig(file, dpi=160)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Table of merges of different widths.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--trial", action="store_true", help="measure means over owners on all axes, write no record")
     parser.add_argument("--redraw", action="store_true", help="print the table of the record and measure nothing")
+    parser.add_argument("--picture", type=Path, help="draw who maps where, and measure nothing")
     arguments = parser.parse_args()
+    if arguments.picture is not None:
+        draw(arguments.picture)
+        return
     if arguments.redraw:
         print(table([Row(**row) for row in read_record(RESULTS)["rows"]]))
         return
