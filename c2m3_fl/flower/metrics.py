@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 _OURS = "c2m3-"  # how the names of this package's metrics begin
 KEPT = _OURS + "kept-previous"  # whether a round left the global model as it was
 EVALUATIONS_DROPPED = _OURS + "evaluations-dropped"
-_DEPLOYED = _OURS + "deployed/"
+_DEPLOYED, _JUDGED = _OURS + "deployed/", _OURS + "judge-loss/"
 _GUARDED = {"none": "the aggregate", "plain": "the aggregate without alignment"}  # a guard's names for them
 _MAIN = (
     "replies",
@@ -47,7 +47,7 @@ def reported(numbers: Numbers, *, every: bool) -> Numbers:
         All of them.
     every : bool
         Whether the metrics hold all. Otherwise they hold the main ones, counts of what is unusual that are not zero,
-        and the name of the model that was deployed.
+        the name of the model that was deployed, and, where clients judged, the losses of the candidates.
     """
     if every:
         return numbers
@@ -56,7 +56,7 @@ def reported(numbers: Numbers, *, every: bool) -> Numbers:
     return {
         name: value
         for name, value in numbers.items()
-        if name in main or (value and (name in unusual or name.startswith(_DEPLOYED)))
+        if name in main or (value and (name in unusual or name.startswith((_DEPLOYED, _JUDGED))))
     }
 
 

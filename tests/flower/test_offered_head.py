@@ -8,6 +8,7 @@ from torch import nn
 from c2m3_fl.flower.client_head import Head
 from c2m3_fl.flower.client_labels import ACTION
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
+from c2m3_fl.flower.metrics import reported
 from c2m3_fl.flower.options import brief
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.recalibrate.auto import Auto
@@ -46,6 +47,15 @@ def test_without_calibration_data_the_head_is_a_candidate_too():
     assert same(strategy.trajectory, plain.trajectory)
     assert same(plain.trajectory, expected.arrays)
     assert drawn == draws
+
+
+def test_what_was_deployed_and_the_losses_that_decided_it_are_among_the_metrics():
+    _, result, _ = played({})
+    told = reported(dict(result.train_metrics_clientapp[2]), every=False)
+    assert told["c2m3-deployed/head"] == 1
+    losses = {name: told[f"c2m3-judge-loss/{name}"] for name in ("aggregate", "head", "previous")}
+    assert min(losses, key=losses.get) == "head"
+    assert not [name for name in told if name.startswith(("c2m3-judge-voters", "c2m3-head"))]
 
 
 @pytest.mark.parametrize("options", [{}, {"calibration": calibration()}], ids=["alone", "with calibration data"])
