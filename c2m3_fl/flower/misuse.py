@@ -84,7 +84,7 @@ def check_prefixes(given: Iterable[str], model: Iterable[str], who: str) -> None
     """
     found, known = ({bare_name(name): name for name in names} for names in (given, model))
     differing = [(found[bare], name) for bare, name in known.items() if bare in found and found[bare] != name]
-    if differing and found.keys() == known.keys():
+    if differing and found.keys() <= known.keys():
         one, other = differing[0]
         raise ParamsError(
             f"{who}: {one!r} is {other!r} in the model that C2M3 was given; torch.compile and DataParallel put a "

@@ -157,7 +157,10 @@ def build_setup(
         spec that does not preserve its function.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is {model!r}, expected a module such as Net()")
+        raise ConfigError(
+            f"model is {f'the class {model.__name__}' if isinstance(model, type) else f'a {type(model).__name__}'}, "
+            "expected a module such as Net()"
+        )
     place = resolve_device(device)
     statistics = calibration if isinstance(calibration, ClientStatistics) else None
     if statistics is not None and example_inputs is None:

@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import (
 )
 from flwr.serverapp.strategy.fedopt import FedOpt
 from flwr.supercore import log
-from torch import Tensor
+from torch import Tensor, nn
 
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.spec import Params
@@ -65,6 +65,7 @@ def check_instance(strategy: object, kind: type[object], wrapper: type[object]) 
     if not isinstance(strategy, kind):
         found, expected = (f"{each.__module__}.{each.__qualname__}" for each in (type(strategy), kind))
         remedy = "".join(f"; use {name}, which takes it" for each, name in _TAKERS if isinstance(strategy, each))
+        remedy += "; pass the network as model=" if isinstance(strategy, nn.Module) else ""
         raise ConfigError(f"strategy is a {found}, expected an instance of {expected}{remedy}")
     for each in chain(strategy):
         if isinstance(each, _TREES):

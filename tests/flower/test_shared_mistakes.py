@@ -244,3 +244,6 @@ def test_initial_arrays_with_a_prefix_that_the_model_lacks_are_named(wrap):
         send(C2M3(model=mlp(), example_inputs=EXAMPLE), wrapped.state_dict())
     with pytest.raises(ParamsError, match=r"'0\.weight' is '(module|_orig_mod)\.0\.weight' in the model"):
         send(C2M3(model=wrapped, example_inputs=EXAMPLE), mlp().state_dict())
+    head = {name: value for name, value in wrapped.state_dict().items() if "4." in name}
+    with pytest.raises(ParamsError, match=r"is '4\.weight' in the model .* torch\.compile and DataParallel"):
+        send(C2M3(model=mlp(), example_inputs=EXAMPLE), head)

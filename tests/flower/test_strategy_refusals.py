@@ -15,6 +15,16 @@ from tests.flower.federation import EXAMPLE, calibration, mlp, reply, send
 
 BAD_OPTIONS = {
     "model": ({"model": torch.nn.Linear}, ConfigError, r"expected a module such as Net\(\)"),
+    "state dict": (
+        {"model": mlp().state_dict()},
+        ConfigError,
+        r"^model is a OrderedDict, expected a module such as Net",
+    ),
+    "model first": (
+        {"strategy": mlp()},
+        ConfigError,
+        "strategy is a torch.*Sequential, .*; pass the network as model=",
+    ),
     "moments": ({"moments": 1}, ConfigError, r"moments is 1, expected ClientStatistics\(\)"),
     "moments for nobody": (
         {"moments": ClientStatistics(), "calibration": calibration(), "recalibrate": "repair"},
