@@ -51,7 +51,8 @@ class C2M3(Dialect):
     calibration : iterable of batches or ClientStatistics, optional
         Inputs that the server holds, with labels or without, read once; or `ClientStatistics()`, to let the clients
         measure channel moments on theirs. Inputs of another range or spread than the clients' are refused where
-        BatchNorm's buffers or `moments` show it; without either nothing does, so scale them as in training.
+        BatchNorm's buffers or `moments` show it, and a warning names inputs that are less far away; without either
+        nothing does, so scale them as in training.
     recalibrate : str, Recalibration, ClientRefit or RegMean, optional
         What the deployed model is made of. None (default): what the evidence supports, see `evidence.choose_means`:
         labels in the calibration data, else the clients' judgement, else their moments, else REPAIR after rounds in
