@@ -63,8 +63,8 @@ def merge(
         In place of `model`, one per node: the same architecture in different widths. A module that stands there several
         times is traced once.
     width : int or nn.Module, optional
-        The width of the result, with `models`: that of a node, by its number, with the node's own units in its own
-        order; or that of another module. By default the widest.
+        The width of the result, with `models`: that of a node, by its number, or of another module; by default the
+        widest. A narrower node's result has this node's units, in its order.
     example_inputs : Tensor, tuple or dict, optional
         The arguments of one call: a tensor, a tuple of arguments, or a dict of keyword arguments. By default the
         inputs of the first calibration batch.
@@ -125,6 +125,7 @@ def merge(
     """
     begin = time.perf_counter()
     if models is not None or width is not None:
+        state_dicts = list(state_dicts)
         models = check_models(model, models, state_dicts, width)
         if not one_width(models, width):
             if spec is not None or moments is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -125,7 +125,7 @@ class Widths:
 
 def check_models(
     model: nn.Module | None,
-    models: Sequence[nn.Module] | None,
+    models: object,
     state_dicts: Sequence[Params],
     width: object,
 ) -> list[nn.Module]:
@@ -145,12 +145,13 @@ def check_models(
         raise ConfigError("width is for nodes of different widths: pass models, one module per node")
     if model is not None:
         raise ConfigError("model and models are both given: pass models alone for nodes of different widths")
-    if isinstance(models, nn.Module) or not all(isinstance(each, nn.Module) for each in models):
+    found = list(models) if isinstance(models, Iterable) and not isinstance(models, nn.Module) else []
+    if not found or not all(isinstance(each, nn.Module) for each in found):
         raise ConfigError("models is not a sequence of modules, expected one module per node such as [Net(1), Net(2)]")
-    if len(models) != len(state_dicts) or not models:
-        raise ConfigError(f"models: got {len(models)}, expected one for each of the {len(state_dicts)} nodes")
-    _check_width(width, models)
-    return list(models)
+    if len(found) != len(state_dicts):
+        raise ConfigError(f"models: got {len(found)}, expected one for each of the {len(state_dicts)} nodes")
+    _check_width(width, found)
+    return found
 
 
 def one_width(models: Sequence[nn.Module], width: nn.Module | int | None) -> bool:

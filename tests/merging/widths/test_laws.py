@@ -49,6 +49,8 @@ def test_equal_widths_give_what_they_gave_without_models_bit_for_bit(recalibrate
     wanted = merge(models[0], nodes, **options)
     for width in (None, 1, build("mlp", 2)):
         assert equal(merge(models=models, state_dicts=nodes, width=width, **options).state_dict, wanted.state_dict)
+    iterators: dict[str, Any] = {"models": iter(models), "state_dicts": iter(nodes)}
+    assert equal(merge(**iterators, **options).state_dict, wanted.state_dict)
 
 
 def test_dead_units_of_a_node_change_neither_the_agreement_nor_the_live_maps_nor_the_merge() -> None:

@@ -102,7 +102,8 @@ def test_arguments_that_do_not_go_together_are_refused() -> None:
     refused(ConfigError, "basis is 2, expected the index of one of the 2 nodes", models, basis=2)
     refused(ParamsError, "node 1: '1.weight' has shape (4, 192), expected (8, 192)", models, state_dicts=[nodes[0]] * 2)
     refused(CalibrationError, "needs calibration inputs", models, recalibrate="refit")
-    with pytest.raises(ConfigError, match="models is not a sequence of modules"):
-        merge(models=models[0], state_dicts=nodes)  # type: ignore[arg-type]  # what a user may pass
+    for wrong in (models[0], 2, [], ["Net", "Net"]):
+        with pytest.raises(ConfigError, match="models is not a sequence of modules"):
+            merge(models=wrong, state_dicts=nodes)  # type: ignore[arg-type]  # what a user may pass
     with pytest.raises(ConfigError, match="width is for nodes of different widths: pass models"):
         merge(models[0], nodes, width=1)
