@@ -5,7 +5,7 @@ is a function of a `Call` and of `Labels`, registered by `rule`.
 """
 
 from c2m3_fl.symmetry.discover import check_invariance, permutation_spec, require_invariance
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.rules.registry import Call, rule
-from c2m3_fl.symmetry.unit_labels import Labels
 
 __all__ = ["Call", "Labels", "check_invariance", "permutation_spec", "require_invariance", "rule"]

@@ -54,9 +54,8 @@ def generic(
 def _generic(value: Tensor, generator: torch.Generator, *, parameter: bool, varied: bool) -> Tensor:
     if not parameter and bool((~value.isfinite()).all(-1).any()):
         return value  # a mask
-    finite = value.isfinite()
-    if parameter and not finite.all():
-        value = torch.where(finite, value, 0.0)
+    if parameter and not value.sum().isfinite():  # one pass; a sum that overflows costs nothing but a second one
+        value = torch.where(value.isfinite(), value, 0.0)
     if bool((value == value.flatten()[0]).all()):
         scalar = value.numel() == 1
         if scalar and (not parameter or float(value) != 0.0):
@@ -71,11 +70,15 @@ def _generic(value: Tensor, generator: torch.Generator, *, parameter: bool, vari
 
 def _regular(value: Tensor) -> bool:
     """Whether slices along some axis have the same sum: copies, rows of zeros, the rows of an identity."""
-    for dim in range(value.ndim):
-        others = [other for other in range(value.ndim) if other != dim]
-        sums = value.sum(others) if others else value
-        if bool((sums.sort().values.diff() == 0).any()):
-            return True
+    half = (value.ndim + 1) // 2
+    leading, trailing = list(range(half)), list(range(half, value.ndim))
+    parts = [value.sum(trailing), value.sum(leading)] if trailing else [value]  # two passes, however many axes
+    for part in parts:
+        for dim in range(part.ndim):
+            others = [other for other in range(part.ndim) if other != dim]
+            sums = part.sum(others) if others else part
+            if bool((sums.sort().values.diff() == 0).any()):
+                return True
     return False
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import fx
 
 from c2m3_fl.symmetry.facts import Atoms, Structure
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.reshape_labels import concatenate
-from c2m3_fl.symmetry.unit_labels import Labels, permute, take
+from c2m3_fl.symmetry.unit_labels import permute, take
 
 _CUTS = {
     "slice": 1,

@@ -162,6 +162,10 @@ def _summary(tape: Tape) -> Program:
             new = next(iter(set(sources) - {"noise"}), "noise")
         elif name == "add" and operation.written and len(sources) == 1:
             new = sources[0]  # a counter
+        elif name == "addmm":  # a batch of one is a matrix
+            lines.append(("matmul", tuple(sources[1:]), ()))
+            lines.append(("add", ((len(lines), 0), sources[0]), ()))
+            new = None
         else:
             lines.append(("matmul" if name in _PRODUCTS else name, tuple(sources), _numbers(name, operation)))
             new = None

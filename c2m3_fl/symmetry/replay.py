@@ -94,6 +94,7 @@ class _Replay:
         self.pools: dict[tuple[str, tuple[int, ...]], list[float]] = {}
         self.total = torch.zeros((), dtype=torch.float64)
         self.leaves: dict[str, Tensor] = {}
+        self.rounded = {number for operation in tape.operations if _rounds(operation) for number in _numbers(operation)}
         written = {number for operation in tape.operations for number in operation.written}
         for number, value in tape.constants.items():
             self.values[number] = value.clone() if number in written else value
@@ -161,7 +162,8 @@ class _Replay:
             if not operation.fresh:
                 self.roots[number] = self._root(numbers[0])
             elif probed:
-                self.values[number] = self._probe(operation.name, number, value, largest, rescale=self.rescale)
+                rescale = self.rescale and number not in self.rounded  # in another size all may be rounded to zero
+                self.values[number] = self._probe(operation.name, number, value, largest, rescale=rescale)
             elif read and value.is_floating_point():
                 self.sizes[number] = largest
         for number in operation.written if read else ():
@@ -217,6 +219,13 @@ def _numbers(operation: Operation) -> list[int]:
     return [ref.number for ref in found]
 
 
+def _rounds(operation: Operation) -> bool:
+    """Whether an operator turns what it reads into whole numbers."""
+    name, dtype = operation.name.partition("::")[2].strip("_"), operation.kwargs.get("dtype")
+    whole = isinstance(dtype, torch.dtype) and not (dtype.is_floating_point or dtype.is_complex)
+    return name in ("round", "floor", "ceil", "trunc") or (name == "to_copy" and whole)
+
+
 def _size(value: Tensor) -> float:
     """Root mean square of the entries that are finite, and no masks."""
     value = value.detach()
@@ -233,8 +242,13 @@ def _root_mean_square(value: Tensor) -> float:
 
 
 def _print(value: Tensor, size: float) -> Tensor:
-    shifted = (value / size).nan_to_num(0, 0, 0) + 0.3
-    return (shifted / (1 + shifted.abs())).mean()
+    shifted = _shifted(value, size)
+    return shifted.div_(shifted.abs().add_(1)).mean()
+
+
+def _shifted(value: Tensor, size: float) -> Tensor:
+    """A new tensor in the unit of its size, its entries that are not finite left out."""
+    return (value / size).nan_to_num_(0, 0, 0).add_(0.3)
 
 
 class _Print(torch.autograd.Function):
@@ -249,8 +263,8 @@ class _Print(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401  # as above
         (value,) = ctx.saved_tensors
-        shifted = (value / ctx.size).nan_to_num(0, 0, 0) + 0.3
-        return gradient / (1 + shifted.abs()) ** 2 / (ctx.size * value.numel()), None
+        slope = _shifted(value, ctx.size).abs_().add_(1).square_().reciprocal_()
+        return slope.mul_(gradient / (ctx.size * value.numel())), None
 
 
 def _batch_norm(

@@ -9,7 +9,8 @@ from math import prod
 import numpy as np
 
 from c2m3_fl.symmetry.facts import Atoms, Structure
-from c2m3_fl.symmetry.unit_labels import Labels, Shape, combine, expand, insert, maximal, project, support
+from c2m3_fl.symmetry.labels import Labels, Shape, project, support
+from c2m3_fl.symmetry.unit_labels import combine, expand, insert, maximal
 
 
 def reshape(structure: Structure, x: Labels, shape: Sequence[int]) -> Labels:

@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from c2m3_fl.network.exporting import aliases
 from c2m3_fl.symmetry.facts import Atoms, Structure
+from c2m3_fl.symmetry.labels import Labels, Shape
 from c2m3_fl.symmetry.pieces import Join, joins
-from c2m3_fl.symmetry.rules.elementwise import constant, elementwise
+from c2m3_fl.symmetry.rules.elementwise import cast, constant, elementwise
 from c2m3_fl.symmetry.rules.registry import (
     INDEXING,
     RULES,
@@ -31,7 +32,7 @@ from c2m3_fl.symmetry.rules.registry import (
 )
 from c2m3_fl.symmetry.shared_entries import tie_shared
 from c2m3_fl.symmetry.tables import pin_tables, pin_unread, varying
-from c2m3_fl.symmetry.unit_labels import Labels, Shape, combine, in_order
+from c2m3_fl.symmetry.unit_labels import combine, in_order
 
 _FOLDED = 2**22  # results with more entries are not evaluated: they count as ordered
 
@@ -82,7 +83,7 @@ def _in_place(node: fx.Node) -> bool:
 
 
 def _entry_by_entry(node: fx.Node) -> bool:
-    return len(node.all_input_nodes) == 1 and RULES.get(_rule_name(node)) is elementwise and not _in_place(node)
+    return len(node.all_input_nodes) == 1 and RULES.get(_rule_name(node)) in (elementwise, cast) and not _in_place(node)
 
 
 def _rule_name(node: fx.Node) -> str:
@@ -229,7 +230,10 @@ class _Labeller:
         args = fx.map_arg(node.args, self.labels.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.labels.__getitem__)
         apply: Rule = RULES.get(name, unknown)
-        result = apply(call, *args, **kwargs)
+        try:
+            result = apply(call, *args, **kwargs)
+        except (ValueError, IndexError, TypeError, KeyError, AttributeError):  # a form that the rule does not know
+            result = unknown(call, *args, form=" with these arguments", **kwargs)
         if indices and name in SAME_ENTRIES:
             result = pytree.tree_map(partial(replace, points=indices[0].points), result)
         if _in_place(node):

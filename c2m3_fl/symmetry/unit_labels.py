@@ -1,91 +1,15 @@
-"""Which unit every coordinate of a tensor belongs to, and how operators on layout and values change that.
-
-The units of a tensor are described by *factors*: integer arrays of atoms that broadcast against the tensor. A factor
-has full size on the dimensions that its units depend on (its *support*) and size 1 elsewhere:
-
-    weight of a linear layer (O, I)        two factors, (O, 1) and (1, I)
-    feature map (N, C, H, W)               one factor,  (1, C, 1, 1)
-    values per head (N, heads, T, d)       one factor,  (1, heads, 1, d): a unit lives in its head
-
-A dimension outside every support is *fixed* (its content is ordered: pixels, tokens) or uniform (constant along it).
-Layout operators are applied to the arrays of atoms themselves: a flatten repeats a channel's atom once per pixel.
-Concatenation, interleaving and packed projections therefore need no special rule.
-"""
+"""How operators on layout and values change the units of labelled tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from c2m3_fl.symmetry.facts import Atoms, Structure
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Labels:
-    """The units of one tensor.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        The tensor's shape.
-    factors : tuple of ndarray
-        Atoms, each broadcastable to `shape`; no support contains another.
-    fixed : frozenset of int
-        Dimensions with ordered content; on the support of a factor, content besides its units.
-    source : str
-        Name of the parameter, when the tensor is one as it stands.
-    points : (Labels, int), optional
-        Of a tensor of indices: the tensor and its dimension that the indices point into, if there are units.
-    content : ndarray, optional
-        The values of a constant.
-    """
-
-    shape: Shape
-    factors: tuple[Atoms, ...] = ()
-    fixed: frozenset[int] = frozenset()
-    source: str = ""
-    points: tuple[Labels, int] | None = None
-    content: npt.NDArray[np.generic] | None = None
-
-    @classmethod
-    def ordered(cls, shape: Sequence[int]) -> Labels:
-        """Ordered content, such as an input: every dimension is fixed."""
-        return cls(tuple(shape), (), frozenset(dim for dim, size in enumerate(shape) if size > 1))
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
-    @property
-    def stiff(self) -> frozenset[int]:
-        """Fixed dimensions that no factor covers."""
-        return self.fixed.difference(*(support(factor) for factor in self.factors))
-
-    def dim(self, index: int) -> int:
-        """A dimension counted from the front."""
-        return index % max(1, self.ndim)
-
-
-def support(factor: Atoms) -> frozenset[int]:
-    """Dimensions that the units of a factor depend on."""
-    return frozenset(dim for dim, size in enumerate(factor.shape) if size > 1)
-
-
-def project(structure: Structure, factor: Atoms, dims: Iterable[int]) -> Atoms:
-    """Blocks of a factor over `dims`, a part of its support: units that share these coordinates share a block."""
-    kept = sorted(dims)
-    if frozenset(kept) == support(factor):
-        return factor
-    rows = np.moveaxis(factor, kept, range(len(kept))).reshape(prod(factor.shape[dim] for dim in kept), -1)
-    shape = [size if dim in kept else 1 for dim, size in enumerate(factor.shape)]
-    return structure.blocks(rows).reshape(shape)
+from c2m3_fl.symmetry.labels import Labels, project, support
+from c2m3_fl.symmetry.meeting import by_place, diagonal, meet, note_alone
 
 
 def maximal(structure: Structure, factors: Iterable[Atoms]) -> tuple[Atoms, ...]:
@@ -114,69 +38,17 @@ def combine(structure: Structure, *operands: Labels) -> Labels:
     ndim = max(x.ndim for x in operands)
     aligned = [align(x, ndim) for x in operands]
     shape = np.broadcast_shapes(*(x.shape for x in aligned))
-    aligned = [_by_place(structure, x, aligned[:index] + aligned[index + 1 :]) for index, x in enumerate(aligned)]
+    aligned = [by_place(structure, x, aligned[:index] + aligned[index + 1 :]) for index, x in enumerate(aligned)]
+    aligned = [diagonal(structure, x, aligned[:index] + aligned[index + 1 :]) for index, x in enumerate(aligned)]
     for index, x in enumerate(aligned):
         for other in aligned[:index]:
-            _meet(structure, x, other)
+            meet(structure, x, other)
     if len(aligned) > 1:
-        _note_alone(structure, aligned)
+        note_alone(structure, aligned)
     # Units that stay are ordered content from here on; a constant may leave units that it treats alike.
     stiff = [x.stiff for x in aligned if x.content is None]
     moving = [factor for x in aligned for factor in x.factors if not any(support(factor) <= dims for dims in stiff)]
     return Labels(tuple(shape), maximal(structure, moving), frozenset().union(*(x.fixed for x in aligned)))
-
-
-def _note_alone(structure: Structure, operands: Sequence[Labels]) -> None:
-    """Note factors along dimensions on which no other operand has units: such an operand makes units of its own."""
-    for dim in range(operands[0].ndim):
-        held = [[factor for factor in x.factors if factor.shape[dim] > 1] for x in operands]
-        if sum(map(bool, held)) == 1:
-            for factor in (factor for factors in held for factor in factors):
-                structure.alone.setdefault(id(factor), (factor, len(structure.ties)))
-
-
-def _by_place(structure: Structure, x: Labels, others: Sequence[Labels]) -> Labels:
-    """Tell the places of a repeated unit apart where other operands have units along some of its dimensions only.
-
-    A table of offsets, looked up by query and key, repeats its units over both. Rows and columns alone, as sets, do not
-    say at which pairs an offset occurs. The units of the result are the places, which lie in the units of the table.
-    """
-    factors = []
-    for factor in x.factors:
-        dims = support(factor)
-        met = [dims & support(one) for other in others for one in other.factors]
-        stiff = [dims & other.stiff for other in others]
-        apart = any(common and common != dims for common in met + stiff) and dims not in stiff
-        factors.append(structure.places_of(factor) if apart else factor)
-    return replace(x, factors=tuple(factors))
-
-
-def _meet(structure: Structure, x: Labels, y: Labels) -> None:
-    """State what follows when two aligned operands are combined coordinate by coordinate."""
-    for factor in x.factors:
-        for other in y.factors:
-            common = support(factor) & support(other)
-            if common:
-                structure.tie(project(structure, factor, common), project(structure, other, common))
-    for one, two in ((x, y), (y, x)):
-        for factor in one.factors:
-            common = support(factor) & two.stiff
-            if common:
-                _told_by(structure, project(structure, factor, common), two, common)
-
-
-def _told_by(structure: Structure, atoms: Atoms, x: Labels, dims: frozenset[int]) -> None:
-    """Units that are combined with ordered content: those with equal values of a constant remain a set."""
-    flat = atoms.ravel()
-    kinds = np.arange(len(flat))
-    if x.content is not None:
-        rows = np.moveaxis(np.broadcast_to(x.content, x.shape), sorted(dims), range(len(dims))).reshape(len(flat), -1)
-        kinds = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
-    alone = np.bincount(kinds)[kinds] == 1
-    for kind in np.unique(kinds[~alone]):
-        structure.gather(flat[kinds == kind])
-    if alone.any():
-        structure.pin(flat[alone], "combined with ordered content")
 
 
 def targets(structure: Structure, index: Labels) -> Atoms | None:

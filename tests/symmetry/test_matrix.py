@@ -100,6 +100,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "norm of all": (weights(lambda net, h: (h @ net.w["v"] / torch.linalg.norm(net.w["v"])).relu(), v=(6, 5)), (6, 5)),
     "inverse": (weights(lambda net, h: (h @ torch.linalg.inv(net.w["v"])).relu(), v=(6, 6)), (6, 6)),
+    "inverse with a ridge": (
+        weights(lambda net, h: (h @ torch.linalg.inv(net.w["v"].T @ net.w["v"] + torch.eye(6))).relu(), v=(5, 6)),
+        (6, 5),
+    ),
+    "a weight around the identity": (weights(lambda net, h: (h @ (torch.eye(6) + net.w["v"])).relu(), v=(6, 6)), (6,)),
+    "a scaled identity": (weights(lambda net, h: (h @ (2 * torch.eye(6) - net.w["v"])).relu(), v=(6, 6)), (6,)),
     "exponential": (weights(lambda net, h: (h @ torch.linalg.matrix_exp(0.1 * net.w["v"])).relu(), v=(6, 6)), (6,)),
     "kron": (weights(lambda net, h: (h @ torch.kron(net.w["u"], net.w["v"])).relu(), u=(6, 1), v=(1, 5)), (6, 5)),
     "bilinear form": (weights(lambda net, h: (h @ net.w["v"] * h).sum(-1, keepdim=True), v=(6, 6)), (6,)),

@@ -103,6 +103,18 @@ def test_types_inside_cost_no_group(attention: torch.dtype) -> None:
     assert found[0].groups == found[1].groups
 
 
+def test_weights_rounded_row_by_row_cost_no_group() -> None:
+    """Scaled by 127 they are large; in a smaller size, all of them would be rounded to zero."""
+
+    def run(net: nn.Module, x: Tensor) -> Tensor:
+        size = net.a.weight.abs().amax(1, keepdim=True)
+        h = nn.functional.linear(x, (net.a.weight / size * 127).round() / 127 * size).relu()
+        return net.b(h.type_as(x))
+
+    network = Lambda(run, a=nn.Linear(3, 8, bias=False), b=nn.Linear(8, 2))
+    assert {group.size for group in permutation_spec(network, noise(2, 3)).groups.values()} == {8}
+
+
 def test_rounding_to_eight_bits_costs_no_group() -> None:
     def run(net: nn.Module, x: Tensor) -> Tensor:
         h = net.a(x).relu().to(torch.float8_e4m3fn).float()

@@ -83,6 +83,19 @@ def test_without_a_rule_an_operator_pins_its_inputs_and_is_named() -> None:
     assert "no rule for c2m3_example.soft_clip" in {pin.reason for pin in spec.pins}
 
 
+def test_a_form_that_a_rule_does_not_take_pins_its_inputs_and_is_named() -> None:
+    @rule("c2m3_example.soft_clip")
+    def for_pairs(call: registry.Call, x: Labels, limit: float) -> Labels:
+        return Labels((x.shape[0], x.shape[2]))
+
+    try:
+        spec = permutation_spec(Net(), torch.zeros(3, 4))
+    finally:
+        del registry.RULES["c2m3_example.soft_clip"]
+    assert not spec.groups
+    assert "no rule for c2m3_example.soft_clip with these arguments" in {pin.reason for pin in spec.pins}
+
+
 @pytest.mark.usefixtures("registered")
 def test_a_rule_for_an_operator_of_ones_own_frees_its_units() -> None:
     model, inputs = Net(), torch.randn(3, 4)

@@ -10,19 +10,9 @@ from hypothesis import strategies as st
 
 from c2m3_fl.symmetry.colour_refinement import collect, components, occurrence, renumber
 from c2m3_fl.symmetry.facts import Structure
+from c2m3_fl.symmetry.labels import Labels, project, support
 from c2m3_fl.symmetry.reshape_labels import concatenate, reshape, stack
-from c2m3_fl.symmetry.unit_labels import (
-    Labels,
-    combine,
-    einsum,
-    expand,
-    permute,
-    project,
-    reduce,
-    select,
-    support,
-    take,
-)
+from c2m3_fl.symmetry.unit_labels import combine, einsum, expand, permute, reduce, select, take
 
 
 def channels(structure: Structure, *shape: int, dim: int = 1) -> Labels:

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.reshape_labels import copies, reshape
 from c2m3_fl.symmetry.rules.matrix import diagonal
 from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, Rule, rule, unknown
-from c2m3_fl.symmetry.unit_labels import (
-    Labels,
-    align,
-    combine,
-    drop,
-    einsum,
-    in_order,
-    insert,
-    maximal,
-    normalise,
-    reduce,
-)
+from c2m3_fl.symmetry.unit_labels import align, combine, drop, einsum, in_order, insert, maximal, normalise, reduce
 
 
 def produces(call: Call, weight: Labels, axis: int) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.reshape_labels import reshape
 from c2m3_fl.symmetry.rules.registry import Argument, Call, rule, tensors
-from c2m3_fl.symmetry.unit_labels import Labels, combine, in_order, insert, select
+from c2m3_fl.symmetry.unit_labels import combine, in_order, insert, select
 
 _UNARY = (
     "abs acos alias asin atan bernoulli bitwise_not ceil celu clone contiguous cos cosh detach detach_ dropout elu erf "
     "erfc exp exp2 expm1 feature_dropout floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf "
     "isnan leaky_relu lift_fresh_copy log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg positive "
     "reciprocal relu relu6 round rsqrt selu sigmoid sign sgn silu sin sinh softplus softshrink sqrt square tan tanh "
-    "tanh_ threshold to trunc type_as _to_copy _conj rrelu"
+    "tanh_ threshold trunc _to_copy _conj rrelu"
 )
 _BINARY = (
     "add sub rsub mul div true_divide floor_divide remainder fmod pow atan2 maximum minimum fmax fmin where clamp "
@@ -25,6 +26,12 @@ _BINARY = (
 def elementwise(call: Call, *args: Argument, **kwargs: Argument) -> Labels:
     """Coordinates that are combined carry the same unit."""
     return combine(call.structure, *tensors([*args, *kwargs.values()]))
+
+
+@rule("aten.to", "aten.type_as")
+def cast(call: Call, x: Labels, *_: Argument, **__: Argument) -> Labels:
+    """The same entries in another type, perhaps that of another tensor."""
+    return combine(call.structure, x)
 
 
 @rule("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.new_zeros", "aten.new_ones", "aten.new_full")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.rules.registry import Argument, Call, rule
-from c2m3_fl.symmetry.unit_labels import Labels, combine, drop, in_order, insert
+from c2m3_fl.symmetry.unit_labels import combine, drop, in_order, insert
 
 _KINDS = ("", "i", "r", "ir", "h", "ih")
 _ONE = [f"aten.fft_{kind}fft" for kind in _KINDS]

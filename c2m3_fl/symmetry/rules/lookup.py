@@ -12,10 +12,11 @@ from dataclasses import replace
 import numpy as np
 
 from c2m3_fl.symmetry.facts import Atoms, Structure
+from c2m3_fl.symmetry.labels import Labels, Shape
 from c2m3_fl.symmetry.reshape_labels import reshape
 from c2m3_fl.symmetry.rules.contraction import produces
 from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, expose, rule, tensors
-from c2m3_fl.symmetry.unit_labels import Labels, Shape, align, combine, in_order, insert, permute, reduce, take, targets
+from c2m3_fl.symmetry.unit_labels import align, combine, in_order, insert, permute, reduce, take, targets
 
 _PLACE = "looked up by its place"
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from c2m3_fl.symmetry.facts import Structure
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.reshape_labels import reshape
 from c2m3_fl.symmetry.rules.reduction import every
 from c2m3_fl.symmetry.rules.registry import Argument, Call, rule
-from c2m3_fl.symmetry.unit_labels import Labels, combine, einsum, expand, in_order, insert, permute, reduce
+from c2m3_fl.symmetry.unit_labels import combine, einsum, expand, in_order, insert, permute, reduce
 
 
 @rule("aten.tensordot")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.reshape_labels import reshape
 from c2m3_fl.symmetry.rules.elementwise import per_channel
 from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, rule, tensors
-from c2m3_fl.symmetry.unit_labels import Labels, combine, normalise, reduce
+from c2m3_fl.symmetry.unit_labels import combine, normalise, reduce
 
 
 @rule("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.instance_norm")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.reshape_labels import reshape
 from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, rule
-from c2m3_fl.symmetry.unit_labels import Labels, combine, in_order, insert, reduce
+from c2m3_fl.symmetry.unit_labels import combine, in_order, insert, reduce
 
 
 def _resample(call: Call, x: Labels, spatial: int) -> Labels:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from c2m3_fl.symmetry.labels import Labels, support
 from c2m3_fl.symmetry.rules.reduction import every
 from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, rule
-from c2m3_fl.symmetry.unit_labels import Labels, combine, drop, in_order, reduce, support
+from c2m3_fl.symmetry.unit_labels import combine, drop, in_order, reduce
 
 
 def _ranked(call: Call, x: Labels, dim: int, keepdim: bool) -> tuple[Labels, Labels]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.reshape_labels import concatenate, reshape, stack
 from c2m3_fl.symmetry.rules.contraction import produces
 from c2m3_fl.symmetry.rules.registry import Argument, Call, rule
-from c2m3_fl.symmetry.unit_labels import Labels, combine, einsum, permute, select
+from c2m3_fl.symmetry.unit_labels import combine, einsum, permute, select
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # of layers and of cells
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.rules.registry import Argument, Call, Result, rule
-from c2m3_fl.symmetry.unit_labels import Labels, combine, in_order, insert, normalise, reduce
+from c2m3_fl.symmetry.unit_labels import combine, in_order, insert, normalise, reduce
 
 
 def every(x: Labels, dims: Argument) -> list[int]:

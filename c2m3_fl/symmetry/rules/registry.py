@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from c2m3_fl.errors import SpecError
 from c2m3_fl.symmetry.facts import Atoms, Structure
-from c2m3_fl.symmetry.unit_labels import Labels, Shape, in_order, targets
+from c2m3_fl.symmetry.labels import Labels, Shape
+from c2m3_fl.symmetry.unit_labels import in_order, targets
 
 Argument = Any  # labels, numbers, strings, or lists of them
 Result = Any  # labels, or a tuple of them for operators with several outputs
@@ -115,10 +116,10 @@ def expose(structure: Structure, x: Labels) -> Labels:
     return replace(x, points=None)
 
 
-def unknown(call: Call, *args: Argument, **kwargs: Argument) -> Result:
-    """The rule of operators without a rule: all axes of the inputs are pinned."""
+def unknown(call: Call, *args: Argument, form: str = "", **kwargs: Argument) -> Result:
+    """The rule of operators without a rule, or without one for this form: all axes of the inputs are pinned."""
     for x in tensors([*args, *kwargs.values()]):
-        in_order(call.structure, x, range(x.ndim), f"no rule for {call.structure.operator}")
+        in_order(call.structure, x, range(x.ndim), f"no rule for {call.structure.operator}{form}")
     return as_output([Labels.ordered(shape) for shape in call.outputs])
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.reshape_labels import concatenate, copies, reshape, stack
 from c2m3_fl.symmetry.rules.registry import Argument, Call, rule
-from c2m3_fl.symmetry.unit_labels import Labels, expand, in_order, insert, permute, select, take
+from c2m3_fl.symmetry.unit_labels import expand, in_order, insert, permute, select, take
 
 
 @rule(

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from c2m3_fl.symmetry.labels import Labels
 from c2m3_fl.symmetry.reshape_labels import concatenate
 from c2m3_fl.symmetry.rules.lookup import addressed, among, first, known, plain, several, without
 from c2m3_fl.symmetry.rules.registry import Argument, Call, rule
-from c2m3_fl.symmetry.unit_labels import Labels, align, combine, drop, in_order, insert, permute, take
+from c2m3_fl.symmetry.unit_labels import align, combine, drop, in_order, insert, permute, take
 
 
 @rule("aten.slice_scatter")
