@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from c2m3_fl.core.averaging import normalise_weights, weighted_mean
+from c2m3_fl.core.averaging import mean_of_owners, normalise_weights, weighted_mean
 from c2m3_fl.errors import ParamsError, WeightsError
 
 positive = st.floats(1e-3, 1e3)
@@ -91,3 +91,12 @@ def test_nodes_that_do_not_fit_each_other_are_refused():
         weighted_mean([{"a": torch.zeros(1)}, {"a": torch.zeros(1), "b": torch.zeros(1)}])
     with pytest.raises(ParamsError, match=r"node 1: 'a' has shape \(1,\), expected \(2,\)"):
         weighted_mean([{"a": torch.zeros(2)}, {"a": torch.zeros(1)}])
+
+
+def test_the_mean_of_owners_counts_an_entry_where_it_is_owned_and_is_zero_where_nobody_owns_it() -> None:
+    values = [torch.tensor([[1.0, 2.0, 7.0], [3.0, 4.0, 7.0]]), torch.tensor([[5.0, 6.0, 7.0], [7.0, 8.0, 7.0]])]
+    owned = [torch.tensor([True, False, False]), torch.tensor([[True], [False]]) & torch.tensor([True, True, False])]
+    found = mean_of_owners(values, [0.25, 0.75], owned)
+    assert found.tolist() == [[4.0, 6.0, 0.0], [3.0, 0.0, 0.0]]
+    assert mean_of_owners(values, [0.0, 1.0], owned).tolist() == [[5.0, 6.0, 0.0], [0.0, 0.0, 0.0]]
+    assert mean_of_owners([value.half() for value in values], [1.0, 1.0], owned).dtype == torch.float16

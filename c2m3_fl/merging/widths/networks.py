@@ -155,10 +155,16 @@ def check_models(
 
 
 def one_width(models: Sequence[nn.Module], width: nn.Module | int | None) -> bool:
-    """Whether all networks have tensors of the same names and shapes."""
+    """Whether all networks have the same modules, and tensors of the same names and shapes.
+
+    Networks of which this is false are traced and compared, so that other modules of the same shapes are refused.
+    """
     every = [*models, width] if isinstance(width, nn.Module) else list(models)
-    shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in every]
-    return all(own == shapes[0] for own in shapes)
+    looks = [
+        (repr(each), {name: value.shape for name, value in each.state_dict().items()})
+        for each in {id(each): each for each in every}.values()
+    ]
+    return all(own == looks[0] for own in looks)
 
 
 def _check_width(width: object, models: Sequence[nn.Module]) -> None:

@@ -58,6 +58,23 @@ class WideLstm(nn.Module):
         return logits
 
 
+class Dense(nn.Module):
+    """Layers that read the outputs of several others, and the input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4 * width, 3, padding=1)
+        self.second = nn.Conv2d(4 * width + 3, 2 * width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6 * width + 3)
+        self.head = nn.Linear(6 * width + 3, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = torch.relu(self.first(images))
+        second = torch.relu(self.second(torch.cat([first, images], 1)))
+        logits: Tensor = self.head(torch.relu(self.norm(torch.cat([first, second, images], 1))).mean((2, 3)))
+        return logits
+
+
 class Tied(nn.Module):
     """The rows of one matrix are embeddings, and class scores are products with them."""
 
@@ -74,6 +91,16 @@ def mlp(width: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
     first, second = 4 * width, 3 * width
     layers = (nn.Linear(192, first), activation(), nn.Linear(first, second), activation(), nn.Linear(second, 5))
     return nn.Sequential(nn.Flatten(), *layers)
+
+
+def transposed(width: int) -> nn.Module:
+    """Images in, images out: a transposed convolution and a norm over every channel."""
+    layers = (
+        nn.Conv2d(3, 4 * width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4 * width, 6 * width, 2, 2),
+    )
+    return nn.Sequential(*layers, nn.InstanceNorm2d(6 * width, affine=True), nn.ReLU(), nn.Conv2d(6 * width, 3, 1))
 
 
 def grouped(width: int) -> nn.Module:
@@ -94,6 +121,8 @@ WIDTHS: dict[str, Callable[[int], nn.Module]] = {
     "group norm": lambda width: WideResidual(lambda channels: nn.GroupNorm(2, channels), width),
     "attention": WideAttention,
     "lstm": WideLstm,
+    "dense": Dense,
+    "transposed": transposed,
 }
 
 
@@ -123,5 +152,10 @@ def split_in_two(
         units[name] = units[name].repeat_interleave(wide_blocks // blocks, 0).reshape(-1)
     found = carry(spec, wide, units, params)
     for name, axis in reads.items():
-        found[name] = found[name] * (spec.tensors[name].length(axis) / wide.tensors[name].length(axis))
+        tensor = wide.tensors[name]
+        if tensor.diagonal > 1:
+            found[name] = found[name] / 2
+            continue
+        for segment in tensor.axes[axis]:
+            found[name].movedim(axis, 0)[torch.from_numpy(segment.positions)] /= 2
     return found

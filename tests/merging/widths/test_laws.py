@@ -22,7 +22,7 @@ from tests.merging.widths.networks import WIDTHS, split_in_two, without_units
 
 FEW = CALIBRATION[:1]
 SPECS: dict[tuple[str, int], PermutationSpec] = {}
-SLOW = ("group norm", "attention", "lstm")
+SLOW = ("group norm", "attention", "lstm", "dense", "transposed")
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in WIDTHS]
 EXACT = Refit(strengths=(1e-10,))
 

@@ -35,6 +35,8 @@ def test_networks_that_differ_in_more_than_width_are_refused_by_the_place_where_
     )
     other = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Tanh(), nn.Linear(4, 5))
     refused(SpecError, "aten.tanh.default in '2', there aten.relu.default in '2'", [first, other])
+    same = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Tanh(), nn.Linear(6, 5))
+    refused(SpecError, "aten.tanh.default in '2', there aten.relu.default in '2'", [first, same])
     classes = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.ReLU(), nn.Linear(4, 7))
     refused(
         SpecError, "'3.weight' axis 0 has 7 coordinates that may not be permuted (network output)", [first, classes]
