@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import (
     QFedAvg,
 )
 
-from c2m3_fl.flower.records import from_params, reply_schema, schema_of, to_params
+from c2m3_fl.flower.records import from_params, reply_schema, schema_of, schema_of_params, to_params
 from c2m3_fl.flower.replies import sort_messages
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
@@ -66,7 +66,7 @@ def rounds_side_by_side(make, app, model, count):
         messages = list(ours.configure_train(current, arrays, ConfigRecord(), grid))
         stock.configure_train(current, bare, ConfigRecord(), grid)
         replies = list(grid.send_and_receive(messages))
-        expected = reply_schema(ours._schema, schema_of(arrays))
+        expected = reply_schema(schema_of_params(ours.setup.state_dict()), schema_of(arrays))
         ordered = sort_messages(deepcopy(replies), expected, weighted_by="num-examples").replies
         bare, _ = stock.aggregate_train(current, [each.source for each in ordered])
         arrays, metrics = ours.aggregate_train(current, replies)
