@@ -233,7 +233,9 @@ def _resolve_last(
         return None, False
     try:
         check_head(data.program, data.model.state_dict(), found)
-    except CalibrationError as error:
+    except (
+        Exception
+    ) as error:  # of what nobody asked for: networks that cannot be traced, with a spec by hand, included
         if not offered:
             raise
         log(DEBUG, "no head from labels: %s", error)

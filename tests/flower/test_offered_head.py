@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from c2m3_fl.errors import TraceError
 from c2m3_fl.flower.client_head import Head
 from c2m3_fl.flower.client_labels import ACTION
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
@@ -14,6 +15,8 @@ from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.merging.recalibrate.repair import Repair
+from simulations.examples.own_network import Branching
+from simulations.examples.own_network import spec as by_hand
 from tests.flower.federation import EXAMPLE, accuracy, calibration, digits_app, mlp, same
 from tests.flower.test_candidates import HELD, app, deployed, played
 
@@ -143,6 +146,13 @@ def test_no_client_is_asked_for_its_labels_where(options):
 def test_outputs_that_are_no_class_scores_have_no_head():
     decoder = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 64), nn.Sigmoid())
     assert C2M3(model=decoder, calibration=calibration()).setup.head is None
+
+
+def test_a_network_that_cannot_be_traced_has_no_head_unless_it_is_asked_for():
+    options = {"model": Branching(), "spec": by_hand(), "example_inputs": EXAMPLE}
+    assert C2M3(**options).setup.head is None
+    with pytest.raises(TraceError, match="cannot trace Branching"):
+        C2M3(**options, head="labels")
 
 
 def test_what_is_offered_is_said_and_what_was_asked_for_is_not_offered():
