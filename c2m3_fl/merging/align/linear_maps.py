@@ -18,6 +18,7 @@ from c2m3_fl.network.program import Program
 _EPS = 7  # position of eps among the arguments of aten.batch_norm
 _WEIGHTS = 2  # position of the weights among the arguments of recurrent operators
 UNKNOWN = -1  # role of an axis whose use is not recognised
+_CUTS = ("slice", "split", "split_with_sizes", "chunk", "narrow", "getitem", "contiguous", "detach", "clone")
 _CONTRACTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "bilinear", "tensordot", "conv")
 
 
@@ -91,7 +92,7 @@ def _uses(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 def _reading_axis(tensor: TensorSpec, node: fx.Node, value: fx.Node, user: fx.Node) -> int | None:
     """The axis of a parameter that reads units in one use: None if that use only produces units, -1 if unknown."""
-    layout, direct, vector = LAYOUTS.get(user.target), value is node, len(tensor.shape) == 1
+    layout, direct, vector = LAYOUTS.get(user.target), _is_part(value, node), len(tensor.shape) == 1
     if layout is not None:
         if (
             layout.kind not in OUTPUT_AXIS
@@ -109,6 +110,16 @@ def _reading_axis(tensor: TensorSpec, node: fx.Node, value: fx.Node, user: fx.No
     else:
         return UNKNOWN if direct or not vector else None
     return axis if axis == UNKNOWN or tensor.axes[axis] else None
+
+
+def _is_part(value: fx.Node, node: fx.Node) -> bool:
+    """Whether a value is a parameter, or a part of it that is cut out along an axis: all axes keep their meaning."""
+    while value is not node:
+        source = value.args[0] if value.args else None
+        if getattr(value.target, "__name__", "").split(".")[0] not in _CUTS or not isinstance(source, fx.Node):
+            return False
+        value = source
+    return True
 
 
 def _contracts(node: fx.Node) -> bool:

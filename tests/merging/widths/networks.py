@@ -75,6 +75,22 @@ class Dense(nn.Module):
         return logits
 
 
+class Fused(nn.Module):
+    """A gate and a branch whose weights are the two halves of one matrix."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(192, 4 * width)
+        self.both = nn.Parameter(torch.randn(6 * width, 4 * width))
+        self.head = nn.Linear(3 * width, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.relu(self.enter(images.flatten(1)))
+        gate, branch = (nn.functional.linear(hidden, half) for half in self.both.chunk(2))
+        logits: Tensor = self.head(torch.relu(branch) * torch.sigmoid(gate))
+        return logits
+
+
 class Tied(nn.Module):
     """The rows of one matrix are embeddings, and class scores are products with them."""
 
@@ -123,6 +139,7 @@ WIDTHS: dict[str, Callable[[int], nn.Module]] = {
     "lstm": WideLstm,
     "dense": Dense,
     "transposed": transposed,
+    "fused": Fused,
 }
 
 
