@@ -1,9 +1,10 @@
 """Bytes and seconds of a refit from clients, per exchange.
 
-    python -m tests.benchmarks.exchanges [NETWORK ...] [--price] [--redraw]
+    python -m tests.benchmarks.exchanges [NETWORK ...] [--methods METHOD ...] [--price] [--redraw]
 
 asks three clients with 128 random images each and writes ``c2m3_fl/flower/results/exchanges.json``; rows of networks
-that are not named stay. ``--price`` asks nobody: bytes follow from the shapes. ``--redraw`` prints that file's table.
+and methods that are not named stay. ``--price`` asks nobody: bytes follow from the shapes. ``--redraw`` prints that
+file's table.
 Seconds are CPU seconds of one thread: a client's from a query to its answer, in the exchange that takes longest; the
 server's over all exchanges, for reading, pooling and solving.
 """
@@ -110,7 +111,7 @@ def build(name: str) -> tuple[nn.Module, int]:
         return ResNet(3, 16, 10, nn.BatchNorm2d).eval(), 32
     from torchvision.models import resnet18  # not a requirement of the other rows
 
-    return resnet18(num_classes=10).eval(), 64
+    return resnet18(num_classes=10).eval(), 32
 
 
 def measure(network: str, method: str, *, asks: bool) -> Row:
@@ -184,16 +185,18 @@ def _size(message: Message) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--price", action="store_true")
     parser.add_argument("--redraw", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     known = read_record(RESULTS)["rows"] if RESULTS.exists() else []
     for network in () if options.redraw else options.networks:
-        fresh = [asdict(measure(network, method, asks=not options.price)) for method in METHODS]
-        known = [row for row in known if row["network"] != network] + fresh
-        known.sort(key=lambda row: NETWORKS.index(row["network"]))
-        write_record(RESULTS, COMMAND, {"clients": CLIENTS, "images": IMAGES, "threads": 1}, known)
+        for method in options.methods:
+            fresh = asdict(measure(network, method, asks=not options.price))
+            known = [row for row in known if (row["network"], row["method"]) != (network, method)] + [fresh]
+            known.sort(key=lambda row: (NETWORKS.index(row["network"]), list(METHODS).index(row["method"])))
+            write_record(RESULTS, COMMAND, {"clients": CLIENTS, "images": IMAGES, "threads": 1}, known)
     print(table(known))
 
 

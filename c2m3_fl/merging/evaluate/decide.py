@@ -19,7 +19,7 @@ from c2m3_fl.network.program import Program, Walk
 _FAR = 10.0  # larger gains are clipped to this multiple of the gains' median size
 # Share of the aggregate's loss that a gain must exceed. Digits, seeds 10 and 11, which no table shows: where clients
 # judge with 13 images each, 4 of 11 candidates that gain less have a larger loss on test images than the aggregate, and
-# the other 7 gain at most .7 % there; where they judge with 52, all 26 gain there, 2 % on average, which it gives up.
+# the median of the others gains .3 % there; where they judge with 52, all 26 gain there, 2 % on average: given up.
 _MARGIN = 0.01
 _DEVIATIONS = 2.0  # standard errors by which a gain on labelled data must be positive
 _LIKELIHOOD = "negative log-likelihood"
