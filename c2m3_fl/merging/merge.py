@@ -21,7 +21,7 @@ from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.setting import Setting, check_params, check_types, prepare, usable_device
 from c2m3_fl.merging.recalibrate.shift import OwnMoments, with_own_moments
 from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve, resolve_for
-from c2m3_fl.merging.widths.merge_widths import merge_widths
+from c2m3_fl.merging.widths.merge_widths import check_method, merge_widths
 from c2m3_fl.merging.widths.networks import Widths, check_models, one_width
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
@@ -124,26 +124,27 @@ def merge(
     True
     """
     begin = time.perf_counter()
+    aligner = resolve_method(_started(method, start))
     if models is not None or width is not None:
         state_dicts = list(state_dicts)
         models = check_models(model, models, state_dicts, width)
         if not one_width(models, width):
             if spec is not None or moments is not None:
                 raise ConfigError("spec and moments are for nodes of one width; leave them out for different widths")
+            check_method(aligner)
             _check_basis(basis, len(state_dicts))
             return merge_widths(
                 Widths.of(models, width, calibration, example_inputs=example_inputs, inputs=inputs, outputs=outputs),
                 state_dicts,
                 weights=weights,
                 recalibration=resolve_for(recalibrate, data=calibration is not None),
-                method=resolve_method(_started(method, start)),
+                method=aligner,
                 basis=basis,
                 device=device,
             )
         model = models[0]
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is {model!r}, expected a module such as Net()")
-    aligner = resolve_method(_started(method, start))
     if moments is not None and not (isinstance(resolve(recalibrate), Auto) and calibration is not None):
         raise ConfigError('only recalibrate="auto" with calibration data uses moments: leave them out, or pass both')
     recalibration = resolve_for(recalibrate, data=calibration is not None)

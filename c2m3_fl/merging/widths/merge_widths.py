@@ -60,12 +60,11 @@ def merge_widths(
     Raises
     ------
     ConfigError
-        When the method compares activations.
+        When the method gives no permutations.
     ParamsError, WeightsError, SpecError
         See `merge`.
     """
     begin = time.perf_counter()
-    _check_method(method)
     state_dicts = [own_names(each.held.model, node) for each, node in zip(widths.nodes, state_dicts, strict=True)]
     for index, (network, node) in enumerate(zip(widths.nodes, state_dicts, strict=True)):
         check_params(network.held.model, node, f"node {index}")
@@ -99,7 +98,8 @@ def merge_widths(
     return Merge(versions, alignment.match, whole_report, WidthMaps(tuple(specs), tuple(units)))
 
 
-def _check_method(method: Method) -> None:
+def check_method(method: Method) -> None:
+    """Raise `ConfigError` for a method that compares activations."""
     activations = isinstance(method, (ActivationMatching, CCA))
     if activations or (isinstance(method, CycleConsistent) and method.start == "activations"):
         raise ConfigError(
