@@ -30,6 +30,7 @@ _TEMPERATURES = (0.3, 0.1, 0.03, 0.01)  # in units of the mean distance of an en
 _SCALINGS = 5  # at every temperature
 _UNDERFLOW = 1e-30  # keeps a row or column whose entries all vanish
 _BUNDLES = 32  # a thread takes many problems at a time: small ones cost less than handing them over
+_SMALL = 1 << 23  # units cubed, of all problems, below which handing them to threads costs more than they do
 _SAMPLE = 32  # size from which a look at one row pays before the whole matrix is checked
 
 
@@ -149,19 +150,26 @@ def oracle(spec: PermutationSpec, gains: Mapping[str, Tensor], pool: Executor) -
     """
     host = {name: gain.cpu().numpy() for name, gain in gains.items()}
     count = len(next(iter(host.values()))) if host else 0
-    largest_first = sorted(spec.roots, key=lambda name: -spec.groups[name].size)
+    children: dict[str, list[str]] = {name: [] for name in spec.roots}
+    for name, group in spec.groups.items():
+        if group.parent is not None:
+            children[group.parent].append(name)
+    largest_first = sorted(children, key=lambda name: -spec.groups[name].size)
     jobs = [(root, node) for root in largest_first for node in range(count)]
 
     def solve(some: list[tuple[str, int]]) -> list[tuple[str, int, Index]]:
         answers = []
         for root, node in some:
-            children = {name: host[name][node] for name in spec.children(root)}
-            outer, nested = assign_nested(host[root][node], children) if children else (assign(host[root][node]), {})
+            gain, inner = host[root][node], {name: host[name][node] for name in children[root]}
+            outer, nested = assign_nested(gain, inner) if inner else (assign(gain), {})
             answers += [(name, node, index) for name, index in {root: outer, **nested}.items()]
         return answers
 
     found = {name: np.empty((count, group.size), dtype=np.int64) for name, group in spec.groups.items()}
-    bundles = [jobs] if len(jobs) == 1 else [jobs[first::_BUNDLES] for first in range(min(_BUNDLES, len(jobs)))]
+    small = count * sum(group.size**3 for group in spec.groups.values()) < _SMALL
+    bundles = (
+        [jobs] if small or len(jobs) == 1 else [jobs[first::_BUNDLES] for first in range(min(_BUNDLES, len(jobs)))]
+    )
     for answers in map(solve, bundles) if len(bundles) == 1 else pool.map(solve, bundles):
         for name, node, index in answers:
             found[name][node] = index
