@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.places import Place, blend
+from c2m3_fl.core.places import Place, blend, permute
 from c2m3_fl.core.terms import Term
 
 _ROW = 1024  # products that are added up in the working dtype before the sum goes on in float64
@@ -54,7 +54,7 @@ def moved(term: Term, value: Tensor, index: Mapping[str, Tensor], axes: Collecti
     """
     for axis, group in enumerate(term.groups):
         if group in index and (axes is None or axis in axes):
-            value = value.index_select(term.dim(axis) - 1, index[group])
+            value = permute(value, term.dim(axis) - 1, index[group])
     return value
 
 
