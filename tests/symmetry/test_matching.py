@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +42,8 @@ def drawn(spec: PermutationSpec, seed: int) -> list[Permutation]:
 
 def noise(problem: Problem, seed: int) -> dict[str, Tensor]:
     """Doubly stochastic matrices for all nodes."""
-    places = start_point(problem, "sinkhorn", torch.Generator().manual_seed(seed)).places
+    point = start_point(problem, "sinkhorn", torch.Generator().manual_seed(seed))
+    places: Mapping[int, Mapping[str, Any]] = point.places
     return {name: torch.stack([places[i][name] for i in range(problem.count)]) for name in problem.spec.groups}
 
 
