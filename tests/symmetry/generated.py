@@ -40,6 +40,57 @@ class ImagePlan(Plan):
         name = self.layer(nn.Linear(self.width, self.width))
         self.step("se", lambda layers, x, past: x * layers[name](x.mean((2, 3))).sigmoid()[:, :, None, None])
 
+    def table(self, dim: int) -> None:
+        """Attention between the pixels of a row, with a bias per distance, looked up in a table."""
+        name, bias = self.layer(nn.Conv2d(self.width, 3 * self.width, 1)), self.layer(nn.Embedding(4, 1))
+        distance = (torch.arange(4)[:, None] - torch.arange(4)).abs()
+
+        def attend(layers: nn.ModuleDict, x: Tensor, past: list[Tensor]) -> Tensor:
+            q, k, v = layers[name](x).movedim(1, -1).chunk(3, -1)
+            return x + (torch.softmax(q @ k.mT + layers[bias](distance).squeeze(-1), -1) @ v).movedim(-1, 1)
+
+        self.step("table", attend)
+
+    def tied_back(self, dim: int) -> None:
+        """A convolution, and the transposed one with the same weight: one object, or one memory."""
+        up, down = nn.Conv2d(self.width, 5, 3, padding=1), nn.ConvTranspose2d(5, self.width, 3, padding=1)
+        if self.draw(st.booleans()):
+            down.weight = up.weight
+        else:
+            down.weight.data = up.weight.data.view(5, self.width, 3, 3)
+        names = self.layer(up), self.layer(down)
+        self.step("tied", lambda layers, x, past: layers[names[1]](layers[names[0]](x).tanh()))
+
+    def joined_state(self, dim: int) -> None:
+        """A convolutional recurrent cell over the rows of the image."""
+        width = self.one_of(3, 4)
+        name = self.layer(nn.Conv1d(self.width + width, width, 3, padding=1))
+
+        def unrolled(layers: nn.ModuleDict, x: Tensor, past: list[Tensor]) -> Tensor:
+            state, out = x.new_zeros(len(x), width, x.shape[3]), []
+            for row in x.unbind(2):
+                state = layers[name](torch.cat([row, state], 1)).tanh()
+                out.append(state)
+            return torch.stack(out, 2)
+
+        self.step("state", unrolled, width)
+
+    def messages(self, dim: int) -> None:
+        """Pixels that are gathered by segment, and read back from there."""
+        name, kind = self.layer(nn.Linear(self.width, self.width)), self.one_of(0, 1)
+        segment = torch.arange(16) % 3
+
+        def pooled(layers: nn.ModuleDict, x: Tensor, past: list[Tensor]) -> Tensor:
+            pixels = x.flatten(2)
+            zeros = x.new_zeros(*x.shape[:2], 3)
+            if kind == 0:
+                sums = zeros.index_add(2, segment, pixels)
+            else:
+                sums = zeros.scatter_reduce(2, segment.expand_as(pixels), pixels, "amax", include_self=False)
+            return x + layers[name](sums.mT).mT[:, :, segment].view_as(x)
+
+        self.step(f"segments {kind}", pooled)
+
 
 class SequencePlan(Plan):
     def call(self, layer: nn.Module, width: int | None = None) -> None:
@@ -169,9 +220,11 @@ _SHARED = (
     "closed",
     "narrow_type",
 )
-_IMAGE = (*_SHARED, "conv", "conv", "grouped", "grouped", "transposed", "norm", "prelu", "squeeze")
+_BOTH = ("table", "tied_back", "joined_state", "messages")
+_IMAGE = (*_SHARED, *_BOTH, "conv", "conv", "grouped", "grouped", "transposed", "norm", "prelu", "squeeze")
 _SEQUENCE = (
     *_SHARED,
+    *_BOTH,
     "linear",
     "linear",
     "norm",
@@ -180,10 +233,6 @@ _SEQUENCE = (
     "recurrent",
     "convolve",
     "cell",
-    "joined_state",
-    "messages",
-    "tied_back",
-    "table",
 )
 
 
