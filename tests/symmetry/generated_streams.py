@@ -183,7 +183,7 @@ class StreamPlan(Plan):
         made = tie(self.width)
         name = self.layer(made)
         self.sizes.extend(made.sizes)
-        self.step(f"tie {tie.__name__}", lambda layers, x, past: x + layers[name](x))
+        self.step(f"tie {tie.__name__}", lambda layers, x, past: layers[name](x))
 
 
 PATTERNS = ("table", "cell", "messages", "tie")

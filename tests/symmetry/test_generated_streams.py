@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from c2m3_fl import merge
@@ -21,6 +22,7 @@ from c2m3_fl.symmetry.discover import derive, require_invariance
 from c2m3_fl.symmetry.moves import stirring
 from c2m3_fl.symmetry.proof import Prover
 from tests.symmetry.generated_streams import PATTERNS, Stream, streams
+from tests.symmetry.generated_ties import TIES, Block
 
 
 def found(stream: Stream) -> PermutationSpec:
@@ -97,6 +99,15 @@ def _laws(stream: Stream, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_laws_of_generated_streams(pattern: str, data: st.DataObject) -> None:
     _laws(data.draw(streams(pattern)), data)
+
+
+@pytest.mark.parametrize("tie", TIES, ids=lambda tie: tie.__name__)
+def test_every_tie_gives_the_groups_that_a_reader_expects(tie: Callable[[int], Block]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        block = tie(6)
+        network = nn.Sequential(nn.Linear(3, 6), block, nn.LayerNorm(6), nn.Linear(6, 2))
+        found(Stream(network.eval(), torch.randn(4, 3), sorted([*block.sizes, 6])))
 
 
 @pytest.mark.slow
