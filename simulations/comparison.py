@@ -16,7 +16,8 @@ from simulations.models import build_model
 from simulations.partition_grid import PartitionGrid
 from simulations.results import Round
 from simulations.settings import Settings
-from simulations.strategies import build_strategy, seed_sampling, start_model
+from simulations.start import seed_sampling, start_model
+from simulations.strategies import build_strategy
 from simulations.training import default_device, ensemble, log_probabilities, score
 
 Report = Callable[[Round], None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +15,10 @@ from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.align.base import Method
 from c2m3_fl.merging.align.cca import CCA
 from c2m3_fl.merging.align.methods import ActivationMatching, GitReBasin, Mean, MergeMany
-from simulations.data import FederatedData, derived_seed, federated_data
+from simulations.data import FederatedData
 from simulations.distillation import FedDF
-from simulations.models import build_model
 from simulations.peers import AlignedBy, FisherAverage, Merged
-from simulations.settings import ON_CLIENTS, ON_SERVER, TITLES, Settings, check_choice
-
-_SERVER_MODEL, _SAMPLING = 4, 5  # streams, derived from the seed: the server's model, the clients of a round
+from simulations.settings import ON_CLIENTS, ON_SERVER, TITLES, check_choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,24 +266,11 @@ STRATEGIES: Mapping[str, Callable[[SimulatedServer], Strategy]] = {
             ("git-rebasin", git_rebasin),
             ("mergemany", mergemany),
             ("activations", activation_matching),
+            ("cca", cca_merge),
         )
-        for name in ("none", *ON_SERVER, *ON_CLIENTS)
-    },
-    **{
-        "cca" if name == "none" else f"cca+{name}": partial(cca_merge, correction=name) for name in ("none", *ON_SERVER)
+        for name in ("none", *ON_SERVER, *(() if base == "cca" else ON_CLIENTS))
     },
 }
-
-
-def start_model(settings: Settings) -> nn.Module:
-    """The network that a server starts from, by the seed of the settings."""
-    data = federated_data(settings)
-    return build_model(settings, data.shape, data.classes, derived_seed(settings.seed, _SERVER_MODEL))
-
-
-def seed_sampling(settings: Settings) -> None:
-    """Seed Python's global generator, from which Flower's strategies sample the clients of a round."""
-    random.seed(derived_seed(settings.seed, _SAMPLING))
 
 
 def build_strategy(

@@ -29,7 +29,8 @@ from simulations.metered_grid import MeteredGrid
 from simulations.models import build_model
 from simulations.partition_grid import check_answers, networks
 from simulations.settings import Settings
-from simulations.strategies import build_strategy, seed_sampling, start_model
+from simulations.start import seed_sampling, start_model
+from simulations.strategies import build_strategy
 from simulations.training import Scores, ensemble, log_probabilities, score
 
 _MOVED = "c2m3-share-moved"

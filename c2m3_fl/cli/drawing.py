@@ -84,14 +84,16 @@ def _bars(axes: Axes, comparison: Comparison) -> None:
 
 
 def _colour(comparison: Comparison, strategy: str) -> str:
-    """Colour from the table above; for a strategy that is not in it, the next of twenty others."""
+    """Colour from the table above; for a strategy that is not in it, one of its own among the others."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
     if strategy in _COLOURS:
         return _COLOURS[strategy]
     others = [name for name in comparison.strategies if name not in _COLOURS]
-    return to_hex(colormaps["tab20"](others.index(strategy) % 20))
+    place = others.index(strategy)
+    many = len(others) > colormaps["tab20"].N
+    return to_hex(colormaps["turbo"](place / len(others)) if many else colormaps["tab20"](place))
 
 
 def _accuracies(rounds: Sequence[Round]) -> list[float]:
