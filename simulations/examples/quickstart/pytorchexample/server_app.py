@@ -38,11 +38,12 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation and evaluate every round's model on the test images."""
     config = context.run_config
     torch.manual_seed(int(config["seed"]))
+    start = ArrayRecord(Net().state_dict())  # before the strategy, so that all strategies have the same
     build = STRATEGIES[str(config["strategy"])]
     strategy = build(FedAvg(fraction_evaluate=float(config["fraction-evaluate"])))
     result = strategy.start(
         grid=grid,
-        initial_arrays=ArrayRecord(Net().state_dict()),
+        initial_arrays=start,
         num_rounds=int(config["num-server-rounds"]),
         evaluate_fn=evaluate,
     )
