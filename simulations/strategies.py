@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, Strategy
-from torch import Tensor, nn
+from torch import nn
 
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.strategy import C2M3
@@ -19,38 +18,7 @@ from simulations.data import FederatedData
 from simulations.distillation import FedDF
 from simulations.peers import AlignedBy, FisherAverage, Merged
 from simulations.settings import ON_CLIENTS, ON_SERVER, TITLES, check_choice
-
-
-@dataclass(frozen=True, eq=False)
-class SimulatedServer:
-    """Model and data of the server of a federation.
-
-    Attributes
-    ----------
-    model : nn.Module
-        The architecture.
-    calibration : list of Tensor
-        Unlabelled images.
-    clients : int
-        Number of clients in round 1.
-    participation : float
-        Share of the clients that train in a round.
-    """
-
-    model: nn.Module
-    calibration: list[Tensor]
-    clients: int
-    participation: float = 1.0
-
-    @property
-    def everyone(self) -> dict[str, Any]:
-        """Options of Flower's strategies: who trains; evaluation is left to the server."""
-        return {
-            "fraction_evaluate": 0.0,
-            "fraction_train": self.participation,
-            "min_train_nodes": max(1, int(self.participation * self.clients)),
-            "min_available_nodes": self.clients,
-        }
+from simulations.simulated_server import SimulatedServer
 
 
 def fedavg(server: SimulatedServer) -> FedAvg:

@@ -35,7 +35,8 @@ from simulations.design import load_design
 from simulations.flower_log import flower_log
 from simulations.settings import Settings
 from simulations.start import start_model
-from simulations.strategies import SimulatedServer, fedavg
+from simulations.simulated_server import SimulatedServer
+from simulations.strategies import fedavg
 from simulations.training import log_probabilities, score
 from simulations.trial import RememberingTrainer
 
