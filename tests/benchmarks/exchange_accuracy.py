@@ -28,8 +28,8 @@ from simulations.data import federated_data
 from simulations.design import load_design
 from simulations.flower_log import flower_log
 from simulations.settings import Settings
-from simulations.start import start_model
 from simulations.simulated_server import SimulatedServer
+from simulations.start import start_model
 from simulations.strategies import fedavg
 from simulations.training import log_probabilities, score
 from simulations.trial import RememberingTrainer
