@@ -1,29 +1,44 @@
-"""Groups of interchangeable units, where they sit on the axes of a tensor, and axes that nothing may permute."""
+"""Groups of units that move together, where they sit on the axes of a tensor, and axes that nothing may move."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+Kind = Literal["permutation", "orthogonal", "centred"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
 
 @dataclass(frozen=True)
 class Group:
-    """A set of interchangeable units.
+    """A set of units, and what may be done with them.
 
     Attributes
     ----------
     size : int
-        Number of units that the group's permutation moves.
+        Number of units that the group's permutation or rotation moves.
     parent : str, optional
         Name of the group whose blocks these units fill: units ``h * block … (h + 1) * block - 1``
         belong to unit ``h`` of the parent, with ``block = size / parent.size``.
+    kind : {"permutation", "orthogonal", "centred"}
+        What leaves the network's function unchanged: permutations of the units; every orthogonal matrix, where the
+        units are coordinates of a space that is read by linear operators alone; or the orthogonal matrices that fix
+        the vector of ones, where a mean over the units is taken off as well (LayerNorm). Those of a nested group act
+        inside the blocks, which the parent's permutation moves.
     """
 
     size: int
     parent: str | None = None
+    kind: Kind = "permutation"
+
+    @property
+    def orthogonal(self) -> bool:
+        """Whether the units are coordinates that rotate, instead of things that change places."""
+        return self.kind != "permutation"
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,7 +81,8 @@ def describe(spec: Described) -> str:
     count = len(spec.groups)
     head = (
         f"{count} group{'' if count == 1 else 's'}{f' ({nested} nested)' if nested else ''}; "
-        f"permutations move {100 * coverage(spec):.2f} % of {total:,} parameters"
+        f"permutations {'and rotations ' if any(group.orthogonal for group in spec.groups.values()) else ''}"
+        f"move {100 * coverage(spec):.2f} % of {total:,} parameters"
     )
     return "\n".join([head, *_groups(spec), *_pins(spec.pins)])
 
@@ -90,7 +91,9 @@ def _groups(spec: Described) -> Iterable[str]:
     if not spec.groups:
         return
     width = max(len("group"), *(len(name) + 2 * (group.parent is not None) for name, group in spec.groups.items()))
-    yield f"\n{'group':<{width}}  {'units':>6}  members"
+    kinds = max((len(group.kind) + 2 for group in spec.groups.values()), default=0)
+    kinds = kinds if any(group.orthogonal for group in spec.groups.values()) else 0  # all are permutations
+    yield f"\n{'group':<{width}}  {'units':>6}  {'kind' if kinds else '':<{kinds}}members"
     for root in spec.roots:
         for name in (root, *spec.children(root)):
             group = spec.groups[name]
@@ -100,7 +103,7 @@ def _groups(spec: Described) -> Iterable[str]:
                 if group.parent is None
                 else f"{spec.groups[root].size}x{group.size // spec.groups[root].size}"
             )
-            yield f"{label:<{width}}  {units:>6}  {_members(spec, name)}"
+            yield f"{label:<{width}}  {units:>6}  {group.kind if kinds else '':<{kinds}}{_members(spec, name)}"
 
 
 def _members(spec: Described, name: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.spec import Axis, Params, PermutationSpec, TensorSpec
+from c2m3_fl.core.spec import Axis, Params, PermutationSpec, TensorSpec, refuse_rotations
 from c2m3_fl.errors import ParamsError, SpecError
 
 Permutation = Mapping[str, Tensor]
@@ -21,11 +21,13 @@ Permutation = Mapping[str, Tensor]
 
 def identity(spec: PermutationSpec) -> dict[str, Tensor]:
     """The permutation that moves nothing."""
+    refuse_rotations(spec, "identity")
     return {name: torch.arange(group.size) for name, group in spec.groups.items()}
 
 
 def random(spec: PermutationSpec, generator: torch.Generator) -> dict[str, Tensor]:
     """A uniformly drawn permutation; nested groups move inside the blocks of their parents."""
+    refuse_rotations(spec, "random")
     perm = {name: torch.randperm(spec.groups[name].size, generator=generator) for name in spec.roots}
     for name, group in spec.groups.items():
         if group.parent is not None:
@@ -75,6 +77,7 @@ def cycle_error(perms: Sequence[Permutation]) -> int:
 
 def validate(spec: PermutationSpec, perm: Permutation, who: str = "permutation") -> None:
     """Raise `SpecError` unless `perm` is a permutation that the spec allows."""
+    refuse_rotations(spec, who)
     if set(perm) != set(spec.groups):
         raise SpecError(f"{who}: has groups {sorted(perm)}, expected {sorted(spec.groups)}")
     for name, group in spec.groups.items():
@@ -105,6 +108,7 @@ def apply(spec: PermutationSpec, perm: Permutation, params: Params) -> dict[str,
     ParamsError
         When the state dict or the permutation is not one of this spec.
     """
+    refuse_rotations(spec, "apply")
     _check_keys("permutation", perm, spec.groups)
     _check_keys("state dict", params, spec.tensors)
     return {name: apply_to_tensor(spec.tensors[name], perm, value) for name, value in params.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.mapped import agreement, dot, moved
-from c2m3_fl.core.spec import Group, Params, PermutationSpec
+from c2m3_fl.core.spec import Group, Params, PermutationSpec, refuse_rotations
 from c2m3_fl.core.terms import Term, compile_terms, matched_names, working_dtype
 from c2m3_fl.errors import ConfigError, ParamsError
 
@@ -155,6 +155,7 @@ def work_of(groups: Mapping[str, Group], terms: Sequence[Term]) -> int:
 
 def check_nodes(spec: PermutationSpec, nodes: Sequence[Params]) -> None:
     """Raise `ParamsError` unless there are nodes, all of which fit the spec and are finite."""
+    refuse_rotations(spec, "match")
     if len(nodes) < 1:
         raise ParamsError("nodes: got none, expected at least one state dict to match")
     for index, node in enumerate(nodes):

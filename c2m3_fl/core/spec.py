@@ -14,6 +14,8 @@ block, and may move a block only as its parent moves (attention heads with permu
 
 The slots of a segment's units may be units of a second group, ordered inside each of them alike: the rows of a
 projection to queries move by the query heads and, inside all heads that share a key, by that key's dimensions.
+
+A group is *orthogonal* where its units are coordinates that may be rotated (residual streams, the inside of heads).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.axes import Axis, Group, Pin, Segment, TensorSpec
+from c2m3_fl.core.axes import KINDS, Axis, Group, Pin, Segment, TensorSpec
 from c2m3_fl.core.describe import describe
 from c2m3_fl.errors import ParamsError, SpecError
 
@@ -41,7 +43,7 @@ class PermutationSpec:
     Attributes
     ----------
     groups : mapping of str to Group
-        The groups of interchangeable units.
+        The groups of units that move together.
     tensors : mapping of str to TensorSpec
         One entry for every tensor of the state dict, in its order.
     pins : tuple of Pin
@@ -53,7 +55,8 @@ class PermutationSpec:
     ------
     SpecError
         When a segment names an unknown group, disagrees with its group's size, leaves the axis or
-        overlaps another segment, or when a nested group does not divide into its parent's blocks.
+        overlaps another segment, when a nested group does not divide into its parent's blocks, or when an orthogonal
+        group is the parent of another one, has slots that are units, or lies on a block-diagonal tensor.
     """
 
     groups: Mapping[str, Group]
@@ -73,6 +76,11 @@ class PermutationSpec:
     def children(self, parent: str) -> tuple[str, ...]:
         """Names of the groups nested in `parent`."""
         return tuple(name for name, group in self.groups.items() if group.parent == parent)
+
+    @property
+    def rotations(self) -> tuple[str, ...]:
+        """Names of the groups that are orthogonal."""
+        return tuple(name for name, group in self.groups.items() if group.orthogonal)
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -106,7 +114,18 @@ class PermutationSpec:
                 raise ParamsError(f"{who}: {name!r} has shape {tuple(params[name].shape)}, expected {tensor.shape}")
 
 
+def refuse_rotations(spec: PermutationSpec, who: str) -> None:
+    """Raise `SpecError` naming an orthogonal group of the spec, for what handles permutations alone."""
+    if spec.rotations:
+        name = spec.rotations[0]
+        raise SpecError(
+            f"{who}: group {name!r} is {spec.groups[name].kind}, expected permutations; derive the spec without rotations"
+        )
+
+
 def _check_group(groups: Mapping[str, Group], name: str, group: Group) -> None:
+    if group.kind not in KINDS:
+        raise SpecError(f"group {name!r} is of kind {group.kind!r}, expected one of {list(KINDS)}")
     if group.size < 1:
         raise SpecError(f"group {name!r} has {group.size} units, expected at least one")
     if group.parent is None:
@@ -116,6 +135,10 @@ def _check_group(groups: Mapping[str, Group], name: str, group: Group) -> None:
     parent = groups[group.parent]
     if parent.parent is not None:
         raise SpecError(f"group {name!r}: its parent {group.parent!r} is itself nested; one level is supported")
+    if parent.orthogonal:
+        raise SpecError(
+            f"group {name!r}: its parent {group.parent!r} is {parent.kind}, expected permutations of blocks"
+        )
     if group.size % parent.size:
         raise SpecError(
             f"group {name!r}: {group.size} units do not divide into the {parent.size} blocks of {group.parent!r}"
@@ -135,6 +158,8 @@ def _check_tensor(groups: Mapping[str, Group], name: str, tensor: TensorSpec) ->
                 raise SpecError(f"{where} names a group that the spec does not have")
             if segment.size != groups[segment.group].size:
                 raise SpecError(f"{where} has {segment.size} units, expected {groups[segment.group].size}")
+            if tensor.diagonal > 1 and any(groups[each].orthogonal for each in segment.groups if each in groups):
+                raise SpecError(f"{where} is block-diagonal, where groups permute; pin the axis")
             if segment.slots:
                 _check_slots(groups, segment, where)
             if segment.positions.min() < 0 or segment.positions.max() >= len(taken):
@@ -147,6 +172,8 @@ def _check_tensor(groups: Mapping[str, Group], name: str, tensor: TensorSpec) ->
 def _check_slots(groups: Mapping[str, Group], segment: Segment, where: str) -> None:
     if segment.slots not in groups or segment.slots == segment.group:
         raise SpecError(f"{where}: its slots are units of {segment.slots!r}, expected another group of the spec")
+    if groups[segment.group].orthogonal:
+        raise SpecError(f"{where} is orthogonal, so that its slots cannot be units of {segment.slots!r}")
     parent = groups[segment.group].parent
     if groups[segment.slots].parent != parent:
         raise SpecError(f"{where}: its slots are units of {segment.slots!r}, which lies in other blocks")

@@ -14,15 +14,16 @@ from c2m3_fl.core.spec import Axis, Group, PermutationSpec, Pin, Segment, Tensor
 from c2m3_fl.errors import SpecError
 
 _FORMAT = "c2m3-fl permutation spec 2"
+_ROTATING = "c2m3-fl permutation spec 3"  # with orthogonal groups, which readers of the second would permute
 _LARGEST = 2**25  # units, and coordinates of all axes together: a quarter of a gigabyte in memory
-_READABLE = ("c2m3-fl permutation spec 1", _FORMAT)  # the first had no slots that are units
+_READABLE = ("c2m3-fl permutation spec 1", _FORMAT, _ROTATING)  # the first had no slots that are units
 
 
 def to_json(spec: PermutationSpec) -> str:
     """Text from which `from_json` restores an equal spec."""
     document = {
-        "format": _FORMAT,
-        "groups": {name: {"size": group.size, "parent": group.parent} for name, group in spec.groups.items()},
+        "format": _ROTATING if spec.rotations else _FORMAT,
+        "groups": {name: _pack_group(group) for name, group in spec.groups.items()},
         "tensors": {name: _pack_tensor(tensor) for name, tensor in spec.tensors.items()},
         "pins": [[pin.tensor, pin.axis, pin.reason, pin.operator, pin.module] for pin in spec.pins],
         "proven": spec.proven,
@@ -63,6 +64,11 @@ def save_spec(spec: PermutationSpec, path: str | Path) -> None:
     Path(path).write_text(to_json(spec), encoding="utf-8")
 
 
+def _pack_group(group: Group) -> dict[str, Any]:
+    packed: dict[str, Any] = {"size": group.size, "parent": group.parent}
+    return packed | {"kind": group.kind} if group.orthogonal else packed
+
+
 def _pack_tensor(tensor: TensorSpec) -> dict[str, Any]:
     packed: dict[str, Any] = {"shape": tensor.shape, "axes": [[_pack(one) for one in axis] for axis in tensor.axes]}
     if tensor.buffer:
@@ -82,7 +88,7 @@ def _unpack_group(name: str, packed: Mapping[str, Any]) -> Group:
     size, parent = _whole(packed["size"], f"group {name!r} has size"), packed["parent"]
     if not isinstance(parent, str | None):
         raise SpecError(f"group {name!r} has parent {parent!r}, expected a name or nothing")
-    return Group(size, parent)
+    return Group(size, parent, packed.get("kind", "permutation"))
 
 
 def _check_sizes(groups: Mapping[str, Group], tensors: Mapping[str, Any]) -> None:

@@ -68,7 +68,7 @@ def permutation_spec(
     >>> network, inputs = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4)
     >>> spec = permutation_spec(network, inputs)
     >>> spec.groups
-    {'0': Group(size=6, parent=None)}
+    {'0': Group(size=6, parent=None, kind='permutation')}
     >>> spec.members("0")
     (('0.weight', 0), ('0.bias', 0), ('2.weight', 1))
     >>> [(pin.tensor, pin.axis, pin.reason) for pin in spec.pins][-1]
