@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from c2m3_fl.merging.merged import Merge
     from c2m3_fl.merging.recalibrate.repair import repair
     from c2m3_fl.symmetry.discover import check_invariance, permutation_spec
+    from c2m3_fl.symmetry.folding import find_folding, fold, unfold
 
 _HOME = {
     "C2M3": "c2m3_fl.flower.strategy",
@@ -55,10 +56,13 @@ _HOME = {
     "TraceError": "c2m3_fl.errors",
     "WeightsError": "c2m3_fl.errors",
     "check_invariance": "c2m3_fl.symmetry.discover",
+    "find_folding": "c2m3_fl.symmetry.folding",
+    "fold": "c2m3_fl.symmetry.folding",
     "match": "c2m3_fl.core.match",
     "merge": "c2m3_fl.merging.merge",
     "permutation_spec": "c2m3_fl.symmetry.discover",
     "repair": "c2m3_fl.merging.recalibrate.repair",
+    "unfold": "c2m3_fl.symmetry.folding",
 }
 
 __all__ = [
@@ -80,10 +84,13 @@ __all__ = [
     "TraceError",
     "WeightsError",
     "check_invariance",
+    "find_folding",
+    "fold",
     "match",
     "merge",
     "permutation_spec",
     "repair",
+    "unfold",
 ]
 
 

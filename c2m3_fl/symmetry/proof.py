@@ -108,6 +108,10 @@ class Prover:
             return float("inf")
         return difference(self._expected, self._run(apply(spec, self._perm(spec, chosen), self._params)))
 
+    def error_of(self, change: Callable[[Params], Params]) -> float:
+        """Largest relative change of any output when `change` replaces the parameters; infinite as above."""
+        return difference(self._expected, self._run(change(self._params))) if self.tells else float("inf")
+
     def hidden_error(self, spec: PermutationSpec, chosen: Collection[str] | None = None) -> float:
         """The same for the outputs of the rescaled network and for the results of all operators inside it.
 
