@@ -3,6 +3,9 @@
 One linear assignment problem per node and group. A nested group is solved with its parent: pairing block h with
 block h' is worth the parent's own entry plus the best inner assignment of every child's sub-block, and one more
 assignment pairs the blocks. scipy's solver releases the interpreter lock, so a thread pool scales it.
+
+Where a group is orthogonal, the polar factor takes the place of the assignment, and the nuclear norm that of its worth
+(`rotation`).
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.core.rotation import polar, spread
+from c2m3_fl.core.spec import Group, PermutationSpec
 from c2m3_fl.errors import ParamsError
 
 Index = npt.NDArray[np.int64]
@@ -105,7 +109,9 @@ def assign(gain: Matrix) -> Index:
     return np.asarray(linear_sum_assignment(cost)[1], dtype=np.int64)
 
 
-def assign_nested(gain: Matrix, children: Mapping[str, Matrix]) -> tuple[Index, dict[str, Index]]:
+def assign_nested(
+    gain: Matrix, children: Mapping[str, Matrix], groups: Mapping[str, Group] | None = None
+) -> tuple[Index, dict[str, Matrix]]:
     """The best permutation of a parent's units together with those of the groups nested in it.
 
     Parameters
@@ -114,12 +120,19 @@ def assign_nested(gain: Matrix, children: Mapping[str, Matrix]) -> tuple[Index, 
         The parent's own functional.
     children : mapping of str to ndarray, shape (blocks * b, blocks * b)
         The functionals of the nested groups.
+    groups : mapping of str to Group, optional
+        The nested groups, some of which are orthogonal; by default all are permuted.
     """
     blocks = len(gain)
     total = np.array(gain, dtype=np.float64)
     inner: dict[str, Index] = {}
+    turned: dict[str, Matrix] = {}
     for name, child in children.items():
         split = child.reshape(blocks, len(child) // blocks, blocks, -1).transpose(0, 2, 1, 3)
+        if groups is not None and groups[name].orthogonal:
+            turned[name] = polar(split, groups[name].kind == "centred")
+            total += (split * turned[name]).sum(axis=(2, 3))
+            continue
         best = np.array([[assign(part) for part in row] for row in split])
         rows = np.arange(split.shape[2])
         total += np.take_along_axis(split[:, :, rows], best[..., None], axis=3).sum(axis=(2, 3), dtype=np.float64)
@@ -128,11 +141,13 @@ def assign_nested(gain: Matrix, children: Mapping[str, Matrix]) -> tuple[Index, 
     return outer, {
         name: (outer[:, None] * best.shape[2] + best[np.arange(blocks), outer]).reshape(-1)
         for name, best in inner.items()
-    }
+    } | {name: spread(outer, blocks) for name, blocks in turned.items()}
 
 
 def oracle(spec: PermutationSpec, gains: Mapping[str, Tensor], pool: Executor) -> dict[str, Tensor]:
     """The vertex that maximises the linear functional `gains`, node by node and family by family.
+
+    A vertex consists of permutations and of orthogonal matrices.
 
     Parameters
     ----------
@@ -145,8 +160,8 @@ def oracle(spec: PermutationSpec, gains: Mapping[str, Tensor], pool: Executor) -
 
     Returns
     -------
-    mapping of str to Tensor of int64, shape (nodes, size)
-        Index forms on the device of `gains`.
+    mapping of str to Tensor of int64, shape (nodes, size), or of float64, shape (nodes, size, size)
+        Index forms, and matrices of the groups that are orthogonal, on the device of `gains`.
     """
     host = {name: gain.cpu().numpy() for name, gain in gains.items()}
     count = len(next(iter(host.values()))) if host else 0
@@ -157,15 +172,23 @@ def oracle(spec: PermutationSpec, gains: Mapping[str, Tensor], pool: Executor) -
     largest_first = sorted(children, key=lambda name: -spec.groups[name].size)
     jobs = [(root, node) for root in largest_first for node in range(count)]
 
-    def solve(some: list[tuple[str, int]]) -> list[tuple[str, int, Index]]:
+    def solve(some: list[tuple[str, int]]) -> list[tuple[str, int, Matrix]]:
         answers = []
         for root, node in some:
             gain, inner = host[root][node], {name: host[name][node] for name in children[root]}
-            outer, nested = assign_nested(gain, inner) if inner else (assign(gain), {})
+            if spec.groups[root].orthogonal:
+                answers.append((root, node, polar(gain, spec.groups[root].kind == "centred")))
+                continue
+            outer, nested = assign_nested(gain, inner, spec.groups) if inner else (assign(gain), {})
             answers += [(name, node, index) for name, index in {root: outer, **nested}.items()]
         return answers
 
-    found = {name: np.empty((count, group.size), dtype=np.int64) for name, group in spec.groups.items()}
+    found: dict[str, Matrix] = {
+        name: np.empty((count, group.size, group.size))
+        if group.orthogonal
+        else np.empty((count, group.size), dtype=np.int64)
+        for name, group in spec.groups.items()
+    }
     small = count * sum(group.size**3 for group in spec.groups.values()) < _SMALL
     bundles = (
         [jobs] if small or len(jobs) == 1 else [jobs[first::_BUNDLES] for first in range(min(_BUNDLES, len(jobs)))]

@@ -142,6 +142,8 @@ class BlockAscent:
             if gain > noise:
                 self._accept(node, colour, root, proposal)
                 moved = True
+            elif root in colour.turning and gain > -noise:
+                self._accept(node, colour, root, proposal)  # the angle of a rotation is more precise than its gain
         return moved
 
     def _gains(self, node: int, colour: _Colour) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
@@ -189,6 +191,11 @@ class _Colour:
             root
             for root, family in self.families.items()
             if any(sum(group in family for group in problem.terms[t].groups) > 1 for t in self.touched_by[root])
+        }
+        self.turning = {  # families of which a part rotates, and whose answers lose nothing
+            root
+            for root, family in self.families.items()
+            if root not in self.twice and any(groups[name].orthogonal for name in family)
         }
         self.touched_twice = {t for root in self.twice for t in self.touched_by[root]}
 

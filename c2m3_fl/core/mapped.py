@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.places import Place, blend, permute
+from c2m3_fl.core.rotation import displacement
 from c2m3_fl.core.terms import Term
 
 _ROW = 1024  # products that are added up in the working dtype before the sum goes on in float64
@@ -85,11 +86,13 @@ def contract(left: Tensor, right: Tensor, dim: int, into: Tensor) -> None:
 def share_moved(vertex: Vertex, before: Vertex | None = None) -> float:
     """Share of all nodes' units that a vertex has elsewhere than another one, or than in their own place."""
     changes = [
-        (index != (torch.arange(index.shape[1], device=index.device) if before is None else before[name])).sum()
+        displacement(index, torch.eye(index.shape[1], device=index.device) if before is None else before[name]).sum()
+        if index.ndim > 2
+        else (index != (torch.arange(index.shape[1], device=index.device) if before is None else before[name])).sum()
         for name, index in vertex.items()
     ]
-    total = sum(index.numel() for index in vertex.values())
-    return int(torch.stack(changes).sum()) / total if total else 0.0
+    total = sum(index.shape[:2].numel() for index in vertex.values())
+    return min(float(torch.stack(changes).sum()) / total, 1.0) if total else 0.0
 
 
 def inner(left: Tensor, right: Tensor) -> float:

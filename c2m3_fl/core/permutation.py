@@ -1,9 +1,11 @@
-"""The group of permutations that a spec allows: identity, inverse, composition, action on params.
+"""The group of permutations and rotations that a spec allows: identity, inverse, composition, action on params.
 
 A permutation maps every group to an index tensor of shape ``(size,)``. Acting on a tensor gathers,
 ``w[perm]``; in matrix form ``matrix[u, perm[u]] = 1`` and ``matrix @ w`` is the same thing. Node i's
 permutation takes its units *into* the universe, so ``perm[u]`` is the unit of node i that sits at
 place u of the universe (the published paper's P is the transpose of ours).
+
+An orthogonal group has the matrix itself instead of an index, in float64 and of shape ``(size, size)`` (`rotation`).
 """
 
 from __future__ import annotations
@@ -13,24 +15,42 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.spec import Axis, Params, PermutationSpec, TensorSpec, refuse_rotations
+from c2m3_fl.core.rotation import (
+    check_matrix,
+    displacement,
+    identity_matrix,
+    is_identity_matrix,
+    random_matrix,
+    rotate,
+)
+from c2m3_fl.core.spec import Axis, Params, PermutationSpec, TensorSpec
 from c2m3_fl.errors import ParamsError, SpecError
 
 Permutation = Mapping[str, Tensor]
 
+_HOME = 1e-9  # how far a coordinate may be from home after a cycle of rotations and still count as home
+
 
 def identity(spec: PermutationSpec) -> dict[str, Tensor]:
     """The permutation that moves nothing."""
-    refuse_rotations(spec, "identity")
-    return {name: torch.arange(group.size) for name, group in spec.groups.items()}
+    return {
+        name: identity_matrix(group.size) if group.orthogonal else torch.arange(group.size)
+        for name, group in spec.groups.items()
+    }
 
 
 def random(spec: PermutationSpec, generator: torch.Generator) -> dict[str, Tensor]:
     """A uniformly drawn permutation; nested groups move inside the blocks of their parents."""
-    refuse_rotations(spec, "random")
-    perm = {name: torch.randperm(spec.groups[name].size, generator=generator) for name in spec.roots}
+    perm = {
+        name: random_matrix(spec.groups[name], None, generator)
+        if spec.groups[name].orthogonal
+        else torch.randperm(spec.groups[name].size, generator=generator)
+        for name in spec.roots
+    }
     for name, group in spec.groups.items():
-        if group.parent is not None:
+        if group.parent is not None and group.orthogonal:
+            perm[name] = random_matrix(group, perm[group.parent], generator)
+        elif group.parent is not None:
             outer = perm[group.parent]
             block = group.size // len(outer)
             inner = torch.stack([torch.randperm(block, generator=generator) for _ in outer])
@@ -40,12 +60,12 @@ def random(spec: PermutationSpec, generator: torch.Generator) -> dict[str, Tenso
 
 def invert(perm: Permutation) -> dict[str, Tensor]:
     """Inverse: ``compose(perm, invert(perm))`` is the identity."""
-    return {name: torch.argsort(index) for name, index in perm.items()}
+    return {name: torch.argsort(index) if index.ndim == 1 else index.T.contiguous() for name, index in perm.items()}
 
 
 def compose(outer: Permutation, inner: Permutation) -> dict[str, Tensor]:
     """Composition: ``apply(outer, apply(inner, w)) = apply(compose(outer, inner), w)``."""
-    return {name: inner[name][index] for name, index in outer.items()}
+    return {name: inner[name][index] if index.ndim == 1 else index @ inner[name] for name, index in outer.items()}
 
 
 def between(to: Permutation, source: Permutation) -> dict[str, Tensor]:
@@ -55,37 +75,56 @@ def between(to: Permutation, source: Permutation) -> dict[str, Tensor]:
 
 def is_identity(perm: Permutation) -> bool:
     """Whether nothing moves."""
-    return all(torch.equal(index, torch.arange(len(index), device=index.device)) for index in perm.values())
+    return all(stays(index) for index in perm.values())
+
+
+def stays(index: Tensor) -> bool:
+    """Whether nothing moves in one group."""
+    if index.ndim > 1:
+        return is_identity_matrix(index)
+    return torch.equal(index, torch.arange(len(index), device=index.device))
 
 
 def share_moved(perm: Permutation) -> float:
-    """Share of all units, over all groups, that the permutation moves; 0 for a spec without groups."""
-    moved = sum(int((index != torch.arange(len(index), device=index.device)).sum()) for index in perm.values())
-    return moved / max(1, sum(len(index) for index in perm.values()))
+    """Share of all units, over all groups, that the permutation moves; 0 for a spec without groups.
+
+    A rotation counts by half its squared distance from the identity: of a permutation, the number of units moved.
+    """
+    moved = sum(
+        float(displacement(index, torch.eye(len(index), dtype=index.dtype, device=index.device)))
+        if index.ndim > 1
+        else int((index != torch.arange(len(index), device=index.device)).sum())
+        for index in perm.values()
+    )
+    return min(moved / max(1, sum(len(index) for index in perm.values())), 1.0)
 
 
 def cycle_error(perms: Sequence[Permutation]) -> int:
     """Number of units that do not return home around the cycle ``0 → 1 → … → 0``; zero by construction."""
     error = 0
     for name, index in perms[0].items():
-        around = {name: torch.arange(len(index))}
+        home = torch.arange(len(index)) if index.ndim == 1 else identity_matrix(len(index))
+        around = {name: home}
         for source, target in zip(perms, [*perms[1:], perms[0]], strict=True):
             around = compose(between({name: target[name].cpu()}, {name: source[name].cpu()}), around)
-        error += int((around[name] != torch.arange(len(index))).sum())
+        away = around[name] != home if index.ndim == 1 else ((around[name] - home).abs() > _HOME).any(1)
+        error += int(away.sum())
     return error
 
 
 def validate(spec: PermutationSpec, perm: Permutation, who: str = "permutation") -> None:
     """Raise `SpecError` unless `perm` is a permutation that the spec allows."""
-    refuse_rotations(spec, who)
     if set(perm) != set(spec.groups):
         raise SpecError(f"{who}: has groups {sorted(perm)}, expected {sorted(spec.groups)}")
     for name, group in spec.groups.items():
+        outer = None if group.parent is None else perm[group.parent].cpu()
+        if group.orthogonal:
+            check_matrix(group, perm[name], outer, f"{who}: group {name!r}")
+            continue
         index = perm[name].cpu()
         if index.shape != (group.size,) or not torch.equal(index.sort().values, torch.arange(group.size)):
             raise SpecError(f"{who}: group {name!r} is no permutation of its {group.size} units")
-        if group.parent is not None:
-            outer = perm[group.parent].cpu()
+        if outer is not None:
             block = group.size // len(outer)
             if not torch.equal(index // block, outer.repeat_interleave(block)):
                 raise SpecError(f"{who}: group {name!r} tears apart the blocks of its parent {group.parent!r}")
@@ -99,7 +138,7 @@ def apply(spec: PermutationSpec, perm: Permutation, params: Params) -> dict[str,
     spec : PermutationSpec
         The symmetries of the network.
     perm : mapping of str to Tensor
-        For every group an index tensor of shape (size,).
+        For every group an index tensor of shape (size,), or a matrix.
     params : mapping of str to Tensor
         The state dict; not mutated. Tensors that nothing moves are returned as they are.
 
@@ -108,7 +147,6 @@ def apply(spec: PermutationSpec, perm: Permutation, params: Params) -> dict[str,
     ParamsError
         When the state dict or the permutation is not one of this spec.
     """
-    refuse_rotations(spec, "apply")
     _check_keys("permutation", perm, spec.groups)
     _check_keys("state dict", params, spec.tensors)
     return {name: apply_to_tensor(spec.tensors[name], perm, value) for name, value in params.items()}
@@ -125,22 +163,32 @@ def _check_keys(what: str, given: object, expected: Mapping[str, object]) -> Non
 
 
 def apply_to_tensor(tensor: TensorSpec, perm: Permutation, value: Tensor) -> Tensor:
-    """Act on one tensor of shape `tensor.shape`."""
+    """Act on one tensor of shape `tensor.shape`; rotations are computed in float64."""
     if tensor.diagonal > 1:
         return _apply_to_diagonal(tensor, perm, value)
     for dim, axis in enumerate(tensor.axes):
         if axis:
             value = value.index_select(dim, axis_index(axis, tensor.length(dim), perm).to(value.device))
-    return value
+    names = {group for _, segment in tensor.segments for group in segment.groups}
+    turning = {name: perm[name] for name in names if perm[name].ndim > 1 and not stays(perm[name])}
+    if not turning:
+        return value
+    if not value.is_floating_point():
+        raise ParamsError(f"a tensor of {value.dtype} and shape {tuple(value.shape)} cannot rotate; pin its axes")
+    wide = value.double()
+    for dim, segment in tensor.segments:
+        wide = rotate(wide, dim, segment, turning)
+    return wide.to(value.dtype)
 
 
 def axis_index(axis: Axis, length: int, perm: Permutation) -> Tensor:
-    """Gather index of a whole axis, shape (length,)."""
+    """Gather index of a whole axis, shape (length,); coordinates that rotate stay in order."""
     index = torch.arange(length)
     for segment in axis:
         positions = torch.from_numpy(segment.positions)
-        source = positions[perm[segment.group].cpu()]
-        if segment.slots:
+        order = perm[segment.group]
+        source = positions if order.ndim > 1 else positions[order.cpu()]
+        if segment.slots and perm[segment.slots].ndim == 1:
             inside = perm[segment.slots].cpu().reshape(-1, segment.inner) % segment.inner  # the order in every block
             source = source.gather(1, inside.repeat_interleave(segment.size // len(inside), dim=0))
         index[positions] = source

@@ -1,5 +1,8 @@
 """Where a group of one node stands between permutations, relative to the order in which the node is kept, its frame.
 
+Where a group rotates, orthogonal matrices take the place of index forms, and matrices of spectral norm one or less that
+of doubly stochastic ones.
+
 Steps of Frank-Wolfe lead from permutations to mixtures of a few of them, which take no memory, and which gathers apply
 faster than products; after many short steps, or from noise, a place is a doubly stochastic matrix.
 """
@@ -10,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from c2m3_fl.core.axes import Kind
 
 _FEW = 4  # permutations whose gathers cost less than a product
 
@@ -37,18 +42,20 @@ Place = Tensor | Mixture  # a tensor is a doubly stochastic matrix, shape (size,
 FRAME = Mixture()
 
 
-def warm(warmth: float) -> Mixture:
-    """The share `warmth` of the way from the frame to the barycentre."""
-    return Mixture((1.0 - warmth,), (None,), warmth)
+def warm(warmth: float, kind: Kind = "permutation") -> Mixture:
+    """The share `warmth` of the way from the frame to the barycentre, which of all rotations is zero."""
+    return Mixture((1.0 - warmth,), (None,), 0.0 if kind == "orthogonal" else warmth)
 
 
 def towards(place: Place, index: Tensor, step_size: float, like: Tensor) -> Place:
     """A place moved towards a permutation: ``(1 - t) P + t S``."""
-    if isinstance(place, Mixture) and len(place.shares) < _FEW:
+    if isinstance(place, Mixture) and len(place.shares) < _FEW and index.ndim == 1:
         shares = tuple((1.0 - step_size) * share for share in place.shares)
         warmth = (1.0 - step_size) * place.barycentre
         return Mixture((*shares, step_size), (*place.permutations, index), warmth)
     matrix = matrix_of(place, len(index), like) * (1.0 - step_size)
+    if index.ndim > 1:
+        return matrix.add_(index, alpha=step_size)
     matrix[torch.arange(len(index), device=matrix.device), index] += step_size
     return matrix
 
@@ -79,7 +86,9 @@ def blend(value: Tensor, dim: int, place: Place) -> Tensor:
 
 
 def permute(value: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Permute one dimension; along the last one a gather is three to fifteen times as fast as a selection."""
+    """Permute or rotate one dimension; along the last one a gather is three to fifteen times as fast as a selection."""
+    if index.ndim > 1:
+        return blend(value, dim, index.to(value.dtype))
     if dim == value.ndim - 1 and dim > 0:
         return value.gather(dim, index.expand(value.shape))
     return value.index_select(dim, index)
@@ -87,6 +96,8 @@ def permute(value: Tensor, dim: int, index: Tensor) -> Tensor:
 
 def worth(gain: Tensor, index: Tensor | None) -> Tensor:
     """The inner product of a gradient, shape (size, size), with a permutation, in float64; None is the frame."""
+    if index is not None and index.ndim > 1:
+        return (gain * index).sum(dtype=torch.float64)
     chosen = gain.diagonal() if index is None else gain.gather(1, index[:, None])
     return chosen.sum(dtype=torch.float64)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.mapped import agreement, dot, moved
-from c2m3_fl.core.spec import Group, Params, PermutationSpec, refuse_rotations
+from c2m3_fl.core.rotation import identity_matrix
+from c2m3_fl.core.spec import Group, Params, PermutationSpec
 from c2m3_fl.core.terms import Term, compile_terms, matched_names, working_dtype
 from c2m3_fl.errors import ConfigError, ParamsError
 
@@ -27,8 +28,8 @@ class Problem:
         The symmetries of the network.
     terms : tuple of Term
         The parts of the agreement that some group moves, every node's in its frame.
-    frames : dict of str to Tensor of int64, shape (nodes, size)
-        The permutations in whose order the terms hold the nodes: the identity at first.
+    frames : dict of str to Tensor of int64, shape (nodes, size), or of float64, shape (nodes, size, size)
+        The permutations in whose order the terms hold the nodes, or the rotations: the identity at first.
     weights : Tensor of float64, shape (nodes,)
         Averaging weights, which sum to one.
     constant : float
@@ -86,7 +87,10 @@ class Problem:
         device = nodes[0][names[0]].device if names else torch.device("cpu")
         like = torch.empty(0, dtype=working_dtype(nodes, names), device=device)
         frames = {
-            name: torch.arange(group.size, device=device).repeat(len(nodes), 1) for name, group in spec.groups.items()
+            name: identity_matrix(group.size).to(device).repeat(len(nodes), 1, 1)
+            if group.orthogonal
+            else torch.arange(group.size, device=device).repeat(len(nodes), 1)
+            for name, group in spec.groups.items()
         }
         return cls(spec, moving, frames, weights, constant, max(scale, 0.0), like, frozen)
 
@@ -114,7 +118,8 @@ class Problem:
             term = self.terms[number]
             term.value[node] = moved(term, term.value[node], index)
         for name, rows in index.items():
-            self.frames[name][node] = self.frames[name][node][rows]
+            before = self.frames[name][node]
+            self.frames[name][node] = before[rows] if rows.ndim == 1 else rows @ before
 
     def objective(self) -> float:
         """The weighted agreement over all pairs of nodes in their frames."""
@@ -155,7 +160,6 @@ def work_of(groups: Mapping[str, Group], terms: Sequence[Term]) -> int:
 
 def check_nodes(spec: PermutationSpec, nodes: Sequence[Params]) -> None:
     """Raise `ParamsError` unless there are nodes, all of which fit the spec and are finite."""
-    refuse_rotations(spec, "match")
     if len(nodes) < 1:
         raise ParamsError("nodes: got none, expected at least one state dict to match")
     for index, node in enumerate(nodes):

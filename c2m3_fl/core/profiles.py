@@ -7,12 +7,15 @@ before anything is matched: "degree profiles" (Ding, Ma, Wu, Xu: "Efficient rand
 bound of Gilmore and Lawler for quadratic assignment. One linear assignment per node and family of groups, with these
 inner products as gains, maximises their sum. For a network and a permuted copy of it, the sum is largest at the
 permutation of the copy, and only there unless two units have equal profiles: permuted copies are recovered.
+
+Of connections to a space that rotates a profile has the norm. The rotations themselves are left where they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Executor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -41,14 +44,17 @@ def profile_vertex(problem: Problem, pool: Executor) -> dict[str, Tensor]:
             name: problem.like.new_zeros(problem.count - 1, group.size, group.size) for name, group in groups.items()
         }
         for number in problem.touched(groups):
-            _add_products(problem.terms[number], gains)
+            _add_products(problem.terms[number], {k: v for k, v in gains.items() if k not in spec.rotations}, spec)
         for name, index in oracle(PermutationSpec(groups, {}), gains, pool).items():
-            found[name] = torch.cat([torch.arange(groups[name].size, device=index.device)[None], index])
+            found[name] = torch.cat([problem.frames[name][:1], index])
     return found
 
 
-def _add_products(term: Term, gains: Mapping[str, Tensor]) -> None:
+def _add_products(term: Term, gains: Mapping[str, Tensor], spec: PermutationSpec) -> None:
     """Add the inner products of the first node's profiles with the others'."""
+    lengths = [term.dim(axis) for axis, group in enumerate(term.groups) if group in spec.rotations]
+    if lengths:
+        term = replace(term, value=torch.linalg.vector_norm(term.value, dim=lengths, keepdim=True))
     for axis, group in enumerate(term.groups):
         if group in gains:
             known = profiles(term, axis, 0)

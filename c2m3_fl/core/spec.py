@@ -119,7 +119,7 @@ def refuse_rotations(spec: PermutationSpec, who: str) -> None:
     if spec.rotations:
         name = spec.rotations[0]
         raise SpecError(
-            f"{who}: group {name!r} is {spec.groups[name].kind}, expected permutations; derive the spec without rotations"
+            f"{who}: group {name!r} is {spec.groups[name].kind}, expected permutations; use a spec without rotations"
         )
 
 

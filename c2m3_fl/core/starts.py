@@ -31,6 +31,8 @@ def check_start(spec: PermutationSpec, start: Start, count: int) -> None:
     if isinstance(start, str):
         if start not in _NAMES:
             raise ConfigError(f"start is {start!r}, expected one of {list(_NAMES)} or one permutation per node")
+        if start == "sinkhorn" and spec.rotations:
+            raise ConfigError(f"start is 'sinkhorn', but group {spec.rotations[0]!r} rotates; use 'random' instead")
         return
     if len(start) != count:
         raise ConfigError(f"start holds {len(start)} permutations, expected one for each of the {count} nodes")
@@ -124,13 +126,13 @@ def soften(problem: Problem, perms: Sequence[Permutation], warmth: float) -> Poi
 
 def at_perms(problem: Problem, perms: Sequence[Permutation]) -> Point:
     """One permutation per node."""
-    device = problem.like.device
-    return Point({name: torch.stack([perm[name] for perm in perms]).to(device) for name in problem.spec.groups})
+    return Point({name: torch.stack([perm[name] for perm in perms]).to(rows) for name, rows in problem.frames.items()})
 
 
 def _warm(problem: Problem, warmth: float, first: int) -> dict[int, dict[str, Place]]:
     """All groups of all nodes but the first ones on the way to the barycentre."""
-    return {node: dict.fromkeys(problem.spec.groups, warm(warmth)) for node in range(first, problem.count)}
+    places = {name: warm(warmth, group.kind) for name, group in problem.spec.groups.items()}
+    return {node: dict(places) for node in range(first, problem.count)}
 
 
 def _noise(count: int, size: int, generator: torch.Generator) -> Tensor:

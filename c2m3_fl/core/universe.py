@@ -23,6 +23,7 @@ from torch import Tensor
 
 from c2m3_fl.core.line_search import added, power_basis
 from c2m3_fl.core.mapped import Vertex, agreement, contract, dot, half_square, image, inner, moved
+from c2m3_fl.core.permutation import stays
 from c2m3_fl.core.places import FRAME, Place, mass, matrix_of, nearest, towards, worth
 from c2m3_fl.core.problem import Problem, work_of
 from c2m3_fl.core.terms import Term
@@ -92,7 +93,14 @@ class Universe:
         """Where most of the mass of a block's units is, relative to the frames, shape (nodes of the block, size)."""
         like = self.problem.like
         return {
-            name: torch.stack([nearest(self.places[node].get(name, FRAME), group.size, like) for node in block])
+            name: torch.stack(
+                [
+                    self.matrix(node, name)
+                    if group.orthogonal
+                    else nearest(self.places[node].get(name, FRAME), group.size, like)
+                    for node in block
+                ]
+            )
             for name, group in self.problem.spec.groups.items()
         }
 
@@ -190,7 +198,7 @@ class Universe:
 
     def _changing(self, node: int, index: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of a node's groups that permutations take elsewhere."""
-        return {name: rows for name, rows in index.items() if name in self.places[node] or not _stays(rows)}
+        return {name: rows for name, rows in index.items() if name in self.places[node] or not stays(rows)}
 
     def _mixtures(self, number: int, block: range, vertex: Vertex) -> list[list[float]]:
         """A term's part of the course: from its parts with every choice of axes at the vertex."""
@@ -214,14 +222,13 @@ class Universe:
         return [power_basis(curve.tolist()) for curve in curves]
 
 
-def _stays(index: Tensor) -> bool:
-    return torch.equal(index, torch.arange(len(index), device=index.device))
-
-
 def _relative(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The permutations of a frame that make another one of it, where they move something."""
-    index = {name: torch.argsort(rows)[after[name].to(rows)] for name, rows in before.items()}
-    return {name: rows for name, rows in index.items() if not _stays(rows)}
+    index = {
+        name: torch.argsort(rows)[after[name].to(rows)] if rows.ndim == 1 else after[name].to(rows) @ rows.T
+        for name, rows in before.items()
+    }
+    return {name: rows for name, rows in index.items() if not stays(rows)}
 
 
 def _row(vertex: Vertex, row: int) -> dict[str, Tensor]:
