@@ -1,4 +1,4 @@
-"""The data of one federation: every client's share of the training images, and the server's images."""
+"""The data of one federation: every client's share of the training images (or text), and the server's."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from c2m3_fl.errors import ConfigError
 from simulations.partition import Indices, partition
 from simulations.settings import Settings
 from simulations.sources import KINDS, DataSetKind, Source, open_source
+from simulations.text import Division, divide
 
 _CALIBRATION_BATCH = 250  # images; any size gives the same statistics
 
 
 @dataclass(frozen=True)
 class Images:
-    """Inputs (n, channels, height, width) and labels (n,)."""
+    """Inputs (n, channels, height, width), or text (n, length), and labels (n,)."""
 
     inputs: Tensor
     labels: Tensor
@@ -68,10 +69,9 @@ class FederatedData:
         return self.kind.classes
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        channels, height, width = self._images(self.test, self.test_rows[:1]).inputs.shape[1:]
-        return channels, height, width
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width of an image, or the length of a text."""
+        return tuple(self._images(self.test, self.test_rows[:1]).inputs.shape[1:])
 
     @cached_property
     def calibration(self) -> list[Tensor]:
@@ -105,11 +105,14 @@ class FederatedData:
         return {}
 
     def _images(self, source: Source, rows: Indices) -> Images:
-        inputs = torch.from_numpy(source.pixels(rows)).permute(0, 3, 1, 2).float() / 255
+        raw, labels = torch.from_numpy(source.raw(rows)), torch.from_numpy(source.labels[rows])
+        if source.owners is not None:
+            return Images(raw, labels)
+        inputs = raw.permute(0, 3, 1, 2).float() / 255
         if self.image_size and self.image_size != inputs.shape[-1]:
             inputs = torch.nn.functional.interpolate(inputs, self.image_size, mode="bilinear", antialias=True)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.kind.mean, self.kind.std))
-        return Images((inputs - mean) / std, torch.from_numpy(source.labels[rows]))
+        return Images((inputs - mean) / std, labels)
 
 
 @lru_cache(maxsize=2)
@@ -130,20 +133,28 @@ def federated_data(settings: Settings) -> FederatedData:
             f"train-size {settings.train_size} and calibration-size {settings.calibration_size} exceed the "
             f"{len(train.labels)} training images of {settings.data!r}"
         )
-    order = np.random.default_rng(derived_seed(settings.seed, 0)).permutation(len(train.labels))
-    calibration, rest = order[: settings.calibration_size], order[settings.calibration_size :]
-    rows = rest[: settings.train_size or None]
-    parts = partition(train.labels[rows], settings, derived_seed(settings.seed, 1))
+    if train.owners is None or test.owners is None:
+        parts, calibration, tested = _divide_images(train, test, settings)
+    else:
+        parts, calibration, tested = divide(train.owners, test.owners, settings, derived_seed(settings.seed, 1))
     return FederatedData(
         kind=KINDS[settings.data],
         image_size=settings.image_size,
         train=train,
         test=test,
-        parts=tuple(rows[part] for part in parts),
+        parts=parts,
         calibration_rows=calibration,
-        test_rows=np.arange(len(test.labels))[: settings.test_size or None],
+        test_rows=tested,
         holdout=settings.holdout,
     )
+
+
+def _divide_images(train: Source, test: Source, settings: Settings) -> Division:
+    order = np.random.default_rng(derived_seed(settings.seed, 0)).permutation(len(train.labels))
+    calibration, rest = order[: settings.calibration_size], order[settings.calibration_size :]
+    rows = rest[: settings.train_size or None]
+    parts = partition(train.labels[rows], settings, derived_seed(settings.seed, 1))
+    return tuple(rows[part] for part in parts), calibration, np.arange(len(test.labels))[: settings.test_size or None]
 
 
 def derived_seed(seed: int, *path: int) -> int:

@@ -1,17 +1,20 @@
 """The networks of the comparisons: MLP, small CNN, LeNet, VGG and ResNet, for any image size and number of classes.
 
+Those that read text are in `simulations.language_models`.
+
 They are ordinary ``torch.nn`` code that does not depend on this package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from c2m3_fl.errors import ConfigError
+from simulations.language_models import CharacterLstm, Gpt
 from simulations.settings import Settings
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
@@ -21,8 +24,13 @@ _VGG = {  # channels of the convolutions, "M" a pooling by two
     "vgg16": (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
 }
 
+_TEXT: Mapping[str, Callable[[float, int, int], nn.Module]] = {  # from width, classes and length of the text
+    "lstm": lambda width, classes, _length: CharacterLstm(max(1, round(256 * width)), classes),
+    "gpt": lambda width, classes, length: Gpt(4 * max(1, round(32 * width)), classes, length),
+}
 
-def build_model(settings: Settings, shape: Shape, classes: int, seed: int) -> nn.Module:
+
+def build_model(settings: Settings, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
     """The network that the settings name; its initial weights depend only on `seed`.
 
     Parameters
@@ -30,7 +38,7 @@ def build_model(settings: Settings, shape: Shape, classes: int, seed: int) -> nn
     settings : Settings
         Fields ``model``, ``hidden_widths`` and ``width``.
     shape : tuple of int
-        Channels, height and width of an image.
+        Channels, height and width of an image, or the length of a text.
     classes : int
         Width of the output.
     seed : int
@@ -39,17 +47,26 @@ def build_model(settings: Settings, shape: Shape, classes: int, seed: int) -> nn
     Raises
     ------
     ConfigError
-        When the images are too small for the network.
+        When the images are too small for the network, or it reads text and the data are images, or the reverse.
     """
+    if (len(shape) == 1) != (settings.model in _TEXT):
+        kind = "text: set model to one of " + ", ".join(_TEXT) if len(shape) == 1 else "images: choose another model"
+        raise ConfigError(f"model is {settings.model!r}, but {settings.data!r} are {kind}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if len(shape) == 1:
+            return _TEXT[settings.model](settings.width, classes, shape[0])
+        return _build(settings, _large_enough(settings, (shape[0], shape[1], shape[2])), classes)
+
+
+def _large_enough(settings: Settings, shape: Shape) -> Shape:
     smallest = 32 if settings.model.startswith("vgg") else 16 if settings.model == "lenet" else 8
     if settings.model != "mlp" and min(shape[1:]) < smallest:
         raise ConfigError(
             f"model {settings.model!r} needs images of at least {smallest}x{smallest} pixels, "
             f"{settings.data!r} has {shape[1]}x{shape[2]}: set image-size={smallest}"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _build(settings, shape, classes)
+    return shape
 
 
 def _build(settings: Settings, shape: Shape, classes: int) -> nn.Module:

@@ -33,6 +33,8 @@ def partition(labels: Indices, settings: Settings, seed: int) -> tuple[Indices, 
     """
     if len(labels) < _SMALLEST * settings.clients:
         raise ConfigError(f"clients is {settings.clients}, too many for {len(labels)} training images")
+    if settings.partition == "speakers":
+        raise ConfigError(f"partition is 'speakers', which images of {settings.data!r} do not have")
     rows = Dataset.from_dict({"index": np.arange(len(labels)), "label": labels})
     partitioner = _partitioner(settings, seed, classes=len(np.unique(labels)))
     partitioner.dataset = rows

@@ -41,6 +41,8 @@ TITLES = {  # names of the strategies in simulations/strategies.py, and their ti
     "feddf": "FedDF",
     "fisher": "Fisher average",
     "regmean": "RegMean",
+    "task-average": "Task average",
+    "ties": "TIES",
     "c2m3": "C2M3",
     "c2m3+default": "C2M3, default",
     "c2m3+batchnorm": "C2M3 + BatchNorm",
@@ -97,7 +99,7 @@ class Settings:
     data: str = _option(
         "digits",
         "data set",
-        choices=("digits", "mnist", "fashion-mnist", "emnist", "cifar10", "cifar100"),
+        choices=("digits", "mnist", "fashion-mnist", "emnist", "cifar10", "cifar100", "shakespeare"),
     )
     train_size: int = _option(0, "training images of all clients together; 0 takes all", at_least=0)
     test_size: int = _option(0, "test images; 0 takes all", at_least=0)
@@ -118,13 +120,19 @@ class Settings:
             "resnet8-bn",
             "resnet20-bn",
             "resnet20-ln",
+            "lstm",
+            "gpt",
         ),
     )
     hidden_widths: str = _option("256,256", "hidden widths of the MLP, separated by commas")
-    width: float = _option(1.0, "factor on the channels of convolutional networks", above=0)
+    width: float = _option(
+        1.0, "factor on the channels of convolutional networks, and on the width of language models", above=0
+    )
     clients: int = _option(5, "clients, one per partition of the training images", at_least=1)
     partition: str = _option(
-        "dirichlet", "how labels are spread over clients", choices=("iid", "dirichlet", "pathological", "shards")
+        "dirichlet",
+        "how labels are spread over clients; in text, clients are speakers",
+        choices=("iid", "dirichlet", "pathological", "shards", "speakers"),
     )
     alpha: float = _option(0.5, "concentration of the Dirichlet partition", above=0)
     classes_per_client: int = _option(

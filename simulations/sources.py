@@ -1,4 +1,4 @@
-"""Sources of images: scikit-learn's digits, parquet files under C2M3_DATA, or torchvision's downloads.
+"""Sources of data: scikit-learn's digits, files under C2M3_DATA, or torchvision's downloads.
 
 A source holds all labels and decodes images on request, so that a client of a large data set decodes only its own
 share.
@@ -20,9 +20,11 @@ import pyarrow.parquet as parquet
 from PIL import Image
 
 from c2m3_fl.errors import DataError
+from simulations.text import ALPHABET, read_text
 
 Indices = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]  # images, height, width, channels
+Raw = Pixels | Indices  # images, or characters of shape (windows, length)
 
 ENVIRONMENT = "C2M3_DATA"
 
@@ -38,9 +40,9 @@ class DataSetKind:
     classes : int
         Number of labels.
     mean, std : tuple of float
-        Mean and standard deviation of each channel on the training images, pixels between 0 and 1.
+        Mean and standard deviation of each channel on the training images, pixels between 0 and 1; empty for text.
     torchvision : str
-        Class in ``torchvision.datasets``; empty for the embedded digits.
+        Class in ``torchvision.datasets``; empty for the embedded digits and for text.
     options : mapping
         Further arguments of that class.
     """
@@ -59,6 +61,7 @@ KINDS = {
     "emnist": DataSetKind(47, (0.1751,), (0.3332,), "EMNIST", {"split": "balanced"}),
     "cifar10": DataSetKind(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR10"),
     "cifar100": DataSetKind(100, (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR100"),
+    "shakespeare": DataSetKind(len(ALPHABET), (), ()),
 }
 
 
@@ -70,12 +73,16 @@ class Source:
     ----------
     labels : ndarray of int64, shape (images,)
         All labels.
-    pixels : callable
-        Function from indices to images, shape (len(indices), height, width, channels).
+    raw : callable
+        Function from indices to images, shape (len(indices), height, width, channels), or to text, characters of shape
+        (len(indices), length).
+    owners : ndarray of int64, shape (images,), or None
+        Who each window of a text belongs to.
     """
 
     labels: Indices
-    pixels: Callable[[Indices], Pixels]
+    raw: Callable[[Indices], Raw]
+    owners: Indices | None = None
 
 
 @lru_cache(maxsize=4)
@@ -91,6 +98,9 @@ def open_source(name: str, split: str) -> Source:
         return _digits(split)
     root = os.environ.get(ENVIRONMENT)
     file = Path(root) / name / f"{split}.parquet" if root else None
+    if name == "shakespeare":
+        text = read_text(Path(root) / name / "input.txt" if root else None, split, ENVIRONMENT)
+        return Source(text.following, lambda indices: text.windows[indices], text.speakers)
     if file is not None and file.is_file():
         return _parquet(file)
     return _torchvision(name, split, file)

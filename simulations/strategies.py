@@ -19,6 +19,7 @@ from simulations.distillation import FedDF
 from simulations.peers import AlignedBy, FisherAverage, Merged
 from simulations.settings import ON_CLIENTS, ON_SERVER, TITLES, check_choice
 from simulations.simulated_server import SimulatedServer
+from simulations.task_vectors import TaskAverage, Ties
 
 
 def fedavg(server: SimulatedServer) -> FedAvg:
@@ -54,6 +55,16 @@ def feddf(server: SimulatedServer) -> FedDF:
 def fisher(server: SimulatedServer) -> FisherAverage:
     """Parameters weighted by the clients' Fisher information: Matena and Raffel 2022."""
     return FisherAverage(**server.everyone)
+
+
+def task_average(server: SimulatedServer) -> TaskAverage:
+    """The plain mean of task vectors: Ilharco et al. 2023."""
+    return TaskAverage(**server.everyone)
+
+
+def ties(server: SimulatedServer) -> Ties:
+    """Task vectors, trimmed and averaged where signs agree: Yadav et al. 2023."""
+    return Ties(**server.everyone)
 
 
 def regmean(server: SimulatedServer) -> AlignedBy:
@@ -210,6 +221,8 @@ STRATEGIES: Mapping[str, Callable[[SimulatedServer], Strategy]] = {
     "feddf": feddf,
     "fisher": fisher,
     "regmean": regmean,
+    "task-average": task_average,
+    "ties": ties,
     "c2m3": c2m3,
     "c2m3+default": c2m3_default,
     "c2m3+batchnorm": c2m3_batchnorm,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from c2m3_fl.merging.recalibrate.reliability import Reliability
 from simulations.data import Images
+from simulations.language_models import LanguageModel
 from simulations.settings import Settings
 
 _BATCH = 500  # images per evaluation step
@@ -62,13 +63,19 @@ def train(model: nn.Module, images: Images, settings: Settings, seed: int, *, pr
             if len(rows) == 1 < settings.batch_size and len(images) > 1:
                 continue
             optimiser.zero_grad()
-            loss = nn.functional.cross_entropy(model(inputs[rows]), labels[rows])
+            loss = _loss(model, inputs[rows], labels[rows])
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             if proximal:
                 _pull(model, start, proximal)
             optimiser.step()
             total, steps = total + loss.detach(), steps + 1
     return float(total / max(steps, 1))
+
+
+def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    if isinstance(model, LanguageModel):
+        return model.loss(inputs, labels)
+    return nn.functional.cross_entropy(model(inputs), labels)
 
 
 def _pull(model: nn.Module, start: Sequence[Tensor], proximal: float) -> None:

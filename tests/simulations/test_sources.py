@@ -36,7 +36,7 @@ def test_digits_are_all_there_and_split_for_good():
     train, test = open_source("digits", "train"), open_source("digits", "test")
     assert len(train.labels) + len(test.labels) == 1797
     assert set(train.labels) == set(test.labels) == set(range(10))
-    pixels = train.pixels(np.arange(len(train.labels)))
+    pixels = train.raw(np.arange(len(train.labels)))
     assert pixels.shape == (1437, 8, 8, 1)
     assert (pixels.min(), pixels.max()) == (0, 255)
 
@@ -49,7 +49,7 @@ def test_parquet_gives_back_what_was_encoded(tmp_path, monkeypatch, shape, names
     source = open_source("mnist", "test")
     assert source.labels.tolist() == [3, 1, 4, 1, 5]
     rows = np.array([4, 0, 2])
-    assert np.array_equal(source.pixels(rows), images[rows].reshape(3, 6, 6, -1))
+    assert np.array_equal(source.raw(rows), images[rows].reshape(3, 6, 6, -1))
 
 
 def test_parquet_without_an_image_column_is_refused(tmp_path, monkeypatch):
@@ -85,4 +85,4 @@ def test_torchvision_is_asked_where_there_is_no_parquet(tmp_path, monkeypatch):
     monkeypatch.setenv("C2M3_DATA", str(tmp_path))
     source = open_source("emnist", "test")
     assert source.labels.tolist() == [46, 0]
-    assert np.array_equal(source.pixels(np.array([1]))[0, :, :, 0], images[1].T)  # EMNIST is stored transposed
+    assert np.array_equal(source.raw(np.array([1]))[0, :, :, 0], images[1].T)  # EMNIST is stored transposed
