@@ -21,8 +21,11 @@ from c2m3_fl.flower.metrics import Numbers, failure
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.merging.evaluate.decide import DeploymentDecision, judge_by_labels
 from c2m3_fl.merging.recalibrate.auto import Auto
+from c2m3_fl.merging.recalibrate.last_layer import with_temperature
 
 __all__ = ["Clients", "Deployed", "Request", "deploy", "wants_plain"]
+
+_TEMPERATURES = (0.5, 0.7, 1.4, 2.0, 3.0)  # beside 1; the loss is smooth in them, and convex in 1 / temperature
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +64,15 @@ def deploy(setup: Setup, request: Request) -> Deployed:
     started = perf_counter()
     with undisturbed():
         found = Candidates(setup, request)
-        chosen, numbers, unjudged = _choose(setup, request, found)
+        chosen, numbers, unjudged, judged = _choose(setup, request, found)
+        params = request.aggregate if chosen == AGGREGATE else found.params[chosen]
+        if judged:
+            params, tempered = _at_best_temperature(setup, request, params)
+            numbers |= tempered
     tried = setup.calibrated or (request.deploys and bool(setup.asks))
     if not tried and len(found.params) == 1 and not found.failed:
         return Deployed(request.aggregate, {}, headless=found.headless)
-    changed = not same(found.params[AGGREGATE], found.params[chosen])
+    changed = not same(found.params[AGGREGATE], params)
     if len(found.params) > 1:
         log(INFO, "\t> deployed: %s", chosen)
     numbers = {
@@ -76,27 +83,48 @@ def deploy(setup: Setup, request: Request) -> Deployed:
         "c2m3-repaired": int(changed),
         "c2m3-repair-seconds": perf_counter() - started,
     }
-    params = request.aggregate if chosen == AGGREGATE else found.params[chosen]
     return Deployed(params, numbers, unjudged, found.headless, found.unlike)
 
 
-def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Numbers, str]:
-    """The judge's choice; without a judgement the candidate in which every step was taken, and why none was made."""
+def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Numbers, str, bool]:
+    """The judge's choice, its numbers, why there was no judgement, and whether there was one.
+
+    Without a judgement the candidate in which every step was taken.
+    """
     candidates = found.judged
     if len(candidates) < 2:
-        return found.last, {}, ""
+        return found.last, {}, "", False
     try:
         verdict = _judge(setup, request, candidates)
     except Exception as error:  # if a judge fails that was asked for, keep the aggregate
         reason = failure("the judge", error)
         if setup.tentative:
-            return found.last, {}, reason
+            return found.last, {}, reason, False
         log(ERROR, "\t> %s: the aggregate is deployed", reason)
-        return AGGREGATE, {}, ""
+        return AGGREGATE, {}, "", False
     if verdict is None:
-        return found.last, {}, ""
+        return found.last, {}, "", False
     numbers = report_verdict(verdict)
-    return (verdict.chosen, numbers, "") if verdict.judged else (found.last, numbers, verdict.reason)
+    return (verdict.chosen, numbers, "", True) if verdict.judged else (found.last, numbers, verdict.reason, False)
+
+
+def _at_best_temperature(setup: Setup, request: Request, params: Params) -> tuple[Params, Numbers]:
+    """The chosen network with its scores divided by the temperature that the judge prefers; 1 is the network itself.
+
+    Averages of skewed clients are too little confident, overfitted ones too much. Networks whose outputs are not class
+    scores stay as they are.
+    """
+    try:
+        tempered = {f"temperature {each}": with_temperature(setup.data.program, params, each) for each in _TEMPERATURES}
+        verdict = _judge(setup, request, {"temperature 1": params, **tempered})
+    except Exception as error:  # the chosen network itself is judged already
+        log(INFO, "\t> no temperature: %s", error)
+        return params, {}
+    if verdict is None or not verdict.judged:
+        return params, {}
+    log(INFO, "\t> judge: %s: %s", verdict.chosen, verdict.reason)
+    chosen = {"temperature 1": params, **tempered}[verdict.chosen]
+    return chosen, {"c2m3-temperature": float(verdict.chosen.removeprefix("temperature "))}
 
 
 def _judge(setup: Setup, request: Request, candidates: Mapping[str, Params]) -> DeploymentDecision | None:

@@ -28,6 +28,7 @@ _MAIN = (
     "objective-after",
     "share-moved",
     "repaired",
+    "temperature",
     "fed-back",
 )
 _UNUSUAL = ("cast", "own-buffers", "not-averaged", "outliers", "timed-out", "on-cpu", "failed-candidates")
