@@ -84,8 +84,8 @@ def input_rows(
         shape[axis + 1] = size
         index.append((corner[axis][:, None] * window.stride[axis] + reach).reshape(shape))
     found = padded.movedim(1, -1)[tuple(index)]  # positions, kernel..., channels
-    found = found.movedim(-1, 1).reshape(len(positions), operator.groups, -1)
-    return found.movedim(1, 0)
+    found = found.movedim(-1, 1)  # every size is named: there may be no position
+    return found.reshape(len(positions), operator.groups, found.shape[1:].numel() // operator.groups).movedim(1, 0)
 
 
 def weight_matrix(operator: Operator, weight: Tensor) -> Tensor:

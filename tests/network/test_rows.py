@@ -62,6 +62,8 @@ def test_rows_times_matrix_are_the_outputs(case: str, count: int) -> None:
     bias = params[operator.bias] if operator.bias else 0.0
     torch.testing.assert_close(found + bias, output_rows(operator, output, positions))
     assert torch.equal(from_matrix(operator, matrix, weight.shape), weight)
+    nothing = input_rows(operator, source, weight, output.shape, positions[:0])
+    assert nothing.shape == (len(matrix), 0, matrix.shape[1])
 
 
 def test_positions_are_drawn_once_per_shape() -> None:
