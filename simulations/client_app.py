@@ -54,10 +54,18 @@ Trained = tuple[dict[str, Tensor], float]  # the state dict and the last epoch's
 Trainer = Callable[[Assignment], Trained]
 
 
-def train_locally(assignment: Assignment) -> Trained:
-    """Train for the local epochs; all randomness follows from the seed, the client and the round."""
+def train_locally(assignment: Assignment, device: torch.device | None = None) -> Trained:
+    """Train for the local epochs; all randomness follows from the seed, the client and the round.
+
+    Parameters
+    ----------
+    assignment : Assignment
+        What to train.
+    device : torch.device, optional
+        Where; by default `default_device`.
+    """
     settings, client = assignment.settings, assignment.client
-    model = _network(settings).to(default_device())
+    model = _network(settings).to(device or default_device())
     model.load_state_dict(assignment.params)
     images = federated_data(settings).training_share(client)
     seed = derived_seed(settings.seed, _BATCHES, client, assignment.round)
@@ -65,13 +73,15 @@ def train_locally(assignment: Assignment) -> Trained:
     return {name: value.cpu() for name, value in model.state_dict().items()}, loss
 
 
-def build_app(trainer: Trainer = train_locally) -> ClientApp:
+def build_app(trainer: Trainer = train_locally, device: torch.device | None = None) -> ClientApp:
     """A client app whose clients train, evaluate and answer the server's queries for statistics.
 
     Parameters
     ----------
     trainer : callable
         Does the training; another one may cache results.
+    device : torch.device, optional
+        Where clients evaluate; by default `default_device`.
     """
     app = ClientApp(mods=[play_partition])
     answer_statistics(app, model=_architecture, data=_own_data)
@@ -103,7 +113,7 @@ def build_app(trainer: Trainer = train_locally) -> ClientApp:
         settings, client = _who(context)
         arrays, _ = _read(message)
         images: Images = federated_data(settings).evaluation_share(client)
-        model = _network(settings).to(default_device())
+        model = _network(settings).to(device or default_device())
         found = score(log_probabilities(model, to_params(arrays), images.inputs), images.labels)
         metrics = MetricRecord({"num-examples": len(images), "loss": found.loss, "accuracy": found.accuracy})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)

@@ -15,6 +15,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from c2m3_fl.errors import SimulationError
 from simulations.design import Design
 from simulations.ledger import Measurement, Record, append, load, now, ordered, read_lines, save, surroundings
@@ -46,7 +48,13 @@ def result_file(design: Design, folder: Path) -> Path:
 
 
 def run_design(
-    design: Design, folder: Path, *, workers: int = 1, fresh: bool = False, watch: Watch = lambda _found, _total: None
+    design: Design,
+    folder: Path,
+    *,
+    workers: int = 1,
+    fresh: bool = False,
+    device: torch.device | None = None,
+    watch: Watch = lambda _found, _total: None,
 ) -> Record:
     """Run the missing measurements of an experiment, and write its JSON file.
 
@@ -63,6 +71,8 @@ def run_design(
         Number of processes; with 1 everything runs in this process.
     fresh : bool
         Whether to measure everything again.
+    device : torch.device, optional
+        Where clients train, C2M3 computes and models are evaluated; by default CUDA where there is a device.
     watch : callable
         Called with the progress.
 
@@ -87,7 +97,7 @@ def run_design(
     started, known = now(), {each.key for each in found()}
     rest = [task for task in (_remaining(each, known) for each in tasks) if task.methods]
     watch(found(), total)
-    failures = list(_failures(rest, lines, workers, lambda: watch(found(), total)))
+    failures = list(_failures(rest, lines, workers, device, lambda: watch(found(), total)))
     watch(found(), total)
     if failures:
         raise SimulationError(
@@ -113,18 +123,20 @@ def _remaining(task: Task, known: set[str]) -> Task:
     return replace(task, methods=tuple(name for name in task.methods if key_of(task.settings, name) not in known))
 
 
-def _failures(tasks: Sequence[Task], lines: Path, workers: int, look: Callable[[], None]) -> Iterator[str]:
+def _failures(
+    tasks: Sequence[Task], lines: Path, workers: int, device: torch.device | None, look: Callable[[], None]
+) -> Iterator[str]:
     """Run the tasks, and yield a description of every failure."""
     if workers == 1:
         for task in tasks:
             try:
-                _run(task, lines, look)
+                _run(task, lines, device, look)
             except Exception as error:  # the other cells are still worth measuring
                 yield _failed(task, error)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _prepare, (os.getpid(),)) as pool:
-        waiting: dict[Future[None], Task] = {pool.submit(_run, task, lines): task for task in tasks}
+        waiting: dict[Future[None], Task] = {pool.submit(_run, task, lines, device): task for task in tasks}
         try:
             while waiting:
                 done, _ = wait(waiting, _LOOK, FIRST_COMPLETED)
@@ -140,18 +152,16 @@ def _failures(tasks: Sequence[Task], lines: Path, workers: int, look: Callable[[
             raise
 
 
-def _run(task: Task, lines: Path, look: Callable[[], None] = lambda: None) -> None:
+def _run(task: Task, lines: Path, device: torch.device | None, look: Callable[[], None] = lambda: None) -> None:
     def report(measurement: Measurement) -> None:
         append(measurement, lines)
         look()
 
-    run_cell(task.labels, task.settings, task.methods, report)
+    run_cell(task.labels, task.settings, task.methods, report, device=device)
 
 
 def _prepare(parent: int) -> None:
     """In a worker: compute with one thread, and exit when the parent process has ended."""
-    import torch
-
     torch.set_num_threads(1)
 
     def follow() -> None:

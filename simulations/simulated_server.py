@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -22,12 +23,15 @@ class SimulatedServer:
         Number of clients in round 1.
     participation : float
         Share of the clients that train in a round.
+    device : torch.device, optional
+        Where C2M3 computes; by default CUDA where there is a device.
     """
 
     model: nn.Module
     calibration: list[Tensor]
     clients: int
     participation: float = 1.0
+    device: torch.device | None = None
 
     @property
     def everyone(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, Strategy
 from torch import nn
 
@@ -112,33 +113,33 @@ def _corrected(server: SimulatedServer, method: Method, correction: str) -> Stra
 
 def _then_clients(server: SimulatedServer, method: Method, **options: Any) -> AlignedBy:  # noqa: ANN401  # C2M3's own
     """A method of alignment, then what C2M3 asks the clients, without a judge."""
-    data = server.calibration
-    return AlignedBy(fedavg(server), model=server.model, method=method, calibration=data, judge=None, **options)
+    given = {"calibration": server.calibration, "device": server.device, "judge": None, **options}
+    return AlignedBy(fedavg(server), model=server.model, method=method, **given)
 
 
 def c2m3(server: SimulatedServer) -> C2M3:
     """Alignment alone: the server has no data, nothing is recalibrated."""
-    return C2M3(fedavg(server), model=server.model, example_inputs=server.calibration[0][:2], head=None)
+    return _asking(server, head=None)
 
 
 def c2m3_default(server: SimulatedServer) -> C2M3:
     """C2M3 with its default options."""
-    return C2M3(fedavg(server), model=server.model, calibration=server.calibration)
+    return _deploying(server)
 
 
 def c2m3_batchnorm(server: SimulatedServer) -> C2M3:
     """BatchNorm's statistics measured on the server's images, deployed."""
-    return C2M3(fedavg(server), model=server.model, calibration=server.calibration, recalibrate="batchnorm")
+    return _deploying(server, recalibrate="batchnorm")
 
 
 def c2m3_repair(server: SimulatedServer) -> C2M3:
     """REPAIR on the server's images, deployed."""
-    return C2M3(fedavg(server), model=server.model, calibration=server.calibration, recalibrate="repair")
+    return _deploying(server, recalibrate="repair")
 
 
 def c2m3_refit(server: SimulatedServer) -> C2M3:
     """Refit on the server's images, deployed."""
-    return C2M3(fedavg(server), model=server.model, calibration=server.calibration, recalibrate="refit")
+    return _deploying(server, recalibrate="refit")
 
 
 def c2m3_head(server: SimulatedServer) -> C2M3:
@@ -163,47 +164,53 @@ def c2m3_judged(server: SimulatedServer) -> C2M3:
 
 def c2m3_repair_fed_back(server: SimulatedServer) -> C2M3:
     """REPAIR on the server's images; clients train the repaired model."""
-    data = server.calibration
-    return C2M3(fedavg(server), model=server.model, calibration=data, recalibrate="repair", feedback="always")
+    return _deploying(server, recalibrate="repair", feedback="always")
 
 
 def c2m3_refit_fed_back(server: SimulatedServer) -> C2M3:
     """Refit on the server's images; clients train the refit model."""
-    data = server.calibration
-    return C2M3(fedavg(server), model=server.model, calibration=data, recalibrate="refit", feedback="always")
+    return _deploying(server, recalibrate="refit", feedback="always")
 
 
 def c2m3_repair_moved(server: SimulatedServer) -> C2M3:
     """REPAIR on the server's images; clients train the repaired model after rounds in which many units moved."""
-    data = server.calibration
-    return C2M3(fedavg(server), model=server.model, calibration=data, recalibrate="repair", feedback="moved")
+    return _deploying(server, recalibrate="repair", feedback="moved")
 
 
 def _asking(server: SimulatedServer, **options: Any) -> C2M3:  # noqa: ANN401  # C2M3's own
     """C2M3 that asks the clients in the last round; the server has no data."""
-    return C2M3(
-        fedavg(server), model=server.model, example_inputs=server.calibration[0][:2], **{"judge": None, **options}
-    )
+    chosen = {"judge": None, "device": server.device, **options}
+    return C2M3(fedavg(server), model=server.model, example_inputs=server.calibration[0][:2], **chosen)
+
+
+def _deploying(
+    server: SimulatedServer,
+    around: Callable[[SimulatedServer], Strategy] = fedavg,
+    **options: Any,  # noqa: ANN401  # C2M3's own
+) -> C2M3:
+    """C2M3 around a strategy, with the server's images."""
+    given = {"calibration": server.calibration, "device": server.device, **options}
+    return C2M3(around(server), model=server.model, **given)
 
 
 def c2m3_fedavgm(server: SimulatedServer) -> C2M3:
     """The default around FedAvgM."""
-    return C2M3(fedavgm(server), model=server.model, calibration=server.calibration)
+    return _deploying(server, fedavgm)
 
 
 def c2m3_fedadam(server: SimulatedServer) -> C2M3:
     """The default around FedAdam."""
-    return C2M3(fedadam(server), model=server.model, calibration=server.calibration)
+    return _deploying(server, fedadam)
 
 
 def c2m3_fedmedian(server: SimulatedServer) -> C2M3:
     """The default around FedMedian."""
-    return C2M3(fedmedian(server), model=server.model, calibration=server.calibration)
+    return _deploying(server, fedmedian)
 
 
 def c2m3_fedprox(server: SimulatedServer) -> C2M3:
     """The default around FedProx."""
-    return C2M3(fedprox(server), model=server.model, calibration=server.calibration)
+    return _deploying(server, fedprox)
 
 
 _ASKED: Mapping[str, Mapping[str, Any]] = {  # options of C2M3 for the corrections by what clients answer
@@ -255,7 +262,13 @@ STRATEGIES: Mapping[str, Callable[[SimulatedServer], Strategy]] = {
 
 
 def build_strategy(
-    name: str, model: nn.Module, data: FederatedData, *, clients: int = 0, participation: float = 1.0
+    name: str,
+    model: nn.Module,
+    data: FederatedData,
+    *,
+    clients: int = 0,
+    participation: float = 1.0,
+    device: torch.device | None = None,
 ) -> Strategy:
     """The strategy `name` for a federation.
 
@@ -271,6 +284,8 @@ def build_strategy(
         Number of clients in round 1; by default all that have data.
     participation : float
         Share of the clients that train in a round.
+    device : torch.device, optional
+        Where C2M3 computes; by default CUDA where there is a device.
 
     Raises
     ------
@@ -278,4 +293,4 @@ def build_strategy(
         For another name.
     """
     check_choice("strategy", name, tuple(TITLES))
-    return STRATEGIES[name](SimulatedServer(model, data.calibration, clients or len(data.parts), participation))
+    return STRATEGIES[name](SimulatedServer(model, data.calibration, clients or len(data.parts), participation, device))

@@ -13,7 +13,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord
 from flwr.serverapp.strategy import Result
 
@@ -31,7 +33,7 @@ from simulations.partition_grid import check_answers, networks
 from simulations.settings import Settings
 from simulations.start import seed_sampling, start_model
 from simulations.strategies import build_strategy
-from simulations.training import Scores, ensemble, log_probabilities, score
+from simulations.training import Scores, default_device, ensemble, log_probabilities, score
 
 _MOVED = "c2m3-share-moved"
 _YOUNG = ("participation", "late-clients", "late-round")
@@ -85,6 +87,7 @@ def run_cell(
     report: Callable[[Measurement], None],
     *,
     trainer: Trainer | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Run all methods on one federation.
 
@@ -100,14 +103,17 @@ def run_cell(
         Called with every measurement as soon as it is made.
     trainer : callable, optional
         Trains the clients; by default a `RememberingTrainer` that all methods share.
+    device : torch.device, optional
+        Where clients train, C2M3 computes and models are evaluated; by default `default_device`.
 
     Raises
     ------
     C2M3Error
         When the data are missing, the settings do not fit them, or a client failed to train.
     """
-    memory = RememberingTrainer() if trainer is None else trainer
-    examiner = _Examiner(settings)
+    place = device or default_device()
+    memory = RememberingTrainer(partial(train_locally, device=place)) if trainer is None else trainer
+    examiner = _Examiner(settings, place)
     with flower_log(logging.ERROR):
         for method in methods:
             before, since = getattr(memory, "trained", 0), time.perf_counter()
@@ -150,7 +156,7 @@ def _run_method(settings: Settings, method: str, trainer: Trainer, examiner: _Ex
     data = federated_data(settings)
     model = start_model(settings)
     first, share = settings.present_in(1), settings.participation
-    strategy = build_strategy(method, model, data, clients=first, participation=share)
+    strategy = build_strategy(method, model, data, clients=first, participation=share, device=examiner.device)
     last: list[Params] = []
 
     def keep(answers: list[Message]) -> Iterable[Message]:
@@ -161,7 +167,7 @@ def _run_method(settings: Settings, method: str, trainer: Trainer, examiner: _Ex
             return _in_order(answers)
         return answers
 
-    grid = MeteredGrid(build_app(trainer), settings, transit=keep)
+    grid = MeteredGrid(build_app(trainer, examiner.device), settings, transit=keep)
     seed_sampling(settings)
     scores: list[Scores] = []
     evaluation = 0.0
@@ -192,9 +198,10 @@ def _in_order(replies: Sequence[Message]) -> list[Message]:
 class _Examiner:
     """Evaluates models on the test images, each one once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.device = device
         self._data: FederatedData = federated_data(settings)
-        self._model = build_model(settings, self._data.shape, self._data.classes, seed=0)
+        self._model = build_model(settings, self._data.shape, self._data.classes, seed=0).to(device)
         self._known: dict[str, Scores] = {}
 
     def score(self, params: Params) -> Scores:

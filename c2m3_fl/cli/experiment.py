@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 import simulations
 from c2m3_fl.cli.limits import make_folder
 from c2m3_fl.cli.options import read_seeds
+from c2m3_fl.merging.recalibrate.setting import usable_device
 from simulations.design import Design, load_design, names
 from simulations.ledger import Measurement, load
 from simulations.runner import Watch, result_file, run_design
@@ -30,18 +31,22 @@ def experiment(
     quick: Annotated[bool, typer.Option("--quick", help="Run the reduced form that the experiment defines.")] = False,
     seeds: Annotated[str, typer.Option(help="Seeds in place of the experiment's own, separated by commas.")] = "",
     workers: Annotated[int, typer.Option(help="Processes, with one thread each.", min=1)] = 2,
+    device: Annotated[
+        str, typer.Option(help="Where to compute, such as 'cpu' or 'cuda:0'; by default CUDA where there is a device.")
+    ] = "",
     output: Annotated[Path, typer.Option(help="Folder for NAME.json, NAME.md and NAME.png.")] = _FOLDER / "results",
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop earlier measurements and measure again.")] = False,
     draw: Annotated[bool, typer.Option("--draw", help="Only draw, from NAME.json.")] = False,
 ) -> None:
     """Run an experiment of simulations/experiments, or the rest of one that was interrupted."""
     design = load_design(name, quick=quick, seeds=read_seeds(seeds))
+    place = usable_device(device) if device else None
     make_folder(output)
     console = Console(width=None if sys.stdout.isatty() else _WIDE)
     if not draw:
         console.print(f"{design.title}: {len(design.cells)} cells x {len(design.seeds)} seeds, {workers} workers")
         with _progress(console) as watch:
-            run_design(design, output, workers=workers, fresh=fresh, watch=watch)
+            run_design(design, output, workers=workers, fresh=fresh, device=place, watch=watch)
     _draw(design, output, console)
 
 

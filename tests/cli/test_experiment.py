@@ -75,12 +75,24 @@ def test_seeds_are_those_asked_for(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["smal"], "did you mean 'small'"), (["small", "--seeds", "0;1"], "seeds is '0;1', expected integers")],
+    [
+        (["smal"], "did you mean 'small'"),
+        (["small", "--seeds", "0;1"], "seeds is '0;1', expected integers"),
+        (["small", "--device", "cuda:99"], "device is 'cuda:99', which cannot be used here"),
+        (["small", "--device", "gpu"], "device is 'gpu', which cannot be used here"),
+    ],
 )
 def test_bad_arguments_are_named_before_anything_runs(tmp_path, arguments, said):
     with pytest.raises(ConfigError, match=said):
         _experiment(*arguments, "--output", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_device_reaches_every_cell(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # a cell on the default device would fail
+    _experiment("small", "--quick", "--device", "cpu", "--workers", workers, "--output", tmp_path)
+    assert len(json.loads((tmp_path / "small-quick.json").read_text())["measurements"]) == 2
 
 
 def test_drawing_what_was_never_measured_is_refused(tmp_path):

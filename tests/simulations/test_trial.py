@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from c2m3_fl.errors import SimulationError
+from c2m3_fl.errors import C2M3Error, SimulationError
 from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations import client_app
 from simulations.client_app import train_locally
@@ -108,3 +108,15 @@ def test_flowers_log_has_its_level_back_after_a_cell():
     before = logging.getLogger("flwr").level
     _run(replace(SETTINGS, rounds=1), ["fedavg"])
     assert logging.getLogger("flwr").level == before
+
+
+@pytest.mark.parametrize("method", ["c2m3+default", "c2m3+client-refit+head", "mergemany+head"])
+def test_nothing_is_computed_off_the_device_that_was_asked_for(monkeypatch, method):
+    """Where CUDA looks available and is not, every step on the default device fails."""
+    settings = replace(SETTINGS, rounds=1, initialisation="independent")
+    expected, found = _run(settings, [method]), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run_cell({"cell": "one"}, settings, [method], found.append, device=torch.device("cpu"))
+    assert [_numbers(each) for each in found] == [_numbers(each) for each in expected]
+    with pytest.raises((AssertionError, C2M3Error, RuntimeError), match="CUDA|NVIDIA"):
+        _run(settings, [method])
