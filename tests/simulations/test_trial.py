@@ -118,5 +118,5 @@ def test_nothing_is_computed_off_the_device_that_was_asked_for(monkeypatch, meth
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     run_cell({"cell": "one"}, settings, [method], found.append, device=torch.device("cpu"))
     assert [_numbers(each) for each in found] == [_numbers(each) for each in expected]
-    with pytest.raises((AssertionError, C2M3Error, RuntimeError), match="CUDA|NVIDIA"):
+    with pytest.raises((AssertionError, C2M3Error, RuntimeError), match=r"CUDA|NVIDIA"):
         _run(settings, [method])
