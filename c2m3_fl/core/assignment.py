@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +20,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from c2m3_fl.core.potentials import Matrix, identity_is_optimal, potentials
 from c2m3_fl.core.rotation import polar, spread
 from c2m3_fl.core.spec import Group, PermutationSpec
 from c2m3_fl.errors import ParamsError
 
 Index = npt.NDArray[np.int64]
-Matrix = npt.NDArray[Any]
-Vector = npt.NDArray[Any]
 
 _LARGE = 96  # size from which potentials cost less than they save
-_TEMPERATURES = (0.3, 0.1, 0.03, 0.01)  # in units of the mean distance of an entry from its row's and column's best
-_SCALINGS = 5  # at every temperature
-_UNDERFLOW = 1e-30  # keeps a row or column whose entries all vanish
 _BUNDLES = 32  # a thread takes many problems at a time: small ones cost less than handing them over
 _SMALL = 1 << 23  # units cubed, of all problems, below which handing them to threads costs more than they do
-_SAMPLE = 32  # size from which a look at one row pays before the whole matrix is checked
 
 
 def assignment_pool() -> ThreadPoolExecutor:
@@ -47,51 +41,6 @@ def assignment_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=count, thread_name_prefix="assignment")
 
 
-def identity_is_optimal(gain: Matrix) -> bool:
-    """Whether dual potentials prove that the identity maximises ``sum_a C_(a, p(a))``: sufficient, not necessary.
-
-    Potentials ``u_a = C_aa / 2 + x_a`` and ``v_b = C_bb / 2 - x_b`` are worth as much as the identity; they are
-    feasible where ``u_a + v_b >= C_ab``. The shift x, half the mean over b of C_ab - C_ba, takes up the antisymmetric
-    part of C. Without it the condition is ``2 C_ab <= C_aa + C_bb``, which holds for identical nodes.
-    """
-    half = 0.5 * gain.diagonal()
-    if gain.shape[0] > _SAMPLE:  # one row nearly always shows that there is no proof
-        row = gain[0]
-        if (row + gain[:, 0] > 2 * (half + half[0])).any():
-            return False
-    shift = 0.5 * (gain.mean(axis=1) - gain.mean(axis=0))
-    return bool((gain <= (half + shift)[:, None] + (half - shift)[None, :]).all())
-
-
-def potentials(gain: Matrix) -> tuple[Vector, Vector]:
-    """Dual potentials u, v that nearly solve the assignment problem: ``u_a + v_b`` is hardly below ``C_ab``.
-
-    Sinkhorn scaling of ``exp(C / T)`` while the temperature T falls (Kosowsky and Yuille, 1994). How good
-    they are changes the time of the exact solver, which takes short paths where few entries of C stand out, and nothing
-    else.
-    """
-    rows = gain.max(axis=1)
-    with np.errstate(over="ignore"):
-        below = gain - rows[:, None]
-        columns = below.max(axis=0)
-        below -= columns
-    unit = -float(below.mean(dtype=np.float64))
-    if not np.finfo(below.dtype).tiny < _TEMPERATURES[-1] * unit < np.inf:
-        return np.zeros_like(rows), np.zeros_like(columns)  # nothing stands out, or nothing that the dtype can scale
-    for temperature in _TEMPERATURES:
-        scale = below.dtype.type(temperature * unit)
-        kernel = np.exp(below / scale) + below.dtype.type(_UNDERFLOW)
-        b = np.ones(len(gain), below.dtype)
-        for _ in range(_SCALINGS):
-            a = 1 / (kernel @ b)
-            b = 1 / (a @ kernel)
-        u, v = -scale * np.log(a), -scale * np.log(b)
-        rows, columns = rows + u, columns + v
-        below -= u[:, None]
-        below -= v
-    return rows, columns
-
-
 def assign(gain: Matrix) -> Index:
     """The permutation p that maximises ``sum_a gain[a, p[a]]``; the identity where it is provably among the best.
 
@@ -101,11 +50,11 @@ def assign(gain: Matrix) -> Index:
         raise ParamsError("the agreement overflows: the nodes' values are too large for their dtype, scale them down")
     if identity_is_optimal(gain):
         return np.arange(len(gain))
-    cost = -gain
-    if len(gain) >= _LARGE:
-        u, v = potentials(gain)
-        cost = u.astype(np.float64)[:, None] - gain
-        cost += v
+    if len(gain) < _LARGE:
+        return np.asarray(linear_sum_assignment(-gain)[1], dtype=np.int64)
+    u, v = potentials(gain)
+    cost = u.astype(np.float64)[:, None] - gain
+    cost += v
     return np.asarray(linear_sum_assignment(cost)[1], dtype=np.int64)
 
 
