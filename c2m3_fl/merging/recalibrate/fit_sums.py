@@ -277,7 +277,7 @@ def _sketch(chunks: Iterable[_Chunk], noise: Noise, size: int) -> Sketch:
 
 
 def _grouped(rows: Tensor, groups: int) -> Tensor:
-    return rows.reshape(len(rows), groups, -1).movedim(1, 0)
+    return rows.reshape(len(rows), groups, rows.shape[1] // groups).movedim(1, 0)
 
 
 def _both(one: Sums | None, other: Sums | None) -> Sums | None:
