@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, relu
 
 from c2m3_fl.core.spec import Axis, Group, Params, PermutationSpec, TensorSpec
 from tests.core.networks import on
+from tests.core.networks import shared_keys as permuted_shared_keys
 
 INPUTS, CLASSES = 4, 3
 
@@ -73,7 +76,19 @@ def recurrent() -> PermutationSpec:
     return PermutationSpec({"h": Group(5, kind="orthogonal")}, tensors)
 
 
-ROTATING = {"attention": attention(), "factorised": factorised(), "recurrent": recurrent()}
+def shared_keys() -> PermutationSpec:
+    """Heads that share keys and values: what rotates is inside the slots of other units."""
+    spec = permuted_shared_keys(2)
+    qk, vo = (replace(spec.groups[name], kind=kind) for name, kind in (("qk", "centred"), ("vo", "orthogonal")))
+    return replace(spec, groups={**spec.groups, "qk": qk, "vo": vo})
+
+
+ROTATING = {
+    "attention": attention(),
+    "factorised": factorised(),
+    "recurrent": recurrent(),
+    "shared keys": shared_keys(),
+}
 
 
 def draw(spec: PermutationSpec, seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
