@@ -79,7 +79,7 @@ def recurrent() -> PermutationSpec:
 def shared_keys() -> PermutationSpec:
     """Heads that share keys and values: what rotates is inside the slots of other units."""
     spec = permuted_shared_keys(2)
-    qk, vo = (replace(spec.groups[name], kind=kind) for name, kind in (("qk", "centred"), ("vo", "orthogonal")))
+    qk, vo = Group(4, "keys", "centred"), Group(8, "keys", "orthogonal")
     return replace(spec, groups={**spec.groups, "qk": qk, "vo": vo})
 
 

@@ -127,8 +127,7 @@ def test_integer_tensors_do_not_rotate() -> None:
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_no_rotation_is_better_than_the_polar_factor(size: int, centred: bool) -> None:
-    kind = "centred" if centred else "orthogonal"
-    spec = PermutationSpec({"g": Group(size, kind=kind)}, {})
+    spec = PermutationSpec({"g": Group(size, kind="centred" if centred else "orthogonal")}, {})
     gain = np.random.default_rng(size).normal(size=(size, size))
     best = polar(gain, centred)
     permutation.validate(spec, {"g": torch.from_numpy(best)})
