@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import inf, isfinite
+from math import exp, inf, isfinite
 from statistics import mean, stdev
 
 from scipy.stats import t as student
@@ -16,12 +16,17 @@ from simulations.verdict import accuracies, at, cells, losses, methods, spread
 _ACROSS = 2  # the last axes, whose levels are columns; there is one table per cell of the others
 _LEVEL = 0.95  # of confidence intervals
 
+Values = Callable[[Sequence[Measurement]], list[float]]
+
 
 def markdown(record: Record) -> str:
     """Accuracy of every method on every federation, then gains and costs on average."""
     parts = []
     for group, where in groups(record).items():
-        parts += [f"{_title(group)}Accuracy:", _accuracies(record, where)]
+        table = f"{_per_cell(record, where, lambda found: accuracies(tuple(found)), max)}\n{_clients(record, where)}"
+        parts += [f"{_title(group)}Accuracy:", table]
+        if _is_text(record):
+            parts += ["Perplexity of a character:", _per_cell(record, where, _perplexities, min)]
         parts += ["On average over these federations:", _averages(record, where)]
     return "\n\n".join(parts)
 
@@ -34,29 +39,44 @@ def groups(record: Record) -> dict[tuple[tuple[str, str], ...], list[Labels]]:
     return found
 
 
+def _is_text(record: Record) -> bool:
+    design = record.about["design"]
+    return isinstance(design, Mapping) and design.get("settings", {}).get("data") == "shakespeare"
+
+
 def _title(group: Sequence[tuple[str, str]]) -> str:
     return "".join(f"**{axis} {level}**. " for axis, level in group)
 
 
-def _accuracies(record: Record, where: Sequence[Labels]) -> str:
-    """One row per method, and rows for the clients alone; the best method of a column is bold."""
+def _per_cell(record: Record, where: Sequence[Labels], read: Values, best: Callable[[Sequence[float]], float]) -> str:
+    """One row per method, one column per cell; the best method of a column is bold."""
     names = [name for name in methods(record) if any(at(record, cell, name) for cell in where)]
     columns = [", ".join(f"{axis} {level}" for axis, level in tuple(cell.items())[-_ACROSS:]) for cell in where]
-    best = [max(mean(accuracies(found)) for name in names if (found := at(record, cell, name))) for cell in where]
+    tops = [best([mean(read(found)) for name in names if (found := at(record, cell, name))]) for cell in where]
     rows = [["method", *columns], ["---"] + ["---:"] * len(columns)]
     for name in names:
-        pairs = zip(where, best, strict=True)
-        rows.append([TITLES.get(name, name), *(_cell(at(record, cell, name), top) for cell, top in pairs)])
-    for title, read in _ALONE.items():
-        rows.append([f"*{title}*", *(spread([read(each) for each in at(record, cell, names[0])]) for cell in where)])
+        pairs = zip(where, tops, strict=True)
+        rows.append([TITLES.get(name, name), *(_cell(read(at(record, cell, name)), top) for cell, top in pairs)])
     return _lines(rows)
 
 
-def _cell(found: tuple[Measurement, ...], best: float) -> str:
-    if not found:
+def _cell(values: Sequence[float], best: float) -> str:
+    if not values:
         return ""
-    text = spread(accuracies(found))
-    return f"**{text}**" if mean(accuracies(found)) == best else text
+    return f"**{spread(values)}**" if mean(values) == best else spread(values)
+
+
+def _perplexities(found: Sequence[Measurement]) -> list[float]:
+    """Exponential of the loss after the last round, seed by seed."""
+    return [exp(loss) for loss in losses(tuple(found))]
+
+
+def _clients(record: Record, where: Sequence[Labels]) -> str:
+    """Further rows: accuracy of the clients alone, and of their ensemble."""
+    found = [at(record, cell, methods(record)[0]) for cell in where]
+    return _lines(
+        [[f"*{title}*", *(spread([read(each) for each in cell]) for cell in found)] for title, read in _ALONE.items()]
+    )
 
 
 _ALONE: Mapping[str, Callable[[Measurement], float]] = {

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from simulations import method_pictures
 from simulations.grid_tables import markdown
 from simulations.ledger import Measurement, Record
@@ -49,6 +51,15 @@ def test_the_clients_alone_have_their_rows():
     assert "| *mean client* | 0.300 ± 0.000 |" in OWN
     assert "| *best client* | 0.400 ± 0.000 |" in OWN
     assert "| *ensemble* | 0.600 ± 0.000 |" in OWN
+
+
+def test_text_has_a_table_of_perplexities_whose_least_is_bold():
+    about = {**ABOUT, "design": {**ABOUT["design"], "settings": {"data": "shakespeare"}}}
+    losses = {"fedavg": 2.0, "c2m3": 1.0}
+    found = tuple(replace(each, loss=(losses[each.method],)) for each in RECORD.measurements if each.seed == 0)
+    _, table = markdown(Record(about, found)).split("**start own**")[1].split("Perplexity of a character:")
+    assert "| FedAvg | 7.389 | 7.389 |\n| C2M3 | **2.718** | **2.718** |" in table
+    assert "Perplexity" not in OWN
 
 
 def test_gains_are_paired_by_seed_and_have_the_interval_of_student():
