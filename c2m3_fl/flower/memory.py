@@ -43,14 +43,16 @@ class Memory:
     def recall(self, node: int) -> dict[str, Tensor] | None:
         """The node's last map into the global basis; None when it was in it or was never seen."""
         stored = self._maps.get(node)
-        return None if stored is None else {name: index.long() for name, index in stored.items()}
+        return None if stored is None else {name: _wide(index) for name, index in stored.items()}
 
     def remember(self, node: int, perm: Permutation) -> None:
         """Note where a node was found."""
         self._maps.pop(node, None)
         if self.limit == 0 or permutation.is_identity(perm):
             return
-        self._maps[node] = {name: index.to(torch.int32).cpu() for name, index in perm.items()}
+        self._maps[node] = {
+            name: (index if index.is_floating_point() else index.to(torch.int32)).cpu() for name, index in perm.items()
+        }
         if len(self._maps) > self.limit:
             self._maps.popitem(last=False)
 
@@ -86,3 +88,7 @@ class Memory:
         for (_, node), perm in sorted(found.items()):
             permutation.validate(self.spec, perm, f"remembered permutation of node {node}")
             self.remember(node, perm)
+
+
+def _wide(index: Tensor) -> Tensor:
+    return index if index.is_floating_point() else index.long()

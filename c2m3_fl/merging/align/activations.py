@@ -1,7 +1,8 @@
 """Activations of units on calibration data, and the maps between nodes that fit them: permutations and CCA.
 
 For permutations, activations are the outputs of operators, before any nonlinearity, standardised per channel; the units
-of a group are compared on all operators whose output channels belong to the group. For linear maps, the inputs of all
+of a group are compared on all operators whose output channels belong to the group. Rotations do not commute with a
+scale per channel: coordinates that rotate are divided by their mean spread. For linear maps, the inputs of all
 operators that read the group, after the nonlinearity, are used as well, and nothing is standardised.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from c2m3_fl.core.assignment import assignment_pool, oracle
 from c2m3_fl.core.permutation import Permutation
+from c2m3_fl.core.places import permute
 from c2m3_fl.core.spec import Axis, Params, PermutationSpec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.network.calibration import Batch
@@ -32,6 +34,8 @@ def unit_features(
     spec: PermutationSpec, programs: Sequence[Program], batches: Sequence[Batch], params: Params
 ) -> Features:
     """Standardised outputs of every group's units on the calibration data, shape (samples, units) per group.
+
+    Coordinates of an orthogonal group have one scale together.
 
     Parameters
     ----------
@@ -52,6 +56,10 @@ def unit_features(
     shown = []
     for axis, output in _values(spec, programs, batches, params, reads=False):
         spread = output.std(0, correction=0)
+        for segment in axis:
+            if spec.groups[segment.group].orthogonal:
+                positions = torch.from_numpy(segment.positions.ravel()).to(spread.device)
+                spread[positions] = spread[positions].square().mean().sqrt()
         shown.append((axis, (output - output.mean(0)) / torch.where(spread > 0, spread, 1.0)))
     return _by_group(spec, shown)
 
@@ -84,7 +92,7 @@ def two_sided_features(
 
 
 def match_to(spec: PermutationSpec, reference: Features, features: Features) -> Permutation:
-    """The permutation of each group under which units correlate best with the reference's.
+    """The permutation (or rotation) of each group under which units correlate best with the reference's.
 
     Parameters
     ----------
@@ -122,7 +130,10 @@ def match_all(spec: PermutationSpec, features: Sequence[Features], weights: Sequ
     perms = [match_to(spec, features[0], each) for each in features]
     total = {
         name: sum(
-            (weight * each[name][:, perm[name]] for each, perm, weight in zip(features, perms, weights, strict=True)),
+            (
+                weight * permute(each[name], 1, perm[name])
+                for each, perm, weight in zip(features, perms, weights, strict=True)
+            ),
             torch.zeros_like(features[0][name]),
         )
         for name in features[0]
@@ -131,11 +142,11 @@ def match_all(spec: PermutationSpec, features: Sequence[Features], weights: Sequ
         changed = False
         for index in range(1, len(features)):
             own, weight = features[index], weights[index]
-            others = {name: total[name] - weight * own[name][:, perms[index][name]] for name in own}
+            others = {name: total[name] - weight * permute(own[name], 1, perms[index][name]) for name in own}
             found = match_to(spec, others, own)
             if _score(others, own, found) > _score(others, own, perms[index]):
                 perms[index], changed = found, True
-                total = {name: others[name] + weight * own[name][:, found[name]] for name in own}
+                total = {name: others[name] + weight * permute(own[name], 1, found[name]) for name in own}
         if not changed:
             break
     return tuple(perms)
@@ -186,7 +197,7 @@ def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _score(others: Mapping[str, Tensor], own: Features, perm: Permutation) -> float:
-    return sum(float((others[name] * own[name][:, perm[name]]).sum()) for name in own)
+    return sum(float((others[name] * permute(own[name], 1, perm[name])).sum()) for name in own)
 
 
 def _values(

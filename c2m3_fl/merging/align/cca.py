@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from c2m3_fl.core import permutation
-from c2m3_fl.core.spec import Params
+from c2m3_fl.core.spec import Params, refuse_rotations
 from c2m3_fl.core.state_dicts import same
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.align.activations import canonical_map, hardly_varies
@@ -51,6 +51,7 @@ class CCA:
     def __call__(self, nodes: Nodes) -> Alignment:
         """Map each node onto the basis."""
         begin = time.perf_counter()
+        refuse_rotations(nodes.spec, "CCA")
         check_mappable(nodes.spec)
         spec, reference = nodes.spec, nodes.params[nodes.basis]
         if all(same(node, reference) for node in nodes.params):

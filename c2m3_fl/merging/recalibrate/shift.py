@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from c2m3_fl.core.permutation import Permutation, apply_to_tensor
-from c2m3_fl.core.spec import Params, PermutationSpec, TensorSpec
+from c2m3_fl.core.spec import Params, PermutationSpec, TensorSpec, refuse_rotations
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.recalibrate.setting import Setting, check_params
 from c2m3_fl.merging.recalibrate.targets import as_it_is, output_moments
@@ -89,6 +89,7 @@ def with_own_moments(
     CalibrationError
         When there is not one set of moments per node, or an operator is missing.
     """
+    refuse_rotations(spec, "own moments, which are of single channels")
     if len(moments) != len(setting.endpoints):
         raise CalibrationError(f"moments: got {len(moments)}, expected one for each of {len(setting.endpoints)} nodes")
     own = []

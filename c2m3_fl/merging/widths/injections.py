@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.permutation import Permutation
-from c2m3_fl.core.spec import Axis, Params, PermutationSpec, TensorSpec
+from c2m3_fl.core.spec import Axis, Params, PermutationSpec, TensorSpec, refuse_rotations
 from c2m3_fl.errors import SpecError
 from c2m3_fl.merging.widths.agree import fits_into, sizes
 
@@ -32,6 +32,7 @@ def seats(spec: PermutationSpec, wide: PermutationSpec) -> dict[str, Tensor]:
     SpecError
         When some group of `wide` has too few units.
     """
+    refuse_rotations(wide, "networks of several widths")
     room, wanted = sizes(wide), sizes(spec)
     if not fits_into(spec, wide):
         short = next(name for name in wanted if wanted[name] > room[name])
