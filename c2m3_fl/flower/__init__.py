@@ -15,6 +15,7 @@ from c2m3_fl.flower.legacy import C2M3 as LegacyC2M3  # noqa: N811  # a class, l
 from c2m3_fl.flower.resuming import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
+from c2m3_fl.flower.widths.asking import answer_width, width_of
 
 __all__ = [
     "C2M3",
@@ -27,4 +28,6 @@ __all__ = [
     "Resumable",
     "SerialGrid",
     "answer_statistics",
+    "answer_width",
+    "width_of",
 ]

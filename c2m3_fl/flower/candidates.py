@@ -26,6 +26,7 @@ from c2m3_fl.flower.metrics import Numbers, failure, report_candidate
 from c2m3_fl.flower.rounds import AlignedReplies
 from c2m3_fl.flower.server_side import ServerSide
 from c2m3_fl.flower.setup import Setup
+from c2m3_fl.flower.widths.rounds import RoundWidths
 from c2m3_fl.flower.wrapped import typed_like
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.refit import Refit
@@ -84,6 +85,8 @@ class Request:
         Whether the wrapped strategy ignores weights.
     offers : bool
         Whether to ask for a head that nobody asked for: not where clients did not answer before.
+    widths : RoundWidths, optional
+        Of the replies, where clients may have other widths than the model's.
     """
 
     aggregate: Params
@@ -95,6 +98,7 @@ class Request:
     deploys: bool = True
     equally: bool = False
     offers: bool = True
+    widths: RoundWidths | None = None
 
 
 class Candidates:
@@ -190,7 +194,9 @@ class Candidates:
         unjudged = _means(setup, request, aligned, judge=False)
         steps = {name for name, _ in _methods(setup, unjudged)}
         grid = request.clients.grid if request.clients is not None else None
-        server = ServerSide(setup, self.params[AGGREGATE], aligned, plain=request.plain, grid=grid)
+        server = ServerSide(
+            setup, self.params[AGGREGATE], aligned, plain=request.plain, grid=grid, widths=request.widths
+        )
         for name, recalibration in _methods(setup, means):
             make = partial(server.recalibrate, recalibration, insists=means is Means.ASKED)
             self._add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from logging import INFO
 from typing import TypedDict
@@ -13,6 +14,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 from torch import Tensor
 
+from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.adapters import Lora, averaging_products, bases_of, check_lora
 from c2m3_fl.flower.deployment import Clients
 from c2m3_fl.flower.exchanged import exchanging, model_names
@@ -26,6 +28,9 @@ from c2m3_fl.flower.rounds import Aggregate
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.two_models import trajectory_names
+from c2m3_fl.flower.widths.arriving import widen_messages
+from c2m3_fl.flower.widths.leaving import sized_messages
+from c2m3_fl.flower.widths.sizes import check_no_adapters, check_whole
 from c2m3_fl.flower.wrapped import continue_from, record_keys, required_metrics
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -59,11 +64,13 @@ class Dialect(Strategy):
 
     def __init__(self, strategy: Strategy, setup: Setup, exchanged: Iterable[str] | None, lora: Lora) -> None:
         check_lora(lora, strategy)
+        check_no_adapters(setup.sizes, lora)
         self.strategy, self.setup, self._lora = strategy, setup, lora
         self._whole, self._named = setup, exchanged is not None
         self.server = Server(setup)
         schema_of_params(setup.model.state_dict())
         if exchanged is not None:
+            check_whole(setup.sizes, check_exchanged(exchanged), setup.spec.tensors)
             self.setup = exchanging(setup, check_exchanged(exchanged))
             self.server.rebuild(self.setup)
         self._bases = bases_of(lora, self.setup)
@@ -131,6 +138,8 @@ class Dialect(Strategy):
         self._grid = grid
         continue_from(self.strategy, self.sent)
         messages = self.strategy.configure_train(server_round, self.sent.copy(), config, grid)
+        if self.server.resizing is not None:
+            return sized_messages(self.server.resizing, messages, grid, deployed=False)
         return personal_messages(self.setup.aligner, messages)
 
     def aggregate_train(
@@ -139,9 +148,11 @@ class Dialect(Strategy):
         """Align the replies, aggregate them with the wrapped strategy, and deploy the result."""
         expected = reply_schema(schema_of_params(self.setup.state_dict()), schema_of(self.sent))
         *_, weight = record_keys(self.strategy)
-        found = sort_messages(replies, expected, weighted_by=weight, required=required_metrics(self.strategy))
         if self.server.sent is None:
             self.server.next_start(to_params(self.sent))
+        arrived = self.server.arrived(replies, expected, widen_messages)
+        found = sort_messages(arrived.replies, expected, weighted_by=weight, required=required_metrics(self.strategy))
+        found = replace(found, dropped=(*arrived.dropped, *found.dropped))
         aggregate: Aggregate[MetricRecord] = partial(aggregate_messages, self.strategy, server_round)
         if self._lora != "apart":
             aggregate = averaging_products(aggregate, self._bases)
@@ -151,12 +162,37 @@ class Dialect(Strategy):
         told = reported(numbers, every=self.setup.options.diagnostics)
         return from_params(params), MetricRecord({**(metrics or {}), **told})
 
+    def at_width(self, arrays: ArrayRecord, size: int) -> ArrayRecord:
+        """A deployed model at one of the narrower widths, recalibrated once with the server's calibration data.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            Of the model's width: what `start` returns, say.
+        size : int
+            Which of the option `sizes`, from 0.
+
+        Raises
+        ------
+        ConfigError
+            When there is no such size.
+        """
+        resizing = self.server.resizing
+        count = 0 if resizing is None else len(resizing.sizes.networks) - 1
+        if resizing is None or not 0 <= size < count:
+            raise ConfigError(f"size is {size!r}, expected one of {count} sizes that C2M3 was given, from 0")
+        params = to_params(arrays)
+        check_fits(params, self.setup, "arrays")
+        return from_params(resizing.cuts(params, deployed=True).params(size + 1))
+
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let the wrapped strategy configure the evaluation."""
         self._evaluate_config = ConfigRecord(dict(config))
         messages = self.strategy.configure_evaluate(server_round, arrays, config, grid)
+        if self.server.resizing is not None:
+            return sized_messages(self.server.resizing, messages, grid, deployed=True)
         return personal_messages(self.setup.aligner, messages)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -191,6 +227,7 @@ class Dialect(Strategy):
 
     def _exchange(self, names: Collection[str]) -> None:
         """Expect the tensors of these names from now on."""
+        check_whole(self.setup.sizes, names, self.setup.spec.tensors)
         if set(names) != set(self.setup.spec.tensors):
             self.setup = exchanging(self._whole, names)
             self._bases = bases_of(self._lora, self.setup)

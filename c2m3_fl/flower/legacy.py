@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -14,7 +15,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, FedAvgM, FedOpt, Strategy
 from torch import nn
 
-from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.adapters import Lora, averaging_products, bases_of, check_lora
 from c2m3_fl.flower.admitted import Sorted
@@ -40,6 +41,9 @@ from c2m3_fl.flower.records import Schema, reply_schema, schema_of_params
 from c2m3_fl.flower.rounds import Aggregate
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup
+from c2m3_fl.flower.widths.arriving import widen_results
+from c2m3_fl.flower.widths.asking import ask_proxies
+from c2m3_fl.flower.widths.sizes import check_no_adapters, check_whole
 from c2m3_fl.flower.wrapped import chain, check_instance
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
@@ -63,7 +67,8 @@ class C2M3(Strategy):
     ----------
     strategy, model, example_inputs, inputs, outputs, spec, device, alignment, min_replies
         As for the current strategy; so are `outliers`, `memory`, `max_steps`, `tolerance`, `max_seconds`,
-        `memory_limit`, `diagnostics`, `feedback`, `lora`.
+        `memory_limit`, `diagnostics`, `feedback`, `lora`, `sizes`: a client says which width it has by `width_of`
+        among its properties, else by the shapes of its first reply.
     calibration : iterable of batches, optional
         Inputs that the server holds, with labels or without, read once, scaled as in training: only BatchNorm's
         buffers show where they are not.
@@ -118,6 +123,7 @@ class C2M3(Strategy):
         head: None = None,
         judge: None = None,
         moments: None = None,
+        sizes: Iterable[nn.Module] | None = None,
     ) -> None:
         self.strategy = FedAvg() if strategy is None else strategy
         check_instance(self.strategy, Strategy, C2M3)
@@ -145,10 +151,13 @@ class C2M3(Strategy):
             recalibrate=recalibrate,
             spec=spec,
             device=device,
+            sizes=sizes,
         )
         names = list(model.state_dict()) if exchanged is None else check_exchanged(exchanged, ordered=True)
+        check_whole(self.setup.sizes, names, self.setup.spec.tensors)
         self.setup = exchanging(self.setup, names)
         check_lora(lora, self.strategy)
+        check_no_adapters(self.setup.sizes, lora)
         self._lora, self._bases = lora, bases_of(lora, self.setup)
         self.server = Server(self.setup)
         state = self.setup.state_dict()
@@ -192,7 +201,8 @@ class C2M3(Strategy):
         self.sent = parameters if start is named else to_parameters(start)
         _continue_from(self.strategy, self.sent)
         chosen = self.strategy.configure_fit(server_round, self.sent, client_manager)
-        return [(proxy, FitIns(self._personal(proxy, ins.parameters), ins.config)) for proxy, ins in chosen]
+        own = self._personal([proxy for proxy, _ in chosen], deployed=False)
+        return [(proxy, FitIns(own(proxy, ins.parameters), ins.config)) for proxy, ins in chosen]
 
     def aggregate_fit(
         self, server_round: int, results: list[Result], failures: list[Result | BaseException]
@@ -214,7 +224,8 @@ class C2M3(Strategy):
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
         """Let the wrapped strategy configure the evaluation."""
         chosen = self.strategy.configure_evaluate(server_round, parameters, client_manager)
-        return [(proxy, EvaluateIns(self._personal(proxy, ins.parameters), ins.config)) for proxy, ins in chosen]
+        own = self._personal([proxy for proxy, _ in chosen], deployed=True)
+        return [(proxy, EvaluateIns(own(proxy, ins.parameters), ins.config)) for proxy, ins in chosen]
 
     def aggregate_evaluate(
         self,
@@ -231,15 +242,29 @@ class C2M3(Strategy):
 
     def _sorted(self, results: Sequence[Result]) -> Sorted[Result]:
         """The usable replies in a stable order, and the others with the reasons."""
-        return sort_results(results, self.expected)
+        arrived = self.server.arrived(results, self.expected, widen_results)
+        found = sort_results(arrived.replies, self.expected)
+        return replace(found, dropped=(*arrived.dropped, *found.dropped))
 
-    def _personal(self, proxy: ClientProxy, parameters: Parameters) -> Parameters:
-        """The model in the client's own basis where that was asked for."""
-        if self.setup.options.basis != "client":
-            return parameters
-        params = named_params(self.schema, parameters, "the parameters to send out")
-        own = self.setup.aligner.own_basis(node_of(proxy), params)
-        return parameters if own is params else to_parameters(own)
+    def _personal(
+        self, proxies: Sequence[ClientProxy], *, deployed: bool
+    ) -> Callable[[ClientProxy, Parameters], Parameters]:
+        """From a client and parameters to those that it is sent: at its width, or in its own basis if asked for."""
+        resizing, aligner = self.server.resizing, self.setup.aligner
+        if resizing is not None:
+            ask_proxies(resizing, proxies)
+
+        def own(proxy: ClientProxy, parameters: Parameters) -> Parameters:
+            if resizing is None and aligner.basis != "client":
+                return parameters
+            params: Params = named_params(self.schema, parameters, "the parameters to send out")
+            if resizing is not None:
+                found = resizing.cuts(params, deployed=deployed).params(resizing.places.get(node_of(proxy), 0))
+            else:
+                found = aligner.own_basis(node_of(proxy), params)
+            return parameters if found is params else to_parameters(found)
+
+        return own
 
 
 def _refuse_asking(**options: object) -> None:

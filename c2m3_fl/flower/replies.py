@@ -182,7 +182,7 @@ def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence
                 f"metric {key!r} is {value!r}, expected a finite number, not negative, at most {_LARGEST_LOSS:g}: "
                 "the wrapped strategy needs it"
             )
-    arrays = _renamed(received, schema)
+    arrays = renamed(received, schema)
     if arrays is not received:
         message = with_arrays(message, {next(iter(message.content.array_records)): arrays})
     params = to_params(arrays, schema, "reply")
@@ -191,7 +191,7 @@ def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence
     return Reply(message.metadata.src_node_id, params, weight, content_of(params, metrics), message, cast)
 
 
-def _renamed(record: ArrayRecord, schema: Schema) -> ArrayRecord:
+def renamed(record: ArrayRecord, schema: Schema) -> ArrayRecord:
     """The arrays under the model's names where these differ in a wrapper's prefix alone; else the record itself."""
     if record.keys() == schema.keys():
         return record

@@ -25,6 +25,7 @@ from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.replies import Dropped, Reply, Sorted, report_dropped
 from c2m3_fl.flower.rewind import Before
 from c2m3_fl.flower.sybils import find_copies, votes_by_distance
+from c2m3_fl.flower.widths.rounds import Narrow, RoundWidths
 from c2m3_fl.flower.wrapped import ignores_weights, remembers_squares, restore_types
 
 Metrics = TypeVar("Metrics")
@@ -55,6 +56,8 @@ class AlignedReplies:
         The match in numbers.
     fits : tuple of bool
         Which replies fit the others.
+    narrow : tuple of Narrow or None
+        The widths of the replies; None for the model's.
     """
 
     replies: tuple[Reply[Any], ...]
@@ -65,6 +68,7 @@ class AlignedReplies:
     dropped: tuple[Dropped, ...]
     numbers: Numbers
     fits: tuple[bool, ...]
+    narrow: tuple[Narrow | None, ...]
 
     @property
     def nodes(self) -> list[int]:
@@ -83,6 +87,7 @@ class AlignedReplies:
             shares=tuple(compress(self.shares, kept)),
             dropped=(*self.dropped, *left_out),
             fits=tuple(compress(self.fits, kept)),
+            narrow=tuple(compress(self.narrow, kept)),
         )
 
 
@@ -109,6 +114,8 @@ class RoundStart:
         From the aggregate and the aligned replies to what becomes of it; `ParamsError` where it is not to be used.
     sound : callable
         Which of the replies work by themselves: asked where the aggregate is not to be used.
+    widths : RoundWidths, optional
+        Where clients may have other widths than the model's.
     """
 
     aligner: Aligner
@@ -118,6 +125,7 @@ class RoundStart:
     plain: bool = False
     accept: Callable[[Params, Sequence[Params]], Params] = lambda merged, replies: merged
     sound: Callable[[Sequence[Params]], Sequence[bool]] = lambda replies: [True] * len(replies)
+    widths: RoundWidths | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +199,13 @@ def _align(start: RoundStart, replies: Sequence[Reply[Any]]) -> AlignedReplies:
     equally = ignores_weights(start.strategy)
     weights = [1.0 if equally else reply.weight for reply in replies]
     match = start.aligner.align(nodes, [reply.params for reply in replies], weights, start.sent)
-    odd = find_outliers(start.aligner.spec, match.params, match.sent)
+    narrow: tuple[Narrow | None, ...] = (None,) * len(nodes)
+    if start.widths is not None:
+        match, narrow = start.widths.settle(nodes, match, weights)
+    if start.widths is not None and any(narrow):
+        odd = start.widths.outliers(match, narrow)
+    else:
+        odd = find_outliers(start.aligner.spec, match.params, match.sent)
     numbers = aligned_numbers(nodes, match, odd)
     if start.options.diagnostics:
         numbers |= {f"c2m3-agreement/{name}": layer.tolist() for name, layer in match.consensus.layers.items()}
@@ -205,6 +219,7 @@ def _align(start: RoundStart, replies: Sequence[Reply[Any]]) -> AlignedReplies:
         (),
         numbers,
         tuple(index not in odd for index in range(len(replies))),
+        narrow,
     )
     if start.options.outliers == "drop":
         aligned = aligned.only(aligned.fits)
@@ -249,6 +264,8 @@ def _attempt(
     """The wrapped strategy's result; where that or the state that it leaves is unusable, its state of before."""
     metrics: Metrics | None = None
     try:
+        if start.widths is not None:
+            aligned = start.widths.filled(aligned, start.sent, start.strategy)
         arrays, metrics = aggregate(aligned)
         replies = aligned.params
         merged = None if arrays is None else start.accept(restore_types(arrays, replies), replies)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
@@ -12,16 +12,24 @@ from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import SpecError
 from c2m3_fl.flower.acceptance import Gate, entry_numbers
 from c2m3_fl.flower.deployment import Clients, Deployed, Request, deploy, wants_plain
 from c2m3_fl.flower.metrics import KEPT, Numbers, report_kept
+from c2m3_fl.flower.records import Schema
 from c2m3_fl.flower.replies import Sorted, check_shared_fault
 from c2m3_fl.flower.rounds import Aggregate, AlignedReplies, Outcome, RoundStart, run_round
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.two_models import PREFIX, TwoModels
+from c2m3_fl.flower.widths.arriving import Arrived
+from c2m3_fl.flower.widths.rounds import RoundWidths
+from c2m3_fl.flower.widths.sizes import Cuts, Sizes
+from c2m3_fl.flower.widths.stage import PREFIX as WIDTHS
+from c2m3_fl.flower.widths.stage import Resizing
 from c2m3_fl.flower.wrapped import ignores_weights, typed_like
 
 Metrics = TypeVar("Metrics")
+Source = TypeVar("Source")
 
 
 class Server:
@@ -42,6 +50,8 @@ class Server:
         Number of rounds of the run, where it is known.
     idle : int
         Rounds in a row in which nothing was aggregated.
+    resizing : Resizing, optional
+        The widths of the clients, where they may differ.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -50,6 +60,7 @@ class Server:
         self.sent: Params | None = None
         self.total: int | None = None
         self.idle = 0
+        self.resizing = None if setup.sizes is None else Resizing(setup.sizes, setup.options.memory)
         self._gate = Gate(setup)
         self._incoming: Params = {}
         self._waiting: AlignedReplies | None = None  # to the pending deployment, for a refit
@@ -69,6 +80,29 @@ class Server:
         self._incoming = incoming
         self.sent = self.models.next_start(incoming)
         return self.sent
+
+    def arrived(
+        self,
+        replies: Iterable[Source],
+        expected: Schema,
+        widen: Callable[[Iterable[Source], Sizes, Cuts, Schema], Arrived[Source]],
+    ) -> Arrived[Source]:
+        """The replies of a round, all of the model's width, and the widths of those that can be read noted.
+
+        Parameters
+        ----------
+        replies : iterable of Message or legacy result
+            As Flower delivered them.
+        expected : mapping of str to Entry
+            What replies of the model's width look like.
+        widen : callable
+            Of one dialect: `widen_messages` or `widen_results`.
+        """
+        if self.resizing is None or self.sent is None:
+            return Arrived(list(replies))
+        found = widen(replies, self.resizing.sizes, self.resizing.cuts(self.sent, deployed=False), expected)
+        self.resizing.note(found.places)
+        return found
 
     def play(
         self,
@@ -104,7 +138,8 @@ class Server:
             check_shared_fault(found)
         accept, sound = partial(self._gate.accept, sent=sent), partial(self._gate.sound, sent=sent)
         where = self.setup.aligner, self.setup.options
-        start = RoundStart(*where, sent, strategy, wants_plain(self.setup), accept=accept, sound=sound)
+        widths = self._round_widths()
+        start = RoundStart(*where, sent, strategy, wants_plain(self.setup), accept=accept, sound=sound, widths=widths)
         outcome = run_round(start, found, aggregate)
         outcome = replace(outcome, numbers={**entry_numbers(found), **outcome.numbers})
         deploys, equally = self._deploys(server_round), ignores_weights(strategy)
@@ -114,13 +149,21 @@ class Server:
         self.idle = 0
         aligned, returned = outcome.aligned, self._incoming if self.models.follows() else None
         asked = (outcome.params, tuple(aligned.nodes), aligned, outcome.plain, returned, clients, deploys, equally)
-        deployed = deploy(self.setup, Request(*asked, offers=not self._headless))
+        deployed = deploy(self.setup, Request(*asked, offers=not self._headless, widths=widths))
         self._say(deployed)
         pending = not deploys and (bool(self.setup.asks) or self.setup.offered)
         self._waiting = aligned if pending and self.setup.refit is not None else None
         fed = self.models.record(outcome.params, deployed.params, aligned, pending=pending)
         numbers = {**deployed.numbers, **({} if deployed.params is outcome.params else {"c2m3-fed-back": fed})}
         return deployed.params, outcome.metrics, {**outcome.numbers, **numbers, KEPT: 0}
+
+    def _round_widths(self) -> RoundWidths | None:
+        """The widths of a round's replies."""
+        if self.resizing is None or self.sent is None:
+            return None
+        return RoundWidths(
+            self.resizing.sizes, self.resizing.cuts(self.sent, deployed=False), dict(self.resizing.places)
+        )
 
     def _keep(
         self, outcome: Outcome[Any], clients: Clients | None, *, deploys: bool, equally: bool
@@ -164,9 +207,16 @@ class Server:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything remembered, as tensors."""
-        return self.setup.aligner.memory.state_dict() | self.models.state_dict()
+        widths = {} if self.resizing is None else self.resizing.state_dict()
+        return self.setup.aligner.memory.state_dict() | self.models.state_dict() | widths
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Remember that instead."""
-        self.setup.aligner.memory.load_state_dict({k: v for k, v in state.items() if not k.startswith(PREFIX)})
-        self.models.load_state_dict({key: value for key, value in state.items() if key.startswith(PREFIX)})
+        """Remember that instead; `SpecError` for widths where the strategy has one width."""
+        ours = {prefix: {k: v for k, v in state.items() if k.startswith(prefix)} for prefix in (PREFIX, WIDTHS)}
+        rest = {key: value for key, value in state.items() if not key.startswith((PREFIX, WIDTHS))}
+        self.setup.aligner.memory.load_state_dict(rest)
+        self.models.load_state_dict(ours[PREFIX])
+        if self.resizing is not None:
+            self.resizing.load_state_dict(ours[WIDTHS])
+        elif ours[WIDTHS]:
+            raise SpecError("the state is of clients of several widths: pass the same sizes=")

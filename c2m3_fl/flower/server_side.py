@@ -19,6 +19,7 @@ from c2m3_fl.flower.evidence import FAR, UNLIKE
 from c2m3_fl.flower.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.rounds import AlignedReplies
 from c2m3_fl.flower.setup import Setup
+from c2m3_fl.flower.widths.rounds import RoundWidths
 from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.shift import OwnMoments, shift, with_own_moments
 from c2m3_fl.merging.recalibrate.short_names import Recalibration, recalibrate
@@ -41,6 +42,8 @@ class ServerSide:
         The aggregate without alignment, for a guard.
     grid : Grid, optional
         Where clients can be asked.
+    widths : RoundWidths, optional
+        Of the replies, where they may differ.
 
     Attributes
     ----------
@@ -56,8 +59,10 @@ class ServerSide:
         *,
         plain: Params | None = None,
         grid: Grid | None = None,
+        widths: RoundWidths | None = None,
     ) -> None:
         self.setup, self.merged, self.aligned, self.plain, self.grid = setup, merged, aligned, plain, grid
+        self.widths = widths
         self.unlike = ""
         self._settings: dict[torch.device, Setting] = {}
 
@@ -123,6 +128,8 @@ class ServerSide:
             # the replies are in order of their content already, so that nothing is digested again
             order=sorted(range(len(weights)), key=lambda index: -weights[index]),
         )
+        if self.widths is not None and any(self.aligned.narrow):
+            return self.widths.at_own_widths(setting, self.aligned)
         if not self._own:
             return setting
         here = [{name: _moved(each, device) for name, each in moments.items()} for moments in self._own]

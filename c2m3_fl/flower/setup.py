@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from logging import DEBUG
 
 import torch
@@ -20,16 +20,15 @@ from c2m3_fl.flower.client_repair import ClientStatistics, check_measurable
 from c2m3_fl.flower.evidence import usable
 from c2m3_fl.flower.generators import undisturbed
 from c2m3_fl.flower.judge import ClientJudge
+from c2m3_fl.flower.judge_options import check_moments, resolve_judge
 from c2m3_fl.flower.options import Options, brief, resolve_device
-from c2m3_fl.merging.recalibrate.auto import Auto
-from c2m3_fl.merging.recalibrate.held_out import split_batches
+from c2m3_fl.flower.widths.sizes import Sizes, check_options
+from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve_for
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.calls import Outputs
 from c2m3_fl.symmetry.discover import permutation_spec, require_invariance
-
-_HELD_OUT = 5  # every fifth labelled example judges, as everywhere else in the package
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +69,8 @@ class Setup:
         Whether clients judge because nothing else was asked for: then only where there is something to judge.
     names : mapping of str to str
         The model's names by those that clients send, where these differ.
+    sizes : Sizes, optional
+        The widths that clients may have, where these differ.
     """
 
     model: nn.Module
@@ -88,6 +89,7 @@ class Setup:
     judge: ClientJudge | CalibrationSet | None = None
     tentative: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
+    sizes: Sizes | None = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's tensors that clients exchange, under the names that they send."""
@@ -147,6 +149,7 @@ def build_setup(
     judge: ClientJudge | str | None = None,
     judge_key: str | None = None,
     device: torch.device | str | None = None,
+    sizes: Iterable[nn.Module] | None = None,
 ) -> Setup:
     """Check everything that a user passed; see `C2M3` for the parameters.
 
@@ -162,6 +165,9 @@ def build_setup(
             "expected a module such as Net()"
         )
     place = resolve_device(device)
+    if sizes is not None:
+        asked = {"recalibrate": recalibrate, "calibration": calibration, "moments": moments, "spec": spec}
+        head, judge = check_options(head, judge, judge_key, basis=options.basis, **asked)
     statistics = calibration if isinstance(calibration, ClientStatistics) else None
     if statistics is not None and example_inputs is None:
         raise CalibrationError(
@@ -180,16 +186,16 @@ def build_setup(
         require_invariance(model, spec, data.example_inputs)
     decides = recalibrate is None or refit is not None
     tentative = judge == "auto" and judge_key is None
-    fitted, judging = _resolve_judge(judge, judge_key, data)
+    fitted, judging = resolve_judge(judge, judge_key, data)
     if tentative and not decides:
         judging = None  # a recalibration that was asked for by name is what is deployed
-    _check_moments(moments, fitted, chosen, decides=decides)
+    check_moments(moments, fitted, chosen, decides=decides)
     last, offered = _resolve_last(head, data, offers=decides and isinstance(judging, ClientJudge), options=options)
     return Setup(
         model,
         options,
         spec,
-        _aligner(spec, options, place, fitted),
+        _aligner(spec, options, place, fitted, one_width=sizes is None),
         place,
         fitted,
         statistics,
@@ -201,6 +207,17 @@ def build_setup(
         offered,
         judging,
         tentative,
+        sizes=Sizes.of(
+            model,
+            sizes,
+            fitted,
+            Refit() if decides else chosen,
+            example_inputs=example_inputs,
+            inputs=inputs,
+            outputs=outputs,
+        )
+        if sizes is not None
+        else None,
     )
 
 
@@ -243,8 +260,10 @@ def _resolve_last(
     return found, offered
 
 
-def _aligner(spec: PermutationSpec, options: Options, device: torch.device, data: CalibrationSet) -> Aligner:
-    deep = bool(data.batches) and len(spec.groups) >= DEEP
+def _aligner(
+    spec: PermutationSpec, options: Options, device: torch.device, data: CalibrationSet, *, one_width: bool
+) -> Aligner:
+    deep = one_width and bool(data.batches) and len(spec.groups) >= DEEP
     return Aligner(
         spec,
         mode=options.alignment,
@@ -257,38 +276,3 @@ def _aligner(spec: PermutationSpec, options: Options, device: torch.device, data
         memory_limit=options.memory_limit,
         second_start=ActivationStart(spec, data) if deep else None,
     )
-
-
-def _resolve_judge(
-    judge: ClientJudge | str | None, key: str | None, data: CalibrationSet
-) -> tuple[CalibrationSet, ClientJudge | CalibrationSet | None]:
-    """The data to fit to, and who judges."""
-    if judge in (None, "none"):
-        if key is not None:
-            raise ConfigError(f"judge_key is {key!r}, but judge is {judge!r}: leave one of them out")
-        return data, None
-    if judge == "labels":
-        if key is not None:
-            raise ConfigError("judge='labels' compares likelihoods: leave judge_key out")
-        if not data.labelled:
-            raise CalibrationError("judge='labels' needs calibration data with labels on the server")
-        kept, held = split_batches(data.batches, _HELD_OUT)
-        if not kept or not held:
-            raise CalibrationError(f"judge='labels' holds out one of {_HELD_OUT} examples: got {data.inputs} in all")
-        return replace(data, batches=tuple(kept)), replace(data, batches=tuple(held))
-    if judge in ("auto", "clients"):
-        return data, ClientJudge(key=key)
-    if not isinstance(judge, ClientJudge):
-        raise ConfigError(f"judge is {judge!r}, expected 'auto', 'clients', 'labels', ClientJudge(...) or None")
-    return data, judge if key is None else replace(judge, key=key)
-
-
-def _check_moments(moments: object, data: CalibrationSet, chosen: Recalibration | None, *, decides: bool) -> None:
-    if not isinstance(moments, ClientStatistics | None):
-        raise ConfigError(f"moments is {moments!r}, expected ClientStatistics()")
-    if moments is None:
-        return
-    if not data.batches:
-        raise ConfigError("moments tell whether the server's calibration data are like the clients': pass calibration")
-    if not decides and not isinstance(chosen, Auto):
-        raise ConfigError(f'moments serve recalibrate="auto" and None, not {chosen!r}: leave one of them out')

@@ -82,6 +82,10 @@ class C2M3(Dialect):
         the candidate in which every step was taken that the other evidence supports is deployed.
     judge_key : str, optional
         The metric by which clients judge; by default the one whose name contains "loss".
+    sizes : iterable of nn.Module, optional
+        Narrower networks of the same architecture, for clients that cannot carry `model`: each client is sent the model
+        at its own width, trains it, and replies at that width. A client says which it has by `answer_width`, else by
+        the shapes of its first reply. Clients are not asked about the model then (`head`, `judge`, `moments`).
     device : torch.device or str, optional
         Where to match and repair; by default CUDA when there is one, else the CPU.
     alignment : {"joint", "separate"}
@@ -166,6 +170,7 @@ class C2M3(Dialect):
         diagnostics: bool = False,
         feedback: Feedback = "moved",
         deploy: Deploy = "last",
+        sizes: Iterable[nn.Module] | None = None,
     ) -> None:
         inside = FedAvg() if strategy is None else strategy
         check_instance(inside, Strategy, C2M3)
@@ -198,5 +203,6 @@ class C2M3(Dialect):
             judge=judge,
             judge_key=judge_key,
             device=device,
+            sizes=sizes,
         )
         super().__init__(inside, setup, exchanged, lora)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from c2m3_fl.flower import setup
+from c2m3_fl.merging.widths import networks
 from c2m3_fl.symmetry.discover import permutation_spec
 
 _SPECS = {}
@@ -23,5 +24,6 @@ def _once(model, example_inputs):
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     monkeypatch.setattr(setup, "permutation_spec", _once)
+    monkeypatch.setattr(networks, "permutation_spec", _once)
     # some of Flower's strategies collect garbage after every reply: half a second each with torch loaded
     monkeypatch.setattr("flwr.app.message.arrayrecord.gc", SimpleNamespace(collect=lambda: 0))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
 from c2m3_fl.core.spec import Axis, PermutationSpec, TensorSpec
 from c2m3_fl.errors import SpecError
 
@@ -80,6 +84,52 @@ def _check_tensor(name: str, first: PermutationSpec, other: PermutationSpec, wha
                 f"{what}: {name!r} axis {axis} has {fixed[1]} coordinates that may not be permuted{reason}, in the "
                 f"first {fixed[0]}; only groups of interchangeable units may differ in size"
             )
+
+
+def check_constants(models: Sequence[nn.Module], specs: Sequence[PermutationSpec], names: Sequence[str]) -> None:
+    """Raise `SpecError` for a buffer that holds another number in each network, such as a scale by the width.
+
+    Statistics of norms are left out, and so are buffers that hold values per unit.
+
+    Parameters
+    ----------
+    models : sequence of nn.Module
+        The networks.
+    specs : sequence of PermutationSpec
+        The symmetries of each.
+    names : sequence of str
+        Names of the networks in the error.
+
+    Raises
+    ------
+    SpecError
+        Naming the first such buffer, and its module.
+    """
+    first = _constants(models[0], specs[0])
+    for model, spec, name in zip(models[1:], specs[1:], names[1:], strict=True):
+        for key, value in _constants(model, spec).items():
+            if key in first and value.shape == first[key].shape and not torch.equal(value, first[key].to(value)):
+                raise SpecError(
+                    f"the buffer {key!r} is {_shown(value)} in {name}, in {names[0]} {_shown(first[key])}: a constant "
+                    "that depends on the width cannot be averaged; give all networks the same one"
+                )
+
+
+def _constants(model: nn.Module, spec: PermutationSpec) -> dict[str, Tensor]:
+    """Floating buffers that belong to no norm and hold no values per unit."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, _NormBase):
+            continue
+        for name, value in module.named_buffers(prefix=path, recurse=False):
+            tensor = spec.tensors.get(name)
+            if value.is_floating_point() and (tensor is None or not any(tensor.axes)):
+                found[name] = value.detach().cpu()
+    return found
+
+
+def _shown(value: Tensor) -> str:
+    return f"{float(value):g}" if value.numel() == 1 else f"a tensor of mean {float(value.double().mean()):g}"
 
 
 def free(tensor: TensorSpec, axis: int) -> int:

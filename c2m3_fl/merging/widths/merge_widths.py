@@ -25,7 +25,7 @@ from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 from c2m3_fl.merging.widths.endpoints import owned_channels, seen_from
 from c2m3_fl.merging.widths.injections import Injection, between, carry, injection, without_dead_units
 from c2m3_fl.merging.widths.maps import WidthMaps
-from c2m3_fl.merging.widths.networks import Widths
+from c2m3_fl.merging.widths.networks import Network, Widths
 from c2m3_fl.merging.widths.owners import average, reading_axes
 from c2m3_fl.merging.widths.select import chosen_units
 from c2m3_fl.network.copying import own_names
@@ -91,7 +91,8 @@ def merge_widths(
         merged, report = done.state_dict, done.report
     if widths.cuts:
         chosen = _chosen(widths, merged, whole)
-        merged, report = _cut(widths, merged, chosen, recalibration, report)
+        merged, done_again = cut(widths.wide, widths.result, merged, chosen, recalibration)
+        report = done_again or report
     versions = widths.result.held.model.state_dict()  # has the modules' versions
     versions.update(to_device(merged, next(iter(state_dicts[0].values())).device))
     whole_report = merge_report(nodes, alignment, report, time.perf_counter() - begin)
@@ -174,23 +175,30 @@ def _chosen(widths: Widths, merged: Params, whole: Sequence[Injection]) -> dict[
     return between(whole[widths.node], every, {name: group.size for name, group in spec.groups.items()})
 
 
-def _cut(
-    widths: Widths,
-    merged: Params,
-    chosen: Injection,
-    recalibration: Recalibration | None,
-    report: RecalibrationReport | None,
+def cut(
+    wide: Network, narrow: Network, params: Params, chosen: Injection, recalibration: Recalibration | None
 ) -> tuple[dict[str, Tensor], RecalibrationReport | None]:
-    """Restrict the average to some of its units, and recalibrate that by the outputs of the whole average."""
-    wide, result = widths.wide, widths.result
-    cut = carry(wide.spec, result.spec, chosen, merged)
+    """Restrict a network to some of its units, and recalibrate that by the outputs of the whole network.
+
+    Parameters
+    ----------
+    wide, narrow : Network
+        The network and the one that its restriction fits.
+    params : mapping of str to Tensor
+        State dict of the network; not mutated.
+    chosen : mapping of str to Tensor
+        For every unit of `narrow` the unit of the network that it is.
+    recalibration : Recalibration, optional
+        What to do with the calibration data; without either the restriction stays as it is.
+    """
+    restricted = carry(wide.spec, narrow.spec, chosen, params)
     if recalibration is None or not wide.held.batches:
-        return cut, report
-    setting = prepare(result.held.model, cut, [cut], result.held)
+        return restricted, None
+    setting = prepare(narrow.held.model, restricted, [restricted], narrow.held)
     setting = replace(
         setting,
-        endpoints=(merged,),
-        views=(seen_from(wide.spec, result.spec, chosen),),
+        endpoints=(params,),
+        views=(seen_from(wide.spec, narrow.spec, chosen),),
         sources=(wide.held.to(setting.device).programs,),
     )
     done = short_names.recalibrate(recalibration, setting)

@@ -9,7 +9,7 @@ from torch import nn
 
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.errors import ConfigError, SpecError
-from c2m3_fl.merging.widths.agree import check_alike, fits_into, sizes, widest
+from c2m3_fl.merging.widths.agree import check_alike, check_constants, fits_into, sizes, widest
 from c2m3_fl.merging.widths.endpoints import check_programs
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
@@ -73,6 +73,7 @@ class Widths:
         example_inputs: ExampleInputs | None,
         inputs: Sequence[str] | None,
         outputs: Outputs | None,
+        names: Sequence[str] | None = None,
     ) -> Widths:
         """Trace every distinct module once and check that they differ in width alone.
 
@@ -84,6 +85,8 @@ class Widths:
             The network whose width the result has, or a number in `models`; by default the widest.
         calibration, example_inputs, inputs, outputs
             See `merge`.
+        names : sequence of str, optional
+            Names of the networks in errors; by default "models[0]" and so on.
 
         Raises
         ------
@@ -103,13 +106,16 @@ class Widths:
                 known[id(model)] = Network(name, held, permutation_spec(held.model, held.example_inputs))
             return known[id(model)]
 
-        nodes = tuple(network(model, f"models[{place}]") for place, model in enumerate(models))
+        names = [f"models[{place}]" for place in range(len(models))] if names is None else names
+        nodes = tuple(network(model, name) for model, name in zip(models, names, strict=True))
         result = None
         if width is not None:
             result = network(width, "width") if isinstance(width, nn.Module) else nodes[width]
         distinct = list(known.values())
-        check_alike([each.spec for each in distinct], [each.name for each in distinct])
-        place = widest([each.spec for each in distinct])
+        specs, titles = [each.spec for each in distinct], [each.name for each in distinct]
+        check_alike(specs, titles)
+        check_constants([each.held.model for each in distinct], specs, titles)
+        place = widest(specs)
         if place is None:
             raise SpecError(_none_is_widest(distinct))
         wide = distinct[place]

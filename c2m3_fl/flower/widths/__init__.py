@@ -1,0 +1,1 @@
+"""Clients of other widths than the model's: what they are sent, and what becomes of their replies."""
