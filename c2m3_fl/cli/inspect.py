@@ -23,6 +23,7 @@ from c2m3_fl.merging.widths.agree import check_alike
 from c2m3_fl.network.calibration import ExampleInputs
 from c2m3_fl.network.calls import choose_outputs
 from c2m3_fl.symmetry.discover import check_invariance, permutation_spec
+from c2m3_fl.symmetry.folding import find_folding
 
 _BYTES = 8  # of a token, the larger kind of input
 
@@ -38,6 +39,9 @@ def inspect(
         list[float] | None,
         typer.Option(help="A width, the argument of the factory; of several, the sizes of all groups are compared."),
     ] = None,
+    rotations: Annotated[
+        bool, typer.Option("--rotations", help="Rotate the groups that linear operators alone read, of folded params.")
+    ] = False,
     save: Annotated[Path | None, typer.Option(help="Write the spec, or with --zoo the measurements, as JSON.")] = None,
     zoo: Annotated[bool, typer.Option("--zoo", help="The coverage table of all torchvision classifiers.")] = False,
     saved: Annotated[
@@ -55,8 +59,10 @@ def inspect(
         raise ConfigError("no network named; give a torchvision classifier or package.module:factory, or --zoo")
     network, example = _load(model, shape or [], width[0] if width else None)
     network = choose_outputs(network, outputs or None)
-    spec = permutation_spec(network, example)
+    spec = permutation_spec(network, example, rotations=rotations)
     console.print(str(spec), markup=False)
+    if rotations:
+        console.print("\n".join(_folding(network, example)), markup=False)
     if width:
         found = [choose_outputs(load_network(model, width=each)[0], outputs or None) for each in width[1:]]
         specs = [spec, *(permutation_spec(each, example) for each in found)]
@@ -65,6 +71,14 @@ def inspect(
     if save is not None:
         save_spec(spec, save)
         console.print(f"\nwritten to {save}", markup=False)
+
+
+def _folding(network: nn.Module, example: ExampleInputs) -> Iterator[str]:
+    """The norms that keep their scales, so that the streams that they read permute."""
+    kept = find_folding(network, example).kept
+    if kept:
+        yield "\nscales of norms that cannot be folded"
+        yield from (f"  {name}: {reason}" for name, reason in kept.items())
 
 
 def _proof(network: nn.Module, spec: PermutationSpec, example: ExampleInputs) -> Iterator[str]:

@@ -7,9 +7,10 @@ from functools import partial
 
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import SpecError
+from c2m3_fl.symmetry.differences import guilty
 from c2m3_fl.symmetry.moves import Carrier
 from c2m3_fl.symmetry.pinning import without
-from c2m3_fl.symmetry.proof import VISIBLE, Prover, guilty
+from c2m3_fl.symmetry.proof import VISIBLE, Prover
 
 UNSEEN = "cannot be proven with these inputs"
 
@@ -54,16 +55,18 @@ def require(spec: PermutationSpec, provers: Sequence[Prover]) -> None:
         )
 
 
-def unseen(spec: PermutationSpec, provers: Sequence[Prover]) -> dict[str, list[Carrier]]:
-    """The groups of which a wrong permutation would not show, with the carriers that hide it."""
+def unseen(
+    spec: PermutationSpec, provers: Sequence[Prover], chosen: Collection[str] | None = None
+) -> dict[str, list[Carrier]]:
+    """The groups, all or `chosen`, of which a wrong permutation would not show, with the carriers that hide it."""
     seen: dict[str, dict[Carrier, float]] = {}
     for prover in provers:
-        for name, changes in prover.power(spec).items():
+        for name, changes in prover.power(spec, chosen).items():
             best = seen.setdefault(name, {})
             for carrier, change in changes.items():
                 best[carrier] = max(best.get(carrier, 0.0), change / prover.tolerance)
     if not any(prover.sees for prover in provers):
-        return {name: list(spec.members(name)) for name in spec.groups}
+        return {name: list(spec.members(name)) for name in spec.groups if chosen is None or name in chosen}
     hidden = {name: [one for one, ratio in best.items() if ratio < VISIBLE] for name, best in seen.items()}
     return {name: places for name, places in hidden.items() if places}
 

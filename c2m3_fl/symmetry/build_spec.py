@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
+from c2m3_fl.core.axes import Kind
 from c2m3_fl.core.spec import Axis, Group, PermutationSpec, Pin, Segment, TensorSpec
 from c2m3_fl.symmetry.blocks import Forest, settle
 from c2m3_fl.symmetry.colour_refinement import Facts, collect
@@ -17,8 +18,8 @@ _ALONE = Cause("no other unit plays the same role")
 
 def build_spec(
     structure: Structure, state: Mapping[str, Tensor], first_name: Mapping[str, str], buffers: frozenset[str]
-) -> PermutationSpec:
-    """Group interchangeable units.
+) -> tuple[PermutationSpec, dict[str, Kind]]:
+    """Group interchangeable units; of groups that rotate as well, where rotations are asked for, say so.
 
     Parameters
     ----------
@@ -35,7 +36,8 @@ def build_spec(
     on_axis = np.zeros(facts.size, dtype=bool)
     for atoms in structure.places().values():
         on_axis[facts.classes[atoms]] = True
-    return _Builder(structure, facts, settle(facts, on_axis)).spec(state, first_name, buffers)
+    builder = _Builder(structure, facts, settle(facts, on_axis))
+    return builder.spec(state, first_name, buffers), builder.kinds() if structure.folded is not None else {}
 
 
 class _Builder:
@@ -72,6 +74,27 @@ class _Builder:
                 for dim in range(value.ndim):
                     pins += self._pins(name, dim)
         return PermutationSpec(groups, tensors, tuple(pins))
+
+    def kinds(self) -> dict[str, Kind]:
+        """The kinds of the groups whose units are read by linear operators alone."""
+        forest = self.forest
+        single, pooled = self._bundles(self.structure.single), self._bundles(self.structure.pooled)
+        whole = {upper for upper, _ in forest.parent.values()}
+        for lower, ((unit, _), (slot, _)) in forest.products.items():
+            whole.add(unit)
+            single |= {slot} if lower in single else set()
+            pooled |= {slot} if lower in pooled else set()
+        kinds: dict[str, Kind] = {}
+        for bundle, name in self.names.items():
+            held = forest.parent.get(bundle)
+            size = int(forest.sizes[bundle]) // (int(forest.sizes[held[0]]) if held else 1)
+            if bundle not in single | whole and size > 1 + (bundle in pooled):  # two that keep their sum: exchanged
+                kinds[name] = "centred" if bundle in pooled else "orthogonal"
+        return kinds
+
+    def _bundles(self, found: list[Atoms]) -> set[int]:
+        atoms = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
+        return set(map(int, np.unique(self.forest.bundle[self.facts.classes[atoms]])))
 
     # ------------------------------------------------------------------------------------------------------- units
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from c2m3_fl.core.axes import Kind
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import SpecError, TraceError
 from c2m3_fl.network.calibration import Inputs
@@ -30,11 +31,14 @@ class Derivation:
         Modes and batch sizes that run different operators.
     unused : tuple of str
         Parameters that no forward pass uses.
+    kinds : mapping of str to Kind
+        The groups that may be rotated, before any check on numbers; none unless rotations are asked for.
     """
 
     spec: PermutationSpec
     settings: tuple[ProofSetting, ...]
     unused: tuple[str, ...]
+    kinds: Mapping[str, Kind]
 
 
 def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tuple[PermutationSpec, tuple[bool, ...]]:
@@ -43,8 +47,12 @@ def derive(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> tupl
     return found.spec, tuple(setting.training for setting in found.settings if not setting.batch)
 
 
-def trace(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> Derivation:
+def trace(
+    model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = (), folded: frozenset[str] | None = None
+) -> Derivation:
     """Trace every mode and batch size that runs operators of its own.
+
+    Where rotations are asked for, `folded` has the scales of norms that are folded.
 
     Training mode may run auxiliary heads. What cannot be traced apart from the example in evaluation mode is left to
     the numerical proof.
@@ -58,7 +66,7 @@ def trace(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> Deriv
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"model is a {type(model).__name__}, expected a module; pass the network itself, Net()")
-    structure = Structure()
+    structure = Structure(folded)
     state = tensors(model)
     first_name = aliases(model)
     own = {name for name, value in state.items() if first_name.get(name, name) == name and value.ndim}
@@ -81,11 +89,12 @@ def trace(model: nn.Module, inputs: Inputs, *, pin: Iterable[str] = ()) -> Deriv
             structure.pin(structure.axis(name, dim, size), unused)
     _pin_named(structure, state, first_name, pin)
     buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
-    spec = build_spec(structure, state, first_name, buffers)
+    spec, kinds = build_spec(structure, state, first_name, buffers)
     if trained:
         spec = with_tables(spec, structure.written)
     params = dict(model.named_parameters(remove_duplicate=False))
-    return Derivation(replace(spec, proven=_words(found)), found.distinct, tuple(sorted((own - used) & params.keys())))
+    left_out = tuple(sorted((own - used) & params.keys()))
+    return Derivation(replace(spec, proven=_words(found)), found.distinct, left_out, kinds)
 
 
 def _words(found: Survey) -> tuple[str, ...]:

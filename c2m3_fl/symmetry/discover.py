@@ -12,8 +12,10 @@ from c2m3_fl.network.calibration import ExampleInputs, as_inputs
 from c2m3_fl.network.calls import Outputs, choose_outputs
 from c2m3_fl.symmetry.accept import Invariance, prove, require, smallest
 from c2m3_fl.symmetry.derive import derive, tensors, trace
+from c2m3_fl.symmetry.folding import Folding, find_folding
 from c2m3_fl.symmetry.proof import Prover
 from c2m3_fl.symmetry.proof_settings import ProofSetting, survey
+from c2m3_fl.symmetry.rotations import prove_rotations
 
 __all__ = ["check_invariance", "derive", "permutation_spec", "prove", "require_invariance"]
 
@@ -26,6 +28,7 @@ def permutation_spec(
     *,
     outputs: Outputs | None = None,
     pin: Iterable[str] = (),
+    rotations: bool = False,
 ) -> PermutationSpec:
     """Derive which units of a network may be permuted without changing its function.
 
@@ -43,6 +46,9 @@ def permutation_spec(
         The outputs that the caller reads, by key, field or place: ``"logits"``. By default all tensors among them.
     pin : iterable of str
         Parameters that must stay: ``"conv1.weight"``, or one axis of one, ``"conv1.weight:1"``.
+    rotations : bool
+        Whether groups that linear operators alone read are rotated instead of permuted: residual streams, and the
+        insides of heads. Such a spec is of *folded* params, see `fold`.
 
     Returns
     -------
@@ -97,14 +103,24 @@ def permutation_spec(
     {}
     """
     inputs, model = as_inputs(example_inputs), choose_outputs(model, outputs)
-    found = trace(model, inputs, pin=pin)
+    folding = find_folding(model, example_inputs) if rotations else None
+    found = trace(model, inputs, pin=pin, folded=None if folding is None else folding.scales)
     provers = _provers(model, found.settings)
     _warn(model, found.unused, provers)
-    return prove(found.spec, *provers)
+    spec = prove(found.spec, *provers)
+    if folding is None or not found.kinds.keys() & spec.groups.keys():
+        return spec
+    return prove_rotations(spec, found.kinds, folding, _provers(model, found.settings, folding))
 
 
-def _provers(model: nn.Module, settings: Iterable[ProofSetting]) -> list[Prover]:
-    return [Prover(model, setting.inputs, training=setting.training) for setting in settings]
+def _provers(model: nn.Module, settings: Iterable[ProofSetting], folding: Folding | None = None) -> list[Prover]:
+    prepared = dict if folding is None else folding.fold
+    return [Prover(model, setting.inputs, training=setting.training, prepared=prepared) for setting in settings]
+
+
+def _folded(model: nn.Module, spec: PermutationSpec, inputs: ExampleInputs) -> Folding | None:
+    """The folding of the params that a spec is of; None for a spec of permutations alone."""
+    return find_folding(model, inputs) if spec.rotations else None
 
 
 def _warn(model: nn.Module, unused: tuple[str, ...], provers: list[Prover]) -> None:
@@ -144,7 +160,7 @@ def check_invariance(
     draws: int = 1,
     seed: int = 0,
 ) -> Invariance:
-    """Largest relative change of any output under random permutations of all groups at once.
+    """Largest relative change of any output under random permutations and rotations of all groups at once.
 
     The comparison runs on a copy of the network in evaluation mode and in double precision (in single precision if
     the network requires it). Constant tensors (heads of zeros, layer scales, new BatchNorm statistics) are randomised.
@@ -210,7 +226,9 @@ def check_invariance(
     c2m3_fl.errors.SpecError: groups ['hidden'] change the outputs or ... (relative error ...); correct their ...
     """
     spec.check(tensors(model), "model")
-    prover = Prover(choose_outputs(model, outputs), as_inputs(example_inputs), seed=seed)
+    model = choose_outputs(model, outputs)
+    folding = _folded(model, spec, example_inputs)
+    prover = Prover(model, as_inputs(example_inputs), seed=seed, prepared=dict if folding is None else folding.fold)
     error = max(prover.error(spec) for _ in range(draws))
     return Invariance(error, smallest(prover.power(spec), spec.groups))
 
@@ -236,4 +254,5 @@ def require_invariance(model: nn.Module, spec: PermutationSpec, example_inputs: 
         at fault; also when a wrong permutation would not show with these inputs.
     """
     spec.check(tensors(model), "model")
-    require(spec, _provers(model, survey(model, as_inputs(example_inputs)).distinct))
+    settings = survey(model, as_inputs(example_inputs)).distinct
+    require(spec, _provers(model, settings, _folded(model, spec, example_inputs)))

@@ -1,12 +1,17 @@
 """What tracing learns about a network's units, as plain relations between *atoms*.
 
 Every coordinate of every axis of every parameter is an atom: a unit of its own unless a fact says otherwise. Blocks
-(attention heads, channel groups) are further atoms. Tracing states four kinds of facts:
+(attention heads, channel groups) are further atoms. Tracing states these facts:
 
     tie       these two coordinates carry the same unit
     relate    this unit lies in that block: blocks move as wholes
     gather    these units form a set: only members of the set may be exchanged
     pin       this unit stays where it is, for this reason
+
+Where rotations are asked for, two more say which units are not coordinates of a space that may be rotated:
+
+    read_singly   an operator that is not linear in these units reads them one by one
+    pool          an operator reads their mean: only rotations that keep the vector of ones leave it as it is
 
 Once all facts are known, `c2m3_fl.symmetry.build_spec` turns them into groups.
 """
@@ -53,9 +58,19 @@ class Structure:
     alone : dict of int to (ndarray, int)
         Factors that were combined with tensors without units along one of their dimensions, by identity; and how many
         ties were known at that time.
+    single, pooled : list of ndarray
+        Units that are read one by one, and units of which a mean is read.
+
+    Parameters
+    ----------
+    folded : frozenset of str, optional
+        Scales of norms that are folded, where rotations are asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folded: frozenset[str] | None = None) -> None:
+        self.folded = folded
+        self.single: list[Atoms] = []
+        self.pooled: list[Atoms] = []
         self.size = 0
         self.starts: list[int] = []
         self.axes: dict[AxisKey, Atoms] = {}
@@ -152,3 +167,11 @@ class Structure:
     def pin(self, atoms: Atoms, reason: str) -> None:
         """State that these units stay where they are."""
         self.pins.append((np.ascontiguousarray(atoms).ravel(), Cause(reason, self.operator, self.module)))
+
+    def read_singly(self, atoms: Atoms) -> None:
+        """State that these units are read one by one by an operator that is not linear in them."""
+        self.single.append(atoms.ravel())
+
+    def pool(self, atoms: Atoms) -> None:
+        """State that a mean over these units is read."""
+        self.pooled.append(atoms.ravel())

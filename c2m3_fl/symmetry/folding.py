@@ -17,8 +17,9 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.network.calibration import ExampleInputs, Inputs, as_inputs
 from c2m3_fl.network.calls import Outputs, choose_outputs
+from c2m3_fl.symmetry.differences import guilty
 from c2m3_fl.symmetry.norms import Norm, Reader, find_norms
-from c2m3_fl.symmetry.proof import Prover, guilty
+from c2m3_fl.symmetry.proof import Prover
 from c2m3_fl.symmetry.streams import Axis, find_streams
 from c2m3_fl.symmetry.traced_graph import TracedGraph
 
@@ -43,6 +44,11 @@ class Folding:
     streams: tuple[tuple[Axis, ...], ...]
     kept: Mapping[str, str]
     names: Mapping[str, tuple[str, ...]]
+
+    @property
+    def scales(self) -> frozenset[str]:
+        """The scales that are folded, under all of their names."""
+        return frozenset(name for norm in self.norms for name in self.names[norm.scale])
 
     def __str__(self) -> str:
         folded = [f"{norm.scale}: read by {', '.join(reader.weight for reader in norm.readers)}" for norm in self.norms]

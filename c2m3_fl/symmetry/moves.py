@@ -1,4 +1,4 @@
-"""Permutations for the numerical proof: of all groups, of some, and of one axis alone."""
+"""Permutations and rotations for the numerical proof: of all groups, of some, and of one axis alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.permutation import Permutation, apply_to_tensor, axis_index, identity, random
+from c2m3_fl.core.rotation import random_matrix
 from c2m3_fl.core.spec import PermutationSpec, TensorSpec
 from c2m3_fl.errors import SpecError
 
@@ -16,13 +17,15 @@ Carrier = tuple[str, int]  # a tensor and one of its axes
 
 
 def stirring(spec: PermutationSpec, generator: torch.Generator) -> dict[str, Tensor]:
-    """A random permutation that is not the identity on any group, however small."""
+    """A random permutation or rotation that is not the identity on any group, however small."""
     perm = random(spec, generator)
     for name in spec.roots:
-        if torch.equal(perm[name], torch.arange(len(perm[name]))):
+        if not spec.groups[name].orthogonal and torch.equal(perm[name], torch.arange(len(perm[name]))):
             perm[name] = perm[name].roll(1)
     for name, group in spec.groups.items():
-        if group.parent is not None:
+        if group.parent is not None and group.orthogonal:
+            perm[name] = random_matrix(group, perm[group.parent], generator)
+        elif group.parent is not None:
             outer = perm[group.parent]
             inner = (perm[name] % (group.size // len(outer))).reshape(len(outer), -1)
             if bool((inner == torch.arange(inner.shape[1])).all()):
@@ -42,9 +45,21 @@ def restrict(spec: PermutationSpec, perm: Permutation, chosen: Collection[str]) 
             continue
         block = group.size // spec.groups[group.parent].size
         outer = result[group.parent]
+        if group.orthogonal:
+            result[name] = _follow(perm[name] if name in chosen else result[name], outer)
+            continue
         inner = (perm[name] % block).reshape(-1, block) if name in chosen else torch.arange(block)
         result[name] = (outer[:, None] * block + inner).reshape(-1)
     return result
+
+
+def _follow(matrix: Tensor, outer: Tensor) -> Tensor:
+    """The matrix with the same rotation in every block, and blocks that move as `outer` says."""
+    count = len(outer)
+    inside = matrix.reshape(count, len(matrix) // count, count, -1).sum(2)  # one block of each row is not zero
+    whole = matrix.new_zeros(count, inside.shape[1], count, inside.shape[1])
+    whole[torch.arange(count), :, outer] = inside
+    return whole.reshape(matrix.shape)
 
 
 def places(spec: PermutationSpec) -> dict[str, list[Carrier]]:
@@ -94,6 +109,13 @@ class Move:
             return abs(float((gradient * (self.apply(value, whole) - value)).sum()))
         parts = [value.index_select(self.axis, index) for index in (self.sources, self.places)]
         return abs(float((gradient.index_select(self.axis, self.places) * (parts[0] - parts[1])).sum()))
+
+
+def turned_alone(spec: PermutationSpec, carrier: Carrier, perm: Permutation, value: Tensor) -> Tensor:
+    """A tensor of which one axis alone rotates."""
+    whole = spec.tensors[carrier[0]]
+    axes = tuple(axis if dim == carrier[1] else () for dim, axis in enumerate(whole.axes))
+    return apply_to_tensor(replace(whole, axes=axes), perm, value)
 
 
 def alone(spec: PermutationSpec, carrier: Carrier, groups: Collection[str], perm: Permutation) -> Move | None:

@@ -17,8 +17,9 @@ from c2m3_fl.network.calibration import Inputs
 from c2m3_fl.network.calls import tensors_in
 from c2m3_fl.network.copying import in_precision, private_copy
 from c2m3_fl.network.exporting import aliases, mode, plain_attention, require_runs
+from c2m3_fl.symmetry.differences import change, difference, tells
 from c2m3_fl.symmetry.generic import generic, generic_inputs
-from c2m3_fl.symmetry.moves import Carrier, Move, alone, places, restrict, stirring
+from c2m3_fl.symmetry.moves import Carrier, Move, alone, places, restrict, stirring, turned_alone
 from c2m3_fl.symmetry.recording import Recorder, Tape
 from c2m3_fl.symmetry.replay import Replayed, replay
 
@@ -41,6 +42,8 @@ class Prover:
         Seed of parameters and permutations.
     training : bool
         Whether to run in training mode, without dropout.
+    prepared : callable, optional
+        What is done to the generic parameters first, such as folding the scales of norms.
 
     Raises
     ------
@@ -48,8 +51,17 @@ class Prover:
         When the network cannot be called with the inputs, or when its outputs are empty.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, *, seed: int = 0, training: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        *,
+        seed: int = 0,
+        training: bool = False,
+        prepared: Callable[[Params], dict[str, Tensor]] = dict,
+    ) -> None:
         self._training = training
+        self._prepared = prepared
         self._first_name = aliases(model)
         self._tape: Tape | None = None
         self._base: Replayed | None = None
@@ -81,13 +93,13 @@ class Prover:
         state: Mapping[str, Any] = self._module.state_dict()
         own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         buffers = {name for name, _ in self._module.named_buffers(remove_duplicate=False)}
-        self._params = generic(own, buffers, self.generator, self._first_name, varied=varied)
+        self._params = self._prepared(generic(own, buffers, self.generator, self._first_name, varied=varied))
         self._expected = self._run(self._params, record=dtype == torch.float64)
 
     @property
     def tells(self) -> bool:
         """Whether any output is finite and not zero, and so would show a change."""
-        return any(_tells(leaf) for leaf in self._expected)
+        return any(tells(leaf) for leaf in self._expected)
 
     @property
     def sees(self) -> bool:
@@ -100,7 +112,7 @@ class Prover:
         return TOLERANCE[torch.float32 if self.single else self.dtype]
 
     def error(self, spec: PermutationSpec, chosen: Collection[str] | None = None) -> float:
-        """Largest relative change of any output when a random permutation moves each of the `chosen` groups (all).
+        """Largest relative change of any output when all, or the `chosen`, groups are permuted or rotated at random.
 
         Infinite if all outputs are zero or not finite: then no change would show.
         """
@@ -108,17 +120,19 @@ class Prover:
             return float("inf")
         return difference(self._expected, self._run(apply(spec, self._perm(spec, chosen), self._params)))
 
-    def error_of(self, change: Callable[[Params], Params]) -> float:
-        """Largest relative change of any output when `change` replaces the parameters; infinite as above."""
-        return difference(self._expected, self._run(change(self._params))) if self.tells else float("inf")
+    def error_of(self, replaced: Callable[[Params], Params]) -> float:
+        """Largest relative change of any output when a function replaces the parameters; infinite as above."""
+        return difference(self._expected, self._run(replaced(self._params))) if self.tells else float("inf")
 
     def hidden_error(self, spec: PermutationSpec, chosen: Collection[str] | None = None) -> float:
         """The same for the outputs of the rescaled network and for the results of all operators inside it.
 
-        0 if the run cannot be replayed.
+        Groups that rotate stay: results inside the network rotate with them. 0 if the run cannot be replayed.
         """
         if self._tape is None:
             return 0.0
+        if spec.rotations:
+            chosen = set(spec.groups if chosen is None else chosen).difference(spec.rotations)
         return self._change(apply(spec, self._perm(spec, chosen), self._params))
 
     def fails(self, spec: PermutationSpec, chosen: Collection[str] | None = None) -> bool:
@@ -127,23 +141,35 @@ class Prover:
             return True
         return not self.hidden_error(spec, chosen) <= self.tolerance
 
-    def power(self, spec: PermutationSpec) -> dict[str, dict[Carrier, float]]:
+    def power(self, spec: PermutationSpec, chosen: Collection[str] | None = None) -> dict[str, dict[Carrier, float]]:
         """By how much a permutation of one carrier alone would change an output, or a result inside the network.
+
+        Parameters
+        ----------
+        spec : PermutationSpec
+            The spec.
+        chosen : collection of str, optional
+            The groups that are asked about; all by default.
 
         Returns
         -------
         dict of str to dict
             For every group, its carriers, which are the axes that move with it, and the change, estimated to first
             order and measured where that is too small to show. A group with a single carrier has no wrong permutation
-            of this kind, and no entry.
+            of this kind, and no entry. Of a group that rotates: its axes of matrices, and the change of the outputs.
         """
         base = self._replayed()
         gradients = base.gradients if base is not None else {}
         found: dict[str, dict[Carrier, float]] = {}
         for name, held in places(spec).items():
+            if chosen is not None and name not in chosen:
+                continue
             family = (name, *spec.children(name))
             perm = restrict(spec, stirring(spec, self.generator), [name])
             own = [one for one in held if self._first_name.get(one[0], one[0]) == one[0]]
+            if spec.groups[name].orthogonal:
+                found |= self._rotated(spec, name, own, perm)
+                continue
             moves = {one: moved for one in own if (moved := alone(spec, one, family, perm)) is not None}
             if len(moves) > 1:
                 found[name] = {one: self._visible(spec, one[0], moved, gradients) for one, moved in moves.items()}
@@ -151,6 +177,18 @@ class Prover:
                     spec, perm, {one: moves[one] for one in moves if self._hides(found[name][one])}
                 )
         return found
+
+    def _rotated(
+        self, spec: PermutationSpec, group: str, held: list[Carrier], perm: Permutation
+    ) -> dict[str, dict[Carrier, float]]:
+        """By how much a rotation of one carrier alone changes an output; a vector may have no effect of its own."""
+        changes = {}
+        for one in held if len(held) > 1 else ():
+            if self._params[one[0]].ndim > 1:
+                value = turned_alone(spec, one, perm, self._params[one[0]])
+                changed = self._run({**self._params, one[0]: value})
+                changes[one] = difference(self._expected, changed) if self.tells else 0.0
+        return {group: changes} if changes else {}
 
     def _hides(self, change: float) -> bool:
         return not change >= VISIBLE * self.tolerance
@@ -247,42 +285,3 @@ class Prover:
                 self._outputs = [recorder.ref(leaf).number for leaf in leaves]
                 self._tape, self.single = recorder.tape, recorder.tape.single
         return [leaf.detach().clone() for leaf in leaves]
-
-
-def change(base: Replayed, other: Replayed) -> float:
-    """Largest relative difference of the outputs of two replays and of the prints inside them."""
-    if base.prints.keys() != other.prints.keys():
-        return float("inf")
-    prints = max((abs(value - other.prints[key]) for key, value in base.prints.items()), default=0.0)
-    return max(prints, difference(base.outputs, other.outputs))
-
-
-def guilty(bad: Callable[[list[str]], bool], groups: list[str]) -> list[str]:
-    """The groups that fail, by bisection. Of groups that fail only together, the first half."""
-    if not groups or not bad(groups):
-        return []
-    if len(groups) == 1:
-        return groups
-    half = len(groups) // 2
-    return guilty(bad, groups[:half]) + guilty(bad, groups[half:]) or groups[:half]
-
-
-def _tells(output: Tensor) -> bool:
-    """Whether an output would show a change."""
-    return not output.is_floating_point() or bool((output.isfinite() & (output != 0)).any())
-
-
-def difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Largest relative difference of corresponding tensors; infinite where only one of two entries is finite."""
-    worst = 0.0
-    for a, b in zip(expected, found, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if not a.is_floating_point():
-            worst = max(worst, float((a != b).any()))
-        elif not torch.equal(a.isfinite(), b.isfinite()):
-            return float("inf")
-        elif a.numel():
-            a, b = a.double().nan_to_num(0, 0, 0), b.double().nan_to_num(0, 0, 0)
-            worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)))
-    return worst

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from c2m3_fl.network.exporting import aliases
 from c2m3_fl.symmetry.facts import Atoms, Structure
 from c2m3_fl.symmetry.labels import Labels, Shape
+from c2m3_fl.symmetry.linear_uses import Use, note_use
 from c2m3_fl.symmetry.pieces import Join, joins
 from c2m3_fl.symmetry.rules.elementwise import cast, constant, elementwise
 from c2m3_fl.symmetry.rules.registry import (
@@ -120,6 +121,7 @@ class _Labeller:
             if node.op == "placeholder":
                 self._placeholder(node)
             elif node in self.joins and self._at_once(self.joins[node]):
+                self._note(self.joins[node].source)
                 self.labels[node] = self.joins[node].labels(self.structure, self.labels)
             elif node.op == "call_function":
                 self._call(node)
@@ -135,6 +137,11 @@ class _Labeller:
         """Whether pieces can be cut at once: not from a constant, and not from an index."""
         found = self.labels.get(join.source)
         return isinstance(found, Labels) and found.points is None and join.source not in self.values
+
+    def _note(self, source: fx.Node) -> None:
+        """Note that the units of a tensor are read one by one, piece by piece."""
+        for factor in self.labels[source].factors:
+            self.structure.read_singly(factor)
 
     def _locate(self, node: fx.Node) -> None:
         stack = list(node.meta.get("nn_module_stack", {}).values())
@@ -229,6 +236,8 @@ class _Labeller:
                 expose(self.structure, x)
         args = fx.map_arg(node.args, self.labels.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.labels.__getitem__)
+        if self.structure.folded is not None:
+            note_use(Use(self.structure, node, name, args, kwargs), self.structure.folded)
         apply: Rule = RULES.get(name, unknown)
         try:
             result = apply(call, *args, **kwargs)

@@ -15,7 +15,7 @@ from tests.symmetry.families import TEXT, Inputs, gpt, noise
 
 
 class Vit(nn.Module):
-    """Patches by a convolution, a class token, positions, pre-norm blocks; the class token is classified."""
+    """Patches by a convolution, a last token for the class, positions, causal pre-norm blocks."""
 
     def __init__(self, width: int = 12, heads: int = 3, depth: int = 2):
         super().__init__()
@@ -28,8 +28,8 @@ class Vit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.positions
-        return self.head(self.norm(self.blocks(x))[:, 0])
+        x = torch.cat([x, self.token.expand(len(x), -1, -1)], dim=1) + self.positions
+        return self.head(self.norm(self.blocks(x))[:, -1])
 
 
 class Bert(nn.Module):
@@ -93,14 +93,13 @@ class ChannelsLast(nn.Module):
         return self.outward(self.norm(self.inward(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
-llama = partial(
-    gpt,
-    partial(former.Attention, 12, 3, rotary=True),
-    partial(former.GatedMlp, 12, 20),
-    norm=former.RmsNorm,
-    tied=False,
-    positions=False,
-)
+def llama() -> nn.Module:
+    """Rotary positions, gated hidden layers, and RMSNorm as Llama writes it, also before the head."""
+    block = former.Block(former.Attention(12, 3, rotary=True), former.GatedMlp(12, 20), 12, former.RmsNorm)
+    network = former.Decoder(block, tied=False, positions=False)
+    network.norm = former.RmsNorm(12)
+    return network
+
 
 STREAMS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "pre-norm": (lambda: Transformer(12, 3, 2), noise(2, 8, 8)),

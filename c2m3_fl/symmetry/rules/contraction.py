@@ -71,6 +71,13 @@ def bilinear(call: Call, x: Labels, y: Labels, weight: Labels, bias: Labels | No
 @rule("aten.einsum")
 def einstein(call: Call, equation: str, operands: Sequence[Labels], **_: Argument) -> Labels:
     """Sum of products in Einstein's notation."""
+    terms, output = einsum_terms(equation, operands)
+    pairs = [_diagonals(call, term, x) for term, x in zip(terms, operands, strict=True)]
+    return einsum(call.structure, [term for term, _ in pairs], output, [x for _, x in pairs])
+
+
+def einsum_terms(equation: str, operands: Sequence[Labels]) -> tuple[list[list[str]], list[str]]:
+    """An index for every dimension of the operands, and those of the result."""
     left, _arrow, right = equation.replace(" ", "").partition("->")
     terms = [_letters(term, x.ndim) for term, x in zip(left.split(","), operands, strict=True)]
     if not _arrow:
@@ -80,8 +87,7 @@ def einstein(call: Call, equation: str, operands: Sequence[Labels], **_: Argumen
     else:
         longest = max((sum(x.startswith(".") for x in term) for term in terms), default=0)
         output = _letters(right, longest + len(right.replace("...", "")))
-    pairs = [_diagonals(call, term, x) for term, x in zip(terms, operands, strict=True)]
-    return einsum(call.structure, [term for term, _ in pairs], output, [x for _, x in pairs])
+    return terms, output
 
 
 def _diagonals(call: Call, term: list[str], x: Labels) -> tuple[list[str], Labels]:
