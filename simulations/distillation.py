@@ -87,9 +87,24 @@ def distil(
     seed : int
         Seed of the order of the images.
     """
+    wanted = torch.stack([_logits(model, teacher, inputs) for teacher in teachers]).mean(dim=0).softmax(dim=1)
+    return distil_towards(model, student, wanted, inputs, steps=steps, seed=seed)
+
+
+def distil_towards(
+    model: nn.Module, student: Params, wanted: Tensor, inputs: Tensor, *, steps: int = _STEPS, seed: int = 0
+) -> dict[str, Tensor]:
+    """The student, trained towards class probabilities: see `distil`.
+
+    Parameters
+    ----------
+    model, student, inputs, steps, seed
+        As there.
+    wanted : Tensor
+        Class probabilities, shape (images, classes).
+    """
     network = deepcopy(model)
     network.load_state_dict(student)
-    wanted = torch.stack([_logits(model, teacher, inputs) for teacher in teachers]).mean(dim=0).softmax(dim=1)
     optimiser = torch.optim.Adam(network.parameters(), _RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
     generator = torch.Generator().manual_seed(seed)

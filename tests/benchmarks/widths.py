@@ -1,9 +1,10 @@
-"""One-shot merges of clients of different widths: MLPs on digits, two clients of every width, own initialisations.
+"""One-shot merges of clients of different widths: two clients of every width, each from its own initialisation.
 
-    python -m tests.benchmarks.widths [--seeds 0 1 2]
+    python -m tests.benchmarks.widths [--cases NAME ...] [--seeds 0 1 2]
 
 trains the clients, prints a markdown table, accuracy in percent (mean ± standard deviation over seeds), and writes
-``c2m3_fl/merging/results/widths.json``; ``--redraw`` prints that file's table. A merge is given the inputs of 300
+``c2m3_fl/merging/results/widths.json``, in which rows of other cases and seeds stay; ``--redraw`` prints that file's
+table. A merge is given the inputs of 300
 training digits that no client has, and no label. That missing units count as zeros on axes that read units was chosen
 on seeds 10, 11 and 12 (``--seeds 10 11 12 --trial``), which are not in the table. ``--picture FILE`` draws where the
 units of the first hidden layer of seed 0 (IID) are in the merged network.
@@ -26,6 +27,7 @@ from c2m3_fl import merging
 from c2m3_fl.merging import Recalibration, Refit, merge
 from c2m3_fl.merging.widths import merge_widths
 from simulations.data import FederatedData, derived_seed, federated_data
+from simulations.distillation import distil_towards
 from simulations.models import build_model
 from simulations.settings import Settings
 from simulations.training import train
@@ -46,9 +48,17 @@ SETTINGS = Settings(
     optimiser="adam",
     learning_rate=1e-3,
 )
+CIFAR = replace(SETTINGS, data="cifar10", model="cnn", train_size=6000, test_size=2000, local_epochs=10, batch_size=32)
+CASES = {
+    "digits": SETTINGS,
+    "mnist": replace(SETTINGS, data="mnist", train_size=6000, test_size=2000, batch_size=32),
+    "cifar10": CIFAR,
+    "resnet20": replace(CIFAR, model="resnet20"),
+}
+SCALES = {"½": 0.5, "1": 1.0, "2": 2.0}  # of networks other than MLPs
 PARTITIONS = {
-    "IID": replace(SETTINGS, partition="iid"),
-    "Dirichlet .3": replace(SETTINGS, partition="dirichlet", alpha=0.3),
+    "IID": {"partition": "iid"},
+    "Dirichlet .3": {"partition": "dirichlet", "alpha": 0.3},
 }
 REFIT = Refit(scores=True)
 RECALIBRATIONS: dict[str, Recalibration | str] = {"": "none", " + REPAIR": "repair", " + refit": REFIT}
@@ -62,6 +72,12 @@ class Row:
     seed: int
     column: str
     accuracy: float
+    case: str = "digits"
+
+
+def of_width(settings: Settings, name: str) -> Settings:
+    """The same settings with the network of one width."""
+    return replace(settings, hidden_widths=WIDTHS[name], width=SCALES[name] if settings.model != "mlp" else 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,16 +94,25 @@ class Trained:
         """Train every client on its own images, from its own initialisation."""
         data = federated_data(settings)
         kinds = {
-            name: build_model(replace(settings, hidden_widths=hidden), data.shape, data.classes, seed=0).eval()
-            for name, hidden in WIDTHS.items()
+            name: build_model(of_width(settings, name), data.shape, data.classes, seed=0).eval() for name in WIDTHS
         }
         nodes = []
         for index, name in enumerate(CLIENTS):
-            own = replace(settings, hidden_widths=WIDTHS[name])
+            own = of_width(settings, name)
             model = build_model(own, data.shape, data.classes, seed=derived_seed(settings.seed, 2, index))
             train(model, data.training_share(index), own, derived_seed(settings.seed, 3, index))
             nodes.append(dict(model.state_dict()))
         return cls([kinds[name] for name in CLIENTS], nodes, [float(len(part)) for part in data.parts], data)
+
+    def distilled(self, share: Tensor) -> float:
+        """Test accuracy of a new network of the largest width, trained towards the clients' mean probabilities."""
+        inputs = torch.cat(self.data.calibration)
+        votes = torch.stack(
+            [probabilities(model, node, inputs) for model, node in zip(self.models, self.nodes, strict=True)]
+        )
+        wanted = torch.einsum("n,nbc->bc", share.to(votes), votes).float()
+        student = distil_towards(self.models[-1], self.models[-1].state_dict(), wanted, inputs)
+        return accuracy(self.models[-1], student, self.data.held_out)
 
     def merged(self, width: int | None, recalibrate: Recalibration | str, method: str = "c2m3") -> float:
         """Test accuracy of a merge with the width of a client, or the largest."""
@@ -103,9 +128,9 @@ class Trained:
         return accuracy(self.models[-1 if width is None else width], done.state_dict, self.data.held_out)
 
 
-def rows(partition: str, seed: int, *, trial: bool) -> Iterator[Row]:
-    """Clients, their ensemble, and every merge of one seed."""
-    found = Trained.of(replace(PARTITIONS[partition], seed=seed))
+def rows(case: str, partition: str, seed: int, *, trial: bool) -> Iterator[Row]:
+    """Clients, their ensemble, and every merge of one seed; without a match on digits alone."""
+    found = Trained.of(replace(CASES[case], seed=seed, **PARTITIONS[partition]))
     test = found.data.held_out
     scores = [accuracy(model, node, test) for model, node in zip(found.models, found.nodes, strict=True)]
     votes = [probabilities(model, node, test.inputs) for model, node in zip(found.models, found.nodes, strict=True)]
@@ -113,36 +138,41 @@ def rows(partition: str, seed: int, *, trial: bool) -> Iterator[Row]:
     ensemble = torch.einsum("n,nbc->bc", share, torch.stack(votes)).argmax(1)
     measured = {f"clients of width {name}": statistics.mean(scores[2 * i : 2 * i + 2]) for i, name in enumerate(WIDTHS)}
     measured |= {"best client": max(scores), "ensemble": float((ensemble == test.labels).double().mean())}
+    measured["distillation"] = found.distilled(share)
     for suffix, recalibrate in RECALIBRATIONS.items():
-        measured[f"no match{suffix}"] = found.merged(None, recalibrate, "mean")
+        if case == "digits":
+            measured[f"no match{suffix}"] = found.merged(None, recalibrate, "mean")
         measured[f"universe{suffix}"] = found.merged(None, recalibrate)
         if trial:
             with patch.object(merge_widths, "reading_axes", lambda *_: {}):
                 measured[f"universe, means over owners on all axes{suffix}"] = found.merged(None, recalibrate)
     for index, name in enumerate(WIDTHS):
         for suffix, recalibrate in RECALIBRATIONS.items():
-            if suffix and name != "2":
+            if suffix and name != "2" and (case == "digits" or recalibrate is REFIT):
                 measured[f"universe{suffix}, cut to width {name}"] = found.merged(2 * index, recalibrate)
-    return iter([Row(partition, seed, column, value) for column, value in measured.items()])
+    return iter([Row(partition, seed, column, value, case) for column, value in measured.items()])
 
 
 def table(found: list[Row]) -> str:
-    """Markdown: one line per column, one column per partition, mean ± standard deviation over seeds."""
-    partitions = list(dict.fromkeys(row.partition for row in found))
-    lines = [f"| | {' | '.join(partitions)} |", f"| --- |{' ---: |' * len(partitions)}"]
+    """Markdown: one line per column, one column per case and partition, mean ± standard deviation over seeds."""
+    groups = list(dict.fromkeys((row.case, row.partition) for row in found))
+    lines = [
+        f"| | {' | '.join(f'{case}, {partition}' for case, partition in groups)} |",
+        f"| --- |{' ---: |' * len(groups)}",
+    ]
     for column in dict.fromkeys(row.column for row in found):
         cells = []
-        for partition in partitions:
-            scores = [100 * row.accuracy for row in found if (row.partition, row.column) == (partition, column)]
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            cells.append(f"{statistics.mean(scores):.1f} ± {spread:.1f}")
+        for group in groups:
+            scores = [100 * row.accuracy for row in found if (row.case, row.partition, row.column) == (*group, column)]
+            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            cells.append(f"{statistics.mean(scores):.1f}{spread}" if scores else "–")
         lines.append(f"| {column} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw(file: Path) -> None:
     """Who maps where: per client and place the cosine of its unit's weights with those of the other owners."""
-    found = Trained.of(PARTITIONS["IID"])
+    found = Trained.of(replace(SETTINGS, **PARTITIONS["IID"]))
     merged = merge(models=found.models, state_dicts=found.nodes, calibration=found.data.calibration, recalibrate="none")
     assert merged.widths is not None
     (name, places), *_ = merged.widths.into[-1].items()
@@ -167,6 +197,7 @@ def draw(file: Path) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Table of merges of different widths.")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--trial", action="store_true", help="measure means over owners on all axes, write no record")
     parser.add_argument("--redraw", action="store_true", help="print the table of the record and measure nothing")
@@ -179,21 +210,31 @@ def main() -> None:
         print(table([Row(**row) for row in read_record(RESULTS)["rows"]]))
         return
     torch.set_num_threads(1)
-    found = [
-        row
-        for partition in PARTITIONS
-        for seed in arguments.seeds
-        for row in rows(partition, seed, trial=arguments.trial)
-    ]
-    if not arguments.trial:
-        configuration = {
-            "seeds": arguments.seeds,
-            "widths": WIDTHS,
-            "clients": CLIENTS,
-            "settings": {name: asdict(settings) for name, settings in PARTITIONS.items()},
-        }
-        write_record(RESULTS, COMMAND, configuration, [asdict(row) for row in found])
+    found: list[Row] = []
+    for case in arguments.cases:
+        for seed in arguments.seeds:
+            for partition in PARTITIONS:
+                found += rows(case, partition, seed, trial=arguments.trial)
+            if not arguments.trial:
+                found = _saved(found)
     print(table(found))
+
+
+def _saved(found: list[Row]) -> list[Row]:
+    """The record's rows and these, which replace those of the same case, partition and seed; written."""
+    known = [Row(**row) for row in read_record(RESULTS)["rows"]] if RESULTS.exists() else []
+    new = {(row.case, row.partition, row.seed) for row in found}
+    every = [row for row in known if (row.case, row.partition, row.seed) not in new] + found
+    every.sort(key=lambda row: (list(CASES).index(row.case), list(PARTITIONS).index(row.partition), row.seed))
+    configuration = {
+        "widths": WIDTHS,
+        "scales": SCALES,
+        "clients": CLIENTS,
+        "settings": {name: asdict(settings) for name, settings in CASES.items()},
+        "partitions": PARTITIONS,
+    }
+    write_record(RESULTS, COMMAND, configuration, [asdict(row) for row in every])
+    return every
 
 
 if __name__ == "__main__":

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from c2m3_fl.core import permutation
+from c2m3_fl.core.permutation import identity
 from c2m3_fl.merging.merge import merge
+from c2m3_fl.merging.widths.injections import carry, injection
 from c2m3_fl.merging.widths.networks import Widths
 from c2m3_fl.merging.widths.select import chosen_units
+from c2m3_fl.symmetry.discover import permutation_spec
+from tests.merging.networks import CALIBRATION
+from tests.merging.widths.networks import WIDTHS
+
+
+SLOW = ("lstm", "fused", "attention")  # tens of seconds to trace and prove at two widths
 
 
 def network(units: int) -> nn.Module:
@@ -66,3 +76,17 @@ def test_of_two_equal_units_one_is_kept_and_of_units_that_nothing_reads_none() -
     small = network(3)
     small.load_state_dict(result.state_dict)
     torch.testing.assert_close(small(inputs), model(inputs), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_network_with_dead_units_is_cut_to_the_live_ones(name: str) -> None:
+    """Recurrent layers and split matrices are not refitted; their units are chosen all the same."""
+    narrow, wide = WIDTHS[name](2), WIDTHS[name](4)
+    specs = [permutation_spec(model.eval(), CALIBRATION[0]) for model in (narrow, wide)]
+    padded = carry(specs[0], specs[1], injection(specs[0], specs[1], identity(specs[1])), narrow.state_dict())
+    spread = permutation.apply(specs[1], permutation.random(specs[1], torch.Generator().manual_seed(0)), padded)
+    merged = merge(models=[wide], state_dicts=[spread], width=narrow, example_inputs=CALIBRATION[0])
+    with torch.no_grad():
+        expected = narrow(CALIBRATION[0])
+        narrow.load_state_dict(merged.state_dict)
+        torch.testing.assert_close(narrow(CALIBRATION[0]), expected, rtol=0, atol=1e-5)

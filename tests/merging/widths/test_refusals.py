@@ -60,6 +60,20 @@ def test_a_scale_that_depends_on_the_width_is_refused_by_its_operator() -> None:
     refused(SpecError, "aten.mul.Tensor in '' has the constants [0.5], there [0.25]", [Scaled(16), Scaled(4)])
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_depends_on_the_width_is_refused_by_name(persistent: bool) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(192, width), nn.Linear(width, 5)
+            self.register_buffer("scale", torch.tensor(width**-0.5), persistent=persistent)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.outer(torch.relu(self.inner(images.flatten(1)) * self.scale)))
+
+    refused(SpecError, "the buffer 'scale' is 0.5 in models[1], in models[0] 0.25", [Scaled(16), Scaled(4)])
+
+
 def test_a_tensor_that_both_makes_and_reads_missing_units_is_refused_by_name() -> None:
     tokens = torch.arange(6).reshape(3, 2)
     refused(SpecError, "'embedding.weight' both produces and reads units", [Tied(8), Tied(4)], example_inputs=tokens)
