@@ -115,7 +115,7 @@ def dirichlet(labels: Tensor, clients: int, alpha: float, seed: int) -> list[Ten
     generator = np.random.default_rng(seed)
     while True:
         parts: list[list[int]] = [[] for _ in range(clients)]
-        for label in labels.unique().tolist():
+        for label in sorted(set(labels.tolist())):
             rows = generator.permutation(np.flatnonzero(labels.numpy() == label))
             cuts = np.cumsum(generator.dirichlet([alpha] * clients))[:-1] * len(rows)
             for part, found in zip(parts, np.split(rows, cuts.astype(int)), strict=True):
@@ -220,8 +220,8 @@ def table(cells: Sequence[Cell], scale: Scale) -> str:
         base, *steps = (*got["FedAvg"], got["C2M3"][-1])
         gains.append([start, str(alpha), *(f"{each - base:+.3f}" for each in steps)])
     if scale == Scale():
-        for name, values in PUBLISHED.items():
-            lines += [["shared", str(alpha), f"{name}, published", f"{found:.3f}"] for alpha, found in values.items()]
+        for name, by_alpha in PUBLISHED.items():
+            lines += [["shared", str(alpha), f"{name}, published", f"{one:.3f}"] for alpha, one in by_alpha.items()]
     return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in each) for each in (lines, gains)) + "\n"
 
 
