@@ -5,7 +5,7 @@
 trains the clients, prints a markdown table, accuracy in percent (mean ± standard deviation over seeds), and writes
 ``c2m3_fl/merging/results/widths.json``, in which rows of other cases and seeds stay; ``--redraw`` prints that file's
 table. A merge is given the inputs of 300
-training digits that no client has, and no label. That missing units count as zeros on axes that read units was chosen
+training images (200 of CIFAR-10) that no client has, and no label. That missing units count as zeros on axes that read units was chosen
 on seeds 10, 11 and 12 (``--seeds 10 11 12 --trial``), which are not in the table. ``--picture FILE`` draws where the
 units of the first hidden layer of seed 0 (IID) are in the merged network.
 """
@@ -48,12 +48,14 @@ SETTINGS = Settings(
     optimiser="adam",
     learning_rate=1e-3,
 )
-CIFAR = replace(SETTINGS, data="cifar10", model="cnn", train_size=6000, test_size=2000, local_epochs=10, batch_size=32)
+CIFAR = replace(
+    SETTINGS, data="cifar10", model="cnn", train_size=3000, test_size=1000, local_epochs=6, calibration_size=200
+)
 CASES = {
     "digits": SETTINGS,
     "mnist": replace(SETTINGS, data="mnist", train_size=6000, test_size=2000, batch_size=32),
     "cifar10": CIFAR,
-    "resnet20": replace(CIFAR, model="resnet20"),
+    "resnet8": replace(CIFAR, model="resnet8-bn", train_size=1800),
 }
 SCALES = {"½": 0.5, "1": 1.0, "2": 2.0}  # of networks other than MLPs
 PARTITIONS = {

@@ -16,7 +16,6 @@ from c2m3_fl.symmetry.discover import permutation_spec
 from tests.merging.networks import CALIBRATION
 from tests.merging.widths.networks import WIDTHS
 
-
 SLOW = ("lstm", "fused", "attention")  # tens of seconds to trace and prove at two widths
 
 
