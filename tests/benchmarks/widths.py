@@ -4,10 +4,10 @@
 
 trains the clients, prints a markdown table, accuracy in percent (mean ± standard deviation over seeds), and writes
 ``c2m3_fl/merging/results/widths.json``, in which rows of other cases and seeds stay; ``--redraw`` prints that file's
-table. A merge is given the inputs of 300
-training images (200 of CIFAR-10) that no client has, and no label. That missing units count as zeros on axes that read units was chosen
-on seeds 10, 11 and 12 (``--seeds 10 11 12 --trial``), which are not in the table. ``--picture FILE`` draws where the
-units of the first hidden layer of seed 0 (IID) are in the merged network.
+table. A merge is given the inputs of 300 training images (200 of CIFAR-10) that no client has, and no label. That
+missing units count as zeros on axes that read units was chosen on seeds 10, 11 and 12 of digits (``--cases digits
+--seeds 10 11 12 --trial``), which are not in the table. ``--picture FILE`` draws where the units of the first hidden
+layer of seed 0 (digits, IID) are in the merged network.
 """
 
 from __future__ import annotations
