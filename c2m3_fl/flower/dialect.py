@@ -206,6 +206,8 @@ class Dialect(Strategy):
         log(INFO, "\t│\t├── Wrapped strategy: %s", type(self.strategy).__name__)
         units = sum(group.size for group in spec.groups.values())
         log(INFO, "\t│\t├── Permutable: %d units in %d groups", units, len(spec.groups))
+        if self.setup.sizes is not None:
+            log(INFO, "\t│\t├── Widths: %d", len(self.setup.sizes.networks))
         log(INFO, "\t│\t├── Alignment: %s | basis: %s", options.alignment, options.basis)
         log(INFO, "\t│\t├── Recalibration: %s", self.setup.describe())
         if self._lora != "apart":
