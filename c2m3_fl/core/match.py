@@ -43,7 +43,8 @@ def match(
     """Permute every node into one shared universe so that their weighted agreement is as large as can be found.
 
     The agreement is ``f = sum_{i<j} w_i w_j <U_i, U_j>``, where U_i are the parameters of node i in the universe.
-    Nodes of weight zero have no influence on the others and are aligned with them afterwards.
+    Nodes of weight zero have no influence on the others and are aligned with them afterwards. Groups that are
+    orthogonal rotate instead.
 
     Parameters
     ----------
@@ -56,7 +57,8 @@ def match(
     start : {"auto", "identity", "profiles", "barycentre", "sinkhorn", "random"} or sequence of Permutation
         Where the search starts; permutations are one per node, into a known universe. "profiles" compares every
         node's units with those of one of the nodes, whatever they are connected to; "auto" is "profiles" where the
-        nodes agree more there than as they stand, and "identity" otherwise.
+        nodes agree more there than as they stand, and "identity" otherwise. Where groups rotate, "auto" moves nothing
+        if the gap is at most the tolerance as the nodes stand, and starts from the barycentre otherwise.
     max_steps : int
         Upper limit of Frank-Wolfe steps; one is a pass over all nodes. Every reheating may take two more.
     tolerance : float
@@ -177,6 +179,10 @@ class _Setting:
         """Match the nodes of positive weight with each other, and align the rest with their mean."""
         heavy = [i for i in order if self.share[i] > 0]
         problem = Problem.of(self.spec, [self.nodes[i] for i in heavy], self.share[heavy], balance=self.balance)
+        if self.spec.rotations and self.start == "auto" and len(heavy) == len(order):
+            still = (permutation.identity(self.spec),) * len(order)
+            if (gap := duality_gap(problem, still, pool)) <= self.limits.tolerance:
+                return Match(still, (problem.objective(),) * 2, gap, 0.0, True, 0, order)
         point, passed = begin(problem, self._start(heavy), self.generator, pool)
         found = search(problem, point, pool, self.limits, callback)
         late = self.limits.over

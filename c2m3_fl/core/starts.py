@@ -60,6 +60,8 @@ def begin(
         return Point(profile_vertex(problem, pool)), ()
     if start != "auto":
         return start_point(problem, start, generator), ()
+    if problem.spec.rotations:  # profiles know nothing of them, and from the barycentre most rotated copies are found
+        return start_point(problem, "barycentre", generator), (problem.objective(),)
     vertex = profile_vertex(problem, pool)
     if _sum_square(problem, vertex) <= _sum_square(problem, {}):
         return start_point(problem, "identity", generator), ()

@@ -144,6 +144,7 @@ RATES: dict[tuple[str, StartName], int] = {
     ("recurrent", "barycentre"): 20,
     ("shared keys", "identity"): 12,
     ("shared keys", "barycentre"): 20,
+    ("shared keys", "auto"): 20,
 }
 
 
@@ -173,6 +174,19 @@ def test_a_space_that_has_not_moved_stays_bit_for_bit(spec: PermutationSpec) -> 
     node = draw(spec, 0, torch.float32)
     found = match(spec, [node, {name: 2 * value for name, value in node.items()}], start="identity")
     assert all(permutation.is_identity(perm) for perm in found.permutations)
+
+
+@each_spec
+def test_a_drift_within_the_tolerance_moves_nothing(spec: PermutationSpec) -> None:
+    node = draw(spec, 0)
+    drifted = {name: value + 1e-3 * draw(spec, 1)[name] for name, value in node.items()}
+    found = match(spec, [node, drifted])
+    assert all(permutation.is_identity(perm) for perm in found.permutations)
+    assert found.converged
+    assert 0 < found.gap < 1e-4
+    moved = match(spec, [node, drifted], tolerance=1e-9)
+    assert not permutation.is_identity(moved.between(0, 1))
+    assert moved.objectives[-1] > found.objectives[-1]
 
 
 @each_spec
