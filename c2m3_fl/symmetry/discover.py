@@ -15,7 +15,7 @@ from c2m3_fl.symmetry.derive import derive, tensors, trace
 from c2m3_fl.symmetry.folding import Folding, find_folding
 from c2m3_fl.symmetry.proof import Prover
 from c2m3_fl.symmetry.proof_settings import ProofSetting, survey
-from c2m3_fl.symmetry.rotations import prove_rotations
+from c2m3_fl.symmetry.rotations import prove_rotations, prover
 
 __all__ = ["check_invariance", "derive", "permutation_spec", "prove", "require_invariance"]
 
@@ -114,8 +114,7 @@ def permutation_spec(
 
 
 def _provers(model: nn.Module, settings: Iterable[ProofSetting], folding: Folding | None = None) -> list[Prover]:
-    prepared = dict if folding is None else folding.fold
-    return [Prover(model, setting.inputs, training=setting.training, prepared=prepared) for setting in settings]
+    return [prover(model, setting, folding) for setting in settings]
 
 
 def _folded(model: nn.Module, spec: PermutationSpec, inputs: ExampleInputs) -> Folding | None:
@@ -228,9 +227,9 @@ def check_invariance(
     spec.check(tensors(model), "model")
     model = choose_outputs(model, outputs)
     folding = _folded(model, spec, example_inputs)
-    prover = Prover(model, as_inputs(example_inputs), seed=seed, prepared=dict if folding is None else folding.fold)
-    error = max(prover.error(spec) for _ in range(draws))
-    return Invariance(error, smallest(prover.power(spec), spec.groups))
+    one = prover(model, ProofSetting(training=False, inputs=as_inputs(example_inputs)), folding, seed=seed)
+    error = max(one.error(spec) for _ in range(draws))
+    return Invariance(error, smallest(one.power(spec), spec.groups))
 
 
 def require_invariance(model: nn.Module, spec: PermutationSpec, example_inputs: ExampleInputs) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from torch import Tensor, nn
+
 from c2m3_fl.core.axes import Kind
-from c2m3_fl.core.spec import PermutationSpec, Pin
+from c2m3_fl.core.spec import Params, PermutationSpec, Pin
 from c2m3_fl.symmetry.accept import unseen
 from c2m3_fl.symmetry.differences import guilty
 from c2m3_fl.symmetry.folding import Folding
 from c2m3_fl.symmetry.proof import Prover
+from c2m3_fl.symmetry.proof_settings import ProofSetting
 
 _ONE, _ZERO = "one after its norm is folded", "zero after its norm is folded"
 
@@ -40,6 +43,40 @@ def with_rotations(spec: PermutationSpec, kinds: Mapping[str, Kind], folding: Fo
             tensors[name] = replace(tensor, axes=((),) * len(tensor.axes))
             pins += [Pin(name, dim, reason) for dim, axis in enumerate(tensor.axes) if axis]
     return replace(spec, groups=groups, tensors=tensors, pins=(*spec.pins, *pins))
+
+
+def prover(model: nn.Module, setting: ProofSetting, folding: Folding | None, *, seed: int = 0) -> Prover:
+    """A prover with generic parameters; for a spec with rotations, folded ones.
+
+    There small matrices are enlarged: a network at its initial weights hardly depends on the inside of its heads.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; not mutated.
+    setting : ProofSetting
+        How to run it.
+    folding : Folding, optional
+        The norms that are folded; None for a spec of permutations alone.
+    seed : int
+        Seed of parameters and moves.
+    """
+    matrices = {name for name, value in model.named_parameters(remove_duplicate=False) if value.ndim > 1}
+
+    def prepared(params: Params) -> dict[str, Tensor]:
+        if folding is None:
+            return dict(params)
+        return folding.fold({name: _enlarged(value) if name in matrices else value for name, value in params.items()})
+
+    return Prover(model, setting.inputs, seed=seed, training=setting.training, prepared=prepared)
+
+
+def _enlarged(matrix: Tensor) -> Tensor:
+    """A matrix whose rows have a length of one or more, on average."""
+    if not matrix.is_floating_point() or not matrix.any():
+        return matrix
+    length = (matrix.double().square().sum() / matrix.shape[0]).sqrt()
+    return (matrix / length.clamp_max(1.0)).to(matrix.dtype)
 
 
 def prove_rotations(

@@ -109,6 +109,22 @@ def test_networks_are_traced_with_dicts_and_batch_encodings(make: Callable[..., 
     assert len(inner) == (4 if make is t5 else 2), "the units inside the feed-forward layers"
 
 
+@pytest.mark.parametrize(
+    ("make", "options", "kinds"),
+    [
+        (bert, {}, "P POOP POOP P"),  # post-norm: the norms' outputs are the stream
+        (gpt2, {}, "P POOP POOP"),  # the table of tokens is the head, and cannot take the last norm's scale
+        (gpt2, {"tie_word_embeddings": False}, "C POOP POOP"),
+        (llama, {}, "O PPOP PPOP"),  # RMSNorm; rotary positions order queries and keys; queries share keys
+    ],
+)
+def test_streams_and_the_insides_of_heads_rotate(make: Callable[..., nn.Module], options: Any, kinds: str) -> None:
+    network, inputs = made(make, **options), INPUTS[make]
+    spec = permutation_spec(network, inputs, outputs="logits", rotations=True)
+    assert "".join(group.kind[0].upper() for group in spec.groups.values()) == kinds.replace(" ", "")
+    assert check_invariance(network, spec, inputs, outputs="logits") < 1e-9
+
+
 def encoder_and_decoder() -> tuple[nn.Module, dict[str, Tensor]]:
     return t5(), INPUTS[t5]
 

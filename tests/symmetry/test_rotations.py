@@ -179,3 +179,11 @@ def test_a_wrong_kind_is_refused_by_name_and_a_right_one_reports_its_power() -> 
     assert check_invariance(network, wrong, noise(4, 5)) > 1e-3
     with pytest.raises(SpecError, match=r"groups \['inward'\] change the outputs"):
         require_invariance(network, wrong, noise(4, 5))
+
+
+def test_the_inside_of_heads_rotates_in_networks_that_hardly_depend_on_it() -> None:
+    network = made("gpt")
+    for value in network.parameters():
+        if value.ndim > 1:
+            value.data *= 0.02  # the standard deviation of initial weights in libraries
+    assert kinds(permutation_spec(network, TEXT, rotations=True)) == "CPOOP"
