@@ -1,6 +1,6 @@
 """The solver against the published algorithm, measured side by side in one run.
 
-    python -m tests.benchmarks.solver                   every case, table and results/solver.json
+    python -m tests.benchmarks.solver                   every case, table and c2m3_fl/core/results/solver.json
     python -m tests.benchmarks.solver --cases mlp-3     some of them
     python -m tests.benchmarks.solver --growth          growth in nodes and width, with a picture
 
@@ -35,6 +35,7 @@ from c2m3_fl.core.universe import Universe
 from tests.benchmarks.networks import mlp, related_nodes, resnet20, vgg16
 from tests.benchmarks.published import frank_wolfe_step, objective, published_match
 from tests.benchmarks.published import gradient as published_gradient
+from tests.benchmarks.records import write_record
 
 _WHOLE = 60.0  # CPU seconds up to which the published algorithm is run to its end
 
@@ -227,7 +228,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--steps", type=int, default=1, help="steps of the published algorithm to time")
     parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path, default=Path("c2m3_fl/core/results"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -242,7 +243,9 @@ def main() -> None:
         rows.append(measure(case, options.steps))
         print(table(rows).splitlines()[-2], flush=True)
     print(table(rows))
-    (options.out / "solver.json").write_text(json.dumps([asdict(row) for row in rows], indent=2))
+    configuration = {"cases": options.cases, "steps": options.steps}
+    command = "python -m tests.benchmarks.solver"
+    write_record(options.out / "solver.json", command, configuration, [asdict(row) for row in rows])
 
 
 if __name__ == "__main__":
