@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from simulations.design import Labels
@@ -20,6 +21,7 @@ _COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")  #
 _MARKERS = ("o", "s", "^", "D")  # by level of the last axis
 _FAINT = "#dddddd"
 _ROW, _PANEL = 0.19, 3.4  # inches: height of a method, width of a panel
+_LETTERS = 12  # of the title, to an inch
 _ENSEMBLE = "clients' ensemble"
 
 
@@ -44,7 +46,7 @@ def draw(record: Record, file: Path) -> None:
     first.invert_yaxis()
     handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
-    figure.suptitle(str(record.about["title"]), fontsize=9)
+    figure.suptitle(fill(str(record.about["title"]), round(_LETTERS * size[0])), fontsize=9)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
