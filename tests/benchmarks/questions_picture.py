@@ -12,7 +12,19 @@ from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
-_COLOURS = ("#000000", "#7F7F7F", "#56B4E9", "#0072B2", "#D55E00", "#E69F00", "#009E73")  # Okabe and Ito
+_COLOURS = {  # Okabe and Ito
+    "mean network": "#000000",
+    "ensemble": "#7F7F7F",
+    "plain mean": "#56B4E9",
+    "plain mean + head": "#56B4E9",
+    "C2M3": "#0072B2",
+    "C2M3 + head": "#CC79A7",
+    "C2M3 + REPAIR": "#D55E00",
+    "activation matching + REPAIR": "#F0E442",
+    "plain mean + refit": "#E69F00",
+    "C2M3 + refit": "#009E73",
+    "C2M3 + refit, no labels": "#009E73",
+}
 _TITLES = {
     "ablation": "Cycle consistency and Frank-Wolfe apart",
     "foreign": "Out of distribution, accuracy",
@@ -47,12 +59,16 @@ def draw(rows: Rows, file: Path) -> None:
     figure = Figure(figsize=(3.4 * len(drawn), 3.4), layout="constrained")
     for panel, question in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         _curves(panel, [row for row in rows if row["question"] == question], _CURVES[question])
+    entries = [panel.get_legend_handles_labels() for panel in figure.axes]
+    handles = {label: handle for pair in entries for handle, label in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=7)
     figure.savefig(file, dpi=120)
 
 
 def _curves(panel: Axes, rows: Rows, label: str) -> None:
     places = list(dict.fromkeys(row["column"] for row in rows))
-    for line, colour in zip(dict.fromkeys(row["line"] for row in rows), _COLOURS, strict=False):
+    for line in dict.fromkeys(row["line"] for row in rows):
+        colour = _COLOURS[line]
         values = [_values(rows, line, place) for place in places]
         panel.plot(range(len(places)), [fmean(each) for each in values], color=colour, label=line, linewidth=1.5)
         low, high = [min(each) for each in values], [max(each) for each in values]
@@ -63,7 +79,6 @@ def _curves(panel: Axes, rows: Rows, label: str) -> None:
     panel.set_ylim(0, 1.02)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=7)
-    panel.legend(frameon=False, fontsize=6, loc="lower left" if label.startswith("classes") else "lower right")
 
 
 def _values(rows: Rows, line: str, column: str) -> list[float]:
