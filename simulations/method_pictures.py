@@ -45,7 +45,7 @@ def draw(record: Record, file: Path) -> None:
     first.set_yticks(range(len(names) + 1), [*(TITLES.get(name, name) for name in names), _ENSEMBLE], fontsize=7)
     first.invert_yaxis()
     handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, 2 * len(panels)), frameon=False, fontsize=7)
     figure.suptitle(fill(str(record.about["title"]), round(_LETTERS * size[0])), fontsize=9)
     figure.savefig(file, dpi=130)
     plt.close(figure)
