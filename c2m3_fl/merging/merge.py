@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from c2m3_fl.core.averaging import normalise_weights, weighted_mean
+from c2m3_fl.core.permutation import is_identity
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import order_by_weight, to_device
 from c2m3_fl.errors import ConfigError, ParamsError
@@ -28,6 +30,7 @@ from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.calls import Outputs
 from c2m3_fl.network.copying import own_names
 from c2m3_fl.symmetry.discover import permutation_spec, require_invariance
+from c2m3_fl.symmetry.folding import Folding, find_folding
 
 
 def merge(
@@ -46,6 +49,7 @@ def merge(
     method: Method | str = "c2m3",
     basis: int | None = None,
     spec: PermutationSpec | None = None,
+    rotations: bool = False,
     start: MergeStart = "auto",
     device: torch.device | str | None = None,
 ) -> Merge:
@@ -91,6 +95,9 @@ def merge(
     spec : PermutationSpec, optional
         The network's symmetries; by default derived by `permutation_spec`. A given one is proven on the inputs, if
         there are any.
+    rotations : bool
+        Whether groups that linear operators alone read (residual streams, the insides of heads) are rotated instead of
+        permuted. Norms are folded first, see `fold`: where anything moves, their scales are one in the result.
     start : str or sequence of Permutation
         Where the match of method "c2m3" starts: see `match`, or "activations", which compares units by their outputs
         on the calibration data and gave better merges of deep networks. Only with ``method="c2m3"``.
@@ -129,8 +136,10 @@ def merge(
         state_dicts = list(state_dicts)
         models = check_models(model, models, state_dicts, width)
         if not one_width(models, width):
-            if spec is not None or moments is not None:
-                raise ConfigError("spec and moments are for nodes of one width; leave them out for different widths")
+            if spec is not None or moments is not None or rotations:
+                raise ConfigError(
+                    "spec, moments and rotations are for nodes of one width; leave them out for different widths"
+                )
             check_method(aligner)
             _check_basis(basis, len(state_dicts))
             return merge_widths(
@@ -154,7 +163,8 @@ def merge(
     if spec is None or calibration is not None or example_inputs is not None:
         held = CalibrationSet.of(model, calibration, example_inputs=example_inputs, inputs=inputs, outputs=outputs)
         model = held.model
-    spec = _proven(model, spec, held)
+    spec = _proven(model, spec, held, rotations)
+    folding = _folding(model, spec, held)
     home = next(iter(state_dicts[0].values())).device
     place = home if device is None else usable_device(device)
     order = order_by_weight(state_dicts, share)
@@ -167,7 +177,7 @@ def merge(
         model,
         held.to(place) if held is not None and held.batches else None,
     )
-    alignment = aligner(nodes)
+    alignment = _aligned(nodes, aligner, folding)
     if moments is not None and alignment.moves is None:
         raise ConfigError(f"moments cannot be mapped by the linear maps of method {method!r}: leave them out")
     merged = weighted_mean([alignment.params[index] for index in order], share[order])
@@ -213,14 +223,42 @@ def _setting(
     return with_own_moments(setting, nodes.spec, alignment.moves, moments)
 
 
-def _proven(model: nn.Module, spec: PermutationSpec | None, held: CalibrationSet | None) -> PermutationSpec:
+def _folding(model: nn.Module, spec: PermutationSpec, held: CalibrationSet | None) -> Folding | None:
+    """The folding that a spec with rotations is of; None for permutations alone."""
+    if not spec.rotations:
+        return None
+    if held is None:
+        raise ConfigError(
+            f"group {spec.rotations[0]!r} of the spec rotates, for which norms are folded by the network's graph; pass "
+            "example_inputs, or calibration data"
+        )
+    return find_folding(model, held.example_inputs)
+
+
+def _aligned(nodes: Nodes, aligner: Method, folding: Folding | None) -> Alignment:
+    """The nodes in one basis, folded where anything moves; if nothing does, they are as they were, bit for bit."""
+    if folding is None:
+        return aligner(nodes)
+    alignment = aligner(replace(nodes, params=tuple(folding.fold(node) for node in nodes.params)))
+    still = alignment.moves is not None and all(map(is_identity, alignment.moves))
+    return replace(alignment, params=nodes.params) if still else alignment
+
+
+def _proven(
+    model: nn.Module, spec: PermutationSpec | None, held: CalibrationSet | None, rotations: bool
+) -> PermutationSpec:
     if spec is not None and not isinstance(spec, PermutationSpec):
         raise ConfigError(
             f"spec is a {type(spec).__name__}, expected a PermutationSpec; from_json(text) reads a saved one"
         )
     if spec is None:
         assert held is not None
-        return permutation_spec(model, held.example_inputs)
+        return permutation_spec(model, held.example_inputs, rotations=rotations)
+    if rotations and not spec.rotations:
+        raise ConfigError(
+            "the given spec has permutations alone; derive it by permutation_spec(..., rotations=True), or leave out "
+            "one of spec and rotations"
+        )
     if held is not None:
         require_invariance(model, spec, held.example_inputs)
     return spec
