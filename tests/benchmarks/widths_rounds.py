@@ -5,7 +5,7 @@
 trains 20 clients, four of every width, IID, MLPs on digits and CNNs on 5,000 images of CIFAR-10, and writes
 ``c2m3_fl/flower/results/widths.json``; rows of other data, seeds and methods stay. ``--redraw`` prints that file's
 table. The server holds 300 inputs without labels, by which C2M3 refits a narrower model; HeteroFL evaluates its slices
-as they are.
+as they are, except in its row "slices refit".
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from torch import nn
 from c2m3_fl import flower
 from c2m3_fl.flower import C2M3, SerialGrid, answer_width
 from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.merging import Refit
+from c2m3_fl.merging.widths.merge_widths import cut
+from c2m3_fl.merging.widths.networks import Widths
 from simulations.data import FederatedData, derived_seed, federated_data
 from simulations.heterofl import HeteroFL, sliced, with_scalers
 from simulations.models import build_model
@@ -63,6 +66,7 @@ METHODS = {
     "own": "C2M3, starts of their own",
     "heterofl": "HeteroFL without Scaler",
     "scaler": "HeteroFL",
+    "refit": "HeteroFL without Scaler, slices refit",
 }
 
 
@@ -119,16 +123,31 @@ class Federation:
         answer_width(app, model=lambda context: self.network(place(context), 0))
         return app
 
+    def refitted(self, networks: list[nn.Sequential]) -> Callable[[ArrayRecord, int], Mapping[str, Any]]:
+        """HeteroFL's slices, refitted by the server's inputs as C2M3's restrictions are."""
+        wide, *_ = found = Widths.of(
+            networks, None, self.data.calibration, example_inputs=None, inputs=None, outputs=None
+        ).nodes
+
+        def at(arrays: ArrayRecord, place: int) -> Mapping[str, Any]:
+            first = {name: torch.arange(group.size) for name, group in found[place].spec.groups.items()}
+            params = to_params(arrays)
+            return cut(wide, found[place], params, first, Refit())[0] if place else params
+
+        return at
+
     def run(self, method: str) -> list[Row]:
         """One run of one method."""
         networks = [self.network(place, derived_seed(self.settings.seed, 9)).eval() for place in range(len(WIDTHS))]
         shapes = [{name: tuple(value.shape) for name, value in each.state_dict().items()} for each in networks]
         strategy: Strategy
         at: Callable[[ArrayRecord, int], Mapping[str, Any]]
-        if method in ("heterofl", "scaler"):
+        if method in ("heterofl", "scaler", "refit"):
             by_node = {node: shapes[(node - 1) % len(WIDTHS)] for node in range(1, self.settings.clients + 1)}
             strategy = HeteroFL(by_node, fraction_evaluate=0.0)
             at = lambda arrays, place: sliced(to_params(arrays), shapes[place])  # noqa: E731
+            if method == "refit":
+                at = self.refitted(networks)
         else:
             c2m3 = C2M3(
                 FedAvg(fraction_evaluate=0.0), model=networks[0], sizes=networks[1:], calibration=self.data.calibration

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from tests.benchmarks.exchanges import RESULTS, table
 from tests.benchmarks.records import read_record
+from tests.benchmarks.widths_rounds import RESULTS as WIDTHS
+from tests.benchmarks.widths_rounds import Row
+from tests.benchmarks.widths_rounds import table as table_of_widths
 
 
 def test_the_table_of_exchanges_is_that_of_the_record():
     page = RESULTS.parent.parent / "README.md"
     assert table(read_record(RESULTS)["rows"]) in page.read_text(encoding="utf-8")
+
+
+def test_the_table_of_widths_is_that_of_the_record():
+    page = WIDTHS.parent.parent / "README.md"
+    found = table_of_widths([Row(**row) for row in read_record(WIDTHS)["rows"]])
+    assert found in page.read_text(encoding="utf-8")
