@@ -14,7 +14,7 @@ from flwr.supercore import log
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.core.basis import Consensus, bounded_weights, closest, consensus, into_basis
+from c2m3_fl.core.basis import bounded_weights, closest, consensus, into_basis
 from c2m3_fl.core.joining import match_bounded
 from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import Permutation
@@ -26,6 +26,7 @@ from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.memory import Memory
 from c2m3_fl.flower.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.progress import MatchLog
+from c2m3_fl.flower.round_match import RoundMatch
 
 Mode = Literal["joint", "separate"]
 Basis = Literal["global", "largest", "client"] | int
@@ -38,54 +39,6 @@ SecondStart = Callable[[Sequence[Params], Sequence[float]], Sequence[Permutation
 # learning rates .1 and .02, 8 rounds, seeds 10 and 11, which no table shows.
 MOVED = 0.4
 _MODELS = 2  # that a match holds for every node, with a margin: see `tests.core.test_memory`
-
-
-@dataclass(frozen=True, eq=False)
-class RoundMatch:
-    """The replies of a round in one basis.
-
-    Attributes
-    ----------
-    params : tuple of mappings of str to Tensor
-        The aligned replies; a reply that nothing moves is the very one that came in.
-    moves : tuple of Permutation
-        Each reply's map into the basis.
-    sent : mapping of str to Tensor
-        The model that was sent out, in the basis.
-    consensus : Consensus
-        How well each aligned reply agrees with the others.
-    objectives : tuple of float
-        Agreement before and after the match.
-    gap : float
-        Relative duality gap where the solver stopped; the largest one when replies are aligned separately.
-    gain : float
-        What the solver's last step, sweep or reheating gained; the largest one when replies are aligned separately.
-    steps : int
-        Steps of the solver.
-    seconds : float
-        Wall-clock time.
-    on_cpu : bool
-        Whether the accelerator ran out of memory and the CPU took over.
-    timed_out : bool
-        Whether the clock ended the search.
-    """
-
-    params: tuple[Params, ...]
-    moves: tuple[Permutation, ...]
-    sent: Params
-    consensus: Consensus
-    objectives: tuple[float, float]
-    gap: float
-    gain: float
-    steps: int
-    seconds: float
-    on_cpu: bool
-    timed_out: bool = False
-
-    @property
-    def share_moved(self) -> list[float]:
-        """Share of units that each reply's map moves."""
-        return [permutation.share_moved(move) for move in self.moves]
 
 
 @dataclass(frozen=True)
@@ -127,6 +80,8 @@ class Aligner:
     second_start : callable, optional
         From replies and weights to where a joint match starts a second time after it moved many units; None where it
         does not.
+    fold : callable, optional
+        From a state dict to the folded one whose rotations `spec` describes (`fold`); None for permutations alone.
     """
 
     def __init__(
@@ -142,6 +97,7 @@ class Aligner:
         max_seconds: float | None = None,
         memory_limit: int | None = None,
         second_start: SecondStart | None = None,
+        fold: Callable[[Params], Params] | None = None,
     ) -> None:
         if mode not in ("joint", "separate"):
             raise ConfigError(f"alignment is {mode!r}, expected 'joint' or 'separate'")
@@ -157,6 +113,7 @@ class Aligner:
         self.max_seconds = max_seconds
         self.memory_limit = memory_limit
         self.second_start = second_start
+        self.fold = fold
         self._deadline = math.inf
 
     def align(
@@ -178,6 +135,9 @@ class Aligner:
         started = time.perf_counter()
         self._deadline = math.inf if self.max_seconds is None else time.monotonic() + self.max_seconds
         find = self._jointly if self.mode == "joint" else self._separately
+        given, start = params, sent
+        if self.fold is not None:
+            params, sent = [self.fold(reply) for reply in params], self.fold(sent)
         found, on_cpu = with_cpu_fallback(
             lambda device: find(nodes, [to_device(node, device) for node in params], weights, to_device(sent, device)),
             self.device,
@@ -186,9 +146,12 @@ class Aligner:
         moves, origin = self._rebased(nodes, weights, found.moves)
         for node, move in zip(nodes, moves, strict=True):
             self.memory.remember(node, move)
-        aligned = tuple(_moved(self.spec, move, reply) for move, reply in zip(moves, params, strict=True))
+        if self.fold is not None and all(map(permutation.is_identity, (*moves, origin))):
+            aligned = tuple(given)  # nothing moves: the replies as they were, bit for bit
+        else:
+            aligned = tuple(_moved(self.spec, move, reply) for move, reply in zip(moves, params, strict=True))
+            start = _moved(self.spec, origin, sent)
         agreed = consensus(self.spec, aligned, weights)
-        start = _moved(self.spec, origin, sent)
         seconds = time.perf_counter() - started
         numbers = found.objectives, found.gap, found.gain, found.steps, seconds, on_cpu, found.timed_out
         return RoundMatch(aligned, tuple(moves), start, agreed, *numbers)
@@ -196,7 +159,10 @@ class Aligner:
     def own_basis(self, node: int, params: Params) -> Params:
         """The global model in the basis in which a node was last found."""
         perm = self.memory.recall(node)
-        return params if perm is None else permutation.apply(self.spec, permutation.invert(perm), params)
+        if perm is None:
+            return params
+        params = params if self.fold is None else self.fold(params)
+        return permutation.apply(self.spec, permutation.invert(perm), params)
 
     def _located(self, nodes: Sequence[int], params: Sequence[Params], sent: Params) -> list[Permutation]:
         """For every reply the better of the identity and where its node was last found."""

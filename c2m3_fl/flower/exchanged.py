@@ -13,7 +13,7 @@ from logging import INFO
 
 from flwr.supercore import log
 
-from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.core.spec import PermutationSpec, refuse_rotations
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.memory import Memory
 from c2m3_fl.flower.setup import Setup
@@ -32,6 +32,8 @@ def restrict(spec: PermutationSpec, names: Iterable[str]) -> PermutationSpec:
         The tensors that are exchanged, all of them the network's.
     """
     names = set(names)
+    if not names >= spec.tensors.keys():
+        refuse_rotations(spec, "exchange of a part of the state dict")
     kept = set(spec.groups)
     for name, tensor in spec.tensors.items():
         if name not in names:

@@ -10,7 +10,7 @@ import torch
 from flwr.supercore import log
 from torch import Tensor, nn
 
-from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.core.spec import PermutationSpec, refuse_rotations
 from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.flower.activation_start import DEEP, ActivationStart
 from c2m3_fl.flower.aligner import Aligner
@@ -29,6 +29,7 @@ from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.calls import Outputs
 from c2m3_fl.symmetry.discover import permutation_spec, require_invariance
+from c2m3_fl.symmetry.folding import find_folding
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,12 +191,14 @@ def build_setup(
     if tentative and not decides:
         judging = None  # a recalibration that was asked for by name is what is deployed
     check_moments(moments, fitted, chosen, decides=decides)
+    if moments is not None or statistics is not None or sizes is not None:
+        refuse_rotations(spec, "clients' own moments and clients of several widths")
     last, offered = _resolve_last(head, data, offers=decides and isinstance(judging, ClientJudge), options=options)
     return Setup(
         model,
         options,
         spec,
-        _aligner(spec, options, place, fitted, one_width=sizes is None),
+        _aligner(model, spec, options, place, fitted, one_width=sizes is None),
         place,
         fitted,
         statistics,
@@ -261,7 +264,13 @@ def _resolve_last(
 
 
 def _aligner(
-    spec: PermutationSpec, options: Options, device: torch.device, data: CalibrationSet, *, one_width: bool
+    model: nn.Module,
+    spec: PermutationSpec,
+    options: Options,
+    device: torch.device,
+    data: CalibrationSet,
+    *,
+    one_width: bool,
 ) -> Aligner:
     deep = one_width and bool(data.batches) and len(spec.groups) >= DEEP
     return Aligner(
@@ -275,4 +284,5 @@ def _aligner(
         max_seconds=options.max_seconds,
         memory_limit=options.memory_limit,
         second_start=ActivationStart(spec, data) if deep else None,
+        fold=find_folding(model, data.example_inputs).fold if spec.rotations else None,
     )

@@ -62,7 +62,8 @@ class C2M3(Dialect):
         With calibration data on the server: ask every client for the channel moments of its own reply on its own
         data, which show whether the server's data are like theirs.
     spec : PermutationSpec, optional
-        The symmetries of the network, proven on the example inputs; by default they are derived.
+        The symmetries of the network, proven on the example inputs; by default they are derived. Replies are folded
+        where it rotates.
     exchanged : iterable of str, optional
         The names of the tensors that clients send, where that is not the whole state dict: a head, all but the norms,
         `dict(model.named_parameters())`, PEFT's `get_peft_model_state_dict(model)`. By default those of the arrays that

@@ -23,7 +23,7 @@ from c2m3_fl.core.outliers import find_outliers
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import to_device
-from c2m3_fl.flower.aligner import RoundMatch
+from c2m3_fl.flower.round_match import RoundMatch
 from c2m3_fl.flower.sybils import votes_by_distance
 from c2m3_fl.flower.widths.sizes import Cuts, Sizes
 from c2m3_fl.flower.wrapped import ignores_weights

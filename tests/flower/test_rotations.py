@@ -1,0 +1,105 @@
+"""A strategy whose spec rotates: replies are folded, rotated into one basis, averaged, and sent out as usual."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from c2m3_fl import fold, permutation_spec
+from c2m3_fl.core import permutation
+from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.errors import SpecError
+from c2m3_fl.flower.exchanged import restrict
+from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.strategy import C2M3
+from tests.flower.federation import reply, send
+
+EXAMPLE = torch.zeros(2, 5, 6)
+
+
+class Stream(nn.Module):
+    """A stream that two linear layers write to, read through one norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.more = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.norm, self.hidden, self.out = nn.LayerNorm(8), nn.Linear(8, 7), nn.Linear(7, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Scores of inputs of shape (batch, steps, 6)."""
+        stream = self.norm(self.into(inputs) + self.more(inputs.flip(-1)))
+        return torch.as_tensor(self.out(torch.relu(self.hidden(stream))))
+
+
+@cache
+def known() -> tuple[Stream, PermutationSpec, dict[str, Tensor]]:
+    """The model, its symmetries with a rotation, and params whose norm has scales and shifts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Stream().eval()
+        with torch.no_grad():
+            model.norm.weight.uniform_(0.5, 2.0)
+            model.norm.bias.normal_()
+    spec = permutation_spec(model, EXAMPLE, rotations=True)
+    return model, spec, {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def strategy(basis: str) -> C2M3:
+    model, spec, _ = known()
+    return C2M3(FedAvg(fraction_evaluate=0.0), model=model, example_inputs=EXAMPLE, spec=spec, basis=basis)
+
+
+def outputs(params: Params) -> Tensor:
+    inputs = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(3))
+    return torch.as_tensor(functional_call(known()[0], dict(params), (inputs,)))
+
+
+def rotated(seed: int) -> dict[str, Tensor]:
+    """The same function in a basis of its own."""
+    model, spec, params = known()
+    turn = permutation.random(spec, torch.Generator().manual_seed(seed))
+    return permutation.apply(spec, turn, fold(model, params, EXAMPLE))
+
+
+def test_the_spec_rotates() -> None:
+    assert known()[1].rotations
+    assert (rotated(1)["into.weight"] - rotated(2)["into.weight"]).abs().max() > 0.1
+    torch.testing.assert_close(outputs(rotated(1)), outputs(known()[2]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("basis", ["global", "client", "largest"])
+def test_rotated_clients_are_averaged_to_the_network_that_they_are(basis: str) -> None:
+    params, server = known()[2], strategy(basis)
+    send(server, params)
+    replies = {node: rotated(node) for node in (1, 2, 3)}
+    arrays, _ = server.aggregate_train(1, [reply(node, each) for node, each in replies.items()])
+    assert arrays is not None
+    merged = to_params(arrays)
+    torch.testing.assert_close(outputs(merged), outputs(params), rtol=1e-3, atol=1e-3)
+    plain = {name: torch.stack([each[name] for each in replies.values()]).mean(0) for name in params}
+    assert float((outputs(plain) - outputs(params)).abs().max()) > 0.1
+    for node, own in replies.items():  # in the next round
+        there = server.setup.aligner.own_basis(node, merged) if basis == "client" else merged
+        torch.testing.assert_close(outputs(there), outputs(params), rtol=1e-3, atol=1e-3)
+        if basis == "client":
+            torch.testing.assert_close(there["into.weight"], own["into.weight"], rtol=1e-2, atol=1e-2)
+
+
+def test_replies_that_nothing_moves_are_averaged_as_they_are() -> None:
+    params, server = known()[2], strategy("global")
+    send(server, params)
+    arrays, _ = server.aggregate_train(1, [reply(node, params) for node in (1, 2)])
+    assert arrays is not None
+    assert all(torch.equal(value, params[name]) for name, value in to_params(arrays).items())
+
+
+def test_a_part_of_the_state_dict_is_refused() -> None:
+    spec = known()[1]
+    with pytest.raises(SpecError, match=r"exchange of a part of the state dict: group .* is centred"):
+        restrict(spec, list(spec.tensors)[:2])
+    assert restrict(spec, spec.tensors) == spec
