@@ -14,6 +14,7 @@ from c2m3_fl import fold, permutation_spec
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.errors import SpecError
+from c2m3_fl.flower.aligner import Basis
 from c2m3_fl.flower.exchanged import restrict
 from c2m3_fl.flower.records import to_params
 from c2m3_fl.flower.strategy import C2M3
@@ -49,7 +50,7 @@ def known() -> tuple[Stream, PermutationSpec, dict[str, Tensor]]:
     return model, spec, {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def strategy(basis: str) -> C2M3:
+def strategy(basis: Basis) -> C2M3:
     model, spec, _ = known()
     return C2M3(FedAvg(fraction_evaluate=0.0), model=model, example_inputs=EXAMPLE, spec=spec, basis=basis)
 
@@ -73,7 +74,7 @@ def test_the_spec_rotates() -> None:
 
 
 @pytest.mark.parametrize("basis", ["global", "client", "largest"])
-def test_rotated_clients_are_averaged_to_the_network_that_they_are(basis: str) -> None:
+def test_rotated_clients_are_averaged_to_the_network_that_they_are(basis: Basis) -> None:
     params, server = known()[2], strategy(basis)
     send(server, params)
     replies = {node: rotated(node) for node in (1, 2, 3)}
