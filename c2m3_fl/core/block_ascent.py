@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.assignment import oracle
+from c2m3_fl.core.gradients import Gradients
 from c2m3_fl.core.mapped import inner, share_moved
 from c2m3_fl.core.places import worth
 from c2m3_fl.core.problem import Problem, work_of
@@ -58,13 +59,15 @@ def climb(
     while moves:
         before = {name: index.clone() for name, index in problem.frames.items()}
         moves = ascent.sweep(limits)
-        objectives.append(universe.add_up())
+        objectives.append(universe.add_up(anew=False))
         gain = problem.gain(objectives)
         moves &= limits.polish and not limits.over and (soft or gain > least)
         soft = False
         if callback is not None:
             moved = share_moved(problem.frames, before)
             callback(Step(len(objectives) - 1, objectives[-1], None, gain, 1.0, moved, problem.count, universe.work))
+    if len(objectives) > len(course.objectives):
+        objectives[-1] = universe.add_up()
     return tuple(objectives)
 
 
@@ -81,6 +84,7 @@ class BlockAscent:
 
     def __init__(self, universe: Universe, pool: Executor) -> None:
         self._universe, self._pool, self._problem = universe, pool, universe.problem
+        self._gradients = Gradients(universe)
         self._colours = [_Colour(self._problem, roots) for roots in _colouring(self._problem)]
         self._clock = 0
         self._changed = [0] * len(self._problem.terms)
@@ -113,10 +117,10 @@ class BlockAscent:
 
     def _round(self, node: int, colour: _Colour) -> bool:
         """Put a soft node's blocks of one colour at the oracle's answer, or at the nearest one where it would lose."""
-        gains, others = self._gains(node, colour)
+        gains = self._gains(node, colour)
         proposal = self._oracle(colour.spec, gains)
         for root, family in colour.families.items():
-            if root in colour.twice and self._exact_gain(node, colour, root, others, proposal) < 0:
+            if root in colour.twice and self._exact_gain(node, colour, root, proposal) < 0:
                 soft = {name: self._universe.matrix(node, name) for name in family}
                 proposal.update(
                     self._oracle(PermutationSpec({name: colour.spec.groups[name] for name in family}, {}), soft)
@@ -126,7 +130,7 @@ class BlockAscent:
 
     def _improve(self, node: int, colour: _Colour) -> bool:
         """Move one node's blocks of one colour where that raises the agreement by more than rounding."""
-        gains, others = self._gains(node, colour)
+        gains = self._gains(node, colour)
         proposal = self._oracle(colour.spec, gains)
         names = list(colour.spec.groups)
         here = torch.stack([worth(gains[name], None) for name in names])
@@ -138,7 +142,7 @@ class BlockAscent:
             gain = sum(rise[name][1] for name in family)
             noise = rounding * sum(abs(rise[name][0]) + abs(rise[name][1]) for name in family)
             if gain > noise and root in colour.twice:
-                gain = self._exact_gain(node, colour, root, others, proposal)
+                gain = self._exact_gain(node, colour, root, proposal)
             if gain > noise:
                 self._accept(node, colour, root, proposal)
                 moved = True
@@ -146,32 +150,25 @@ class BlockAscent:
                 self._accept(node, colour, root, proposal)  # the angle of a rotation is more precise than its gain
         return moved
 
-    def _gains(self, node: int, colour: _Colour) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-        """The gradient of one node's blocks, the node's weight left out, and what exact gains are computed from."""
+    def _gains(self, node: int, colour: _Colour) -> dict[str, Tensor]:
+        """The gradient of one node's blocks, the node's weight left out."""
         self._universe.work += colour.work
-        sizes = {name: group.size for name, group in colour.spec.groups.items()}
-        gains = {name: self._problem.like.new_zeros(size, size) for name, size in sizes.items()}
-        kept = {}
-        for t in colour.touched:
-            others = self._universe.others(t, node)
-            self._universe.slope(t, node, others, gains)
-            if t in colour.touched_twice:
-                kept[t] = others
-        return gains, kept
+        return self._gradients.of(node, colour.spec.groups, colour.touched)
 
     def _oracle(self, spec: PermutationSpec, gains: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = oracle(spec, {name: gain[None] for name, gain in gains.items()}, self._pool)
         return {name: index[0] for name, index in found.items()}
 
-    def _exact_gain(
-        self, node: int, colour: _Colour, root: str, others: Mapping[int, Tensor], proposal: Mapping[str, Tensor]
-    ) -> float:
+    def _exact_gain(self, node: int, colour: _Colour, root: str, proposal: Mapping[str, Tensor]) -> float:
         index = {name: proposal[name] for name in colour.families[root]}
-        return sum(inner(others[t], self._universe.change(t, node, index)) for t in colour.touched_by[root])
+        return sum(
+            inner(self._universe.others(t, node), self._universe.change(t, node, index))
+            for t in colour.touched_by[root]
+        )
 
     def _accept(self, node: int, colour: _Colour, root: str, proposal: Mapping[str, Tensor]) -> None:
         self._clock += 1
-        self._universe.settle(node, {name: proposal[name] for name in colour.families[root]})
+        self._gradients.settle(node, {name: proposal[name] for name in colour.families[root]})
         for t in colour.touched_by[root]:
             self._changed[t] = self._clock
 
@@ -197,7 +194,6 @@ class _Colour:
             for root, family in self.families.items()
             if root not in self.twice and any(groups[name].orthogonal for name in family)
         }
-        self.touched_twice = {t for root in self.twice for t in self.touched_by[root]}
 
 
 def _colouring(problem: Problem) -> list[list[str]]:

@@ -112,9 +112,19 @@ class Problem:
         """The numbers of the terms that some of the groups move."""
         return sorted({number for group in groups for number in self._numbers[group]})
 
-    def move(self, node: int, index: Mapping[str, Tensor]) -> None:
-        """Permute some groups of a node's frame, in place."""
-        for number in self.touched(index):
+    def move(self, node: int, index: Mapping[str, Tensor], numbers: Iterable[int] | None = None) -> None:
+        """Permute some groups of a node's frame, in place.
+
+        Parameters
+        ----------
+        node : int
+            The node.
+        index : mapping of str to Tensor
+            Where the units of the groups go.
+        numbers : iterable of int, optional
+            The terms that move along; by default all that the groups move.
+        """
+        for number in self.touched(index) if numbers is None else numbers:
             term = self.terms[number]
             term.value[node] = moved(term, term.value[node], index)
         for name, rows in index.items():

@@ -14,7 +14,7 @@ was last (`mapped`): a node at permutations is its own image, and gradients and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -26,6 +26,7 @@ from c2m3_fl.core.mapped import Vertex, agreement, contract, dot, half_square, i
 from c2m3_fl.core.permutation import stays
 from c2m3_fl.core.places import FRAME, Place, mass, matrix_of, nearest, towards, worth
 from c2m3_fl.core.problem import Problem, work_of
+from c2m3_fl.core.shifts import Shift, shift_of
 from c2m3_fl.core.terms import Term
 
 
@@ -74,14 +75,23 @@ class Universe:
             problem.move(node, _relative(problem.frame(node), {k: rows[node] for k, rows in point.frames.items()}))
         self.places = [dict(point.places.get(node, {})) for node in range(problem.count)]
         self.means = [torch.zeros_like(term.value[0]) for term in problem.terms]
+        self._parts: dict[int, Tensor] = {}
         self.objective = self.add_up()
 
-    def add_up(self) -> float:
-        """The weighted agreement over all pairs of nodes; the sums are added up anew, which keeps rounding small."""
-        parts = [
-            agreement((self.node(term, node) for node in range(self.problem.count)), self._shares, mean)
-            for term, mean in zip(self.problem.terms, self.means, strict=True)
-        ]
+    def add_up(self, *, anew: bool = True) -> float:
+        """The weighted agreement over all pairs of nodes.
+
+        Parameters
+        ----------
+        anew : bool
+            Add up all sums anew, which keeps rounding small. False: only those of terms of which more than some units
+            of a node have moved since; the others know what every move has gained.
+        """
+        for number, (term, mean) in enumerate(zip(self.problem.terms, self.means, strict=True)):
+            if anew or number not in self._parts:
+                nodes = (self.node(term, node) for node in range(self.problem.count))
+                self._parts[number] = agreement(nodes, self._shares, mean)
+        parts = [self._parts[number] for number in range(len(self.problem.terms))]
         self.objective = self.problem.constant + (float(torch.stack(parts).sum()) if parts else 0.0)
         return self.objective
 
@@ -172,18 +182,54 @@ class Universe:
                 mean.sub_(self.node(term, node), alpha=self._shares[node])
                 mean.add_(image(term, term.value[node], places), alpha=self._shares[node])
             self.places[node] = dict(places)
+            self._parts.clear()
 
-    def settle(self, node: int, index: Mapping[str, Tensor]) -> None:
-        """Put groups of a node at permutations of its frame, which moves along."""
+    def settle(self, node: int, index: Mapping[str, Tensor], followed: Collection[int] = ()) -> dict[int, Shift | None]:
+        """Put groups of a node at permutations of its frame, which moves along.
+
+        Parameters
+        ----------
+        node : int
+            The node.
+        index : mapping of str to Tensor
+            Permutations of some of its groups.
+        followed : collection of int
+            Numbers of the terms of which only what has moved is changed, where that is little.
+
+        Returns
+        -------
+        dict of int to Shift or None
+            By the number of every term that has changed: what, or None where it is more than some units of one axis.
+        """
         index = self._changing(node, index)
-        numbers, share = self.problem.touched(index), self._shares[node]
-        for number in numbers:
+        terms, places = self.problem.terms, self.places[node]
+        shifts = {
+            n: shift_of(terms[n], terms[n].value[node], places, index) if n in followed else None
+            for n in self.problem.touched(index)
+        }
+        share, whole = self._shares[node], [number for number, shift in shifts.items() if shift is None]
+        for number in whole:
+            self._parts.pop(number, None)
             self.means[number].sub_(self.node(self.problem.terms[number], node), alpha=share)
-        self.problem.move(node, index)
+        self.problem.move(node, index, whole)
         for name in index:
             self.places[node].pop(name, None)
-        for number in numbers:
+        for number in whole:
             self.means[number].add_(self.node(self.problem.terms[number], node), alpha=share)
+        for number, shift in shifts.items():
+            if shift is not None:
+                self._apply(number, node, shift)
+        return shifts
+
+    def _apply(self, number: int, node: int, shift: Shift) -> None:
+        """Move a node's part of a term, and the sums with it."""
+        term, mean, share = self.problem.terms[number], self.means[number], self._shares[node]
+        dim = term.dim(shift.axis) - 1
+        others = torch.sub(mean.index_select(dim, shift.units), shift.before, alpha=share)
+        if number in self._parts:
+            self._parts[number] = self._parts[number] + share * dot(others, shift.after - shift.before)
+        term.value[node].index_copy_(dim, shift.units, shift.after)
+        mean.index_copy_(dim, shift.units, others.add_(shift.after, alpha=share))
 
     def change(self, number: int, node: int, index: Mapping[str, Tensor]) -> Tensor:
         """What permutations of some groups would change in a node's part of a term that they move, by its number."""
