@@ -12,7 +12,7 @@ from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.recalibrate.held_out import held_out
 from c2m3_fl.merging.recalibrate.softmax_fit import Layer
 from c2m3_fl.network.calibration import Batch
-from c2m3_fl.network.operators import Kind, Operator
+from c2m3_fl.network.operators import RECURRENT, Kind, Operator
 from c2m3_fl.network.program import Program, Walk
 from c2m3_fl.network.rows import from_matrix
 
@@ -60,8 +60,9 @@ def _has_bias(operator: Operator) -> bool:
 
 
 def reads_input(program: Program, operator: Operator) -> bool:
-    """Whether an operator reads the network's inputs with no parameterised operator in between."""
+    """Whether an operator reads the network's inputs with no parameterised operator or recurrent layer in between."""
     passed = {each.node for each in program.operators}
+    passed |= {node for node in program.graph.nodes if node.target in RECURRENT}
     reached, open_nodes = set(), [operator.input]
     while open_nodes:
         node = open_nodes.pop()

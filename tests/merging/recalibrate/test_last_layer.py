@@ -96,6 +96,28 @@ def test_a_layer_reads_the_input_unless_an_operator_lies_between():
     assert not reads_input(deep, last_layer(deep))
 
 
+class Recurrent(nn.Module):
+    """Reads a sequence, or tokens where `embedded`; a layer of scores on the last step."""
+
+    def __init__(self, *, embedded: bool, kind: type[nn.RNNBase] | None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4) if embedded else nn.Identity()
+        self.cell = kind(4, 6, batch_first=True) if kind else None
+        self.scores = nn.Linear(6 if kind else 4, 3)
+
+    def forward(self, sequence):
+        found = self.embedding(sequence)
+        return self.scores((found if self.cell is None else self.cell(found)[0])[:, -1])
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, None])
+def test_what_a_recurrent_layer_computes_is_not_the_input_and_an_embedding_alone_is(kind, embedded):
+    example = torch.zeros(2, 3, dtype=torch.long) if embedded else torch.zeros(2, 3, 4)
+    found = program(Recurrent(embedded=embedded, kind=kind), example)
+    assert reads_input(found, last_layer(found)) == (kind is None)
+
+
 @pytest.mark.parametrize("model", [body(nn.Linear(6, 3)), Product()])
 def test_a_new_head_gives_its_scores_divided_by_the_temperature(model):
     found = program(model)
