@@ -18,12 +18,12 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import check_finite, same
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower.acceptance import check_runs
+from c2m3_fl.flower.aligned_replies import AlignedReplies
 from c2m3_fl.flower.client_head import Head, head_by_clients, report_head, why_no_head
 from c2m3_fl.flower.client_refit import refit_by_clients
 from c2m3_fl.flower.evidence import Means, choose_means
 from c2m3_fl.flower.judge import ClientJudge
 from c2m3_fl.flower.metrics import Numbers, failure, report_candidate
-from c2m3_fl.flower.rounds import AlignedReplies
 from c2m3_fl.flower.server_side import ServerSide
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.widths.rounds import RoundWidths

@@ -7,90 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 from logging import ERROR, WARNING
-from operator import and_, not_
+from operator import and_
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
 from flwr.supercore import log
 
 from c2m3_fl.core.outliers import find_outliers
-from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.aligned_replies import AlignedReplies, Narrow
 from c2m3_fl.flower.aligner import Aligner
 from c2m3_fl.flower.metrics import Numbers, aligned_numbers, failure, report_alignment
 from c2m3_fl.flower.options import Options
-from c2m3_fl.flower.replies import Dropped, Reply, Sorted, report_dropped
+from c2m3_fl.flower.replies import Reply, Sorted, report_dropped
 from c2m3_fl.flower.rewind import Before
 from c2m3_fl.flower.round_match import RoundMatch
 from c2m3_fl.flower.sybils import find_copies, votes_by_distance
-from c2m3_fl.flower.widths.rounds import Narrow, RoundWidths
+from c2m3_fl.flower.widths.rounds import RoundWidths
 from c2m3_fl.flower.wrapped import ignores_weights, remembers_squares, restore_types
 
 Metrics = TypeVar("Metrics")
 _LARGEST_NORM = 3.0  # medians, as for outliers: see `find_outliers`
-_MISFIT = "does not fit the other replies"
 _COPY = "coincides with another reply once both are aligned, and not before: the two count once"
-
-
-@dataclass(frozen=True, eq=False)
-class AlignedReplies:
-    """The replies that go to the wrapped strategy, in one basis.
-
-    Attributes
-    ----------
-    replies : tuple of Reply
-        As they came.
-    weights : tuple of float
-        What they count in a recalibration: the claimed weights, or all the same under strategies that ignore those.
-    params : tuple of mappings of str to Tensor
-        Their aligned params; the reply's own where nothing moved.
-    moves : tuple of Permutation
-        Each reply's map into the basis.
-    shares : tuple of float
-        Share of its units that each map moves.
-    dropped : tuple of Dropped
-        Outliers and copies that were left out.
-    numbers : Numbers
-        The match in numbers.
-    fits : tuple of bool
-        Which replies fit the others.
-    narrow : tuple of Narrow or None
-        The widths of the replies; None for the model's.
-    """
-
-    replies: tuple[Reply[Any], ...]
-    weights: tuple[float, ...]
-    params: tuple[Params, ...]
-    moves: tuple[Permutation, ...]
-    shares: tuple[float, ...]
-    dropped: tuple[Dropped, ...]
-    numbers: Numbers
-    fits: tuple[bool, ...]
-    narrow: tuple[Narrow | None, ...]
-
-    @property
-    def nodes(self) -> list[int]:
-        """Who replied."""
-        return [reply.node for reply in self.replies]
-
-    def only(self, kept: Sequence[bool], reason: str = _MISFIT) -> AlignedReplies:
-        """Some of the replies; the others are dropped for a reason."""
-        left_out = [Dropped(node, reason) for node in compress(self.nodes, map(not_, kept))]
-        return replace(
-            self,
-            replies=tuple(compress(self.replies, kept)),
-            weights=tuple(compress(self.weights, kept)),
-            params=tuple(compress(self.params, kept)),
-            moves=tuple(compress(self.moves, kept)),
-            shares=tuple(compress(self.shares, kept)),
-            dropped=(*self.dropped, *left_out),
-            fits=tuple(compress(self.fits, kept)),
-            narrow=tuple(compress(self.narrow, kept)),
-        )
-
 
 Aggregate = Callable[[AlignedReplies], tuple[Params | None, Metrics | None]]
 

@@ -14,10 +14,10 @@ from flwr.supercore import log
 from c2m3_fl.core.permutation import identity
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
+from c2m3_fl.flower.aligned_replies import AlignedReplies
 from c2m3_fl.flower.client_repair import own_moments, repair_by_clients
 from c2m3_fl.flower.evidence import FAR, UNLIKE
 from c2m3_fl.flower.out_of_memory import with_cpu_fallback
-from c2m3_fl.flower.rounds import AlignedReplies
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.widths.rounds import RoundWidths
 from c2m3_fl.merging.recalibrate.setting import Setting, prepare

@@ -17,9 +17,9 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest, norm
 from c2m3_fl.errors import SpecError
+from c2m3_fl.flower.aligned_replies import AlignedReplies
 from c2m3_fl.flower.aligner import MOVED
 from c2m3_fl.flower.options import Feedback
-from c2m3_fl.flower.rounds import AlignedReplies
 
 PREFIX = "two-models/"
 # How many times the largest reply's norm a deployed model may have and still be trained. Digits, seed 11, which no

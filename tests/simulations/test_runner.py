@@ -88,7 +88,7 @@ def test_half_a_line_is_measured_again(tmp_path, whole):
 def test_what_is_measured_is_not_measured_again_unless_asked(tmp_path, monkeypatch):
     runner.run_design(DESIGN, tmp_path)
     asked = []
-    monkeypatch.setattr(runner, "run_cell", lambda *args: asked.append(args))
+    monkeypatch.setattr(runner, "run_cell", lambda *args, device: asked.append(args))
     runner.run_design(DESIGN, tmp_path)
     assert asked == []
     runner.run_design(DESIGN, tmp_path, fresh=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from c2m3_fl.core.outliers import find_outliers
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import to_device
+from c2m3_fl.flower.aligned_replies import AlignedReplies, Narrow
 from c2m3_fl.flower.round_match import RoundMatch
 from c2m3_fl.flower.sybils import votes_by_distance
 from c2m3_fl.flower.widths.sizes import Cuts, Sizes
@@ -30,25 +30,6 @@ from c2m3_fl.flower.wrapped import ignores_weights
 from c2m3_fl.merging.recalibrate.setting import Setting
 from c2m3_fl.merging.widths.endpoints import owned_channels, seen_from
 from c2m3_fl.merging.widths.injections import Injection, carry, owned_entries
-
-if TYPE_CHECKING:
-    from c2m3_fl.flower.rounds import AlignedReplies
-
-
-@dataclass(frozen=True, eq=False)
-class Narrow:
-    """The width of one reply.
-
-    Attributes
-    ----------
-    place : int
-        Which one of the strategy's sizes.
-    units : mapping of str to Tensor
-        For every unit of the model the reply's unit that is averaged with it, or -1.
-    """
-
-    place: int
-    units: Injection
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,7 +107,13 @@ def test_arguments_that_do_not_go_together_are_refused() -> None:
     nodes = [model.state_dict() for model in models]
     refused(ConfigError, "models: got 2, expected one for each of the 1 nodes", models, state_dicts=nodes[:1])
     refused(ConfigError, "model and models are both given", models, model=models[0])
-    refused(ConfigError, "spec and moments are for nodes of one width", models, moments=[{}, {}], recalibrate="auto")
+    refused(
+        ConfigError,
+        "spec, moments and rotations are for nodes of one width",
+        models,
+        moments=[{}, {}],
+        recalibrate="auto",
+    )
     refused(
         ConfigError,
         "closed_form=True) takes endpoints of one width",
