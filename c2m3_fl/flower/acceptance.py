@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.core.state_dicts import norm
+from c2m3_fl.core.state_dicts import check_finite, norm
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.admitted import Dropped, Reply, Sorted, fault_of
 from c2m3_fl.flower.buffers import Buffers
@@ -64,6 +64,8 @@ class Gate:
             own = aligner.own_basis(reply.node, sent) if aligner.basis == "client" else sent
             try:
                 self._buffers.check(reply.params, own)
+                if aligner.fold is not None:  # a scale of zero cannot be folded
+                    check_finite(aligner.fold(reply.params))
                 replies.append(self._buffers.with_own(reply, own))
             except Exception as error:  # whatever one reply holds must not end the round
                 dropped.append(fault_of(reply.node, error))

@@ -111,8 +111,8 @@ def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Num
 def _at_best_temperature(setup: Setup, request: Request, params: Params) -> tuple[Params, Numbers]:
     """The chosen network with its scores divided by the temperature that the judge prefers; 1 is the network itself.
 
-    Averages of skewed clients are too little confident, overfitted ones too much. Networks whose outputs are not class
-    scores stay as they are.
+    Averages of skewed clients are too little confident, overfitted ones too much. Networks whose output is not that of
+    one linear layer stay as they are.
     """
     try:
         tempered = {f"temperature {each}": with_temperature(setup.data.program, params, each) for each in _TEMPERATURES}

@@ -31,7 +31,7 @@ from c2m3_fl.flower.two_models import trajectory_names
 from c2m3_fl.flower.widths.arriving import widen_messages
 from c2m3_fl.flower.widths.leaving import sized_messages
 from c2m3_fl.flower.widths.sizes import check_no_adapters, check_whole
-from c2m3_fl.flower.wrapped import continue_from, record_keys, required_metrics
+from c2m3_fl.flower.wrapped import continue_from, record_keys, refuse_steps, required_metrics
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 _SENT = "the arrays to send out"
@@ -65,6 +65,7 @@ class Dialect(Strategy):
     def __init__(self, strategy: Strategy, setup: Setup, exchanged: Iterable[str] | None, lora: Lora) -> None:
         check_lora(lora, strategy)
         check_no_adapters(setup.sizes, lora)
+        refuse_steps(strategy, setup.spec)
         self.strategy, self.setup, self._lora = strategy, setup, lora
         self._whole, self._named = setup, exchanged is not None
         self.server = Server(setup)

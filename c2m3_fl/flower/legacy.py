@@ -44,7 +44,7 @@ from c2m3_fl.flower.setup import build_setup
 from c2m3_fl.flower.widths.arriving import widen_results
 from c2m3_fl.flower.widths.asking import ask_proxies
 from c2m3_fl.flower.widths.sizes import check_no_adapters, check_whole
-from c2m3_fl.flower.wrapped import chain, check_instance
+from c2m3_fl.flower.wrapped import chain, check_instance, refuse_steps
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calls import Outputs
@@ -158,6 +158,7 @@ class C2M3(Strategy):
         self.setup = exchanging(self.setup, names)
         check_lora(lora, self.strategy)
         check_no_adapters(self.setup.sizes, lora)
+        refuse_steps(self.strategy, self.setup.spec)
         self._lora, self._bases = lora, bases_of(lora, self.setup)
         self.server = Server(self.setup)
         state = self.setup.state_dict()

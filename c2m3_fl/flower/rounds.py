@@ -186,7 +186,8 @@ def _aggregated(start: RoundStart, aligned: AlignedReplies, aggregate: Aggregate
     if len(aligned.replies) < least:
         return Outcome(None, None, {}, reason=f"{len(aligned.replies)} replies that fit each other are too few")
     before, started = Before(start.strategy), perf_counter()
-    plain = _aggregate_plain(aligned, aggregate, before) if start.plain else None
+    whole = not any(aligned.narrow)  # entries that a narrower reply lacks have no plain mean
+    plain = _aggregate_plain(aligned, aggregate, before) if start.plain and whole else None
     found, fitting = _attempt(start, aligned, aggregate, before), aligned
     if found.reason:
         fitting = aligned.only(list(map(and_, aligned.fits, start.sound([reply.params for reply in aligned.replies]))))

@@ -191,8 +191,8 @@ def build_setup(
     if tentative and not decides:
         judging = None  # a recalibration that was asked for by name is what is deployed
     check_moments(moments, fitted, chosen, decides=decides)
-    if moments is not None or statistics is not None or sizes is not None:
-        refuse_rotations(spec, "clients' own moments and clients of several widths")
+    if moments is not None or statistics is not None:
+        refuse_rotations(spec, "clients' own moments")
     last, offered = _resolve_last(head, data, offers=decides and isinstance(judging, ClientJudge), options=options)
     return Setup(
         model,

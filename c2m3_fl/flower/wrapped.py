@@ -26,7 +26,7 @@ from flwr.supercore import log
 from torch import Tensor, nn
 
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.core.spec import Params
+from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import ConfigError, ParamsError
 
@@ -134,6 +134,20 @@ def ignores_weights(strategy: object) -> bool:
 def remembers_squares(strategy: object) -> bool:
     """Whether the strategy divides its steps by squares of earlier ones: one huge reply would freeze later rounds."""
     return any(isinstance(each, FedOpt | legacy.FedOpt) for each in chain(strategy))
+
+
+def refuse_steps(strategy: object, spec: PermutationSpec) -> None:
+    """Raise `ConfigError` where a strategy steps from the model that was sent to replies that are folded and rotated.
+
+    The fold would count as progress, and so would the rotation.
+    """
+    for each in chain(strategy) if spec.rotations else ():
+        if isinstance(each, FedOpt | legacy.FedOpt | FedAvgM | legacy.FedAvgM):
+            raise ConfigError(
+                f"strategy is a {type(each).__name__}, which steps from the model that was sent out, and the spec has "
+                "rotations, which change the weights of what is aggregated; use a strategy that averages, or a spec "
+                "without rotations"
+            )
 
 
 def restore_types(aggregated: Params, replies: Sequence[Params]) -> dict[str, Tensor]:

@@ -6,14 +6,16 @@ from functools import cache
 
 import pytest
 import torch
-from flwr.serverapp.strategy import FedAvg
+from flwr.server import strategy as of_old
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from c2m3_fl import fold, permutation_spec
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.errors import SpecError
+from c2m3_fl.errors import ConfigError, SpecError
+from c2m3_fl.flower import LegacyC2M3
 from c2m3_fl.flower.aligner import Basis
 from c2m3_fl.flower.exchanged import restrict
 from c2m3_fl.flower.records import to_params
@@ -104,3 +106,38 @@ def test_a_part_of_the_state_dict_is_refused() -> None:
     with pytest.raises(SpecError, match=r"exchange of a part of the state dict: group .* is centred"):
         restrict(spec, list(spec.tensors)[:2])
     assert restrict(spec, spec.tensors) == spec
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "inside"),
+    [(C2M3, FedAdam), (C2M3, FedAvgM), (LegacyC2M3, of_old.FedAvgM)],
+    ids=["FedAdam", "FedAvgM", "legacy FedAvgM"],
+)
+def test_strategies_that_step_from_what_was_sent_are_refused(wrapper, inside) -> None:
+    model, spec, _ = known()
+    with pytest.raises(ConfigError, match=f"strategy is a {inside.__name__}.*rotations"):
+        wrapper(inside(), model=model, example_inputs=EXAMPLE, spec=spec)
+
+
+class Biasless(Stream):
+    """The reader of the norm has no bias: the norm keeps its shift, divided by its scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(8, 7, bias=False)
+
+
+def test_a_reply_that_cannot_be_folded_is_dropped_and_the_others_count() -> None:
+    torch.manual_seed(1)
+    model = Biasless().eval()
+    nn.init.normal_(model.norm.bias)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    spec = permutation_spec(model, EXAMPLE, rotations=True)
+    outer = C2M3(FedAvg(fraction_evaluate=0.0), model=model, example_inputs=EXAMPLE, spec=spec)
+    flat = {**start, "norm.weight": start["norm.weight"].clone()}
+    flat["norm.weight"][2] = 0
+    send(outer, start)
+    _, metrics = outer.aggregate_train(1, [reply(1, start), reply(2, start), reply(3, flat)])
+    assert metrics["c2m3-replies"] == 2
+    assert metrics["c2m3-dropped"] == 1
+    assert metrics["c2m3-kept-previous"] == 0

@@ -56,7 +56,7 @@ def answer_width(app: ClientApp, *, model: Callable[[Context], nn.Module]) -> No
 
 
 def ask_grid(resizing: Resizing, grid: Grid, nodes: Iterable[int]) -> None:
-    """Ask the nodes whose width is not known, and remember the answers.
+    """Ask the nodes whose width is not known, once, and remember the answers.
 
     Parameters
     ----------
@@ -67,6 +67,7 @@ def ask_grid(resizing: Resizing, grid: Grid, nodes: Iterable[int]) -> None:
     nodes : iterable of int
         To whom a model is to be sent.
     """
+    nodes = list(nodes)
     unknown = resizing.unknown(nodes)
     if not unknown:
         return
@@ -76,7 +77,7 @@ def ask_grid(resizing: Resizing, grid: Grid, nodes: Iterable[int]) -> None:
         if not reply.has_error() and reply.has_content():
             records = list(reply.content.config_records.values())
             answers[reply.metadata.src_node_id] = records[0].get(_KEY) if records else None
-    _note(resizing, unknown, answers)
+    _note(resizing, nodes, unknown, answers)
 
 
 def ask_proxies(resizing: Resizing, proxies: Sequence[ClientProxy]) -> None:
@@ -98,13 +99,14 @@ def ask_proxies(resizing: Resizing, proxies: Sequence[ClientProxy]) -> None:
         except Exception:  # a client without properties, or one that cannot be reached
             answers[node] = None
     if unknown:
-        _note(resizing, unknown, answers)
+        _note(resizing, list(by_node), unknown, answers)
 
 
-def _note(resizing: Resizing, asked: Sequence[int], answers: dict[int, object]) -> None:
+def _note(resizing: Resizing, current: Sequence[int], asked: Sequence[int], answers: dict[int, object]) -> None:
     known = _by_answer(resizing.sizes)
     found = {node: known[answer] for node in asked if isinstance(answer := answers.get(node), str) and answer in known}
-    resizing.note(found)
+    resizing.note(found, current)
+    resizing.silent |= {*asked} - found.keys()
     if len(found) < len(asked):
         text = "\t> the width of %d of %d nodes is unknown: they are sent the whole model, their replies tell"
         log(INFO, text, len(asked) - len(found), len(asked))

@@ -7,7 +7,7 @@ model's own width, and the shapes of its first reply tell.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -35,24 +35,29 @@ class Resizing:
     ----------
     places : mapping of int to int
         By node its width, as a place in `sizes.networks`.
+    silent : set of int
+        Nodes that were asked for their width in this process and did not say a known one.
     """
 
     def __init__(self, sizes: Sizes, limit: int) -> None:
         self.sizes, self._limit = sizes, limit
         self.places: OrderedDict[int, int] = OrderedDict()
+        self.silent: set[int] = set()
         self._cuts: OrderedDict[tuple[str, bool], Cuts] = OrderedDict()
 
     def unknown(self, nodes: Iterable[int]) -> list[int]:
-        """The nodes whose width is not known."""
-        return [node for node in dict.fromkeys(nodes) if node not in self.places]
+        """The nodes whose width is not known, and that have not been asked in vain."""
+        return [node for node in dict.fromkeys(nodes) if node not in self.places and node not in self.silent]
 
-    def note(self, places: Mapping[int, int]) -> None:
-        """Remember the widths of some nodes."""
+    def note(self, places: Mapping[int, int], current: Collection[int] = ()) -> None:
+        """Remember the widths of some nodes; beyond the limit the oldest are forgotten, but no current ones."""
         for node, place in places.items():
             self.places.pop(node, None)
             self.places[node] = place
-        while len(self.places) > max(self._limit, len(places)):
-            self.places.popitem(last=False)
+        kept = {*places, *current}
+        old = [node for node in self.places if node not in kept]
+        for node in old[: max(0, len(self.places) - self._limit)]:
+            del self.places[node]
 
     def cuts(self, params: Params, *, deployed: bool) -> Cuts:
         """A model at every width: the trajectory as it is, so that clients train its own units, or a deployed model.
@@ -72,19 +77,27 @@ class Resizing:
         return self._cuts[key]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Who has which width, oldest first, as tensors named ``widths/position/node``."""
+        """Who has which width, oldest first: numbers of elements of its tensors, named ``widths/position/node``."""
+        sizes = self._elements()
         return {
-            f"{PREFIX}{position}/{node}": torch.tensor(place)
+            f"{PREFIX}{position}/{node}": torch.tensor(sizes[place])
             for position, (node, place) in enumerate(self.places.items())
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Remember that instead; `SpecError` for widths that the strategy does not have."""
-        found = []
+        found, known = [], {tuple(sizes): place for place, sizes in enumerate(self._elements())}
         for key, value in state.items():
             position, _, node = key.removeprefix(PREFIX).partition("/")
-            if not 0 <= int(value) < len(self.sizes.networks):
-                count = len(self.sizes.networks)
-                raise SpecError(f"remembered width {int(value)} of node {node}, expected one of {count}: other sizes")
-            found.append((int(position), int(node), int(value)))
+            place = known.get(tuple(value.reshape(-1).tolist()))
+            if place is None:
+                raise SpecError(
+                    f"node {node} is remembered with tensors of {value.tolist()} elements, expected those of one of "
+                    f"the {len(known)} networks: other sizes"
+                )
+            found.append((int(position), int(node), place))
         self.places = OrderedDict((node, place) for _, node, place in sorted(found))
+
+    def _elements(self) -> list[list[int]]:
+        """Of every width the number of elements of each tensor."""
+        return [[value.numel() for value in each.held.model.state_dict().values()] for each in self.sizes.networks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg, FedMedian, Krum
 from torch import nn
 
@@ -212,6 +212,42 @@ def test_widths_are_saved(strategy, sent):
     assert dict(other.server.resizing.places) == {1: 0, 2: 1, 3: 2}
     with pytest.raises(SpecError, match="pass the same sizes="):
         patient().load_state_dict({name: value for name, value in state.items() if name.startswith("widths/")})
+
+
+def test_a_width_is_remembered_by_its_tensors_whatever_the_order_of_the_sizes(strategy, sent):
+    state = strategy.server.resizing.state_dict()
+    turned, fewer = (
+        C2M3(model=mlp(), sizes=[mlp(0, width) for width in widths], example_inputs=EXAMPLE).server.resizing
+        for widths in ((8, 16), (8,))
+    )
+    turned.load_state_dict(state)
+    assert dict(turned.places) == {1: 0, 2: 2, 3: 1}
+    with pytest.raises(SpecError, match="other sizes"):
+        fewer.load_state_dict(state)
+
+
+def test_no_width_of_a_round_is_forgotten_while_the_round_is_sent_out():
+    strategy = sized(memory=2)
+    strategy.server.resizing.note({1: 1, 2: 2})
+    grid = SerialGrid(sized_app([16, 8, 16, 8]), 4)
+    messages = strategy.configure_train(1, START, ConfigRecord(), grid)
+    found = {each.metadata.dst_node_id: shapes(each.content["arrays"])[0][0] for each in messages}
+    assert found == {1: 16, 2: 8, 3: 16, 4: 8}
+
+
+def test_a_node_that_does_not_say_its_width_is_asked_once():
+    asked = []
+
+    def heard(replies):
+        asked.extend(each.metadata.src_node_id for each in replies if each.metadata.message_type.startswith("query"))
+        return replies
+
+    app = sized_app([32, 32], tells=False, epochs=0)
+    grid = SerialGrid(app, 2, transit=heard)
+    strategy = sized()
+    for current in (1, 2):
+        list(strategy.configure_train(current, START, ConfigRecord(), grid))
+    assert sorted(asked) == [1, 2]
 
 
 def test_dead_units_stay_where_they_were(strategy):
