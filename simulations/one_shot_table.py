@@ -142,7 +142,7 @@ def train(model: nn.Module, share: Share, epochs: int, seed: int) -> dict[str, T
     for _ in range(epochs):
         for rows in torch.split(torch.randperm(len(labels), generator=generator).to(labels.device), _BATCH):
             optimiser.zero_grad()
-            nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
+            nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]  # torch's
             optimiser.step()
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 

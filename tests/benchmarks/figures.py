@@ -74,7 +74,7 @@ class Row:
 
 def networks(seed: int, **changes: object) -> tuple[Trained, PermutationSpec]:
     """Trained networks, and their symmetries."""
-    found = trained(Case(replace(SETTINGS, seed=seed, **changes), True, "digits"))  # type: ignore[arg-type]
+    found = trained(Case(replace(SETTINGS, seed=seed, **changes), True, "digits"))  # type: ignore[arg-type]  # any settings
     return found, permutation_spec(found.model, found.calibration[0][:4])
 
 
@@ -145,7 +145,7 @@ def starts(seed: int) -> Iterator[Row]:
     for start in ("auto", "identity", "barycentre", "sinkhorn"):
         draws = range(ORDERS if start == "sinkhorn" else 1)
         perms = [
-            match(spec, found.nodes, start=start, generator=torch.Generator().manual_seed(draw)).permutations  # type: ignore[arg-type]
+            match(spec, found.nodes, start=start, generator=torch.Generator().manual_seed(draw)).permutations  # type: ignore[arg-type]  # a name
             for draw in draws
         ]
         shares = [agreement(spec, found.nodes, each) / best for each in perms]

@@ -33,6 +33,7 @@ from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.symmetry.discover import permutation_spec
 from simulations.data import Images, federated_data
 from simulations.settings import Settings
+from tests.benchmarks.figures import SETTINGS as DIGITS
 from tests.benchmarks.figures import aligned, astray, mean_accuracy
 from tests.benchmarks.merging_cases import Case, Trained, accuracy, probabilities, trained
 from tests.benchmarks.quality import agreement
@@ -42,16 +43,6 @@ from tests.benchmarks.records import read_record, write_record
 RESULTS = Path("simulations/results/questions.json")
 COMMAND = "python -m tests.benchmarks.questions"
 SEEDS = (0, 1, 2)
-DIGITS = Settings(
-    data="digits",
-    clients=5,
-    partition="iid",
-    hidden_widths="32,32",
-    local_epochs=10,
-    optimiser="adam",
-    learning_rate=2e-3,
-    calibration_size=300,
-)
 SKEWED = replace(DIGITS, partition="dirichlet", alpha=0.3)
 MNIST = replace(DIGITS, data="mnist", image_size=8, train_size=4000, test_size=2000, local_epochs=5)
 NOISE = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -144,7 +135,7 @@ def stability(seed: int) -> Iterator[Row]:
     drawn: dict[str, list[Sequence[Permutation]]] = {}
     for start in ("identity", "barycentre", "sinkhorn"):
         draws = [torch.Generator().manual_seed(draw) for draw in range(3 if start == "sinkhorn" else 1)]
-        drawn[f"start: {start}"] = [match(spec, nodes, start=start, generator=draw).permutations for draw in draws]  # type: ignore[arg-type]
+        drawn[f"start: {start}"] = [match(spec, nodes, start=start, generator=draw).permutations for draw in draws]  # type: ignore[arg-type]  # a name
     merged = merge(found.model, nodes, spec=spec, calibration=found.calibration, start="activations", basis=0)
     assert merged.match is not None
     drawn["start: activations"] = [merged.match.permutations]

@@ -145,7 +145,7 @@ class Federation:
         if method in ("heterofl", "scaler", "refit"):
             by_node = {node: shapes[(node - 1) % len(WIDTHS)] for node in range(1, self.settings.clients + 1)}
             strategy = HeteroFL(by_node, fraction_evaluate=0.0)
-            at = lambda arrays, place: sliced(to_params(arrays), shapes[place])  # noqa: E731
+            at = lambda arrays, place: sliced(to_params(arrays), shapes[place])  # noqa: E731  # short
             if method == "refit":
                 at = self.refitted(networks)
         else:
@@ -153,7 +153,7 @@ class Federation:
                 FedAvg(fraction_evaluate=0.0), model=networks[0], sizes=networks[1:], calibration=self.data.calibration
             )
             strategy = c2m3
-            at = lambda arrays, place: to_params(c2m3.at_width(arrays, place - 1) if place else arrays)  # noqa: E731
+            at = lambda arrays, place: to_params(c2m3.at_width(arrays, place - 1) if place else arrays)  # noqa: E731  # short
         rows: list[Row] = []
         started = time.process_time()
 

@@ -109,7 +109,7 @@ def test_ascent_is_monotone_and_cycles_close(spec: PermutationSpec, start: Start
 
 
 def one_space(kind: str = "orthogonal") -> PermutationSpec:
-    groups = {"g": Group(4, kind=kind)}  # type: ignore[arg-type]
+    groups = {"g": Group(4, kind=kind)}  # type: ignore[arg-type]  # one of the kinds
     return PermutationSpec(groups, {"w": TensorSpec((4, 9), (on("g", 4), ()))})
 
 
