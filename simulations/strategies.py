@@ -127,6 +127,11 @@ def c2m3_default(server: SimulatedServer) -> C2M3:
     return _deploying(server)
 
 
+def c2m3_default_without_data(server: SimulatedServer) -> C2M3:
+    """C2M3 with its default options; the server has no data."""
+    return _asking(server, judge="auto")
+
+
 def c2m3_batchnorm(server: SimulatedServer) -> C2M3:
     """BatchNorm's statistics measured on the server's images, deployed."""
     return _deploying(server, recalibrate="batchnorm")
@@ -179,8 +184,8 @@ def c2m3_repair_moved(server: SimulatedServer) -> C2M3:
 
 def _asking(server: SimulatedServer, **options: Any) -> C2M3:  # noqa: ANN401  # C2M3's own
     """C2M3 that asks the clients in the last round; the server has no data."""
-    chosen = {"judge": None, "device": server.device, **options}
-    return C2M3(fedavg(server), model=server.model, example_inputs=server.calibration[0][:2], **chosen)
+    given = {"judge": None, "device": server.device, "example_inputs": server.calibration[0][:2], **options}
+    return C2M3(fedavg(server), model=server.model, **given)
 
 
 def _deploying(
@@ -189,8 +194,7 @@ def _deploying(
     **options: Any,  # noqa: ANN401  # C2M3's own
 ) -> C2M3:
     """C2M3 around a strategy, with the server's images."""
-    given = {"calibration": server.calibration, "device": server.device, **options}
-    return C2M3(around(server), model=server.model, **given)
+    return C2M3(around(server), model=server.model, calibration=server.calibration, device=server.device, **options)
 
 
 def c2m3_fedavgm(server: SimulatedServer) -> C2M3:
@@ -232,6 +236,7 @@ STRATEGIES: Mapping[str, Callable[[SimulatedServer], Strategy]] = {
     "ties": ties,
     "c2m3": c2m3,
     "c2m3+default": c2m3_default,
+    "c2m3+default-without-data": c2m3_default_without_data,
     "c2m3+batchnorm": c2m3_batchnorm,
     "c2m3+repair": c2m3_repair,
     "c2m3+refit": c2m3_refit,
@@ -276,10 +281,8 @@ def build_strategy(
     ----------
     name : str
         One of `STRATEGIES`.
-    model : nn.Module
-        The architecture.
-    data : FederatedData
-        Data of the federation.
+    model, data : nn.Module, FederatedData
+        The architecture, and the data of the federation.
     clients : int
         Number of clients in round 1; by default all that have data.
     participation : float
