@@ -14,18 +14,34 @@ from typing import Any
 _PACKAGES = ("c2m3-fl", "torch", "numpy", "scipy")
 
 
-def write_record(path: Path, command: str, configuration: Mapping[str, Any], rows: object) -> None:
-    """Write rows with their command, configuration, versions, date and machine."""
-    record = {
-        "command": command,
-        "configuration": dict(configuration),
+def write_record(path: Path, command: str, configuration: Mapping[str, Any], rows: object, **further: object) -> None:
+    """Write rows with their command, configuration, versions, date and machine.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    command : str
+        What wrote it.
+    configuration : mapping
+        What all rows have in common.
+    rows : object
+        The measurements.
+    **further
+        More keys of the record.
+    """
+    record = {"command": command, "configuration": dict(configuration), **here(), **further, "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def here() -> dict[str, Any]:
+    """The date, the versions and the machine."""
+    return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def read_record(path: Path) -> dict[str, Any]:
