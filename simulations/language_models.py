@@ -76,7 +76,7 @@ class Gpt(LanguageModel):
         super().__init__(width, classes)
         self.embedding = nn.Embedding(classes, width)
         self.positions = nn.Parameter(_SPREAD * torch.randn(length, width))
-        self.blocks = nn.Sequential(*(_Block(width) for _ in range(_BLOCKS)))
+        self.blocks = nn.Sequential(*(Block(width, is_causal=True) for _ in range(_BLOCKS)))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embedding.weight, std=_SPREAD)
 
@@ -87,11 +87,20 @@ class Gpt(LanguageModel):
         return normalised
 
 
-class _Block(nn.Module):
-    """Pre-norm block: causal self-attention, then a two-layer perceptron."""
+class Block(nn.Module):
+    """Pre-norm block: self-attention of 4 heads, then a two-layer perceptron.
 
-    def __init__(self, width: int) -> None:
+    Parameters
+    ----------
+    width : int
+        Channels of the stream, a multiple of 4.
+    is_causal : bool
+        Whether attention sees only what came before.
+    """
+
+    def __init__(self, width: int, *, is_causal: bool) -> None:
         super().__init__()
+        self.is_causal = is_causal
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -100,7 +109,7 @@ class _Block(nn.Module):
         """The stream (n, length, width) after this block."""
         read = self.first(stream)
         query, key, value = (_split(part(read)) for part in (self.query, self.key, self.value))
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
         stream = stream + self.out(mixed.transpose(1, 2).flatten(2))
         written: Tensor = self.mlp(self.second(stream))
         return stream + written

@@ -1,4 +1,4 @@
-"""The networks of the comparisons: MLP, small CNN, LeNet, VGG and ResNet, for any image size and number of classes.
+"""The networks of the comparisons: MLP, CNNs, LeNet, VGG, ResNet and ViT, for any image size and number of classes.
 
 Those that read text are in `simulations.language_models`.
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from c2m3_fl.errors import ConfigError
 from simulations.language_models import CharacterLstm, Gpt
 from simulations.settings import Settings
+from simulations.vit import Vit
 
 Shape = tuple[int, int, int]  # channels, height, width of one image
 
@@ -82,6 +83,8 @@ def _build(settings: Settings, shape: Shape, classes: int) -> nn.Module:
         return conv3(shape, scaled(128), classes)
     if name == "cnn-pooled":
         return cnn_pooled(shape[0], [scaled(6), scaled(32)], [scaled(120), scaled(84)], classes)
+    if name == "vit":
+        return Vit(shape, 4 * max(1, round(24 * settings.width)), classes)
     if name == "lenet":
         return lenet(shape, scaled, classes)
     if name.startswith("vgg"):

@@ -121,13 +121,14 @@ class Settings:
             "resnet8-bn",
             "resnet20-bn",
             "resnet20-ln",
+            "vit",
             "lstm",
             "gpt",
         ),
     )
     hidden_widths: str = _option("256,256", "hidden widths of the MLP, separated by commas")
     width: float = _option(
-        1.0, "factor on the channels of convolutional networks, and on the width of language models", above=0
+        1.0, "factor on the channels of convolutional networks, and on the width of transformers and LSTMs", above=0
     )
     clients: int = _option(5, "clients, one per partition of the training images", at_least=1)
     partition: str = _option(

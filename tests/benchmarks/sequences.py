@@ -15,7 +15,7 @@ import argparse
 import copy
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -109,6 +109,10 @@ class Digits:
         inputs = (inputs - inputs[train].mean()) / inputs[train].std()
         return cls(inputs[train], labels[train], inputs[test], labels[test])
 
+    def to(self, device: torch.device) -> Digits:
+        """The same data elsewhere; networks are trained and evaluated where they are."""
+        return Digits(*(getattr(self, each.name).to(device) for each in fields(self)))
+
     @property
     def calibration(self) -> list[Tensor]:
         """Batches of unlabelled training inputs."""
@@ -119,7 +123,7 @@ def trained(build: Callable[[], nn.Module], data: Digits, seed: int, epochs: int
     """Train a network on all of the data; the seed decides initialisation and batches."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build().train()
+        model = build().train().to(data.train.device)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.3)
     steps = epochs * (len(data.train) // 64 + 1)
@@ -136,7 +140,7 @@ def trained(build: Callable[[], nn.Module], data: Digits, seed: int, epochs: int
 
 def probabilities(model: nn.Module, params: Mapping[str, Tensor], data: Digits) -> Tensor:
     """Class probabilities on the test inputs."""
-    student = copy.deepcopy(model).eval()
+    student = copy.deepcopy(model).eval().to(data.test.device)
     student.load_state_dict(params)
     with torch.inference_mode():
         return torch.as_tensor(student(data.test).softmax(1))

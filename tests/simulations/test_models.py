@@ -21,6 +21,7 @@ MODELS = {  # name: number of permutation groups that a reader of the network wo
     "resnet8-bn": 6,
     "resnet20-bn": 12,  # one per block, and one residual stream per stage
     "resnet20-ln": 12,
+    "vit": 17,  # the stream; per block heads, channels within them (query and value), the MLP
 }
 
 

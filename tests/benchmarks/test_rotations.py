@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from c2m3_fl import merge
+from tests.benchmarks.real_transformers import RECIPES, Characters, Images
+from tests.benchmarks.rotations_draw import METHODS, RECALIBRATIONS, Draw
+from tests.benchmarks.rotations_real import ENDS, Row, rows, table
+from tests.benchmarks.sequences import Digits, Transformer
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("method", ["C2M3, permutations", "C2M3, rotations"])
+def test_a_draw_averages_as_merge_does(method):
+    data, model = Digits.load(), Transformer(8, 2, 1)
+    batches = [data.train[:20]]
+    nodes = [dict(Transformer(8, 2, 1).state_dict()) for _ in range(3)]
+    draw = Draw(model, batches, nodes, CPU)
+    turning, how = METHODS[method]
+    found = dict(draw.averages(draw.aligned(method)))["repair"]
+    expected = merge(model, nodes, calibration=batches, method=how, rotations=turning).state_dict
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_images_that_are_neither_flipped_nor_moved_are_the_images(monkeypatch, tmp_path):
+    pixels = torch.arange(6 * 3 * 32 * 32).reshape(6, 3, 32, 32).remainder(251).to(torch.uint8)
+    monkeypatch.setattr("tests.benchmarks.real_transformers._decoded", lambda *_: (pixels, torch.arange(6)))
+    task = Images(CPU, replace(RECIPES["vit"], batch=2000), tmp_path)
+    inputs, labels = task.batch(torch.Generator().manual_seed(0))
+    whole = torch.cat([batch for batch, _ in task.tested()])
+    same = (inputs == whole[labels]).flatten(1).all(1)
+    flipped = (inputs == whole[labels].flip(3)).flatten(1).all(1)
+    for share in (same, flipped):  # one in 2 * 9 * 9
+        assert 0.002 < float(share.double().mean()) < 0.02
+    assert inputs.shape == (2000, 3, 32, 32)
+
+
+def test_windows_are_followed_by_the_next_characters(tmp_path):
+    folder = tmp_path / "shakespeare"
+    folder.mkdir()
+    (folder / "input.txt").write_text("abcdefghij" * 500)
+    task = Characters(CPU, replace(RECIPES["gpt"], batch=7), tmp_path, length=8)
+    inputs, targets = task.batch(torch.Generator().manual_seed(0))
+    assert inputs.shape == targets.shape == (7, 8)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    tested = list(task.tested())
+    assert sum(windows.numel() for windows, _ in tested) == 496  # of the 500 of the last tenth
+    assert len(torch.cat(task.calibration)) == 250
+
+
+def test_a_table_has_the_loss_above_the_mean_network_and_the_highest_one_between_two():
+    common = {"network": "net", "nodes": 2, "recalibration": "none", "seconds": 0.0, "device": "cpu"}
+    found = [
+        Row(draw=0, method=ENDS, loss=1.0, accuracy=0.9, line=(), **common),
+        Row(draw=0, method="plain mean", loss=1.5, accuracy=0.5, line=(0.8, 1.9, 1.2), **common),
+    ]
+    found[1] = replace(found[1], line=(0.8, *[1.9] * 9, 1.2))
+    assert "| plain mean | 0.50 |" in table(found, "barrier")
+    assert "| plain mean | 1.06 |" in table(found, "line")  # above .84, at a tenth of the way
+    assert f"| {ENDS} | 90.0 |" in table(found, "accuracy")
+
+
+def test_every_merge_of_a_method_is_scored(tmp_path):
+    folder = tmp_path / "shakespeare"
+    folder.mkdir()
+    (folder / "input.txt").write_text("abcdefghij" * 500)
+    task = Characters(CPU, replace(RECIPES["gpt"], batch=7, width=8, steps=2), tmp_path, length=8)
+    found = [task.trained(seed, CPU, tmp_path) for seed in (0, 1)]
+    assert all(map(torch.equal, found[0].values(), task.trained(0, CPU, tmp_path).values()))  # as it was kept
+    made = rows(task, 2, 0, "plain mean", found, "cpu")
+    assert [row.recalibration for row in made] == list(RECALIBRATIONS.values())
+    assert len(made[0].line) == 11
+    assert math.isclose(made[0].line[5], made[0].loss, rel_tol=1e-5)
