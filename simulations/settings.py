@@ -45,6 +45,8 @@ TITLES = {  # names of the strategies in simulations/strategies.py, and their ti
     "ties": "TIES",
     "c2m3": "C2M3",
     "c2m3+default": "C2M3, default",
+    "c2m3-rotations": "C2M3, rotations",
+    "c2m3-rotations+default": "C2M3, rotations, default",
     "c2m3+default-without-data": "C2M3, default without server data",
     "c2m3+batchnorm": "C2M3 + BatchNorm",
     "c2m3+repair": "C2M3 + REPAIR",

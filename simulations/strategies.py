@@ -10,11 +10,13 @@ import torch
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, Strategy
 from torch import nn
 
+from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.align.base import Method
 from c2m3_fl.merging.align.cca import CCA
 from c2m3_fl.merging.align.methods import ActivationMatching, GitReBasin, Mean, MergeMany
+from c2m3_fl.symmetry.discover import permutation_spec
 from simulations.data import FederatedData
 from simulations.distillation import FedDF
 from simulations.peers import AlignedBy, FisherAverage, Merged
@@ -132,6 +134,20 @@ def c2m3_default_without_data(server: SimulatedServer) -> C2M3:
     return _asking(server, judge="auto")
 
 
+def c2m3_rotations(server: SimulatedServer) -> C2M3:
+    """Alignment alone, by rotations where linear operators alone read a group."""
+    return _asking(server, head=None, spec=_rotating(server))
+
+
+def c2m3_rotations_default(server: SimulatedServer) -> C2M3:
+    """C2M3 with its default options, by rotations."""
+    return _deploying(server, spec=_rotating(server))
+
+
+def _rotating(server: SimulatedServer) -> PermutationSpec:
+    return permutation_spec(server.model, server.calibration[0][:2], rotations=True)
+
+
 def c2m3_batchnorm(server: SimulatedServer) -> C2M3:
     """BatchNorm's statistics measured on the server's images, deployed."""
     return _deploying(server, recalibrate="batchnorm")
@@ -236,6 +252,8 @@ STRATEGIES: Mapping[str, Callable[[SimulatedServer], Strategy]] = {
     "ties": ties,
     "c2m3": c2m3,
     "c2m3+default": c2m3_default,
+    "c2m3-rotations": c2m3_rotations,
+    "c2m3-rotations+default": c2m3_rotations_default,
     "c2m3+default-without-data": c2m3_default_without_data,
     "c2m3+batchnorm": c2m3_batchnorm,
     "c2m3+repair": c2m3_repair,
