@@ -131,7 +131,7 @@ def match_all(spec: PermutationSpec, features: Sequence[Features], weights: Sequ
     total = {
         name: sum(
             (
-                weight * permute(each[name], 1, perm[name])
+                weight * _moved(each[name], perm[name])
                 for each, perm, weight in zip(features, perms, weights, strict=True)
             ),
             torch.zeros_like(features[0][name]),
@@ -142,11 +142,11 @@ def match_all(spec: PermutationSpec, features: Sequence[Features], weights: Sequ
         changed = False
         for index in range(1, len(features)):
             own, weight = features[index], weights[index]
-            others = {name: total[name] - weight * permute(own[name], 1, perms[index][name]) for name in own}
+            others = {name: total[name] - weight * _moved(own[name], perms[index][name]) for name in own}
             found = match_to(spec, others, own)
             if _score(others, own, found) > _score(others, own, perms[index]):
                 perms[index], changed = found, True
-                total = {name: others[name] + weight * permute(own[name], 1, found[name]) for name in own}
+                total = {name: others[name] + weight * _moved(own[name], found[name]) for name in own}
         if not changed:
             break
     return tuple(perms)
@@ -196,8 +196,13 @@ def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
+def _moved(features: Tensor, index: Tensor) -> Tensor:
+    """Features of units in another order, or rotated, by an index or a matrix that is on the CPU."""
+    return permute(features, 1, index.to(features.device))
+
+
 def _score(others: Mapping[str, Tensor], own: Features, perm: Permutation) -> float:
-    return sum(float((others[name] * permute(own[name], 1, perm[name])).sum()) for name in own)
+    return sum(float((others[name] * _moved(own[name], perm[name])).sum()) for name in own)
 
 
 def _values(
