@@ -112,7 +112,7 @@ class Task(ABC):
         model = self.build().eval().to(device)
         model.load_state_dict(params)
         loss, right, count = 0.0, 0, 0
-        with torch.inference_mode():
+        with torch.no_grad():
             for inputs, targets in self.tested():
                 scores = model(inputs).flatten(0, -2)
                 loss += float(nn.functional.cross_entropy(scores, targets.flatten(), reduction="sum"))
