@@ -23,7 +23,7 @@ import torch
 
 from c2m3_fl import merging
 from tests.benchmarks.records import read_record, write_record
-from tests.benchmarks.rotations_draw import METHODS, RECALIBRATIONS, Draw
+from tests.benchmarks.rotations_draw import METHODS, RECALIBRATIONS, Merger
 from tests.benchmarks.sequences import CALIBRATION, Digits, Transformer, accuracy, probabilities, trained
 
 RESULTS = Path(merging.__file__).parent / "results" / "rotations.json"
@@ -56,11 +56,12 @@ def rows(width: int, depth: int, nodes: int, draw: int, data: Digits, place: tor
     found = [trained(build, data, nodes * draw + index) for index in range(nodes)]
     ends = statistics.mean(accuracy(probabilities(model, node, data), data) for node in found)
     yield Row(name, nodes, draw, ENDS, "none", ends, place.type)
+    mergers: dict[torch.device, Merger] = {}
     for method in METHODS:
         for where in dict.fromkeys([place, torch.device("cpu")]):
             try:
-                networks = Draw(model, data.calibration, found, where)
-                merged = dict(networks.averages(networks.aligned(method)))
+                merger = mergers.setdefault(where, Merger(model, data.calibration, where))
+                merged = dict(merger.averages(merger.aligned(found, method)))
             except Exception:  # one method that fails must not end a long run
                 print(
                     f"{name}, {nodes} networks, draw {draw}, {method}, on {where}:\n{traceback.format_exc()}",

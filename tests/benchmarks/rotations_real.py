@@ -16,8 +16,9 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from c2m3_fl import merging
 from simulations.sources import ENVIRONMENT
 from tests.benchmarks.real_transformers import RECIPES, Characters, Images, Task
 from tests.benchmarks.records import read_record, write_record
-from tests.benchmarks.rotations_draw import METHODS, RECALIBRATIONS, Draw
+from tests.benchmarks.rotations_draw import METHODS, RECALIBRATIONS, Merger
 
 RESULTS = Path(merging.__file__).parent / "results" / "rotations_real.json"
 COMMAND = "python -m tests.benchmarks.rotations_real"
@@ -58,17 +59,18 @@ class Row:
     device: str
 
 
-def rows(task: Task, nodes: int, draw: int, method: str, found: Sequence[dict[str, Tensor]], place: str) -> list[Row]:
-    """Every merge of one method, or the endpoints."""
-    device = torch.device(place)
+def rows(
+    task: Task, draw: int, method: str, found: Sequence[dict[str, Tensor]], place: str, merger: Callable[[str], Merger]
+) -> list[Row]:
+    """Every merge of some networks by one method, or the endpoints."""
+    device, nodes = torch.device(place), len(found)
     if method == ENDS:
         scores = [task.score(node, device) for node in found]
         loss, accuracy = (statistics.mean(getattr(each, name) for each in scores) for name in ("loss", "accuracy"))
         return [Row(task.title, nodes, draw, ENDS, "none", loss, accuracy, (), 0.0, place)]
     made, begin = [], time.perf_counter()
-    networks = Draw(task.build(), task.calibration, found, device)
-    aligned = networks.aligned(method)
-    for name, merged in networks.averages(aligned):
+    aligned = merger(place).aligned(found, method)
+    for name, merged in merger(place).averages(aligned):
         seconds, score = round(time.perf_counter() - begin, 2), task.score(merged, device)
         line = tuple(_losses(task, *aligned)) if nodes == 2 and name == "none" else ()
         made.append(Row(task.title, nodes, draw, method, name, score.loss, score.accuracy, line, seconds, place))
@@ -153,6 +155,11 @@ def _save(file: Path, found: Sequence[Row]) -> None:
 def measure(task: Task, arguments: argparse.Namespace, file: Path) -> None:
     """Measure what a file lacks; where a method fails on the device, it is tried on the CPU."""
     device, kept = torch.device(arguments.device), load(file)
+
+    @cache
+    def merger(place: str) -> Merger:
+        return Merger(task.build(), task.calibration, torch.device(place))
+
     for draw in arguments.draws:
         found = []
         for node in range(max(arguments.nodes)):
@@ -168,7 +175,7 @@ def measure(task: Task, arguments: argparse.Namespace, file: Path) -> None:
                     continue
                 for place in dict.fromkeys([arguments.device, "cpu"]):
                     try:
-                        new = rows(task, nodes, draw, method, found[:nodes], place)
+                        new = rows(task, draw, method, found[:nodes], place, merger)
                     except Exception:
                         print(
                             f"{nodes} networks, draw {draw}, {method}, on {place}:\n{traceback.format_exc()}",

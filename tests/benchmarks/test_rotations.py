@@ -8,7 +8,7 @@ import torch
 
 from c2m3_fl import merge
 from tests.benchmarks.real_transformers import RECIPES, Characters, Images
-from tests.benchmarks.rotations_draw import METHODS, RECALIBRATIONS, Draw
+from tests.benchmarks.rotations_draw import METHODS, RECALIBRATIONS, Merger
 from tests.benchmarks.rotations_real import ENDS, Row, rows, table
 from tests.benchmarks.sequences import Digits, Transformer
 
@@ -20,9 +20,9 @@ def test_a_draw_averages_as_merge_does(method):
     data, model = Digits.load(), Transformer(8, 2, 1)
     batches = [data.train[:20]]
     nodes = [dict(Transformer(8, 2, 1).state_dict()) for _ in range(3)]
-    draw = Draw(model, batches, nodes, CPU)
+    merger = Merger(model, batches, CPU)
     turning, how = METHODS[method]
-    found = dict(draw.averages(draw.aligned(method)))["repair"]
+    found = dict(merger.averages(merger.aligned(nodes, method)))["repair"]
     expected = merge(model, nodes, calibration=batches, method=how, rotations=turning).state_dict
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -72,7 +72,8 @@ def test_every_merge_of_a_method_is_scored(tmp_path):
     task = Characters(CPU, replace(RECIPES["gpt"], batch=7, width=8, steps=2), tmp_path, length=8)
     found = [task.trained(seed, CPU, tmp_path) for seed in (0, 1)]
     assert all(map(torch.equal, found[0].values(), task.trained(0, CPU, tmp_path).values()))  # as it was kept
-    made = rows(task, 2, 0, "plain mean", found, "cpu")
+    merger = Merger(task.build(), task.calibration, CPU)
+    made = rows(task, 0, "plain mean", found, "cpu", lambda _: merger)
     assert [row.recalibration for row in made] == list(RECALIBRATIONS.values())
     assert len(made[0].line) == 11
     assert math.isclose(made[0].line[5], made[0].loss, rel_tol=1e-5)
