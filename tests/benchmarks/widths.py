@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -101,7 +102,7 @@ def rows(cell: Cell, *, device: torch.device, merging: torch.device, trial: bool
     return [Row(partition, seed, column, value, case) for column, value in measured.items()]
 
 
-def table(found: list[Row]) -> str:
+def table(found: Sequence[Row]) -> str:
     """Markdown: one line per column, one column per case and partition, mean ± standard deviation over seeds."""
     groups = list(dict.fromkeys((row.case, row.partition) for row in found))
     lines = [
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--device", default="cpu", help="where to train and evaluate")
     parser.add_argument("--merge-device", help="where to merge; by default on the same device")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file that is written after every cell")
     parser.add_argument("--trial", action="store_true", help="measure means over owners on all axes, write no record")
     parser.add_argument("--collect", nargs="+", type=Path, help="add the cells of these files to the record")
@@ -165,7 +167,7 @@ def main() -> None:
     if arguments.collect:
         known.write(arguments.output)
     elif not arguments.redraw:
-        torch.set_num_threads(1)
+        torch.set_num_threads(arguments.threads)
         torch.backends.cudnn.allow_tf32 = False
         device = usable_device(arguments.device)
         merging = usable_device(arguments.merge_device or device)
@@ -173,7 +175,7 @@ def main() -> None:
         cells = list(product(arguments.cases, arguments.partitions, arguments.seeds))
         known = Cells(LAYOUT) if arguments.trial else known
         known = known.measure(cells, measure, None if arguments.trial else arguments.output, device)
-    print(table(list(known.rows)))
+    print(table(known.rows))
 
 
 def _order(row: Row) -> tuple[int, int, int]:

@@ -1,11 +1,14 @@
 """Ten rounds of clients of five widths: C2M3 with `sizes` beside HeteroFL, accuracy at every width.
 
-    python -m tests.benchmarks.widths_rounds [--data digits cifar10] [--seeds 0] [--methods NAME ...]
+    python -m tests.benchmarks.widths_rounds [--data digits cifar10] [--seeds 0] [--methods NAME ...] [--device cuda]
 
 trains 20 clients, four of every width, IID, MLPs on digits and CNNs on 5,000 images of CIFAR-10, and writes
-``c2m3_fl/flower/results/widths.json``; rows of other data, seeds and methods stay. ``--redraw`` prints that file's
-table. The server holds 300 inputs without labels, by which C2M3 refits a narrower model; HeteroFL evaluates its slices
-as they are, except in its row "slices refit".
+``c2m3_fl/flower/results/widths.json`` (``--output FILE``) after every run; what is in the file is not run again.
+``--collect FILE ...`` adds the rows of such files to the record, ``--redraw`` prints the record's table, and
+``--picture FILE`` draws it.
+
+The server holds 300 inputs without labels, by which C2M3 refits a narrower model; HeteroFL evaluates its slices as they
+are, except in its row "slices refit".
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +33,21 @@ from c2m3_fl import flower
 from c2m3_fl.flower import C2M3, SerialGrid, answer_width
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.merging import Refit
+from c2m3_fl.merging.recalibrate.setting import usable_device
 from c2m3_fl.merging.widths.merge_widths import cut
 from c2m3_fl.merging.widths.networks import Widths
-from simulations.data import FederatedData, derived_seed, federated_data
+from simulations.data import FederatedData, Images, derived_seed, federated_data
 from simulations.heterofl import HeteroFL, sliced, with_scalers
 from simulations.models import build_model
 from simulations.settings import Settings
 from simulations.training import train
+from tests.benchmarks.cells import Cells, Layout
 from tests.benchmarks.merging_cases import accuracy
-from tests.benchmarks.records import read_record, write_record
+from tests.benchmarks.widths_rounds_table import METHODS, SHOWN, WIDTHS, Cell, Row, draw, table
 
 RESULTS = Path(flower.__file__).parent / "results" / "widths.json"
 COMMAND = "python -m tests.benchmarks.widths_rounds"
-WIDTHS = {"1": 1.0, "1/2": 0.5, "1/4": 0.25, "1/8": 0.125, "1/16": 0.0625}
 ROUNDS = 10
-SHOWN = (1, 4, 7, 10)
 SETTINGS = Settings(
     data="digits",
     model="mlp",
@@ -56,38 +62,31 @@ SETTINGS = Settings(
 )
 CASES = {
     "digits": SETTINGS,
-    "cifar10": replace(
-        SETTINGS, data="cifar10", model="cnn", train_size=5000, test_size=2000, batch_size=32, learning_rate=0.02
-    ),
+    "cifar10": replace(SETTINGS, data="cifar10", model="cnn", train_size=5000, batch_size=32, learning_rate=0.02),
 }
 HIDDEN = 64  # units of both hidden layers of the widest MLP
-METHODS = {
-    "C2M3": "C2M3, one start",
-    "own": "C2M3, starts of their own",
-    "heterofl": "HeteroFL without Scaler",
-    "scaler": "HeteroFL",
-    "refit": "HeteroFL without Scaler, slices refit",
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement."""
-
-    data: str
-    method: str
-    seed: int
-    round: int
-    width: str
-    accuracy: float
 
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """Clients of five widths."""
+    """Clients of five widths.
+
+    Attributes
+    ----------
+    settings : Settings
+        Data, training and seed.
+    data : FederatedData
+        All of the data.
+    device : torch.device
+        Where clients train and models are evaluated.
+    server : torch.device
+        Where C2M3 matches and recalibrates.
+    """
 
     settings: Settings
     data: FederatedData
+    device: torch.device
+    server: torch.device
 
     def network(self, place: int, seed: int) -> nn.Sequential:
         """An untrained network of one of the widths."""
@@ -101,6 +100,7 @@ class Federation:
     def app(self, method: str) -> ClientApp:
         """The clients."""
         app = ClientApp()
+        shares = [self._there(self.data.training_share(client)) for client in range(self.settings.clients)]
 
         def place(context: Context) -> int:
             return int(context.node_config["partition-id"]) % len(WIDTHS)
@@ -109,11 +109,11 @@ class Federation:
         def fit(message: Message, context: Context) -> Message:
             client = int(context.node_config["partition-id"])
             current = int(message.content["config"]["server-round"])
-            model = self.network(place(context), derived_seed(self.settings.seed, 2, client))
+            model = self.network(place(context), derived_seed(self.settings.seed, 2, client)).to(self.device)
             if method != "own" or current > 1:
                 model.load_state_dict(message.content["arrays"].to_torch_state_dict())
             width = list(WIDTHS.values())[place(context)]
-            images = self.data.training_share(client)
+            images = shares[client]
             trained = with_scalers(model, width) if method == "scaler" else model
             train(trained, images, self.settings, derived_seed(self.settings.seed, 3, client, current))
             metrics = MetricRecord({"num-examples": len(images)})
@@ -150,21 +150,25 @@ class Federation:
                 at = self.refitted(networks)
         else:
             c2m3 = C2M3(
-                FedAvg(fraction_evaluate=0.0), model=networks[0], sizes=networks[1:], calibration=self.data.calibration
+                FedAvg(fraction_evaluate=0.0),
+                model=networks[0],
+                sizes=networks[1:],
+                calibration=self.data.calibration,
+                device=self.server,
             )
             strategy = c2m3
             at = lambda arrays, place: to_params(c2m3.at_width(arrays, place - 1) if place else arrays)  # noqa: E731  # short
         rows: list[Row] = []
-        started = time.process_time()
+        there, test = [deepcopy(each).to(self.device) for each in networks], self._there(self.data.held_out)
+        started = time.perf_counter()
 
         def evaluate(current: int, arrays: ArrayRecord) -> MetricRecord:
-            for place, width in enumerate(WIDTHS):
-                if current in SHOWN:
-                    score = accuracy(networks[place], at(arrays, place), self.data.held_out)
+            if current in SHOWN:
+                for place, width in enumerate(WIDTHS):
+                    score = accuracy(there[place], at(arrays, place), test)
                     rows.append(Row(self.settings.data, METHODS[method], self.settings.seed, current, width, score))
-            print(
-                method, current, [f"{row.accuracy:.3f}" for row in rows[-5:]], f"{time.process_time() - started:.0f} s"
-            )
+            scores = [f"{row.accuracy:.3f}" for row in rows if row.round == current]
+            print(f"  round {current}", *scores, f"{time.perf_counter() - started:.0f} s", flush=True)
             return MetricRecord()
 
         grid = SerialGrid(self.app(method), self.settings.clients)
@@ -172,21 +176,25 @@ class Federation:
         strategy.start(grid=grid, initial_arrays=start, num_rounds=ROUNDS, evaluate_fn=evaluate)
         return rows
 
+    def _there(self, images: Images) -> Images:
+        """Images on the device."""
+        return Images(images.inputs.to(self.device), images.labels.to(self.device))
 
-def table(rows: list[Row]) -> str:
-    """Markdown: one line per method and round, one column per width; mean over seeds, in percent."""
-    lines = [
-        f"| | round | {' | '.join(f'width {width}' for width in WIDTHS)} |",
-        f"| --- | ---: |{' ---: |' * len(WIDTHS)}",
-    ]
-    for data, method, current in dict.fromkeys((row.data, row.method, row.round) for row in rows):
-        cells = []
-        for width in WIDTHS:
-            key = (data, method, current, width)
-            found = [row.accuracy for row in rows if (row.data, row.method, row.round, row.width) == key]
-            cells.append(f"{100 * sum(found) / len(found):.1f}")
-        lines.append(f"| {data}, {method} | {current} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+def run(cell: Cell, *, device: torch.device, server: torch.device) -> list[Row]:
+    """One run.
+
+    Parameters
+    ----------
+    cell : tuple
+        Data, seed and title of the method.
+    device, server : torch.device
+        See `Federation`.
+    """
+    data, seed, title = cell
+    settings = replace(CASES[data], seed=seed)
+    method = next(name for name, each in METHODS.items() if each == title)
+    return Federation(settings, federated_data(settings), device, server).run(method)
 
 
 def main() -> None:
@@ -195,29 +203,41 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--device", default="cpu", help="where clients train and models are evaluated")
+    parser.add_argument("--server-device", help="where C2M3 matches and recalibrates; by default on the same device")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file that is written after every run")
+    parser.add_argument("--collect", nargs="+", type=Path, help="add the runs of these files to the record")
     parser.add_argument("--redraw", action="store_true", help="print the table of the record and measure nothing")
+    parser.add_argument("--picture", type=Path, help="draw the record, and measure nothing")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    cases = [] if arguments.redraw else [(name, seed) for name in arguments.data for seed in arguments.seeds]
-    for name, seed in cases:
-        settings = replace(CASES[name], seed=seed)
-        for method in arguments.methods:
-            found = Federation(settings, federated_data(settings)).run(method)
-            known = [Row(**row) for row in read_record(RESULTS)["rows"]] if RESULTS.exists() else []
-            done = (name, METHODS[method], seed)
-            kept = [row for row in known if (row.data, row.method, row.seed) != done]
-            rows = sorted([*kept, *found], key=_order)
-            configuration = {
-                "widths": WIDTHS,
-                "rounds": ROUNDS,
-                "settings": {each: asdict(settings) for each, settings in CASES.items()},
-            }
-            write_record(RESULTS, COMMAND, configuration, [asdict(row) for row in rows])
-    print(table([Row(**row) for row in read_record(RESULTS)["rows"]]))
+    known = Cells.read(LAYOUT, arguments.output)
+    for file in arguments.collect or []:
+        known = known.joined(Cells.read(LAYOUT, file))
+    if arguments.collect:
+        known.write(arguments.output)
+    elif arguments.picture is not None:
+        draw(known.rows, arguments.picture)
+    elif not arguments.redraw:
+        torch.set_num_threads(arguments.threads)
+        torch.backends.cudnn.allow_tf32 = False
+        device = usable_device(arguments.device)
+        server = usable_device(arguments.server_device or device)
+        cells = list(product(arguments.data, arguments.seeds, [METHODS[name] for name in arguments.methods]))
+        known = known.measure(cells, partial(run, device=device, server=server), arguments.output, device)
+    print(table(known.rows))
 
 
 def _order(row: Row) -> tuple[int, int, int, int]:
     return list(CASES).index(row.data), list(METHODS.values()).index(row.method), row.seed, row.round
+
+
+LAYOUT = Layout(
+    COMMAND,
+    {"widths": WIDTHS, "rounds": ROUNDS, "settings": {name: asdict(settings) for name, settings in CASES.items()}},
+    Row,
+    _order,
+)
 
 
 if __name__ == "__main__":
