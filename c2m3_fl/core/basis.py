@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core import permutation
+from c2m3_fl.core.drift import Products
 from c2m3_fl.core.mapped import inner, inners
 from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import Permutation
@@ -126,6 +127,28 @@ def consensus(spec: PermutationSpec, aligned: Sequence[Params], weights: Sequenc
         parts = torch.stack([inners(values, others), inners(values, values), inners(others, others)]).cpu()
         layers[name] = _cosine(parts)
         totals += parts
+    return Consensus(_cosine(totals), totals[1].sqrt(), layers)
+
+
+def consensus_of(products: Products, weights: Sequence[float]) -> Consensus:
+    """The same from inner products, in O(nodes^2) whatever the size of the nodes.
+
+    Parameters
+    ----------
+    products : Products
+        Of the nodes, in one basis.
+    weights : sequence of float
+        Averaging weights, on any scale.
+    """
+    share = torch.tensor(list(weights), dtype=torch.float64)
+    share = share / share.sum()
+    found = products.nodes
+    squares = found.diagonal(dim1=1, dim2=2)
+    towards = found @ share - share * squares
+    others = (found @ share @ share)[:, None] - 2 * share * towards - share**2 * squares
+    parts = torch.stack([towards, squares, others.clamp(min=0)])
+    totals = parts.sum(1)
+    layers = {name: _cosine(parts[:, place]) for place, name in enumerate(products.names)}
     return Consensus(_cosine(totals), totals[1].sqrt(), layers)
 
 

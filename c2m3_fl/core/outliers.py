@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from c2m3_fl.core.drift import Products
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.stacked import stacked
 
@@ -69,9 +70,35 @@ def find_outliers(spec: PermutationSpec, aligned: Sequence[Params], sent: Params
     if len(aligned) < 3:
         return {}
     names = [name for name, tensor in spec.tensors.items() if not tensor.buffer and sent[name].is_floating_point()]
-    weights, updates = _compare(names, aligned, sent)
+    return _odd(*_compare(names, aligned, sent))
+
+
+def outliers_of(products: Products) -> dict[int, str]:
+    """The same from inner products: of at most `drift.MOST` nodes that none has to move.
+
+    Parameters
+    ----------
+    products : Products
+        Of the nodes, in one basis, and of their drifts from the model that was sent out.
+    """
+    if products.drifts.shape[1] < 3:
+        return {}
+    found = []
+    start = products.start.sum().sqrt()
+    for kind, each in enumerate((products.nodes, products.drifts)):
+        squares = each.diagonal(dim1=1, dim2=2).clamp(min=0)
+        norms = squares.sum(0).sqrt()
+        scale = norms.clamp(min=_TINY)
+        cosines = (each.sum(0) / scale[:, None] / scale).fill_diagonal_(torch.nan)
+        towards = (products.along + products.start[:, None]).sum(0) / scale / start.clamp(min=_TINY)
+        tensors = dict(zip(products.names, squares.sqrt(), strict=True))
+        found.append(_Geometry(norms, tensors, cosines, towards if kind == 0 else -torch.ones_like(norms)))
+    return _odd(*found)
+
+
+def _odd(weights: _Geometry, updates: _Geometry) -> dict[int, str]:
     odd: dict[int, str] = {}
-    if len(aligned) >= _DIRECTIONS:
+    if len(weights.norms) >= _DIRECTIONS:
         odd |= _elsewhere("weights", weights) | _elsewhere("update", updates)
     odd |= _large("norm", weights) | _large("update", updates, _spread_of(updates.norms.clamp(min=_TINY).log()))
     odd |= _large_tensors(weights)  # of several reasons the last one says most
