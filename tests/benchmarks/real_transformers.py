@@ -247,6 +247,6 @@ class Characters(Task):
 
 
 RECIPES = {
-    "vit": Recipe(steps=3000, batch=512, rate=1.5e-3, decay=0.1, width=96),
-    "gpt": Recipe(steps=3000, batch=128, rate=1.5e-3, decay=0.1, width=128),
+    "vit": Recipe(steps=2000, batch=512, rate=1.5e-3, decay=0.1, width=96),
+    "gpt": Recipe(steps=2000, batch=128, rate=1.5e-3, decay=0.1, width=128),
 }
