@@ -99,14 +99,15 @@ def _readers(wide: Network, params: Params) -> dict[str, list[_Reader]]:
     spec, program = wide.spec, wide.programs[0]
     reads = {name: axis for name, roles in axis_roles(spec, program).items() for axis in roles if axis is not None}
     found: dict[str, list[_Reader]] = {name: [] for name in spec.groups}
-    front = Front(wide.held.programs, wide.held.batches, params)
+    held = wide.held.to(next(iter(params.values())).device)
+    front = Front(held.programs, held.batches, params)
     for place, operator in enumerate(program.operators):
         axis = reads.get(operator.weight, -1)
         if operator.kind not in OUTPUT_AXIS or operator.kind is Kind.TRANSPOSED or axis < 0:
             continue
         for segment in spec.tensors[operator.weight].axes[axis]:
             weight = _rows_of(operator, params[operator.weight], axis, segment)
-            moments = _moments(front, place, segment) if wide.held.batches else torch.eye(segment.size)
+            moments = _moments(front, place, segment) if held.batches else torch.eye(segment.size)
             found[segment.group].append(_Reader(_inverse(moments.double()), weight))
     for name, readers in found.items():
         if not readers:
