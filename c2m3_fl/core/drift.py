@@ -135,12 +135,11 @@ class Drifts:
         if not self.hopeful:
             return False
         known = [self._lengths[number] for number in numbers]
-        if all(bool((each[name] < reach).all()) for each in known for name, reach in self._reach.items()):
-            return True
-        if all(self._unchanged(number) for number in numbers):
+        rest = [name for name in self._apart if not self._within_reach(name, numbers)]
+        if not rest:
             return True
         if apart:
-            return all(self._still_halfway(lengths) for lengths in known)
+            return all(self._still_halfway(rest, lengths) for lengths in known)
         if sorted(numbers) != list(range(len(self._nodes))) or any(
             self._weights[number] != weight for number, weight in zip(numbers, weights, strict=True)
         ):
@@ -149,28 +148,33 @@ class Drifts:
         total, share = float(share.sum()), share / share.sum()
         mean = {name: torch.add(value, self._sum[name], alpha=1 / total) for name, value in self._start.items()}
         moved = self._from(self._start, mean)
-        if not self._still_halfway(moved):
+        if not self._still_halfway(rest, moved):
             return False
-        around = [self._from(mean, node) for node in self._nodes] if len(self._nodes) > 1 else []
+        if len(self._nodes) == 1:
+            return True
+        around = [self._from(mean, node) for node in self._nodes]
+        lengths = {name: torch.stack([each[name] for each in around]) for name in rest}
+        return all(still_around(self._apart[name], moved[name], lengths[name], share) for name in rest)
+
+    def _within_reach(self, group: str, numbers: Sequence[int]) -> bool:
+        """Whether a group's units stay within reach, or where they are: units of the start may coincide."""
+        lengths = [self._lengths[number][group] for number in numbers]
+        if all(bool((length < self._reach[group]).all()) for length in lengths):
+            return True
+        if any(bool(length.any()) for length in lengths):
+            return False
+        carriers = [name for name, placed in self._placed.items() if any(group in p.segment.groups for p in placed)]
         return all(
-            still_around(self._apart[name], length, torch.stack([each[name] for each in around]), share)
-            for name, length in (moved.items() if around else ())
+            torch.equal(self._nodes[number][name].to(self._dtype), self._start[name])
+            for number in numbers
+            for name in carriers
         )
 
-    def _unchanged(self, number: int) -> bool:
-        """Whether a node is the start itself."""
-        if any(bool(lengths.any()) for lengths in self._lengths[number].values()):
-            return False
-        node = self._nodes[number]
-        return all(torch.equal(node[name].to(self._dtype), start) for name, start in self._start.items())
-
-    def _still_halfway(self, lengths: Mapping[str, Tensor]) -> bool:
+    def _still_halfway(self, groups: Sequence[str], lengths: Mapping[str, Tensor]) -> bool:
         """Whether the bound holds for the start and one other network: their mean is half-way."""
         half = torch.full((2,), 0.5, dtype=torch.float64)
-        return all(
-            still_around(self._apart[name], length / 2, (length / 2).expand(2, -1), half)
-            for name, length in lengths.items()
-        )
+        halves = {name: lengths[name] / 2 for name in groups}
+        return all(still_around(self._apart[name], each, each.expand(2, -1), half) for name, each in halves.items())
 
     @property
     def complete(self) -> bool:

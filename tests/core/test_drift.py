@@ -179,7 +179,7 @@ def test_other_weights_and_other_nodes_than_came_prove_nothing_that_the_reach_do
 @each_spec
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_agreement_consensus_and_outliers_follow_from_the_products(spec, dtype):
-    start, *drifts = draws(spec, 7, seed=1, dtype=dtype)
+    start, *drifts = draws(spec, 7, seed=2, dtype=dtype)
     nodes, weights = around(start, drifts, 0.01), [1.0, 2.0, 3.0, 1.5, 0.5, 4.0]
     nodes[2] = {name: value * 1.04 if value.is_floating_point() else value for name, value in nodes[2].items()}
     found, numbers = seen(spec, start, nodes, weights)
