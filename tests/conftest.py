@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from tests.standin import standin
 
 torch.set_num_threads(1)
 
@@ -24,6 +27,19 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  # the state that the tested code may draw from
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["stand-in", "cuda"])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """A device other than the CPU: a GPU where there is one, and everywhere a stand-in (`tests.standin`)."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device: torch.cuda.is_available() is False")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of single precision, like the CPU
+            yield torch.device("cuda")
+        return
+    with standin() as place:
+        yield place
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,8 +1,8 @@
 """A stand-in for a GPU on machines without one: tensors of another device, whose values are kept on the CPU.
 
-Under `standin()` tensors may be made on, or moved to, a device of their own. As on a GPU, operators refuse tensors of two
-devices (apart from scalars, copies, and indices on the CPU), and such a tensor has no `.numpy()`. So code that makes
-a tensor on the wrong device fails here as it would there. What it does not show is arithmetic that differs on a GPU.
+Under `standin()` tensors may be made on, or moved to, a device of their own. As on a GPU, operators refuse tensors of
+two devices (apart from scalars, copies, and indices on the CPU), and such a tensor has no `.numpy()`. So code that
+makes a tensor on the wrong device fails here as it would there. Arithmetic that differs on a GPU does not show.
 """
 
 from __future__ import annotations
@@ -106,8 +106,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         wraps = isinstance(args[0], Elsewhere)
     else:
         wraps = bool(ours)
-    if func._schema.name.endswith("_") and not func._schema.name.endswith("__") or "out" in kwargs:
-        return args[0] if "out" not in kwargs else kwargs["out"]
+    if "out" in kwargs:
+        return kwargs["out"]
+    if func._schema.is_mutable:
+        return args[0]
     if not wraps:
         return found
     same = {id(leaf.held): leaf for leaf in ours}

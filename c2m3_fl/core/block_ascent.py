@@ -57,7 +57,7 @@ def climb(
     soft = not ascent.at_vertex
     moves = soft or (limits.polish and not limits.over and not (course.still and course.gap <= least))
     while moves:
-        before = {name: index.clone() for name, index in problem.frames.items()}
+        before = {} if callback is None else {name: index.clone() for name, index in problem.frames.items()}
         moves = ascent.sweep(limits)
         objectives.append(universe.add_up(anew=False))
         gain = problem.gain(objectives)

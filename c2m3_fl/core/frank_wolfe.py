@@ -57,7 +57,9 @@ def frank_wolfe(
             vertex = oracle(problem.spec, gradient, pool)  # C2M3 Alg. 1, l. 4: one assignment problem for each
             course = universe.course(block, gradient, vertex)
             slope = max(course[1], 0.0) / problem.unit  # <gradient, vertex - point>: the block's duality gap
-            gap, moved = gap + slope, moved + share_moved(vertex, universe.nearest(block)) / len(blocks)
+            gap += slope
+            if callback is not None:
+                moved += share_moved(vertex, universe.nearest(block)) / len(blocks)
             if slope * len(blocks) > limits.tolerance:
                 step_sizes.append(best_step(course)[0])  # C2M3 Alg. 1, l. 5: the line search
                 universe.advance(block, vertex, step_sizes[-1])  # C2M3 Alg. 1, l. 6: step towards the vertex

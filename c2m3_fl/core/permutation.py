@@ -75,7 +75,19 @@ def between(to: Permutation, source: Permutation) -> dict[str, Tensor]:
 
 def is_identity(perm: Permutation) -> bool:
     """Whether nothing moves."""
-    return all(stays(index) for index in perm.values())
+    return not moving(perm)
+
+
+def moving(perm: Permutation) -> list[str]:
+    """The groups in which something moves."""
+    if all(index.device.type == "cpu" for index in perm.values()):
+        return [name for name, index in perm.items() if not stays(index)]
+    found = [name for name, index in perm.items() if index.ndim > 1 and not stays(index)]
+    flat = {name: index for name, index in perm.items() if index.ndim == 1}
+    if flat:  # one look at the device for all of them
+        parts = torch.split(torch.cat(list(flat.values())).cpu(), [len(index) for index in flat.values()])
+        found += [name for name, part in zip(flat, parts, strict=True) if not stays(part)]
+    return [name for name in perm if name in found]
 
 
 def stays(index: Tensor) -> bool:

@@ -32,7 +32,7 @@ class RunningUniverse:
             if torch.is_floating_point(value):
                 if name not in self._sums:
                     self._sums[name] = torch.zeros_like(value, dtype=torch.float64)
-                self._sums[name].add_(value, alpha=weight)
+                self._sums[name].add_(value.to(self._sums[name].device), alpha=weight)
 
     def mean(self, like: Params) -> dict[str, Tensor]:
         """The mean, in the dtypes of `like`, from which it takes what cannot be averaged."""

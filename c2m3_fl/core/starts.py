@@ -128,7 +128,8 @@ def soften(problem: Problem, perms: Sequence[Permutation], warmth: float) -> Poi
 
 def at_perms(problem: Problem, perms: Sequence[Permutation]) -> Point:
     """One permutation per node."""
-    return Point({name: torch.stack([perm[name] for perm in perms]).to(rows) for name, rows in problem.frames.items()})
+    frames = problem.frames.items()
+    return Point({name: torch.stack([perm[name].cpu() for perm in perms]).to(rows) for name, rows in frames})
 
 
 def _warm(problem: Problem, warmth: float, first: int) -> dict[int, dict[str, Place]]:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.line_search import added, power_basis
-from c2m3_fl.core.mapped import Vertex, agreement, contract, dot, half_square, image, inner, moved
-from c2m3_fl.core.permutation import stays
+from c2m3_fl.core.mapped import Vertex, agreement, contract, dot, half_square, image, moved
+from c2m3_fl.core.permutation import moving
 from c2m3_fl.core.places import FRAME, Place, mass, matrix_of, nearest, towards, worth
 from c2m3_fl.core.problem import Problem, work_of
 from c2m3_fl.core.shifts import Shift, shift_of
@@ -146,17 +146,18 @@ class Universe:
         The way of one node in terms of one or two grouped axes is a parabola: the gradient is its slope at the start,
         and its end is known. Other terms add the inner products of all their mixtures.
         """
-        node, alone, rise, curves = block.start, len(block) == 1, 0.0, []
+        node, alone, rises, curves = block.start, len(block) == 1, [], []
         index = self._changing(node, _row(vertex, 0))
         for number, term in enumerate(self.problem.terms):
             if not alone or len(term.groups) > 2:
                 curves += self._mixtures(number, block, vertex)
             elif any(group in index for group in term.groups):
-                rise += self._shares[node] * inner(self.others(number, node), self.change(number, node, index))
+                rises.append(dot(self.others(number, node), self.change(number, node, index)))
         mixed = added(curves)
         if not alone:
             return mixed
         slope = self._shares[node] * self.gain(node, gradient, vertex) - mixed[1]
+        rise = self._shares[node] * float(torch.stack(rises).sum()) if rises else 0.0
         return added([[0.0, slope, rise - slope], mixed])
 
     def gain(self, node: int, gradient: Mapping[str, Tensor], vertex: Vertex) -> float:
@@ -244,7 +245,8 @@ class Universe:
 
     def _changing(self, node: int, index: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of a node's groups that permutations take elsewhere."""
-        return {name: rows for name, rows in index.items() if name in self.places[node] or not stays(rows)}
+        changed = {*self.places[node], *moving({k: rows for k, rows in index.items() if k not in self.places[node]})}
+        return {name: rows for name, rows in index.items() if name in changed}
 
     def _mixtures(self, number: int, block: range, vertex: Vertex) -> list[list[float]]:
         """A term's part of the course: from its parts with every choice of axes at the vertex."""
@@ -274,7 +276,7 @@ def _relative(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict
         name: torch.argsort(rows)[after[name].to(rows)] if rows.ndim == 1 else after[name].to(rows) @ rows.T
         for name, rows in before.items()
     }
-    return {name: rows for name, rows in index.items() if not stays(rows)}
+    return {name: index[name] for name in moving(index)}
 
 
 def _row(vertex: Vertex, row: int) -> dict[str, Tensor]:

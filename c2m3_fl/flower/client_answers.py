@@ -38,7 +38,7 @@ def read_data(network: nn.Module, data: Calibration, min_examples: int) -> tuple
     CalibrationError
         When there are too few, or they are malformed; the server receives the reason in an error reply.
     """
-    batches = load_batches(data, model=network)
+    batches = load_batches(data, model=network, device="cpu")  # where the network of a query is
     count = sum(len(batch.inputs[0]) for batch in batches)
     if count < min_examples:
         raise CalibrationError(f"the client has {count} examples, and answers with at least {min_examples}")

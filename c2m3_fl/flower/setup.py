@@ -178,6 +178,7 @@ def build_setup(
     given = None if isinstance(calibration, ClientStatistics) else calibration
     with undisturbed(seed=0):  # a shuffling loader gives the same batches when the server is started again
         data = CalibrationSet.of(model, given, example_inputs=example_inputs, inputs=inputs, outputs=outputs)
+    data = data.to("cpu")  # where replies are
     model = data.model
     refit, chosen = _resolve_recalibration(recalibrate, calibration)
     data = usable(data, asked=chosen is not None)

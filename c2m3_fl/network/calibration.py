@@ -36,6 +36,19 @@ def as_inputs(example_inputs: ExampleInputs) -> Inputs:
     return (dense(example_inputs),), {}
 
 
+def inputs_beside(model: nn.Module, example_inputs: ExampleInputs) -> Inputs:
+    """The arguments of one call, those that are tensors on the device of the network's first tensor."""
+    state = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    args, kwargs = as_inputs(example_inputs)
+    if not state:
+        return args, kwargs
+
+    def there(value: object) -> object:
+        return value.to(state[0].device) if isinstance(value, Tensor) else value
+
+    return tuple(map(there, args)), {name: there(value) for name, value in kwargs.items()}
+
+
 @dataclass(frozen=True)
 class Batch:
     """The inputs of one call of the network, and their labels if the calibration data have any.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from c2m3_fl.core.spec import PermutationSpec
-from c2m3_fl.network.calibration import ExampleInputs, as_inputs
+from c2m3_fl.network.calibration import ExampleInputs, inputs_beside
 from c2m3_fl.network.calls import Outputs, choose_outputs
 from c2m3_fl.symmetry.accept import Invariance, prove, require, smallest
 from c2m3_fl.symmetry.derive import derive, tensors, trace
@@ -102,7 +102,7 @@ def permutation_spec(
     >>> permutation_spec(Branch(), inputs).groups  # inputs and outputs only: nothing may move
     {}
     """
-    inputs, model = as_inputs(example_inputs), choose_outputs(model, outputs)
+    inputs, model = inputs_beside(model, example_inputs), choose_outputs(model, outputs)
     folding = find_folding(model, example_inputs) if rotations else None
     found = trace(model, inputs, pin=pin, folded=None if folding is None else folding.scales)
     provers = _provers(model, found.settings)
@@ -227,7 +227,7 @@ def check_invariance(
     spec.check(tensors(model), "model")
     model = choose_outputs(model, outputs)
     folding = _folded(model, spec, example_inputs)
-    one = prover(model, ProofSetting(training=False, inputs=as_inputs(example_inputs)), folding, seed=seed)
+    one = prover(model, ProofSetting(training=False, inputs=inputs_beside(model, example_inputs)), folding, seed=seed)
     error = max(one.error(spec) for _ in range(draws))
     return Invariance(error, smallest(one.power(spec), spec.groups))
 
@@ -253,5 +253,5 @@ def require_invariance(model: nn.Module, spec: PermutationSpec, example_inputs: 
         at fault; also when a wrong permutation would not show with these inputs.
     """
     spec.check(tensors(model), "model")
-    settings = survey(model, as_inputs(example_inputs)).distinct
+    settings = survey(model, inputs_beside(model, example_inputs)).distinct
     require(spec, _provers(model, settings, _folded(model, spec, example_inputs)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.network.calibration import ExampleInputs, Inputs, as_inputs
+from c2m3_fl.network.calibration import ExampleInputs, Inputs, inputs_beside
 from c2m3_fl.network.calls import Outputs, choose_outputs
 from c2m3_fl.symmetry.differences import guilty
 from c2m3_fl.symmetry.norms import Norm, Reader, find_norms
@@ -208,7 +208,7 @@ def find_folding(model: nn.Module, example_inputs: ExampleInputs, *, outputs: Ou
     TraceError
         When the network cannot be called with the inputs, or `torch.export` refuses it.
     """
-    chosen, inputs = choose_outputs(model, outputs), as_inputs(example_inputs)
+    chosen, inputs = choose_outputs(model, outputs), inputs_beside(model, example_inputs)
     return derive_folding(chosen, inputs, Prover(chosen, inputs))
 
 

@@ -64,7 +64,9 @@ def initialised(spec: PermutationSpec, count: int, device: torch.device, seed: i
         for name, tensor in spec.tensors.items():
             drawn = torch.randn(tensor.shape, generator=generator)
             fan_in = torch.Size(tensor.shape[1:]).numel()
-            scaled = drawn * (2 / fan_in) ** 0.5 if drawn.ndim > 1 else 0.1 * drawn + float(name.endswith("norm.weight"))
+            scaled = (
+                drawn * (2 / fan_in) ** 0.5 if drawn.ndim > 1 else 0.1 * drawn + float(name.endswith("norm.weight"))
+            )
             node[name] = scaled.to(device)
         nodes.append(node)
     return nodes
@@ -163,7 +165,7 @@ def measure(case: str, device: torch.device, limits: tuple[float, float], *, cpu
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| match | GPU, s | CPU, s | | agreement, GPU / CPU | peak memory, GiB (nodes) | assignments / gradients / steps |",
+        "| match | GPU, s | CPU, s | | agreement, GPU / CPU | peak GiB (nodes) | assignments / gradients / steps |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in rows:

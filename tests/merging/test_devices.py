@@ -16,6 +16,8 @@ from c2m3_fl.merging.recalibrate.shift import channel_moments
 from tests.merging.networks import CALIBRATION, NETWORKS, nodes
 from tests.merging.networks import batch_norm as make
 
+pytestmark = pytest.mark.slow  # the stand-in takes half a minute for a merge
+
 EXACT = 1e-9  # of a tensor's largest entry, in double precision
 DATA = [(images.double(), torch.arange(len(images)) % 5) for images in CALIBRATION]
 INPUTS = DATA[0][0]
@@ -62,9 +64,7 @@ def test_a_merge_is_the_same_one(recalibrate: str, device: torch.device) -> None
     assert {value.device.type for value in found.values()} == {device.type}
 
 
-@pytest.mark.parametrize(
-    "method", ["mean", "git-rebasin", "mergemany", "activations", "activations-universe", "cca"]
-)
+@pytest.mark.parametrize("method", ["mean", "git-rebasin", "mergemany", "activations", "activations-universe", "cca"])
 def test_so_is_one_by_any_method(method: str, device: torch.device) -> None:
     options: dict[str, Any] = {"spec": SPEC, "method": method, "calibration": DATA[:1], "recalibrate": "none"}
     found = merge(MODEL, NODES, device=device, **options).state_dict
@@ -113,7 +113,7 @@ def test_networks_of_two_widths(device: torch.device) -> None:
 def test_a_barrier_is_the_same_one(device: torch.device) -> None:
     expected = barrier(MODEL, *NODES[:2], DATA, points=3)
     found = barrier(on(device), *there(NODES[:2], device), DATA, points=3)
-    assert found.barrier == pytest.approx(expected.barrier, rel=EXACT, abs=EXACT)
+    assert [each.loss for each in found.scores] == pytest.approx([each.loss for each in expected.scores], rel=EXACT)
 
 
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name != "batch norm"])

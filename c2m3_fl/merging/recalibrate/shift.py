@@ -64,6 +64,7 @@ def channel_moments(
     """
     check_params(model, params, "params")
     held = CalibrationSet.of(model, data, example_inputs=example_inputs, inputs=inputs)
+    held = held.to(next(iter(params.values())).device)
     with torch.no_grad():
         return output_moments(held.programs, held.batches, params)
 
@@ -103,7 +104,8 @@ def with_own_moments(
             given = moments[index][operator.name]
             tensor = spec.tensors[operator.weight]
             rows = TensorSpec(tensor.shape[:1], tensor.axes[:1])
-            mean, deviation = (apply_to_tensor(rows, moves[index], part) for part in (given.mean, given.deviation))
+            parts = (part.to(setting.device) for part in (given.mean, given.deviation))
+            mean, deviation = (apply_to_tensor(rows, moves[index], part) for part in parts)
             found[operator.name] = Moments(given.count, mean, deviation)
         own.append(found)
     return replace(setting, own=tuple(own))
