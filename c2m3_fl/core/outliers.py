@@ -112,11 +112,11 @@ def _compare(names: Sequence[str], aligned: Sequence[Params], sent: Params) -> t
     products = torch.zeros(2, len(aligned), len(others), dtype=torch.float64)
     towards, length = torch.zeros(len(aligned), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for name, values, start in stacked(names, aligned, sent):
-        towards += values @ start
-        length += start @ start
+        towards += (values @ start).cpu()
+        length += (start @ start).cpu()
         for kind, each in enumerate((values, values - start)):
-            squares[name][kind] += each.square().sum(1)
-            products[kind] += each @ each[others].T
+            squares[name][kind] += each.square().sum(1).cpu()
+            products[kind] += (each @ each[others].T).cpu()
     found = []
     for kind in range(2):
         tensors = {name: square[kind].sqrt() for name, square in squares.items()}
