@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from simulations.data import FederatedData, Images, derived_seed, federated_data
 from simulations.distillation import distil_towards
 from simulations.models import build_model
 from simulations.settings import Settings
+from simulations.sources import Source, open_source
 from simulations.training import train
 from tests.benchmarks.merging_cases import CACHE, accuracy, probabilities
 
@@ -98,7 +101,7 @@ class Trained:
         device : torch.device
             Where to train and evaluate.
         """
-        data = federated_data(settings)
+        data = replace(federated_data(settings), train=_decoded(settings.data, "train"))
         kinds = {
             name: build_model(of_width(settings, name), data.shape, data.classes, seed=0).eval() for name in WIDTHS
         }
@@ -162,6 +165,14 @@ class Trained:
         options = {"weights": self.weights, "recalibration": recalibration, "method": method, "basis": None}
         done = merge_widths(widths, self.nodes, **options, device=device)  # type: ignore[arg-type]  # as a dict
         return self.accuracy(-1 if width is None else width, done.state_dict)
+
+
+@lru_cache(maxsize=1)
+def _decoded(name: str, split: str) -> Source:
+    """A source whose images are decoded once, for all cases and seeds."""
+    source = open_source(name, split)
+    images = source.raw(np.arange(len(source.labels)))
+    return replace(source, raw=lambda rows: images[rows])
 
 
 def _node(settings: Settings, data: FederatedData, index: int, device: torch.device) -> dict[str, Tensor]:
