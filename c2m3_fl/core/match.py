@@ -23,6 +23,7 @@ from c2m3_fl.core.search import duality_gap, search
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start, begin, check_start
 from c2m3_fl.core.state_dicts import order_by_units
+from c2m3_fl.core.stillness import still_gap
 
 
 def match(
@@ -181,7 +182,7 @@ class _Setting:
         problem = Problem.of(self.spec, [self.nodes[i] for i in heavy], self.share[heavy], balance=self.balance)
         if self.spec.rotations and self.start == "auto" and len(heavy) == len(order):
             still = (permutation.identity(self.spec),) * len(order)
-            if (gap := duality_gap(problem, still, pool)) <= self.limits.tolerance:
+            if (gap := still_gap(problem, pool, self.limits.tolerance)) is not None:
                 return Match(still, (problem.objective(),) * 2, gap, 0.0, True, 0, order)
         point, passed = begin(problem, self._start(heavy), self.generator, pool)
         found = search(problem, point, pool, self.limits, callback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
@@ -49,6 +50,29 @@ def test_a_rotated_copy_is_brought_back_and_the_merge_computes_the_same(start: s
 def test_where_nothing_moves_the_tensors_are_the_nodes_own() -> None:
     merged = merge(NETWORK, [OWN, OWN], spec=spec(), example_inputs=INPUTS[:4])
     assert all(torch.equal(merged.state_dict[name], value) for name, value in OWN.items())
+
+
+def trained(seed: int) -> dict[str, Tensor]:
+    """Some steps of AdamW from `OWN` on data of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    network = copy.deepcopy(NETWORK)
+    optimiser = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.1)
+    for _ in range(30):
+        optimiser.zero_grad()
+        labels = torch.randint(3, (16,), generator=generator)
+        loss = torch.nn.functional.cross_entropy(network(torch.randn(16, 8, 8, generator=generator)), labels)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimiser.step()
+    return {name: value.detach() for name, value in network.state_dict().items()}
+
+
+def test_after_training_from_one_start_the_merge_is_the_mean_bit_for_bit() -> None:
+    nodes = [trained(seed) for seed in range(3)]
+    merged = merge(NETWORK, nodes, spec=spec(), example_inputs=INPUTS[:4])
+    assert merged.match is not None
+    assert merged.match.gap > 1e-4  # AdamW has turned what may be turned
+    expected = merge(NETWORK, nodes, example_inputs=INPUTS[:4], method="mean").state_dict
+    assert all(torch.equal(value, expected[name]) for name, value in merged.state_dict.items())
 
 
 def test_rotations_that_cannot_be_had_are_refused() -> None:
