@@ -21,6 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from c2m3_fl.core.potentials import Matrix, identity_is_optimal, potentials
+from c2m3_fl.core.reduced import LEAST, reduced_costs
 from c2m3_fl.core.rotation import polar, spread
 from c2m3_fl.core.spec import Group, PermutationSpec
 from c2m3_fl.errors import ParamsError
@@ -112,18 +113,30 @@ def oracle(spec: PermutationSpec, gains: Mapping[str, Tensor], pool: Executor) -
     mapping of str to Tensor of int64, shape (nodes, size), or of float64, shape (nodes, size, size)
         Index forms, and matrices of the groups that are orthogonal, on the device of `gains`.
     """
-    host = {name: gain.cpu().numpy() for name, gain in gains.items()}
-    count = len(next(iter(host.values()))) if host else 0
+    count = len(next(iter(gains.values()))) if gains else 0
     children: dict[str, list[str]] = {name: [] for name in spec.roots}
     for name, group in spec.groups.items():
         if group.parent is not None:
             children[group.parent].append(name)
+    large = [
+        name
+        for name, inside in children.items()
+        if gains[name].device.type != "cpu"
+        and not (inside or spec.groups[name].orthogonal or spec.groups[name].size < LEAST)
+    ]
+    costs = reduced_costs(gains, large)
+    host = {name: gain.cpu().numpy() for name, gain in gains.items() if name not in large}
     largest_first = sorted(children, key=lambda name: -spec.groups[name].size)
     jobs = [(root, node) for root in largest_first for node in range(count)]
 
     def solve(some: list[tuple[str, int]]) -> list[tuple[str, int, Matrix]]:
-        answers = []
+        answers: list[tuple[str, int, Matrix]] = []
         for root, node in some:
+            if (root, node) in costs:
+                cost = costs[root, node]
+                size = spec.groups[root].size
+                answers.append((root, node, np.arange(size) if cost is None else linear_sum_assignment(cost)[1]))
+                continue
             gain, inner = host[root][node], {name: host[name][node] for name in children[root]}
             if spec.groups[root].orthogonal:
                 answers.append((root, node, polar(gain, spec.groups[root].kind == "centred")))

@@ -15,12 +15,12 @@ import numpy.typing as npt
 Matrix = npt.NDArray[Any]
 Vector = npt.NDArray[Any]
 
-_TEMPERATURES = (0.3, 0.1, 0.03, 0.01)  # in units of the mean distance of an entry from its row's and column's best
-_SCALINGS = 5  # at every temperature
-_UNDERFLOW = 1e-30  # keeps a row or column whose entries all vanish
+TEMPERATURES = (0.3, 0.1, 0.03, 0.01)  # in units of the mean distance of an entry from its row's and column's best
+SCALINGS = 5  # at every temperature
+UNDERFLOW = 1e-30  # keeps a row or column whose entries all vanish
 _SAMPLE = 32  # size from which a look at one row pays before the whole matrix is checked
-_CENTRINGS = 3  # each costs two looks at the matrix; from the fourth on the solver gains less than that
-_UNSETTLED = 0.5  # share of units beyond which Sinkhorn's potentials save the solver more than they cost
+CENTRINGS = 3  # each costs two looks at the matrix; from the fourth on the solver gains less than that
+UNSETTLED = 0.5  # share of units beyond which Sinkhorn's potentials save the solver more than they cost
 
 
 def identity_is_optimal(gain: Matrix) -> bool:
@@ -45,7 +45,7 @@ def potentials(gain: Matrix) -> tuple[Vector, Vector]:
     those of `sinkhorn`.
     """
     u, v, unsettled = centred(gain)
-    return (u, v) if unsettled <= _UNSETTLED else sinkhorn(gain)
+    return (u, v) if unsettled <= UNSETTLED else sinkhorn(gain)
 
 
 def centred(gain: Matrix) -> tuple[Vector, Vector, float]:
@@ -62,7 +62,7 @@ def centred(gain: Matrix) -> tuple[Vector, Vector, float]:
         np.fill_diagonal(below, np.inf)
         mean = np.full(size, 1 / size, gain.dtype)
         x, scratch = 0.5 * (own + (gain @ mean - mean @ gain)), np.empty_like(below)
-        for _ in range(_CENTRINGS):
+        for _ in range(CENTRINGS):
             upper = np.add(below, x[:, None], out=scratch).min(axis=0)
             lower = -np.subtract(below, x, out=scratch).min(axis=1)
             x = 0.5 * (upper + lower)
@@ -85,13 +85,13 @@ def sinkhorn(gain: Matrix) -> tuple[Vector, Vector]:
         columns = below.max(axis=0)
         below -= columns
     unit = -float(below.mean(dtype=np.float64))
-    if not np.finfo(below.dtype).tiny < _TEMPERATURES[-1] * unit < np.inf:
+    if not np.finfo(below.dtype).tiny < TEMPERATURES[-1] * unit < np.inf:
         return np.zeros_like(rows), np.zeros_like(columns)  # nothing stands out, or nothing that the dtype can scale
-    for temperature in _TEMPERATURES:
+    for temperature in TEMPERATURES:
         scale = below.dtype.type(temperature * unit)
-        kernel = np.exp(below / scale) + below.dtype.type(_UNDERFLOW)
+        kernel = np.exp(below / scale) + below.dtype.type(UNDERFLOW)
         b = np.ones(len(gain), below.dtype)
-        for _ in range(_SCALINGS):
+        for _ in range(SCALINGS):
             a = 1 / (kernel @ b)
             b = 1 / (a @ kernel)
         u, v = -scale * np.log(a), -scale * np.log(b)

@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from c2m3_fl.core import block_ascent, frank_wolfe, match, permutation, profiles, search
+from c2m3_fl.core import assignment, block_ascent, frank_wolfe, match, permutation, profiles, search
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.universe import Universe
@@ -50,6 +50,7 @@ _PARTS: dict[str, tuple[tuple[object, str], ...]] = {  # what is timed by itself
     "assignments": ((frank_wolfe, "oracle"), (block_ascent, "oracle"), (search, "oracle"), (profiles, "oracle")),
     "gradients": ((Universe, "gradient"), (block_ascent.BlockAscent, "_gains")),
     "steps": ((Universe, "course"), (Universe, "advance"), (block_ascent.BlockAscent, "_accept")),
+    "potentials": ((assignment, "reduced_costs"),),
     "compiling": ((Problem, "of"),),
     "proof": ((import_module("c2m3_fl.core.match"), "prove_identity"),),
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from c2m3_fl.core import join, match, match_in_batches, permutation, weighted_mean
+from c2m3_fl.core import assignment, join, match, match_in_batches, permutation, weighted_mean
 from c2m3_fl.core.basis import bounded_weights, consensus, into_basis
 from c2m3_fl.core.joining import match_bounded
 from c2m3_fl.core.outliers import find_outliers
@@ -83,7 +83,11 @@ def test_rotations(network: str, device: torch.device) -> None:
     assert_close(found.objectives[-1], expected.objectives[-1])
 
 
-def test_many_units_in_single_precision_find_what_double_precision_finds(device: torch.device) -> None:
+@pytest.mark.parametrize("least", [100, 1000], ids=["potentials there", "potentials here"])
+def test_many_units_in_single_precision_find_what_double_precision_finds(
+    least: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assignment, "LEAST", least)
     nodes, _ = planted(LARGE, 2, noise=0.3, seed=0)
     single = [{name: value.float() for name, value in node.items()} for node in nodes]
     expected, found = match(LARGE, nodes), match(LARGE, there(single, device))
