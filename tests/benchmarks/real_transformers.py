@@ -58,12 +58,15 @@ class Task(ABC):
     ----------
     title : str
         What tables call it.
+    device : torch.device
+        Where the data are, and networks are trained and scored.
     calibration : list of Tensor
         Unlabelled training inputs.
     """
 
     recipe: Recipe
     title: str
+    device: torch.device
     calibration: list[Tensor]
 
     @abstractmethod
@@ -78,11 +81,11 @@ class Task(ABC):
     def tested(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the test split."""
 
-    def train(self, seed: int, device: torch.device) -> dict[str, Tensor]:
+    def train(self, seed: int) -> dict[str, Tensor]:
         """Train a network; the seed decides initialisation and batches."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = self.build().train().to(device)
+            model = self.build().train().to(self.device)
         generator = torch.Generator().manual_seed(seed)
         rate, steps = self.recipe.rate, self.recipe.steps
         optimiser = torch.optim.AdamW(model.parameters(), rate, weight_decay=self.recipe.decay)
@@ -98,18 +101,18 @@ class Task(ABC):
         torch.set_float32_matmul_precision(precision)
         return {name: value.cpu() for name, value in model.state_dict().items()}
 
-    def trained(self, seed: int, device: torch.device, folder: Path) -> dict[str, Tensor]:
+    def trained(self, seed: int, folder: Path) -> dict[str, Tensor]:
         """A network that `train` trained now or earlier."""
         recipe = "-".join(f"{value:g}" for value in vars(self.recipe).values())
         file = folder / f"{type(self).__name__.lower()}-{recipe}-{seed}.pt"
         if not file.exists():
-            _save(self.train(seed, device), file)
+            _save(self.train(seed), file)
         found: dict[str, Tensor] = torch.load(file)
         return found
 
-    def score(self, params: Mapping[str, Tensor], device: torch.device) -> Score:
-        """Loss and accuracy of a network on the test split."""
-        model = self.build().eval().to(device)
+    def score(self, params: Mapping[str, Tensor]) -> Score:
+        """Loss and accuracy of a network on the test split, where the data are."""
+        model = self.build().eval().to(self.device)
         model.load_state_dict(params)
         loss, right, count = 0.0, 0, 0
         with torch.no_grad():
@@ -150,7 +153,8 @@ class Images(Task):
     """
 
     def __init__(self, device: torch.device, recipe: Recipe, folder: Path, size: int = 0) -> None:
-        self.recipe, self.title = recipe, f"ViT, CIFAR-10 (width {recipe.width}, 4 blocks)"
+        self.recipe, self.device = recipe, device
+        self.title = f"ViT, CIFAR-10 (width {recipe.width}, 4 blocks)"
         self.inputs, self.labels = _decoded("train", folder, size, device)
         self.test_inputs, self.test_labels = _decoded("test", folder, size, device)
         kind = KINDS["cifar10"]
@@ -219,7 +223,8 @@ class Characters(Task):
     """
 
     def __init__(self, device: torch.device, recipe: Recipe, folder: Path, length: int = 64) -> None:
-        self.recipe, self.title = recipe, f"GPT, Shakespeare (width {recipe.width}, 4 blocks)"
+        self.recipe, self.device = recipe, device
+        self.title = f"GPT, Shakespeare (width {recipe.width}, 4 blocks)"
         self._length = length
         places = {character: place for place, character in enumerate(ALPHABET)}
         text = (folder / "shakespeare" / "input.txt").read_text(encoding="utf-8")

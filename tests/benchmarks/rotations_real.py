@@ -63,15 +63,15 @@ def rows(
     task: Task, draw: int, method: str, found: Sequence[dict[str, Tensor]], place: str, merger: Callable[[str], Merger]
 ) -> list[Row]:
     """Every merge of some networks by one method, or the endpoints."""
-    device, nodes = torch.device(place), len(found)
+    nodes = len(found)
     if method == ENDS:
-        scores = [task.score(node, device) for node in found]
+        scores = [task.score(node) for node in found]
         loss, accuracy = (statistics.mean(getattr(each, name) for each in scores) for name in ("loss", "accuracy"))
         return [Row(task.title, nodes, draw, ENDS, "none", loss, accuracy, (), 0.0, place)]
     made, begin = [], time.perf_counter()
     aligned = merger(place).aligned(found, method)
     for name, merged in merger(place).averages(aligned):
-        seconds, score = round(time.perf_counter() - begin, 2), task.score(merged, device)
+        seconds, score = round(time.perf_counter() - begin, 2), task.score(merged)
         line = tuple(_losses(task, *aligned)) if nodes == 2 and name == "none" else ()
         made.append(Row(task.title, nodes, draw, method, name, score.loss, score.accuracy, line, seconds, place))
         begin = time.perf_counter()
@@ -82,7 +82,7 @@ def _losses(task: Task, first: dict[str, Tensor], second: dict[str, Tensor]) -> 
     """Losses on the straight line between two networks."""
     for point in range(POINTS):
         between = {name: torch.lerp(first[name], second[name], point / (POINTS - 1)) for name in first}
-        yield task.score(between, next(iter(first.values())).device).loss
+        yield task.score(between).loss
 
 
 def table(found: Sequence[Row], of: str) -> str:
@@ -154,7 +154,7 @@ def _save(file: Path, found: Sequence[Row]) -> None:
 
 def measure(task: Task, arguments: argparse.Namespace, file: Path) -> None:
     """Measure what a file lacks; where a method fails on the device, it is tried on the CPU."""
-    device, kept = torch.device(arguments.device), load(file)
+    kept = load(file)
 
     @cache
     def merger(place: str) -> Merger:
@@ -164,8 +164,8 @@ def measure(task: Task, arguments: argparse.Namespace, file: Path) -> None:
         found = []
         for node in range(max(arguments.nodes)):
             begin = time.perf_counter()
-            found.append(task.trained(5 * draw + node, device, arguments.cache))
-            score = task.score(found[-1], device)
+            found.append(task.trained(5 * draw + node, arguments.cache))
+            score = task.score(found[-1])
             print(f"network {5 * draw + node}: {score} ({time.perf_counter() - begin:.1f} s)", flush=True)
         for nodes in arguments.nodes:
             for method in (ENDS, *METHODS):

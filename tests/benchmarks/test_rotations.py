@@ -70,8 +70,8 @@ def test_every_merge_of_a_method_is_scored(tmp_path):
     folder.mkdir()
     (folder / "input.txt").write_text("abcdefghij" * 500)
     task = Characters(CPU, replace(RECIPES["gpt"], batch=7, width=8, steps=2), tmp_path, length=8)
-    found = [task.trained(seed, CPU, tmp_path) for seed in (0, 1)]
-    assert all(map(torch.equal, found[0].values(), task.trained(0, CPU, tmp_path).values()))  # as it was kept
+    found = [task.trained(seed, tmp_path) for seed in (0, 1)]
+    assert all(map(torch.equal, found[0].values(), task.trained(0, tmp_path).values()))  # as it was kept
     merger = Merger(task.build(), task.calibration, CPU)
     made = rows(task, 0, "plain mean", found, "cpu", lambda _: merger)
     assert [row.recalibration for row in made] == list(RECALIBRATIONS.values())
