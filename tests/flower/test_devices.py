@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg
@@ -97,16 +99,20 @@ def test_no_room_on_the_device_is_a_match_on_the_cpu(device, monkeypatch):
     assert metrics["c2m3-on-cpu"] == 1
 
 
-def test_what_does_not_fit_into_a_gpu_is_matched_on_the_cpu(caplog):
+def test_what_does_not_fit_into_the_memory_of_cuda_is_matched_on_the_cpu(caplog):
     """The error that CUDA itself raises."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: torch.cuda.is_available() is False")
-    strategy = C2M3(model=mlp(), example_inputs=EXAMPLE, device="cuda")
-    room = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction(max(torch.cuda.memory_reserved() + 1, 1) / room)
+    strategy, replies = C2M3(model=mlp(), example_inputs=EXAMPLE, device="cuda"), moved()
     torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.0)  # nothing but what is left of memory that is in use
+    taken = []
     try:
-        _, metrics = aggregate(moved(), strategy)
+        for size in (1 << 20, 1 << 14, 512):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                while True:
+                    taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        _, metrics = aggregate(replies, strategy)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert metrics["c2m3-on-cpu"] == 1
