@@ -56,6 +56,7 @@ PARTITIONS: dict[str, dict[str, Any]] = {
     "IID": {"partition": "iid"},
     "Dirichlet .3": {"partition": "dirichlet", "alpha": 0.3},
 }
+_STEPS = 1000  # of distillation
 
 
 def of_width(settings: Settings, name: str) -> Settings:
@@ -128,10 +129,12 @@ class Trained:
         return torch.stack(votes).sum(0)
 
     def distilled(self) -> float:
-        """Test accuracy of a new network of the largest width, trained towards the clients' mean probabilities."""
+        """Test accuracy of the client of the largest width with most examples, trained towards the ensemble."""
         inputs = torch.cat(self.data.calibration).to(self.device)
-        network = self.network(-1)
-        return self.accuracy(-1, distil_towards(network, network.state_dict(), self.votes(inputs), inputs))
+        largest = [client for client, name in enumerate(CLIENTS) if name == CLIENTS[-1]]
+        start = self.nodes[max(largest, key=self.weights.__getitem__)]
+        student = distil_towards(self.network(-1), start, self.votes(inputs), inputs, steps=_STEPS)
+        return self.accuracy(-1, student)
 
     def widths(self) -> Widths:
         """The networks, traced once for all merges."""
