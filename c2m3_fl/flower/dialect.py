@@ -14,7 +14,6 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 from torch import Tensor
 
-from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.adapters import Lora, averaging_products, bases_of, check_lora
 from c2m3_fl.flower.deployment import Clients
 from c2m3_fl.flower.exchanged import exchanging, model_names
@@ -178,13 +177,9 @@ class Dialect(Strategy):
         ConfigError
             When there is no such size.
         """
-        resizing = self.server.resizing
-        count = 0 if resizing is None else len(resizing.sizes.networks) - 1
-        if resizing is None or not 0 <= size < count:
-            raise ConfigError(f"size is {size!r}, expected one of {count} sizes that C2M3 was given, from 0")
         params = to_params(arrays)
         check_fits(params, self.setup, "arrays")
-        return from_params(resizing.cuts(params, deployed=True).params(size + 1))
+        return from_params(self.server.at_width(params, size))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -165,6 +165,7 @@ class C2M3(Strategy):
         self.schema = schema_of_params({name: state[name] for name in names})
         self.expected: Schema = self.schema
         self.sent: Parameters | None = None
+        self._chosen: list[int] = []
         check_privacy(self.strategy, separate=self.setup.separate, calibrated=self.setup.calibrated)
 
     @property
@@ -202,6 +203,7 @@ class C2M3(Strategy):
         self.sent = parameters if start is named else to_parameters(start)
         _continue_from(self.strategy, self.sent)
         chosen = self.strategy.configure_fit(server_round, self.sent, client_manager)
+        self._chosen = [node_of(proxy) for proxy, _ in chosen]
         own = self._personal([proxy for proxy, _ in chosen], deployed=False)
         return [(proxy, FitIns(own(proxy, ins.parameters), ins.config)) for proxy, ins in chosen]
 
@@ -216,9 +218,18 @@ class C2M3(Strategy):
         )
         if self._lora != "apart":
             aggregate = averaging_products(aggregate, self._bases)
-        params, metrics, numbers = self.server.play(server_round, self._sorted(results), self.strategy, aggregate)
+        found = self._sorted(results)
+        params, metrics, numbers = self.server.play(server_round, found, self.strategy, aggregate)
+        if failures and self.server.resizing is not None:
+            self.server.resizing.replied({}, {*self._chosen} - {node_of(proxy) for proxy, _ in results})
         told = to_scalars(reported(numbers, every=self.setup.options.diagnostics))
         return to_parameters(params), {**(metrics or {}), **told}
+
+    def at_width(self, parameters: Parameters, size: int) -> Parameters:
+        """A deployed model at one of the narrower widths: see the current strategy."""
+        params = named_params(self.schema, parameters, "parameters")
+        check_fits(params, self.setup, "parameters")
+        return to_parameters(self.server.at_width(params, size))
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager

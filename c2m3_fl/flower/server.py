@@ -12,7 +12,7 @@ from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.errors import SpecError
+from c2m3_fl.errors import ConfigError, SpecError
 from c2m3_fl.flower.acceptance import Gate, entry_numbers
 from c2m3_fl.flower.aligned_replies import AlignedReplies
 from c2m3_fl.flower.deployment import Clients, Deployed, Request, deploy, wants_plain
@@ -64,6 +64,7 @@ class Server:
         self.resizing = None if setup.sizes is None else Resizing(setup.sizes, setup.options.memory)
         self._gate = Gate(setup)
         self._incoming: Params = {}
+        self._places: Mapping[int, int] = {}  # widths of this round's replies
         self._waiting: AlignedReplies | None = None  # to the pending deployment, for a refit
         self._said = self._unjudged = self._headless = self._unlike = False
 
@@ -86,9 +87,9 @@ class Server:
         self,
         replies: Iterable[Source],
         expected: Schema,
-        widen: Callable[[Iterable[Source], Sizes, Cuts, Schema], Arrived[Source]],
+        widen: Callable[[Iterable[Source], Sizes, Cuts, Schema, Mapping[int, int]], Arrived[Source]],
     ) -> Arrived[Source]:
-        """The replies of a round, all of the model's width, and the widths of those that can be read noted.
+        """The replies of a round, all of the model's width.
 
         Parameters
         ----------
@@ -99,11 +100,20 @@ class Server:
         widen : callable
             Of one dialect: `widen_messages` or `widen_results`.
         """
-        if self.resizing is None or self.sent is None:
-            return Arrived(list(replies))
-        found = widen(replies, self.resizing.sizes, self.resizing.cuts(self.sent, deployed=False), expected)
-        self.resizing.note(found.places)
+        resizing = self.resizing
+        if resizing is None or self.sent is None:
+            return Arrived(tuple(replies), {}, ())
+        cuts = resizing.cuts(self.sent, deployed=False)
+        found = widen(replies, resizing.sizes, cuts, expected, resizing.places)
+        self._places = found.places
         return found
+
+    def at_width(self, params: Params, size: int) -> Params:
+        """A deployed model at one of the narrower widths; `ConfigError` where there is no such one."""
+        count = 0 if self.resizing is None else len(self.resizing.sizes.networks) - 1
+        if self.resizing is None or not 0 <= size < count:
+            raise ConfigError(f"size is {size!r}, expected one of {count} sizes that C2M3 was given, from 0")
+        return self.resizing.cuts(params, deployed=True).params(size + 1)
 
     def play(
         self,
@@ -135,6 +145,9 @@ class Server:
         """
         sent = typed_like(self.setup.state_dict(), self.sent or {})
         found = self._gate.admit(found, sent)
+        if self.resizing is not None:
+            failed = {each.node for each in found.dropped if not each.passing}
+            self.resizing.replied({each.node: self._places.get(each.node, 0) for each in found.replies}, failed)
         if server_round == 1 and self.models.trajectory is None:
             check_shared_fault(found)
         accept, sound = partial(self._gate.accept, sent=sent), partial(self._gate.sound, sent=sent)

@@ -3,67 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from flwr.app import ArrayRecord, Message
-from flwr.common import Parameters
-from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.admitted import Dropped, fault_of
 from c2m3_fl.flower.legacy_messages import Result, node_of, to_parameters
 from c2m3_fl.flower.npy import read_header
 from c2m3_fl.flower.private import with_arrays
 from c2m3_fl.flower.records import Schema, from_params, read_npy, to_params
-from c2m3_fl.flower.replies import renamed
+from c2m3_fl.flower.replies import check_values, renamed
 from c2m3_fl.flower.widths.sizes import Cuts, Sizes
 
 Source = TypeVar("Source")
+_SECOND = "a second reply of the same node, of another width"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arrived(Generic[Source]):
     """Replies that are all of the model's width, and what else was found.
 
     Attributes
     ----------
-    replies : list of Message or legacy result
+    replies : tuple of Message or legacy result
         Those that fit no narrower width as they came.
-    places : dict of int to int
+    places : mapping of int to int
         By node, the width that it replied with.
-    dropped : list of Dropped
+    dropped : tuple of Dropped
         Replies of a narrower width that cannot be read, or of a second width of one node.
     """
 
-    replies: list[Source] = field(default_factory=list)
-    places: dict[int, int] = field(default_factory=dict)
-    dropped: list[Dropped] = field(default_factory=list)
-
-    def add(self, node: int, place: int | None, source: Source, pad: Callable[[int], Source]) -> None:
-        """Add a reply, padded where it is of a narrower width.
-
-        Parameters
-        ----------
-        node : int
-            Who sent it.
-        place : int, optional
-            Its width; None for a reply of no known width, which later checks drop and name.
-        source : Message or legacy result
-            The reply.
-        pad : callable
-            From a width to the reply, padded.
-        """
-        try:
-            if place is not None and self.places.setdefault(node, place) != place:
-                raise ParamsError("a second reply of the same node, of another width")
-            self.replies.append(pad(place) if place else source)
-        except Exception as error:  # whatever one client sends must not end the round
-            self.dropped.append(fault_of(node, error))
+    replies: tuple[Source, ...]
+    places: Mapping[int, int]
+    dropped: tuple[Dropped, ...]
 
 
-def widen_messages(messages: Iterable[Message], sizes: Sizes, cuts: Cuts, expected: Schema) -> Arrived[Message]:
+@dataclass(frozen=True)
+class _Candidate(Generic[Source]):
+    """A reply before it is read.
+
+    Attributes
+    ----------
+    node : int
+        Who sent it.
+    place : int, optional
+        Its width; None for a reply of no known width, which later checks drop and name.
+    source : Message or legacy result
+        The reply.
+    read : callable
+        From a width to its tensors, checked.
+    rewritten : callable
+        From other tensors to the reply that holds them.
+    """
+
+    node: int
+    place: int | None
+    source: Source
+    read: Callable[[int], Params]
+    rewritten: Callable[[Params], Source]
+
+
+def widen_messages(
+    messages: Iterable[Message], sizes: Sizes, cuts: Cuts, expected: Schema, known: Mapping[int, int]
+) -> Arrived[Message]:
     """Training messages of clients of several widths.
 
     Parameters
@@ -76,48 +80,89 @@ def widen_messages(messages: Iterable[Message], sizes: Sizes, cuts: Cuts, expect
         The model that was sent, at every width.
     expected : mapping of str to Entry
         What replies of the model's width look like.
+    known : mapping of int to int
+        By node, the width that it was sent; the model's if it is not there.
     """
-    found: Arrived[Message] = Arrived()
-    missing = _own(sizes)
-    for message in messages:
+
+    def candidate(message: Message) -> _Candidate[Message]:
         records = [] if message.has_error() or not message.has_content() else [*message.content.array_records.items()]
         place = sizes.place_of(_shapes(records[0][1])) if len(records) == 1 else None
 
-        def pad(
-            place: int, message: Message = message, records: Sequence[tuple[str, ArrayRecord]] = records
-        ) -> Message:
-            key, record = records[0]
+        def read(place: int) -> Params:
             schema = sizes.schema(place, expected)
-            params = to_params(renamed(record, schema), schema, "reply")
-            return with_arrays(message, {key: from_params(cuts.padded(place, params, missing))})
+            return to_params(renamed(records[0][1], schema), schema, "reply")
 
-        found.add(message.metadata.src_node_id, place, message, pad)
-    return found
+        def rewritten(params: Params) -> Message:
+            return with_arrays(message, {records[0][0]: from_params(params)})
+
+        return _Candidate(message.metadata.src_node_id, place, message, read, rewritten)
+
+    return _arrived([candidate(message) for message in messages], sizes, cuts, known)
 
 
-def widen_results(results: Iterable[Result], sizes: Sizes, cuts: Cuts, expected: Schema) -> Arrived[Result]:
+def widen_results(
+    results: Iterable[Result], sizes: Sizes, cuts: Cuts, expected: Schema, known: Mapping[int, int]
+) -> Arrived[Result]:
     """The same for legacy results.
 
     Parameters
     ----------
     results : iterable of ClientProxy and FitRes
         As Flower delivered them; not mutated.
-    sizes, cuts, expected
+    sizes, cuts, expected, known
         As for `widen_messages`.
     """
-    found: Arrived[Result] = Arrived()
-    missing = _own(sizes)
-    for result in results:
-        node, tensors = node_of(result[0]), result[1].parameters.tensors
 
-        def pad(place: int, result: Result = result, tensors: Sequence[bytes] = tensors) -> Result:
+    def candidate(result: Result) -> _Candidate[Result]:
+        tensors = result[1].parameters.tensors
+
+        def read(place: int) -> Params:
             entries = zip(sizes.schema(place, expected).items(), tensors, strict=True)
-            params = {name: read_npy(f"reply: {name!r}", data, entry) for (name, entry), data in entries}
-            padded: Parameters = to_parameters(cuts.padded(place, params, missing))
-            return result[0], replace(result[1], parameters=padded)
+            return {name: read_npy(f"reply: {name!r}", data, entry) for (name, entry), data in entries}
 
-        found.add(node, _legacy_place(tensors, sizes, expected), result, pad)
-    return found
+        def rewritten(params: Params) -> Result:
+            return result[0], replace(result[1], parameters=to_parameters(params))
+
+        return _Candidate(node_of(result[0]), _legacy_place(tensors, sizes, expected), result, read, rewritten)
+
+    return _arrived([candidate(result) for result in results], sizes, cuts, known)
+
+
+def _arrived(
+    candidates: Sequence[_Candidate[Source]], sizes: Sizes, cuts: Cuts, known: Mapping[int, int]
+) -> Arrived[Source]:
+    """Read the replies and pad them.
+
+    Of a node that replied with several widths, the usable replies of the width that it was sent are kept, else those of
+    the widest: the order in which they arrived has no effect.
+    """
+    missing: Params = sizes.networks[0].held.model.state_dict()
+    widths: dict[int, set[int]] = {}
+    for each in candidates:
+        if each.place is not None:
+            widths.setdefault(each.node, set()).add(each.place)
+    replies: list[Source] = [each.source for each in candidates if each.place is None]
+    padded: dict[int, dict[int, list[Source]]] = {}
+    dropped: list[Dropped] = []
+    for each in candidates:
+        if each.place is None:
+            continue
+        try:
+            source = each.source
+            if each.place or len(widths[each.node]) > 1:
+                params = each.read(each.place)
+                check_values(params)
+                source = each.rewritten(cuts.padded(each.place, params, missing)) if each.place else source
+            padded.setdefault(each.node, {}).setdefault(each.place, []).append(source)
+        except Exception as error:  # whatever one client sends must not end the round
+            dropped.append(fault_of(each.node, error))
+    places: dict[int, int] = {}
+    for node, found in padded.items():
+        sent = known.get(node, 0)
+        places[node] = sent if sent in found else min(found)
+        replies += found.pop(places[node])
+        dropped += [Dropped(node, _SECOND) for others in found.values() for _ in others]
+    return Arrived(tuple(replies), places, tuple(dropped))
 
 
 def _legacy_place(tensors: Sequence[bytes], sizes: Sizes, expected: Schema) -> int | None:
@@ -132,8 +177,3 @@ def _legacy_place(tensors: Sequence[bytes], sizes: Sizes, expected: Schema) -> i
 
 def _shapes(record: ArrayRecord) -> Mapping[str, tuple[int, ...]]:
     return {name: tuple(array.shape) for name, array in record.items()}
-
-
-def _own(sizes: Sizes) -> Params:
-    state: dict[str, Tensor] = sizes.networks[0].held.model.state_dict()
-    return state

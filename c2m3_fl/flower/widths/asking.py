@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from logging import INFO
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -21,6 +22,7 @@ from c2m3_fl.flower.widths.stage import Resizing
 ACTION = "c2m3_width"
 _KEY = "c2m3-width"
 _TIMEOUT = 60.0  # seconds that clients have to say which width they have
+_AT_ONCE = 64  # legacy clients that are asked at the same time
 
 
 def width_of(model: nn.Module) -> dict[str, str]:
@@ -81,7 +83,7 @@ def ask_grid(resizing: Resizing, grid: Grid, nodes: Iterable[int]) -> None:
 
 
 def ask_proxies(resizing: Resizing, proxies: Sequence[ClientProxy]) -> None:
-    """The same in the legacy dialect, from the clients' properties.
+    """The same in the legacy dialect, from the clients' properties; all are asked at once.
 
     Parameters
     ----------
@@ -92,24 +94,27 @@ def ask_proxies(resizing: Resizing, proxies: Sequence[ClientProxy]) -> None:
     """
     by_node = {node_of(proxy): proxy for proxy in proxies}
     unknown = resizing.unknown(by_node)
-    answers: dict[int, object] = {}
-    for node in unknown:
+    if not unknown:
+        return
+
+    def answer(node: int) -> object:
         try:
-            answers[node] = by_node[node].get_properties(GetPropertiesIns({}), _TIMEOUT, None).properties.get(_KEY)
+            return by_node[node].get_properties(GetPropertiesIns({}), _TIMEOUT, None).properties.get(_KEY)
         except Exception:  # a client without properties, or one that cannot be reached
-            answers[node] = None
-    if unknown:
-        _note(resizing, list(by_node), unknown, answers)
+            return None
+
+    with ThreadPoolExecutor(min(len(unknown), _AT_ONCE)) as pool:
+        answers = dict(zip(unknown, pool.map(answer, unknown), strict=True))
+    _note(resizing, list(by_node), unknown, answers)
 
 
-def _note(resizing: Resizing, current: Sequence[int], asked: Sequence[int], answers: dict[int, object]) -> None:
+def _note(resizing: Resizing, current: Sequence[int], asked: Sequence[int], answers: Mapping[int, object]) -> None:
     known = _by_answer(resizing.sizes)
     found = {node: known[answer] for node in asked if isinstance(answer := answers.get(node), str) and answer in known}
-    resizing.note(found, current)
-    resizing.silent |= {*asked} - found.keys()
-    if len(found) < len(asked):
+    left = resizing.answered(found, asked, current)
+    if left:
         text = "\t> the width of %d of %d nodes is unknown: they are sent the whole model, their replies tell"
-        log(INFO, text, len(asked) - len(found), len(asked))
+        log(INFO, text, len(left), len(asked))
 
 
 def _by_answer(sizes: Sizes) -> dict[str, int]:

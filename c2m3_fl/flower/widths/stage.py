@@ -1,7 +1,8 @@
 """What a server with clients of several widths remembers: who has which width, and the models at every width.
 
 A client of unknown width is asked for it (`answer_width`). Where it does not answer, it is sent the model at the
-model's own width, and the shapes of its first reply tell.
+model's own width, and the shapes of its first usable reply tell. A client whose reply could not be used is asked once
+more: it may have been started again with another width.
 """
 
 from __future__ import annotations
@@ -37,17 +38,21 @@ class Resizing:
         By node its width, as a place in `sizes.networks`.
     silent : set of int
         Nodes that were asked for their width in this process and did not say a known one.
+    doubted : set of int
+        Nodes that are asked again although their width is known.
     """
 
     def __init__(self, sizes: Sizes, limit: int) -> None:
         self.sizes, self._limit = sizes, limit
         self.places: OrderedDict[int, int] = OrderedDict()
         self.silent: set[int] = set()
+        self.doubted: set[int] = set()
         self._cuts: OrderedDict[tuple[str, bool], Cuts] = OrderedDict()
 
     def unknown(self, nodes: Iterable[int]) -> list[int]:
-        """The nodes whose width is not known, and that have not been asked in vain."""
-        return [node for node in dict.fromkeys(nodes) if node not in self.places and node not in self.silent]
+        """The nodes to ask for their width: not known and not asked in vain, or doubted."""
+        settled = (self.places.keys() | self.silent) - self.doubted
+        return [node for node in dict.fromkeys(nodes) if node not in settled]
 
     def note(self, places: Mapping[int, int], current: Collection[int] = ()) -> None:
         """Remember the widths of some nodes; beyond the limit the oldest are forgotten, but no current ones."""
@@ -58,6 +63,42 @@ class Resizing:
         old = [node for node in self.places if node not in kept]
         for node in old[: max(0, len(self.places) - self._limit)]:
             del self.places[node]
+
+    def answered(self, places: Mapping[int, int], asked: Collection[int], current: Collection[int]) -> list[int]:
+        """Remember what nodes that were asked have said; of the others what was known stays.
+
+        Parameters
+        ----------
+        places : mapping of int to int
+            By node, the width that it said.
+        asked : collection of int
+            Who was asked.
+        current : collection of int
+            To whom a model is to be sent: see `note`.
+
+        Returns
+        -------
+        list of int
+            The nodes whose width is not known.
+        """
+        self.note(places, current)
+        self.silent |= {*asked} - places.keys()
+        self.silent -= places.keys()
+        self.doubted -= {*asked}
+        return [node for node in asked if node not in self.places]
+
+    def replied(self, places: Mapping[int, int], failed: Collection[int]) -> None:
+        """Remember the widths of usable replies, and ask nodes again that sent none.
+
+        Parameters
+        ----------
+        places : mapping of int to int
+            By node, the width that it replied with.
+        failed : collection of int
+            Nodes of whom some reply could not be used.
+        """
+        self.note(places)
+        self.doubted |= {*failed} - places.keys()
 
     def cuts(self, params: Params, *, deployed: bool) -> Cuts:
         """A model at every width: the trajectory as it is, so that clients train its own units, or a deployed model.
