@@ -1,0 +1,25 @@
+"""Replies of several widths that are matched on another device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from c2m3_fl.flower.records import to_params
+from tests.flower.federation import mlp, reply, send, shuffled
+from tests.flower.widths.federation import sized
+
+pytestmark = pytest.mark.slow  # the stand-in takes half a minute for a match
+
+
+def test_replies_that_permute_their_units_are_brought_back(device: torch.device) -> None:
+    strategy = sized(device=device)
+    strategy.server.resizing.note({1: 0, 2: 1, 3: 2})
+    messages = send(strategy, mlp().state_dict(), nodes=3)
+    sent = {each.metadata.dst_node_id: to_params(each.content["arrays"]) for each in messages}
+    specs = [each.spec for each in strategy.server.resizing.sizes.networks]
+    moved = {node: shuffled(spec, sent[node], node) for node, spec in enumerate(specs, start=1)}
+    arrays, metrics = strategy.aggregate_train(1, [reply(node, each) for node, each in moved.items()])
+    assert metrics["c2m3-share-moved"] > 0
+    for name, value in mlp().state_dict().items():
+        torch.testing.assert_close(to_params(arrays)[name], value, rtol=0, atol=1e-6)
