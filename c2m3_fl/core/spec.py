@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -75,7 +76,16 @@ class PermutationSpec:
 
     def children(self, parent: str) -> tuple[str, ...]:
         """Names of the groups nested in `parent`."""
-        return tuple(name for name, group in self.groups.items() if group.parent == parent)
+        return self._children.get(parent, ())
+
+    @cached_property
+    def _children(self) -> dict[str, tuple[str, ...]]:
+        """The groups nested in every group that has any."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, group in self.groups.items():
+            if group.parent is not None:
+                found[group.parent] = (*found.get(group.parent, ()), name)
+        return found
 
     @property
     def rotations(self) -> tuple[str, ...]:

@@ -71,10 +71,11 @@ def begin(
 def _sum_square(problem: Problem, vertex: Vertex) -> float:
     """Squared norm of the nodes' weighted sum at a vertex ({}: as they stand), the part of the agreement that moves."""
     total = 0.0
+    indices = [{name: index[node] for name, index in vertex.items()} for node in range(problem.count)]
     for term in problem.terms:
         mean = torch.zeros_like(term.value[0])
-        for node, share in enumerate(problem.weights.tolist()):
-            mean.add_(moved(term, term.value[node], {name: index[node] for name, index in vertex.items()}), alpha=share)
+        for node, (index, share) in enumerate(zip(indices, problem.weights.tolist(), strict=True)):
+            mean.add_(moved(term, term.value[node], index), alpha=share)
         total += inner(mean, mean)
     return total
 

@@ -235,7 +235,8 @@ class Universe:
     def change(self, number: int, node: int, index: Mapping[str, Tensor]) -> Tensor:
         """What permutations of some groups would change in a node's part of a term that they move, by its number."""
         term = self.problem.terms[number]
-        places = {name: place for name, place in self.places[node].items() if name not in index}
+        here = self.places[node]
+        places = {name: here[name] for name in term.groups if name in here and name not in index}
         return image(term, moved(term, term.value[node], index), places).sub_(self.node(term, node))
 
     def matrix(self, node: int, group: str) -> Tensor:
