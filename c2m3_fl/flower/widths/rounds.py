@@ -64,16 +64,15 @@ class RoundWidths:
         weights : sequence of float
             Averaging weights.
         """
-        moves = [to_device(move, torch.device("cpu")) for move in match.moves]  # where replies and their units are
-        narrow = [self._narrow(node, move) for node, move in zip(nodes, moves, strict=True)]
+        narrow = [self._narrow(node, move) for node, move in zip(nodes, match.moves, strict=True)]
         if not any(narrow):
             return match, tuple(narrow)
-        spec, params = self.sizes.spec, list(match.params)
+        spec, params, moves = self.sizes.spec, list(match.params), list(match.moves)
         for index, own in enumerate(narrow):
             if own is None:
                 continue
-            move = _at_rest(spec, moves[index], self.cuts.injection(own.place))
-            back = permutation.compose(move, permutation.invert(moves[index]))
+            move = _at_rest(spec, match.moves[index], self.cuts.injection(own.place))
+            back = permutation.compose(move, permutation.invert(match.moves[index]))
             narrow[index] = replace(own, units={name: units[back[name]] for name, units in own.units.items()})
             owned = self._owned(narrow[index])
             aligned = permutation.apply(spec, back, match.params[index])

@@ -59,11 +59,9 @@ def injection(spec: PermutationSpec, wide: PermutationSpec, perm: Permutation) -
     Returns
     -------
     dict of str to Tensor
-        For every group and place of `wide` the unit that sits there, or -1; on the CPU, wherever the match ran.
+        For every group and place of `wide` the unit that sits there, or -1.
     """
-    return {
-        name: _inverse(places, wide.groups[name].size)[perm[name].cpu()] for name, places in seats(spec, wide).items()
-    }
+    return {name: _inverse(places, wide.groups[name].size)[perm[name]] for name, places in seats(spec, wide).items()}
 
 
 def between(to: Injection, source: Injection, to_sizes: Mapping[str, int]) -> dict[str, Tensor]:
