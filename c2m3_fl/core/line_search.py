@@ -37,6 +37,8 @@ def best_step(polynomial: Sequence[float]) -> tuple[float, float]:
     polynomial : sequence of float
         Coefficients of t^0, t^1, ...
     """
+    if len(polynomial) == 3:
+        return _best_of_parabola(*polynomial)
     curve = np.polynomial.Polynomial(polynomial)
     slope = curve.deriv()
     slope = slope.trim(_NEGLIGIBLE * float(np.abs(slope.coef).max()))
@@ -44,3 +46,10 @@ def best_step(polynomial: Sequence[float]) -> tuple[float, float]:
     candidates = [1.0, *sorted((t for t in stationary if 0 < t < 1), reverse=True), 0.0]
     step = max(candidates, key=lambda t: float(curve(t)))
     return step, float(curve(step))
+
+
+def _best_of_parabola(constant: float, slope: float, bend: float) -> tuple[float, float]:
+    """The same for a parabola, the course of one node in terms of one or two grouped axes."""
+    peaks = bend < 0 and 0 < slope < -2 * bend
+    step = slope / (-2 * bend) if peaks else float(slope + bend >= 0)
+    return step, constant + step * (slope + step * bend)

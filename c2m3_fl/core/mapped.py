@@ -15,6 +15,7 @@ from c2m3_fl.core.places import Place, blend, permute
 from c2m3_fl.core.rotation import displacement
 from c2m3_fl.core.terms import Term
 
+_SMALL = 1 << 14  # numbers that are converted to double precision as a whole: fewer calls
 _ROW = 1024  # products that are added up in the working dtype before the sum goes on in float64
 
 Vertex = Mapping[str, Tensor]  # per group the index forms of some nodes, shape (nodes, size)
@@ -102,6 +103,8 @@ def inner(left: Tensor, right: Tensor) -> float:
 
 def dot(left: Tensor, right: Tensor) -> Tensor:
     """Inner product as a tensor on the device of the computation, accumulated in float64."""
+    if left.numel() <= _SMALL:
+        return torch.dot(left.reshape(-1).double(), right.reshape(-1).double())
     return inners(left[None], right[None])[0]
 
 
