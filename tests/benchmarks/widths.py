@@ -6,12 +6,12 @@ trains the clients, prints a markdown table, accuracy in percent (mean ± standa
 ``c2m3_fl/merging/results/widths.json`` (``--output FILE``) after every cell: a case, a partition and a seed. Cells that
 are in the file are not measured again, and clients are kept in a cache, so that a run that was cut short goes on. A
 cell that fails is printed, and the others go on. ``--collect FILE ...`` adds the rows of such files to the record;
-``--redraw`` prints the record's table.
+``--redraw`` prints the record's table, ``--picture FILE`` draws it.
 
 A merge is given the inputs of 300 training images (1,000 of CIFAR-10) that no client has, and no label. That missing
 units count as zeros on axes that read units was chosen on seeds 10, 11 and 12 of digits (``--cases digits --seeds 10
-11 12 --trial``), which are not in the table. ``--picture FILE`` draws where the units of the first hidden layer of seed
-0 (digits, IID) are in the merged network.
+11 12 --trial``), which are not in the table. ``--units FILE`` draws where the units of the first hidden layer of seed 0
+(digits, IID) are in the merged network.
 """
 
 from __future__ import annotations
@@ -19,45 +19,27 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from matplotlib.figure import Figure
 
 from c2m3_fl import merging
-from c2m3_fl.merging import CycleConsistent, Mean, Refit, Repair, merge
+from c2m3_fl.merging import CycleConsistent, Mean, Refit, Repair
 from c2m3_fl.merging.recalibrate.setting import usable_device
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.widths import merge_widths
 from tests.benchmarks.cells import Cells, Layout
-from tests.benchmarks.widths_cases import CASES, CLIENTS, PARTITIONS, SCALES, SETTINGS, WIDTHS, Trained
+from tests.benchmarks.widths_cases import CASES, CLIENTS, PARTITIONS, SCALES, WIDTHS, Trained
+from tests.benchmarks.widths_table import Cell, Row, draw, draw_units, table
 
 RESULTS = Path(merging.__file__).parent / "results" / "widths.json"
 COMMAND = "python -m tests.benchmarks.widths"
 REFIT = Refit(scores=True)
 RECALIBRATIONS: dict[str, Recalibration | None] = {"": None, " + REPAIR": Repair(), " + refit": REFIT}
-Cell = tuple[str, str, int]  # case, partition, seed
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement."""
-
-    partition: str
-    seed: int
-    column: str
-    accuracy: float
-    case: str = "digits"
-
-    @property
-    def cell(self) -> Cell:
-        """What is measured at once."""
-        return self.case, self.partition, self.seed
 
 
 def rows(cell: Cell, *, device: torch.device, merging: torch.device, trial: bool) -> list[Row]:
@@ -102,47 +84,6 @@ def rows(cell: Cell, *, device: torch.device, merging: torch.device, trial: bool
     return [Row(partition, seed, column, value, case) for column, value in measured.items()]
 
 
-def table(found: Sequence[Row]) -> str:
-    """Markdown: one line per column, one column per case and partition, mean ± standard deviation over seeds."""
-    groups = list(dict.fromkeys((row.case, row.partition) for row in found))
-    lines = [
-        f"| | {' | '.join(f'{case}, {partition}' for case, partition in groups)} |",
-        f"| --- |{' ---: |' * len(groups)}",
-    ]
-    for column in dict.fromkeys(row.column for row in found):
-        cells = []
-        for group in groups:
-            scores = [100 * row.accuracy for row in found if (row.case, row.partition, row.column) == (*group, column)]
-            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-            cells.append(f"{statistics.mean(scores):.1f}{spread}" if scores else "–")
-        lines.append(f"| {column} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def draw(file: Path) -> None:
-    """Who maps where: per client and place the cosine of its unit's weights with those of the other owners."""
-    found = Trained.of(replace(SETTINGS, **PARTITIONS["IID"]), torch.device("cpu"))
-    merged = merge(models=found.models, state_dicts=found.nodes, calibration=found.data.calibration, recalibrate="none")
-    assert merged.widths is not None
-    (name, places), *_ = merged.widths.into[-1].items()
-    units = torch.stack([own[name] for own in merged.widths.into])
-    rows = torch.zeros(*units.shape, found.nodes[0]["1.weight"].shape[1])
-    for client, node in enumerate(found.nodes):
-        rows[client] = node["1.weight"][units[client].clamp_min(0)] * (units[client] >= 0)[:, None]
-    cosines = torch.cosine_similarity(rows, rows.sum(0) - rows, dim=-1).masked_fill(units < 0, torch.nan)
-    order = (units >= 0).sum(0).argsort(descending=True, stable=True)
-    figure = Figure(figsize=(9, 2.4), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(cosines[:, order], aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_facecolor("0.92")
-    axes.set_yticks(range(len(CLIENTS)), [f"client {place}, width {width}" for place, width in enumerate(CLIENTS)])
-    axes.set_xlabel(
-        f"{len(places)} units of the first hidden layer of the merged network, those with most owners first"
-    )
-    figure.colorbar(image, label="cosine with the others")
-    figure.savefig(file, dpi=160)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Table of merges of different widths.")
@@ -156,16 +97,19 @@ def main() -> None:
     parser.add_argument("--trial", action="store_true", help="measure means over owners on all axes, write no record")
     parser.add_argument("--collect", nargs="+", type=Path, help="add the cells of these files to the record")
     parser.add_argument("--redraw", action="store_true", help="print the table of the record and measure nothing")
-    parser.add_argument("--picture", type=Path, help="draw who maps where, and measure nothing")
+    parser.add_argument("--units", type=Path, help="draw who maps where, and measure nothing")
+    parser.add_argument("--picture", type=Path, help="draw the record, and measure nothing")
     arguments = parser.parse_args()
-    if arguments.picture is not None:
-        draw(arguments.picture)
+    if arguments.units is not None:
+        draw_units(arguments.units)
         return
     known = Cells.read(LAYOUT, arguments.output)
     for file in arguments.collect or []:
         known = known.joined(Cells.read(LAYOUT, file))
     if arguments.collect:
         known.write(arguments.output)
+    elif arguments.picture is not None:
+        draw(known.rows, arguments.picture)
     elif not arguments.redraw:
         torch.set_num_threads(arguments.threads)
         torch.backends.cudnn.allow_tf32 = False
