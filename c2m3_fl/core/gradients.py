@@ -23,6 +23,7 @@ _MODELS = 4  # gradients are kept where those of all nodes take no more memory t
 _WORTH = 0.5  # share of a product's work above which it is computed anew: changes also take copies
 _CALL = 1 << 20  # multiplications in whose time a change's tensors are set up
 _LARGE = 1 << 24  # multiplications of a gradient; smaller ones take no longer than the changes of a few nodes
+_FASTER = 1 << 10  # times that an accelerator is faster in multiplications than a thread; it is called no faster
 _CHANGES = 64  # after which a gradient is computed anew
 
 
@@ -87,6 +88,7 @@ class Gradients:
         self._journals = [_Journal() for _ in universe.problem.terms]
         self._kept: dict[tuple[int, str], _Kept] = {}
         self._keeps = _worth_keeping(universe.problem)
+        self._call = _CALL * _faster(universe.problem)
         self._followed = set(universe.problem.touched(self._keeps))
 
     def of(self, node: int, groups: Collection[str], numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -161,7 +163,7 @@ class Gradients:
                 return False
             others = [change for change in changes if change.node != node]
             todo += [(number, change) for change in others]
-            work += sum(product * change.share + _CALL for change in others)
+            work += sum(product * change.share + self._call for change in others)
             whole += product
         kept.changes += len(todo)
         if work > _WORTH * whole or kept.changes > _CHANGES:
@@ -190,6 +192,11 @@ def _worth_keeping(problem: Problem) -> set[str]:
     numels = [term.value[0].numel() for term in problem.terms]
     sizes = {name: group.size for name, group in problem.spec.groups.items()}
     products = {name: size * sum(numels[number] for number in problem.touched([name])) for name, size in sizes.items()}
-    large = {name for name, product in products.items() if product > _LARGE}
+    large = {name for name, product in products.items() if product > _LARGE * _faster(problem)}
     memory = problem.count * sum(sizes[name] ** 2 for name in large)
     return large if memory <= _MODELS * sum(numels) else set()
+
+
+def _faster(problem: Problem) -> int:
+    """How many multiplications take as long as one of a thread of the CPU."""
+    return 1 if problem.like.device.type == "cpu" else _FASTER
