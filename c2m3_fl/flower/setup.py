@@ -216,6 +216,7 @@ def build_setup(
             sizes,
             fitted,
             Refit() if decides else chosen,
+            place,
             example_inputs=example_inputs,
             inputs=inputs,
             outputs=outputs,

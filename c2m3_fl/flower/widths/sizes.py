@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from logging import ERROR
 
 import torch
@@ -11,10 +12,12 @@ from flwr.supercore import log
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.client_refit_options import ClientRefit, RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.generators import undisturbed
+from c2m3_fl.flower.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.records import Schema, bare_name, reply_schema, schema_of_params
 from c2m3_fl.flower.wrapped import typed_like
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
@@ -39,10 +42,13 @@ class Sizes:
         The model, which is the widest, and those of the option `sizes`.
     recalibration : Recalibration, optional
         Of a deployed model that is restricted to a narrower width; None leaves it as it is.
+    device : torch.device
+        Where to recalibrate.
     """
 
     networks: tuple[Network, ...]
     recalibration: Recalibration | None
+    device: torch.device
 
     @classmethod
     def of(
@@ -51,6 +57,7 @@ class Sizes:
         sizes: object,
         data: CalibrationSet,
         recalibration: Recalibration | None,
+        device: torch.device,
         *,
         example_inputs: ExampleInputs | None,
         inputs: Sequence[str] | None,
@@ -68,6 +75,8 @@ class Sizes:
             The server's.
         recalibration : Recalibration, optional
             Of a deployed model that is restricted, where the server holds calibration batches.
+        device : torch.device
+            Where to recalibrate.
         example_inputs, inputs, outputs
             See `C2M3`.
 
@@ -99,7 +108,7 @@ class Sizes:
         )
         if widths.wide is not widths.nodes[0]:
             raise ConfigError(f"{widths.wide.name} is wider than model: pass the widest network as model")
-        return cls(widths.nodes, recalibration if data.batches else None)
+        return cls(widths.nodes, recalibration if data.batches else None, device)
 
     @property
     def spec(self) -> PermutationSpec:
@@ -217,17 +226,20 @@ class Cuts:
     def params(self, place: int) -> Params:
         """The model at a width: itself at its own; recalibrated at a narrower one, as it is if that fails."""
         if place not in self._cuts:
-            wide, narrow = self._sizes.networks[0], self._sizes.networks[place]
-            given = (wide, narrow, self._params, self.units(place))
             try:
                 with undisturbed():
-                    found, _ = cut(*given, self._recalibration)
+                    found, _ = with_cpu_fallback(partial(self._cut, place), self._sizes.device, "recalibration")
             except Exception as error:  # if recalibration fails, keep the restriction
                 text = "\t> the model at the width of %s is not recalibrated: %s: %s"
-                log(ERROR, text, narrow.name, type(error).__name__, error)
-                found, _ = cut(*given, None)
-            self._cuts[place] = {name: found[name] for name in self._given}
+                log(ERROR, text, self._sizes.networks[place].name, type(error).__name__, error)
+                found = carry(self._sizes.spec, self._sizes.networks[place].spec, self.units(place), self._params)
+            self._cuts[place] = {name: found[name].cpu() for name in self._given}
         return self._cuts[place]
+
+    def _cut(self, place: int, device: torch.device) -> Params:
+        """The model at a narrower width, computed on a device."""
+        wide, narrow = self._sizes.networks[0], self._sizes.networks[place]
+        return cut(wide, narrow, to_device(self._params, device), self.units(place), self._recalibration)[0]
 
     def injection(self, place: int) -> dict[str, Tensor]:
         """For every unit of the model the unit of a width that it is, or -1."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from flwr.app import ArrayRecord
 
 from c2m3_fl.flower.records import to_params
-from tests.flower.federation import mlp, reply, send, shuffled
+from tests.flower.federation import digits, mlp, reply, send, shuffled
 from tests.flower.widths.federation import sized
-
-pytestmark = pytest.mark.slow  # the stand-in takes half a minute for a match
 
 
 def test_replies_that_permute_their_units_are_brought_back(device: torch.device) -> None:
@@ -23,3 +21,14 @@ def test_replies_that_permute_their_units_are_brought_back(device: torch.device)
     assert metrics["c2m3-share-moved"] > 0
     for name, value in mlp().state_dict().items():
         torch.testing.assert_close(to_params(arrays)[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_deployed_model_is_restricted_alike(device: torch.device) -> None:
+    start = ArrayRecord(mlp().state_dict())
+    inputs = [digits()[0][:60]]
+    found, expected = (
+        to_params(sized(device=place, calibration=inputs, recalibrate="repair").at_width(start, 1))
+        for place in (device, torch.device("cpu"))
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
