@@ -74,10 +74,12 @@ def matrix_of(place: Place, size: int, like: Tensor) -> Tensor:
 def blend(value: Tensor, dim: int, place: Place) -> Tensor:
     """Put the units along a dimension at their place."""
     if isinstance(place, Mixture):
-        warmth = place.barycentre
-        mean = value.mean(dim, keepdim=True) * warmth if warmth else value.new_zeros(())
-        for share, index in zip(place.shares, place.permutations, strict=True):
-            mean = torch.add(mean, value if index is None else permute(value, dim, index), alpha=share)
+        parts = (value if index is None else permute(value, dim, index) for index in place.permutations)
+        first, warmth = next(parts), place.barycentre
+        share = place.shares[0]
+        mean = torch.add(value.mean(dim, keepdim=True) * warmth, first, alpha=share) if warmth else first * share
+        for share, part in zip(place.shares[1:], parts, strict=True):
+            mean.add_(part, alpha=share)
         return mean
     if dim == value.ndim - 1 and dim > 0:
         return value @ place.T
