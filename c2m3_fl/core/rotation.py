@@ -48,20 +48,41 @@ def polar(gain: npt.NDArray[Any], centred: bool = False) -> Matrix:
     """
     if not np.isfinite(gain).all():
         raise ParamsError("the agreement overflows: the nodes' values are too large for their dtype, scale them down")
-    rounding = _ROUNDING * float(np.finfo(gain.dtype).eps)
     functional = gain.astype(np.float64)
-    if centred:  # the vector of ones becomes a part of the null space on both sides, which moves as little as it can
-        functional = functional - functional.mean(-1, keepdims=True)
-        functional -= functional.mean(-2, keepdims=True)
+    least = _ROUNDING * float(np.finfo(gain.dtype).eps) * np.linalg.norm(functional, axis=(-2, -1))
+    if not centred:
+        return _polar(functional, least)[0]
+    size = gain.shape[-1]
+    if size == 1:
+        return np.ones_like(functional)  # nothing but the vector of ones
+    others = _apart_from_ones(size)
+    inner, still = _polar(others.T @ functional @ others, least)
+    found: Matrix = others @ inner @ others.T + 1 / size
+    found[still] = np.eye(size)
+    return found
+
+
+def _polar(functional: Matrix, least: npt.NDArray[np.float64]) -> tuple[Matrix, npt.NDArray[np.bool_]]:
+    """The polar factors, and which of them are the identity; singular values up to `least` are zero."""
     left, values, right = np.linalg.svd(functional)
     found: Matrix = left @ right
-    least = rounding * np.linalg.norm(gain.astype(np.float64), axis=(-2, -1))
+    still = np.zeros(least.shape, dtype=bool)
     for where in np.ndindex(least.shape):
-        if _is_symmetric(functional[where], least[where]):
-            found[where] = np.eye(gain.shape[-1])
+        still[where] = _is_symmetric(functional[where], float(least[where]))
+        if still[where]:
+            found[where] = np.eye(functional.shape[-1])
         elif values[where][-1] <= least[where]:
             found[where] = _completed(left[where], int((values[where] > least[where]).sum()), right[where])
-    return found
+    return found, still
+
+
+def _apart_from_ones(size: int) -> Matrix:
+    """An orthonormal basis of what is orthogonal to the vector of ones, shape (size, size - 1): a reflection's."""
+    mirror = np.full((size, 1), size**-0.5)
+    mirror[0] -= 1.0  # between the first axis and the vector of ones
+    squared = float((mirror**2).sum())
+    reflection = np.eye(size) - (2 / squared if squared > 0 else 0.0) * mirror @ mirror.T
+    return np.asarray(reflection[:, 1:])
 
 
 def _is_symmetric(functional: Matrix, least: float) -> bool:

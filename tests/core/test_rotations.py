@@ -136,6 +136,16 @@ def test_no_rotation_is_better_than_the_polar_factor(size: int, centred: bool) -
         assert (gain * best).sum() == pytest.approx(np.linalg.svd(gain)[1].sum())
 
 
+@pytest.mark.parametrize("size", [2, 8, 40])
+def test_singular_values_that_fade_into_rounding_leave_the_vector_of_ones_fixed(size: int) -> None:
+    spec = PermutationSpec({"g": Group(size, kind="centred")}, {})
+    for seed in range(10):
+        left, right = np.linalg.qr(np.random.default_rng(seed).normal(size=(2, size, size)))[0]
+        best = polar(left * 10.0 ** np.linspace(0, -20, size) @ right, centred=True)
+        permutation.validate(spec, {"g": torch.from_numpy(best)})
+        np.testing.assert_allclose(best.sum(1), 1, atol=1e-12)
+
+
 def test_procrustes() -> None:
     left, right = np.random.default_rng(0).normal(size=(2, 7, 4))
     np.testing.assert_allclose(polar(left.T @ right), orthogonal_procrustes(right, left)[0].T, atol=1e-12)
