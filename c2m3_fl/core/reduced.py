@@ -17,6 +17,7 @@ from c2m3_fl.core.potentials import CENTRINGS, SCALINGS, TEMPERATURES, UNDERFLOW
 from c2m3_fl.errors import ParamsError
 
 LEAST = 256  # size from which a thread of the CPU takes longer for the potentials than an accelerator for many problems
+_AT_A_TIME = 1 << 26  # entries of functionals that are looked at together; several times as much memory
 
 Costs = dict[tuple[str, int], npt.NDArray[Any] | None]
 
@@ -40,20 +41,24 @@ def reduced_costs(gains: Mapping[str, Tensor], names: Sequence[str]) -> Costs:
     for name in names:
         sizes.setdefault(gains[name].shape[1], []).extend((name, node) for node in range(len(gains[name])))
     found: Costs = {}
-    for places in sizes.values():
-        gain = torch.stack([gains[name][node] for name, node in places])
-        finite, still = torch.stack([gain.isfinite().flatten(1).all(1), _identity_is_optimal(gain)]).tolist()
-        if not all(finite):
-            raise ParamsError(
-                "the agreement overflows: the nodes' values are too large for their dtype, scale them down"
-            )
-        left = [row for row, proven in enumerate(still) if not proven]
-        found |= dict.fromkeys(places)
-        if left:
-            costs = (
-                _reduced(gain if len(left) == len(places) else torch.stack([gain[row] for row in left])).cpu().numpy()
-            )
-            found |= {places[row]: cost for row, cost in zip(left, costs, strict=True)}
+    for size, whole in sizes.items():
+        at_once = max(1, _AT_A_TIME // size**2)
+        for first in range(0, len(whole), at_once):
+            found |= _together(gains, whole[first : first + at_once])
+    return found
+
+
+def _together(gains: Mapping[str, Tensor], places: Sequence[tuple[str, int]]) -> Costs:
+    """The costs of some problems of one size."""
+    gain = torch.stack([gains[name][node] for name, node in places])
+    finite, still = torch.stack([gain.isfinite().flatten(1).all(1), _identity_is_optimal(gain)]).tolist()
+    if not all(finite):
+        raise ParamsError("the agreement overflows: the nodes' values are too large for their dtype, scale them down")
+    found: Costs = dict.fromkeys(places)
+    left = [row for row, proven in enumerate(still) if not proven]
+    if left:
+        some = gain if len(left) == len(places) else torch.stack([gain[row] for row in left])
+        found |= {places[row]: cost for row, cost in zip(left, _reduced(some).cpu().numpy(), strict=True)}
     return found
 
 

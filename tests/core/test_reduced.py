@@ -57,6 +57,7 @@ def test_an_oracle_on_an_accelerator_is_the_one_on_the_cpu(
 ) -> None:
     """Groups of three sizes, of which the smallest goes to the CPU as it is."""
     monkeypatch.setattr(assignment, "LEAST", 20)
+    monkeypatch.setattr(reduced, "_AT_A_TIME", 4 * 30**2)  # four problems of size 30, two of size 40
     sizes = {"a": 30, "b": 40, "c": 30, "d": 8}
     spec = PermutationSpec({name: Group(size) for name, size in sizes.items()}, {})
     functionals = {name: gains("unrelated", torch.float64, size) for name, size in sizes.items()}
