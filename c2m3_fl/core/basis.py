@@ -80,7 +80,11 @@ def bounded_weights(
     limit : float
         Largest norm, in median norms, that counts in full.
     """
-    norms = [_norm(spec, node) for node in nodes]
+    return bounded([_norm(spec, node) for node in nodes], weights, limit)
+
+
+def bounded(norms: Sequence[float], weights: Sequence[float], limit: float = 2.0) -> list[float]:
+    """The same for nodes of these norms."""
     ceiling = limit * float(torch.tensor(norms, dtype=torch.float64).median())
     return [weight if norm <= ceiling else weight * ceiling / norm for weight, norm in zip(weights, norms, strict=True)]
 

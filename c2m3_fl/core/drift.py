@@ -7,6 +7,7 @@ consensus and the outliers of nodes of which none has to move follow from the pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.identity_proof import Placed, add_squares, distances, reach, still_around
-from c2m3_fl.core.mapped import inners
+from c2m3_fl.core.mapped import inner
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.terms import densify, matched_names, working_dtype
 
@@ -50,13 +51,6 @@ class Products:
         """Products of the nodes themselves, shape (tensors, nodes, nodes)."""
         return self.drifts + self.along[:, :, None] + self.along[:, None, :] + self.start[:, None, None]
 
-    def agreement(self, weights: Sequence[float]) -> float:
-        """The agreement ``sum_{i<j} w_i w_j <W_i, W_j>`` as the nodes are; weights on any scale."""
-        share = torch.tensor(list(weights), dtype=torch.float64)
-        share = share / share.sum()
-        apart = self.nodes.sum(0).fill_diagonal_(0)
-        return 0.5 * float(share @ apart @ share)
-
 
 class Drifts:
     """The nodes that came so far, next to the network that all of them started from.
@@ -78,11 +72,14 @@ class Drifts:
         self._apart = distances(spec, start)
         self._reach = {name: reach(apart) for name, apart in self._apart.items()}
         self._placed = {name: self._segments(name) for name in self.names}
+        squares = [inner(value, value) for value in self._start.values()]
+        self._squares = torch.tensor(squares, dtype=torch.float64)  # squared norms of the start's tensors
         self._sum = {name: torch.zeros_like(value) for name, value in self._start.items()}
         self._nodes: list[Params] = []
+        self._numbers: dict[tuple[int, ...], int] = {}
         self._weights: list[float] = []
         self._lengths: list[dict[str, Tensor]] = []
-        self._rows: list[Tensor] = []  # shape (tensors, nodes up to this one and the start)
+        self._rows: list[Tensor] = []  # shape (tensors, nodes): its products with those up to itself, and the start
 
     def _segments(self, name: str) -> tuple[Placed, ...]:
         axes, dense = densify(self.spec.tensors[name], self._start[name][None])
@@ -101,13 +98,21 @@ class Drifts:
         lengths = self._from(self._start, node, weight)
         far = (bool((lengths[name] > _HOPELESS * reach).any()) for name, reach in self._reach.items())
         self.hopeful = self.hopeful and not any(far)
-        self._nodes.append({name: node[name].detach() for name in self.names})
+        self._numbers[self._identity(node)] = len(self._nodes)
+        self._nodes.append({name: node[name] for name in self.names})
         self._weights.append(weight)
         self._lengths.append(lengths)
-        if self.complete:
-            found = [self._products(name, [each[name].reshape(-1) for each in self._nodes]) for name in self.names]
-            self._rows.append(torch.stack(found) if found else torch.zeros(0, len(self._nodes) + 1))
+        nodes = self._nodes if self.complete else self._nodes[-1:]
+        found = [self._products(name, [each[name].detach().reshape(-1) for each in nodes]) for name in self.names]
+        self._rows.append(torch.stack(found) if found else torch.zeros(0, len(nodes) + 1, dtype=torch.float64))
         return len(self._nodes) - 1
+
+    def number_of(self, node: Params) -> int | None:
+        """The number of a node that was added: of the same tensors; None for others."""
+        return self._numbers.get(self._identity(node))
+
+    def _identity(self, node: Params) -> tuple[int, ...]:
+        return tuple(id(node[name]) for name in self.names)
 
     def _from(self, centre: Params, node: Params, weight: float = 0.0) -> dict[str, Tensor]:
         """How far every unit of a node is from a network, per group; the drift is added to the sum by its weight."""
@@ -140,21 +145,52 @@ class Drifts:
             return True
         if apart:
             return all(self._still_halfway(rest, lengths) for lengths in known)
-        if sorted(numbers) != list(range(len(self._nodes))) or any(
-            self._weights[number] != weight for number, weight in zip(numbers, weights, strict=True)
-        ):
-            return False  # the sum is of other nodes
-        share = torch.tensor(self._weights, dtype=torch.float64)
-        total, share = float(share.sum()), share / share.sum()
-        mean = {name: torch.add(value, self._sum[name], alpha=1 / total) for name, value in self._start.items()}
+        mean = self._mean(numbers, weights)
         moved = self._from(self._start, mean)
         if not self._still_halfway(rest, moved):
             return False
-        if len(self._nodes) == 1:
+        if len(numbers) == 1:
             return True
-        around = [self._from(mean, node) for node in self._nodes]
+        share = torch.tensor(list(weights), dtype=torch.float64)
+        share = share / share.sum()
+        around = [self._from(mean, self._nodes[number]) for number in numbers]
         lengths = {name: torch.stack([each[name] for each in around]) for name in rest}
         return all(still_around(self._apart[name], moved[name], lengths[name], share) for name in rest)
+
+    def _mean(self, numbers: Sequence[int], weights: Sequence[float]) -> dict[str, Tensor]:
+        """The weighted mean of some nodes: from the sum where that is of these nodes and weights."""
+        sums = self._sum
+        pairs = list(zip(numbers, weights, strict=True))
+        if sorted(pairs) != list(enumerate(self._weights)):
+            sums = {name: torch.zeros_like(value) for name, value in self._start.items()}
+            for number, weight in pairs:
+                for name, total in sums.items():
+                    total.add_(self._nodes[number][name].to(self._dtype) - self._start[name], alpha=weight)
+        scale = 1 / math.fsum(weights)
+        return {name: torch.add(value, sums[name], alpha=scale) for name, value in self._start.items()}
+
+    def agreement(self, numbers: Sequence[int], weights: Sequence[float], *, apart: bool = False) -> float:
+        """The agreement ``sum_{i<j} w_i w_j <W_i, W_j>`` of some nodes as they are, for weights of any scale.
+
+        Parameters
+        ----------
+        numbers, weights, apart
+            See `still`: apart, it is the sum over the nodes of what each one has with the start.
+        """
+        share = torch.tensor(list(weights), dtype=torch.float64)
+        share = share / share.sum()
+        if apart:
+            along = torch.stack([self._rows[number][:, -1].sum() for number in numbers])
+            return float((along + self._squares.sum()).sum()) / 4
+        if self.complete:
+            return 0.5 * float(share @ self.products(numbers).nodes.sum(0).fill_diagonal_(0) @ share)
+        mean = self._mean(numbers, weights).values()
+        return 0.5 * (sum(inner(value, value) for value in mean) - float(share.square() @ self.norms(numbers).square()))
+
+    def norms(self, numbers: Sequence[int]) -> Tensor:
+        """Norms of some nodes, in float64, shape (nodes,)."""
+        sums = torch.stack([self._rows[number][:, -2:].sum(0) for number in numbers])
+        return (sums[:, 0] + 2 * sums[:, 1] + self._squares.sum()).clamp(min=0).sqrt()
 
     def _within_reach(self, group: str, numbers: Sequence[int]) -> bool:
         """Whether a group's units stay within reach, or where they are: units of the start may coincide."""
@@ -208,6 +244,4 @@ class Drifts:
         rows = self._rows
         drifts = [torch.stack([rows[max(i, j)][:, min(i, j)] for j in numbers], 1) for i in numbers]
         along = torch.stack([rows[i][:, -1] for i in numbers], 1)
-        flat = [value.view(1, -1) for value in self._start.values()]
-        start = torch.stack([inners(value, value)[0].cpu() for value in flat]) if flat else torch.zeros(0)
-        return Products(self.names, torch.stack(drifts, 1), along, start)
+        return Products(self.names, torch.stack(drifts, 1), along, self._squares)

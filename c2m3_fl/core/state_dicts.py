@@ -14,6 +14,8 @@ from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.errors import ParamsError
 
+_AT_A_TIME = 1 << 20  # elements whose squares are added up in their own precision
+
 
 def same(one: Params, other: Params) -> bool:
     """Whether two state dicts are equal, bit for bit."""
@@ -28,7 +30,9 @@ def to_device(params: Params, device: torch.device) -> dict[str, Tensor]:
 def check_finite(params: Params, who: str = "") -> None:
     """Raise `ParamsError` naming the first floating tensor that holds NaN or an infinity."""
     for name, value in params.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not value.is_floating_point() or math.isfinite(float(value.sum())):
+            continue  # a finite sum has finite terms; one that is not may still have overflowed
+        if not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())
             prefix = f"{who}: " if who else ""
             raise ParamsError(f"{prefix}{name!r} has {count} values that are NaN or infinite, expected finite numbers")
@@ -41,7 +45,8 @@ def norm(params: Params) -> float:
 
 def _size(value: Tensor) -> float:
     """Norm of a tensor: at single precision, ten times as fast, unless squares overflow or vanish there."""
-    single = float(torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)))
+    flat = value.detach().reshape(-1).to(torch.promote_types(value.dtype, torch.float32))
+    single = math.sqrt(sum(float(part.dot(part)) for part in flat.split(_AT_A_TIME)))
     return single if 0 < single < math.inf else float(torch.linalg.vector_norm(value, dtype=torch.float64))
 
 

@@ -18,12 +18,14 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import check_finite, norm
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.admitted import Dropped, Reply, Sorted, fault_of
+from c2m3_fl.flower.aligned_replies import AlignedReplies
 from c2m3_fl.flower.buffers import Buffers
 from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.exporting import mode
 
+_MODES = (False, True)  # of training
 _FAR = 100.0  # a mean, a median or a server's step lies among the replies and the model that was sent
 
 
@@ -38,6 +40,7 @@ class Gate:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
+        self._copies = Copies(setup.model)
         self._said = False
 
     @cached_property
@@ -77,21 +80,25 @@ class Gate:
         replies.sort(key=lambda reply: (reply.content, reply.node))  # which buffers that are not used do not decide
         return replace(found, replies=tuple(replies), dropped=(*found.dropped, *dropped))
 
-    def accept(self, merged: Params, replies: Sequence[Params], sent: Params) -> Params:
+    def prepare(self) -> None:
+        """Make now the copies of the network that `accept` runs."""
+        self._copies.prepare(len(_MODES))
+
+    def accept(self, merged: Params, aligned: AlignedReplies, sent: Params) -> Params:
         """A merged model with the model's own buffers; `ParamsError` where clients must not train it.
 
         Parameters
         ----------
         merged : mapping of str to Tensor
             What the wrapped strategy returned.
-        replies : sequence of mappings of str to Tensor
-            What it was given, aligned.
+        aligned : AlignedReplies
+            What it was given.
         sent : mapping of str to Tensor
             The model that was sent out, in its own element types.
         """
-        restored = self._buffers.restore(merged, replies, sent)
-        check_norm(restored, replies, sent)
-        check_runs(self._setup.model, self._setup.data.example, self._own(restored), self._own(sent))
+        restored = self._buffers.restore(merged, aligned.params, sent)
+        check_norm(restored, [*aligned.sizes, norm(sent)])
+        check_runs(self._copies, self._setup.data.example, self._own(restored), self._own(sent))
         return restored
 
     def sound(self, replies: Sequence[Params], sent: Params) -> list[bool]:
@@ -104,8 +111,8 @@ class Gate:
         sent : mapping of str to Tensor
             The model that was sent out, in its own element types.
         """
-        model, example = self._setup.model, self._setup.data.example
-        return [not fault(model, example, self._own(reply), self._own(sent)) for reply in replies]
+        example = self._setup.data.example
+        return [not fault(self._copies, example, self._own(reply), self._own(sent)) for reply in replies]
 
     def _own(self, params: Params) -> dict[str, Tensor]:
         """Exchanged tensors under the model's own names."""
@@ -121,19 +128,16 @@ def entry_numbers(found: Sorted[Any]) -> Numbers:
     }
 
 
-def check_norm(merged: Params, replies: Sequence[Params], sent: Params) -> None:
+def check_norm(merged: Params, sizes: Sequence[float]) -> None:
     """Raise `ParamsError` for a merged model far smaller or larger than all replies and the model that was sent out.
 
     Parameters
     ----------
     merged : mapping of str to Tensor
         What the wrapped strategy returned.
-    replies : sequence of mappings of str to Tensor
-        What it was given.
-    sent : mapping of str to Tensor
-        The model that was sent out.
+    sizes : sequence of float
+        Norms of the replies and of that model.
     """
-    sizes = [norm(params) for params in (*replies, sent)]
     least, most, found = min(sizes) / _FAR, max(sizes) * _FAR, norm(merged)
     if not least <= found <= most:  # which NaN does not
         raise ParamsError(
@@ -142,7 +146,30 @@ def check_norm(merged: Params, replies: Sequence[Params], sent: Params) -> None:
         )
 
 
-def check_runs(model: nn.Module, example: Batch, merged: Params, sent: Params) -> None:
+class Copies:
+    """Copies of a network that are run once, and may be made in advance.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; not mutated.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._ready: list[nn.Module] = []
+
+    def prepare(self, count: int) -> None:
+        """Have so many copies ready."""
+        while len(self._ready) < count:
+            self._ready.append(deepcopy(self._model))
+
+    def take(self) -> nn.Module:
+        """A fresh copy."""
+        return self._ready.pop() if self._ready else deepcopy(self._model)
+
+
+def check_runs(model: nn.Module | Copies, example: Batch, merged: Params, sent: Params) -> None:
     """Raise `ParamsError` where the merged model raises, or gives NaN, on inputs on which the model sent out does not.
 
     See `fault` for the parameters; `merged` is the model to try.
@@ -152,12 +179,12 @@ def check_runs(model: nn.Module, example: Batch, merged: Params, sent: Params) -
         raise ParamsError(f"the merged model {found} on the example inputs")
 
 
-def fault(model: nn.Module, example: Batch, params: Params, sent: Params) -> str:
+def fault(model: nn.Module | Copies, example: Batch, params: Params, sent: Params) -> str:
     """What a model does wrong on inputs on which the one that was sent out does not, predicting or training.
 
     Parameters
     ----------
-    model : nn.Module
+    model : nn.Module or Copies
         The architecture; not mutated.
     example : Batch
         Inputs that it takes.
@@ -169,19 +196,20 @@ def fault(model: nn.Module, example: Batch, params: Params, sent: Params) -> str
     str
         "" for nothing.
     """
-    for training in (False, True):
-        found = _run(model, example, params, training=training)
-        if found and not _run(model, example, sent, training=training):
+    copies = Copies(model) if isinstance(model, nn.Module) else model
+    for training in _MODES:
+        found = _run(copies, example, params, training=training)
+        if found and not _run(copies, example, sent, training=training):
             return found + (" in training mode" if training else "")
     return ""
 
 
-def _run(model: nn.Module, example: Batch, params: Params, *, training: bool) -> str:
+def _run(copies: Copies, example: Batch, params: Params, *, training: bool) -> str:
     """What is wrong with a network and its outputs; "" for nothing."""
-    place = next((value.device for value in model.state_dict().values()), torch.device("cpu"))
-    args, kwargs = tree_map(lambda value: value.to(place) if isinstance(value, Tensor) else value, example.call)
     try:
-        network = deepcopy(model)
+        network = copies.take()
+        place = next((value.device for value in network.state_dict().values()), torch.device("cpu"))
+        args, kwargs = tree_map(lambda value: value.to(place) if isinstance(value, Tensor) else value, example.call)
         network.load_state_dict(dict(params), strict=False)
         with mode(network, training=training), torch.random.fork_rng(devices=[]), torch.no_grad():
             outputs = network(*args, **kwargs)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from logging import WARNING
 from typing import Generic, TypeVar
 
+from flwr.app import ArrayRecord
 from flwr.supercore import log
 from torch import Tensor
 
@@ -16,6 +17,31 @@ from c2m3_fl.flower.client_text import shown
 Source = TypeVar("Source")
 
 _NAMED = 10  # nodes in one line of the log
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """The arrays of a reply that passed every check of its values.
+
+    Attributes
+    ----------
+    params : dict of str to Tensor
+        The tensors, in the order of the model that was sent out; they may lie in the reply's own bytes.
+    digest : str
+        Of their content.
+    size : float
+        Their norm.
+    cast : frozenset of str
+        Tensors that came in another floating precision and were cast to the model's.
+    outgoing : ArrayRecord
+        The arrays as the wrapped strategy takes them where nothing moves.
+    """
+
+    params: dict[str, Tensor]
+    digest: str
+    size: float
+    cast: frozenset[str]
+    outgoing: ArrayRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +64,10 @@ class Reply(Generic[Source]):
         Tensors that came in another floating precision and were cast to the model's.
     replaced : frozenset of str
         Tensors that are the model's own instead of what came.
+    size : float, optional
+        Its norm, where that is known.
+    outgoing : ArrayRecord, optional
+        The arrays of these very tensors as the wrapped strategy takes them, where they are known.
     """
 
     node: int
@@ -47,6 +77,8 @@ class Reply(Generic[Source]):
     source: Source
     cast: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
+    size: float | None = None
+    outgoing: ArrayRecord | None = None
 
     def as_it_came(self, name: str) -> bool:
         """Whether the array in `source` is this reply's tensor of that name."""

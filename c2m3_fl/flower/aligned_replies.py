@@ -10,6 +10,7 @@ from typing import Any
 
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import norm
 from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.flower.replies import Dropped, Reply
 from c2m3_fl.merging.widths.injections import Injection
@@ -73,6 +74,14 @@ class AlignedReplies:
     def nodes(self) -> list[int]:
         """Who replied."""
         return [reply.node for reply in self.replies]
+
+    @property
+    def sizes(self) -> list[float]:
+        """Norms of the aligned params."""
+        pairs = zip(self.replies, self.params, strict=True)
+        return [
+            norm(params) if reply.size is None or params is not reply.params else reply.size for reply, params in pairs
+        ]
 
     def only(self, kept: Sequence[bool], reason: str = MISFIT) -> AlignedReplies:
         """Some of the replies; the others are dropped for a reason."""

@@ -14,15 +14,17 @@ from flwr.supercore import log
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
-from c2m3_fl.core.basis import bounded_weights, closest, consensus, into_basis
+from c2m3_fl.core.basis import bounded_weights, closest, consensus, consensus_of, into_basis
 from c2m3_fl.core.joining import match_bounded
 from c2m3_fl.core.match import match
+from c2m3_fl.core.outliers import outliers_of
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.result import Match
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start
 from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import ConfigError
+from c2m3_fl.flower.arriving.ahead import Seen
 from c2m3_fl.flower.memory import Memory
 from c2m3_fl.flower.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.progress import MatchLog
@@ -117,7 +119,12 @@ class Aligner:
         self._deadline = math.inf
 
     def align(
-        self, nodes: Sequence[int], params: Sequence[Params], weights: Sequence[float], sent: Params
+        self,
+        nodes: Sequence[int],
+        params: Sequence[Params],
+        weights: Sequence[float],
+        sent: Params,
+        seen: Seen | None = None,
     ) -> RoundMatch:
         """Bring the replies of `nodes` into one basis, and remember it.
 
@@ -131,6 +138,8 @@ class Aligner:
             Their averaging weights, positive.
         sent : mapping of str to Tensor
             The global model that was sent out.
+        seen : Seen, optional
+            The replies next to that model, where none of them moved far from it.
         """
         started = time.perf_counter()
         self._deadline = math.inf if self.max_seconds is None else time.monotonic() + self.max_seconds
@@ -138,11 +147,17 @@ class Aligner:
         given, start = params, sent
         if self.fold is not None:
             params, sent = [self.fold(reply) for reply in params], self.fold(sent)
-        found, on_cpu = with_cpu_fallback(
-            lambda device: find(nodes, [to_device(node, device) for node in params], weights, to_device(sent, device)),
-            self.device,
-            "matching",
-        )
+        still, on_cpu = None if seen is None else self._still(nodes, weights, seen), False
+        if still is not None:
+            found = still
+        else:
+            found, on_cpu = with_cpu_fallback(
+                lambda device: find(
+                    nodes, [to_device(node, device) for node in params], weights, to_device(sent, device)
+                ),
+                self.device,
+                "matching",
+            )
         moves, origin = self._rebased(nodes, weights, found.moves)
         for node, move in zip(nodes, moves, strict=True):
             self.memory.remember(node, move)
@@ -151,10 +166,13 @@ class Aligner:
         else:
             aligned = tuple(_moved(self.spec, move, reply) for move, reply in zip(moves, params, strict=True))
             start = _moved(self.spec, origin, sent)
-        agreed = consensus(self.spec, aligned, weights)
+        stay = all(map(permutation.is_identity, (*moves, origin)))
+        products = seen.products() if seen is not None and stay else None
+        agreed = consensus(self.spec, aligned, weights) if products is None else consensus_of(products, weights)
+        odd = None if products is None else outliers_of(products)
         seconds = time.perf_counter() - started
         numbers = found.objectives, found.gap, found.gain, found.steps, seconds, on_cpu, found.timed_out
-        return RoundMatch(aligned, tuple(moves), start, agreed, *numbers)
+        return RoundMatch(aligned, tuple(moves), start, agreed, *numbers, odd)
 
     def own_basis(self, node: int, params: Params) -> Params:
         """The global model in the basis in which a node was last found."""
@@ -172,6 +190,15 @@ class Aligner:
             known = self.memory.recall(node)
             found.append(identity if known is None else closest(self.spec, sent, reply, [identity, known]))
         return found
+
+    def _still(self, nodes: Sequence[int], weights: Sequence[float], seen: Seen) -> _Found | None:
+        """What a match would find where no reply has to move: the identity. None where that is not proven."""
+        if any(self.memory.recall(node) is not None for node in nodes):
+            return None
+        objective = seen.agreement_of_still(weights, apart=self.mode == "separate")
+        if objective is None:
+            return None
+        return _Found([permutation.identity(self.spec)] * len(nodes), (objective, objective), 0.0, 0.0, 0)
 
     def _jointly(
         self, nodes: Sequence[int], params: Sequence[Params], weights: Sequence[float], sent: Params

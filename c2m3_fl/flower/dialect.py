@@ -15,13 +15,22 @@ from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.flower.adapters import Lora, averaging_products, bases_of, check_lora
+from c2m3_fl.flower.arriving.listening import Listening
 from c2m3_fl.flower.deployment import Clients
 from c2m3_fl.flower.exchanged import exchanging, model_names
 from c2m3_fl.flower.messages import aggregate_evaluations, aggregate_messages, personal_messages
 from c2m3_fl.flower.metrics import report_idle, reported
 from c2m3_fl.flower.misuse import check_exchanged, check_fits, check_prefixes, check_start
 from c2m3_fl.flower.privacy import check_callers, check_privacy
-from c2m3_fl.flower.records import check_record, from_params, reply_schema, schema_of, schema_of_params, to_params
+from c2m3_fl.flower.records import (
+    Schema,
+    check_record,
+    from_params,
+    reply_schema,
+    schema_of,
+    schema_of_params,
+    to_params,
+)
 from c2m3_fl.flower.replies import sort_messages
 from c2m3_fl.flower.rounds import Aggregate
 from c2m3_fl.flower.server import Server
@@ -30,7 +39,7 @@ from c2m3_fl.flower.two_models import trajectory_names
 from c2m3_fl.flower.widths.arriving import widen_messages
 from c2m3_fl.flower.widths.leaving import sized_messages
 from c2m3_fl.flower.widths.sizes import check_no_adapters, check_whole
-from c2m3_fl.flower.wrapped import continue_from, record_keys, refuse_steps, required_metrics
+from c2m3_fl.flower.wrapped import continue_from, ignores_weights, record_keys, refuse_steps, required_metrics
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 _SENT = "the arrays to send out"
@@ -76,6 +85,7 @@ class Dialect(Strategy):
         self._bases = bases_of(lora, self.setup)
         self.sent = from_params(self.setup.state_dict())
         self._grid: Grid | None = None
+        self._listening: Listening | None = None
         self._evaluate_config: ConfigRecord | None = None
         check_privacy(self.strategy, **self._private)
         self.own_names = frozenset(vars(self))  # a subclass has others, too
@@ -140,18 +150,36 @@ class Dialect(Strategy):
         messages = self.strategy.configure_train(server_round, self.sent.copy(), config, grid)
         if self.server.resizing is not None:
             return sized_messages(self.server.resizing, messages, grid, deployed=False)
+        self._listen(grid)
         return personal_messages(self.setup.aligner, messages)
+
+    def _listen(self, grid: Grid) -> None:
+        """Read the replies of this round as they arrive."""
+        self._stop_listening()
+        if self.server.ahead is not None:
+            weight = None if ignores_weights(self.strategy) else record_keys(self.strategy)[-1]
+            self._listening = Listening(
+                grid, partial(self.server.ahead.hear, schema=self._expected, weighted_by=weight)
+            )
+
+    def _stop_listening(self) -> None:
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Align the replies, aggregate them with the wrapped strategy, and deploy the result."""
-        expected = reply_schema(schema_of_params(self.setup.state_dict()), schema_of(self.sent))
+        self._stop_listening()
+        expected = self._expected
         *_, weight = record_keys(self.strategy)
         if self.server.sent is None:
             self.server.next_start(to_params(self.sent))
         arrived = self.server.arrived(replies, expected, widen_messages)
-        found = sort_messages(arrived.replies, expected, weighted_by=weight, required=required_metrics(self.strategy))
+        required, ahead = required_metrics(self.strategy), self.server.ahead
+        decode = None if ahead is None else ahead.finished().decoded
+        found = sort_messages(arrived.replies, expected, weighted_by=weight, required=required, decode=decode)
         found = replace(found, dropped=(*arrived.dropped, *found.dropped))
         aggregate: Aggregate[MetricRecord] = partial(aggregate_messages, self.strategy, server_round)
         if self._lora != "apart":
@@ -230,6 +258,11 @@ class Dialect(Strategy):
             self.setup = exchanging(self._whole, names)
             self._bases = bases_of(self._lora, self.setup)
             self.server.rebuild(self.setup)
+
+    @property
+    def _expected(self) -> Schema:
+        """What replies look like."""
+        return reply_schema(schema_of_params(self.setup.state_dict()), schema_of(self.sent))
 
     @property
     def _private(self) -> _Private:

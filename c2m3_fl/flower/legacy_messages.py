@@ -16,6 +16,7 @@ from flwr.server.strategy import Strategy
 from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.admitted import Dropped, Reply, Sorted, fault_of, report_dropped
 from c2m3_fl.flower.aligned_replies import AlignedReplies
@@ -66,10 +67,11 @@ def _read(node: int, result: Result, schema: Schema) -> Reply[Result]:
     if len(tensors) != len(schema):
         raise ParamsError(f"reply: {len(tensors)} tensors, expected {len(schema)}")
     entries = list(zip(schema.items(), tensors, strict=True))
-    params = {name: read_npy(f"reply: {name!r}", data, entry) for (name, entry), data in entries}
-    check_values(params)
+    params = {name: read_npy(f"reply: {name!r}", data, entry, share=True) for (name, entry), data in entries}
+    size = check_values(params)
     cast = frozenset(name for (name, entry), data in entries if not entry.as_sent(received_type(data)))
-    return Reply(node, params, weight, content_of(params, {**fit.metrics, "": weight}), result, cast)
+    content = content_of(digest(params), {**fit.metrics, "": weight})
+    return Reply(node, params, weight, content, result, cast, size=size)
 
 
 def _with_metrics(reply: Reply[Result], metrics: dict[str, Scalar]) -> Reply[Result]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from logging import ERROR
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 
@@ -16,7 +15,7 @@ from c2m3_fl.flower.aligned_replies import AlignedReplies
 from c2m3_fl.flower.aligner import Aligner
 from c2m3_fl.flower.metrics import EVALUATIONS_DROPPED, failure, without_ours
 from c2m3_fl.flower.private import with_arrays
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.records import from_params, to_average, to_params
 from c2m3_fl.flower.replies import report_dropped, sort_evaluations
 from c2m3_fl.flower.rewind import taken_back_on_failure
 from c2m3_fl.flower.wrapped import record_keys, stock_averages
@@ -87,16 +86,9 @@ def personal_messages(aligner: Aligner, messages: Iterable[Message]) -> Iterable
 
 
 def _arrays(reply: Reply[Message], params: Params) -> ArrayRecord:
-    """The aligned arrays in the order of the model; those that did not change are the client's own.
-
-    Integer arrays go as float64, which every strategy's arithmetic takes, and give the same floating results.
-    """
+    """The aligned arrays in the order of the model; those that did not change are the client's own."""
+    if params is reply.params and reply.outgoing is not None:
+        return reply.outgoing.copy()
     received = next(iter(reply.source.content.array_records.values()))
-    arrays = {}
-    for name, value in params.items():
-        if not value.is_floating_point():
-            arrays[name] = Array(np.asarray(value.double().numpy()))
-        else:
-            unchanged = value is reply.params[name] and reply.as_it_came(name)
-            arrays[name] = received[name] if unchanged else Array(np.asarray(value.numpy()))
-    return ArrayRecord(arrays)
+    kept = (name for name, value in params.items() if value is reply.params[name] and reply.as_it_came(name))
+    return to_average(params, {name: received[name] for name in kept})

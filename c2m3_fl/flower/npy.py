@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 _MAGIC = b"\x93NUMPY"
 _LENGTHS = {b"\x01\x00": 2, b"\x02\x00": 4, b"\x03\x00": 4}  # by version: bytes that hold the header's length
@@ -78,6 +79,7 @@ def read_header(data: bytes) -> Header:
     return _parsed(data[8 + width : start], start)
 
 
+@lru_cache(maxsize=1024)  # the replies of a round have the same headers
 def _parsed(text: bytes, start: int) -> Header:
     dictionary, brace, padding = text.partition(b"}")
     if dictionary[:1] != b"{" or not brace or padding.strip(b" ") != b"\n" or padding[-1:] != b"\n":

@@ -8,6 +8,7 @@ alone cannot make of bfloat16: such a model must be sent as float32.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,11 @@ from c2m3_fl.flower.npy import Header, read_header
 
 _WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DataParallel put before the names of a state dict
 _NUMPY_STYPE = "numpy.ndarray"  # the one serialisation that Flower's own strategies read
+
+with warnings.catch_warnings():  # once per process torch warns of tensors in bytes, which nobody may write into
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"0", dtype=torch.uint8)
+
 _SUPPORTED = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"})
 _FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 
@@ -117,7 +123,9 @@ def bare_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def to_params(record: ArrayRecord, schema: Schema | None = None, who: str = "arrays") -> dict[str, Tensor]:
+def to_params(
+    record: ArrayRecord, schema: Schema | None = None, who: str = "arrays", *, share: bool = False
+) -> dict[str, Tensor]:
     """State dict of a record, in the order of the schema.
 
     Parameters
@@ -128,6 +136,8 @@ def to_params(record: ArrayRecord, schema: Schema | None = None, who: str = "arr
         What the record must look like; by default what it says of itself.
     who : str
         Whose arrays these are, for the error message.
+    share : bool
+        Whether tensors lie in the record's own bytes where that is possible; then nobody may write into them.
 
     Raises
     ------
@@ -139,7 +149,7 @@ def to_params(record: ArrayRecord, schema: Schema | None = None, who: str = "arr
     extra = [name for name in record if name not in schema]
     if missing or extra:
         raise ParamsError(f"{who}: keys differ from the model's: missing {missing[:5]}, unexpected {extra[:5]}")
-    return {name: _decode(f"{who}: {name!r}", record[name], entry) for name, entry in schema.items()}
+    return {name: _decode(f"{who}: {name!r}", record[name], entry, share=share) for name, entry in schema.items()}
 
 
 def from_params(params: Params) -> ArrayRecord:
@@ -154,7 +164,29 @@ def from_params(params: Params) -> ArrayRecord:
     return ArrayRecord({name: Array(np.asarray(value.detach().cpu().numpy())) for name, value in params.items()})
 
 
-def _decode(who: str, array: Array, entry: Entry) -> Tensor:
+def to_average(params: Params, own: Mapping[str, Array]) -> ArrayRecord:
+    """Arrays for a strategy that averages: integers go as float64, which every strategy's arithmetic takes.
+
+    The results are the same in floating tensors.
+
+    Parameters
+    ----------
+    params : mapping of str to Tensor
+        The tensors; not mutated.
+    own : mapping of str to Array
+        Arrays that some of them came as, which are taken where they are floating.
+    """
+    return ArrayRecord(
+        {
+            name: Array(np.asarray(value.double().numpy()))
+            if not value.is_floating_point()
+            else own.get(name) or Array(np.asarray(value.numpy()))
+            for name, value in params.items()
+        }
+    )
+
+
+def _decode(who: str, array: Array, entry: Entry, *, share: bool) -> Tensor:
     """The tensor of one array, after everything that it claims has been compared with `entry`."""
     if array.stype != _NUMPY_STYPE:
         raise ParamsError(f"{who} is serialised as {array.stype!r}, expected {_NUMPY_STYPE!r}")
@@ -165,10 +197,10 @@ def _decode(who: str, array: Array, entry: Entry) -> Tensor:
     header = _header(who, array.data)
     if header.dtype != array.dtype:
         raise ParamsError(f"{who} holds {header.dtype} of shape {header.shape}, and says that it is {array.dtype}")
-    return read_npy(who, array.data, entry)
+    return read_npy(who, array.data, entry, share=share)
 
 
-def read_npy(who: str, data: bytes, entry: Entry | None = None) -> Tensor:
+def read_npy(who: str, data: bytes, entry: Entry | None = None, *, share: bool = False) -> Tensor:
     """Tensor of the elements of a ``.npy`` file.
 
     Parameters
@@ -179,6 +211,8 @@ def read_npy(who: str, data: bytes, entry: Entry | None = None) -> Tensor:
         The file; its elements are copied.
     entry : Entry, optional
         What the array must look like; by default what its header says, of any element type that a model may have.
+    share : bool
+        Whether the tensor may lie in the bytes; then nobody may write into it.
 
     Raises
     ------
@@ -198,7 +232,11 @@ def read_npy(who: str, data: bytes, entry: Entry | None = None) -> Tensor:
         raise ParamsError(f"{who} holds {len(body)} bytes of elements, expected {expected}")
     if not expected:
         return torch.empty(entry.shape, dtype=own)
-    elements = torch.frombuffer(bytearray(body), dtype=torch.uint8 if found is torch.bool else found)
+    kind = torch.uint8 if found is torch.bool else found
+    if share and header.start % kind.itemsize == 0:
+        elements = torch.frombuffer(data, dtype=kind, offset=header.start)
+    else:
+        elements = torch.frombuffer(bytearray(body), dtype=kind)
     if found is torch.bool:
         elements = elements != 0
     if header.fortran:

@@ -22,10 +22,10 @@ from flwr.common.constant import ErrorCode
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import check_finite, digest, norm
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower.admitted import Dropped, Reply, Sorted, TransientError, fault_of, report_dropped
+from c2m3_fl.flower.admitted import Decoded, Dropped, Reply, Sorted, TransientError, fault_of, report_dropped
 from c2m3_fl.flower.consistency import averageable, consistent, finite, plausible_losses
 from c2m3_fl.flower.private import with_arrays
-from c2m3_fl.flower.records import Schema, bare_name, to_params
+from c2m3_fl.flower.records import Schema, bare_name, to_average, to_params
 
 __all__ = [
     "Dropped",
@@ -36,6 +36,7 @@ __all__ = [
     "check_values",
     "check_weight",
     "content_of",
+    "decoded",
     "only_arrays",
     "only_metrics",
     "report_dropped",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 Record = TypeVar("Record", ArrayRecord, MetricRecord)
+Decode = Callable[[ArrayRecord, Schema], Decoded]
 
 _MOST_EXAMPLES = 2**53  # beyond it floats do not count any more, and sums of few weights overflow
 _LARGEST_LOSS = 1e12
@@ -52,7 +54,12 @@ _PASSING = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, 
 
 
 def sort_messages(
-    messages: Iterable[Message], schema: Schema, *, weighted_by: str, required: Sequence[str] = ()
+    messages: Iterable[Message],
+    schema: Schema,
+    *,
+    weighted_by: str,
+    required: Sequence[str] = (),
+    decode: Decode | None = None,
 ) -> Sorted[Message]:
     """Check every message of a training round.
 
@@ -66,11 +73,30 @@ def sort_messages(
         Key of the averaging weight in each reply's only MetricRecord.
     required : sequence of str
         Losses by which the wrapped strategy weighs replies (that of q-FedAvg).
+    decode : callable, optional
+        Instead of `decoded`: remembers records that were decoded when they arrived.
     """
-    found = _sorted(messages, lambda message: _read(message, schema, weighted_by, required))
+    found = _sorted(messages, lambda message: _read(message, schema, weighted_by, required, decode or decoded))
     replies, far = plausible_losses(found.replies, required)
     replies, count = averageable(replies)
     return replace(found, replies=tuple(replies), dropped=(*found.dropped, *far), not_averaged=count)
+
+
+def decoded(record: ArrayRecord, schema: Schema) -> Decoded:
+    """The tensors of a reply's arrays, which are under the model's names, checked; `ParamsError` where they fail.
+
+    Parameters
+    ----------
+    record : ArrayRecord
+        The arrays as Flower carries them; nobody may write into their bytes.
+    schema : mapping of str to Entry
+        What they must look like.
+    """
+    params = to_params(record, schema, "reply", share=True)
+    size = check_values(params)
+    cast = frozenset(name for name, entry in schema.items() if not entry.as_sent(record[name].dtype))
+    own = {name: record[name] for name in params.keys() - cast}
+    return Decoded(params, digest(params), size, cast, to_average(params, own))
 
 
 def sort_evaluations(messages: Iterable[Message], *, weighted_by: str) -> Sorted[Message]:
@@ -78,9 +104,9 @@ def sort_evaluations(messages: Iterable[Message], *, weighted_by: str) -> Sorted
     return _sorted(messages, lambda message: _read_evaluation(message, weighted_by))
 
 
-def content_of(params: Params, metrics: Mapping[str, object]) -> str:
-    """A digest of tensors and metrics, by which replies are told apart and ordered."""
-    return f"{digest(params)} {sorted(metrics.items())!r}"
+def content_of(digested: str, metrics: Mapping[str, object]) -> str:
+    """A digest of tensors and the metrics, by which replies are told apart and ordered."""
+    return f"{digested} {sorted(metrics.items())!r}"
 
 
 def check_weight(value: object, key: str) -> float:
@@ -108,8 +134,8 @@ def check_metrics(metrics: Mapping[str, Any], *, every: bool = False) -> None:
         raise ParamsError(f"metric {odd!r} is {metrics[odd]!r}, expected a finite number")
 
 
-def check_values(params: Params) -> None:
-    """Raise `TransientError` for NaN, infinities, and a norm whose square is beyond the type that is computed with."""
+def check_values(params: Params) -> float:
+    """The norm; `TransientError` for NaN, infinities, and a norm whose square is beyond the type of the computation."""
     try:
         check_finite(params)
     except ParamsError as error:
@@ -119,6 +145,7 @@ def check_values(params: Params) -> None:
     size = norm(params)
     if not size * size <= limit:
         raise TransientError(f"its norm is {size:.3g}, too large to compute with: the square is beyond {limit:.2g}")
+    return size
 
 
 def only_arrays(reply: Message) -> ArrayRecord:
@@ -168,10 +195,12 @@ def _read_evaluation(message: Message, weighted_by: str) -> Reply[Message]:
     check_metrics(metrics)
     weight = _weight(metrics, weighted_by)
     check_metrics(metrics, every=True)
-    return Reply(message.metadata.src_node_id, {}, weight, content_of({}, metrics), message)
+    return Reply(message.metadata.src_node_id, {}, weight, content_of(digest({}), metrics), message)
 
 
-def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence[str]) -> Reply[Message]:
+def _read(
+    message: Message, schema: Schema, weighted_by: str, required: Sequence[str], decode: Decode
+) -> Reply[Message]:
     received, metrics = only_arrays(message), only_metrics(message)
     check_metrics(metrics)
     weight = _weight(metrics, weighted_by)
@@ -185,10 +214,11 @@ def _read(message: Message, schema: Schema, weighted_by: str, required: Sequence
     arrays = renamed(received, schema)
     if arrays is not received:
         message = with_arrays(message, {next(iter(message.content.array_records)): arrays})
-    params = to_params(arrays, schema, "reply")
-    check_values(params)
-    cast = frozenset(name for name, entry in schema.items() if not entry.as_sent(arrays[name].dtype))
-    return Reply(message.metadata.src_node_id, params, weight, content_of(params, metrics), message, cast)
+    found = decode(arrays, schema)
+    content = content_of(found.digest, metrics)
+    node = message.metadata.src_node_id
+    reply = Reply(node, found.params, weight, content, message, found.cast)
+    return replace(reply, size=found.size, outgoing=found.outgoing)
 
 
 def renamed(record: ArrayRecord, schema: Schema) -> ArrayRecord:

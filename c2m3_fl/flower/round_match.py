@@ -38,6 +38,8 @@ class RoundMatch:
         Whether the accelerator ran out of memory and the CPU took over.
     timed_out : bool
         Whether the clock ended the search.
+    odd : dict of int to str, optional
+        The replies that do not fit the others, and why, where that is known already: see `find_outliers`.
     """
 
     params: tuple[Params, ...]
@@ -51,6 +53,7 @@ class RoundMatch:
     seconds: float
     on_cpu: bool
     timed_out: bool = False
+    odd: dict[int, str] | None = None
 
     @property
     def share_moved(self) -> list[float]:

@@ -19,6 +19,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.aligned_replies import AlignedReplies, Narrow
 from c2m3_fl.flower.aligner import Aligner
+from c2m3_fl.flower.arriving.ahead import Ahead
 from c2m3_fl.flower.metrics import Numbers, aligned_numbers, failure, report_alignment
 from c2m3_fl.flower.options import Options
 from c2m3_fl.flower.replies import Reply, Sorted, report_dropped
@@ -57,6 +58,8 @@ class RoundStart:
         Which of the replies work by themselves: asked where the aggregate is not to be used.
     widths : RoundWidths, optional
         Where clients may have other widths than the model's.
+    ahead : Ahead, optional
+        What was computed before all replies had come.
     """
 
     aligner: Aligner
@@ -64,9 +67,10 @@ class RoundStart:
     sent: Params
     strategy: object
     plain: bool = False
-    accept: Callable[[Params, Sequence[Params]], Params] = lambda merged, replies: merged
+    accept: Callable[[Params, AlignedReplies], Params] = lambda merged, aligned: merged
     sound: Callable[[Sequence[Params]], Sequence[bool]] = lambda replies: [True] * len(replies)
     widths: RoundWidths | None = None
+    ahead: Ahead | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,14 +143,15 @@ def _align(start: RoundStart, replies: Sequence[Reply[Any]]) -> AlignedReplies:
     nodes = [reply.node for reply in replies]
     equally = ignores_weights(start.strategy)
     weights = [1.0 if equally else reply.weight for reply in replies]
-    match = start.aligner.align(nodes, [reply.params for reply in replies], weights, start.sent)
+    seen = None if start.ahead is None else start.ahead.seen(replies, weights)
+    match = start.aligner.align(nodes, [reply.params for reply in replies], weights, start.sent, seen)
     narrow: tuple[Narrow | None, ...] = (None,) * len(nodes)
     if start.widths is not None:
         match, narrow = start.widths.settle(nodes, match, weights)
     if start.widths is not None and any(narrow):
         odd = start.widths.outliers(match, narrow)
     else:
-        odd = find_outliers(start.aligner.spec, match.params, match.sent)
+        odd = find_outliers(start.aligner.spec, match.params, match.sent) if match.odd is None else match.odd
     numbers = aligned_numbers(nodes, match, odd)
     if start.options.diagnostics:
         numbers |= {f"c2m3-agreement/{name}": layer.tolist() for name, layer in match.consensus.layers.items()}
@@ -210,7 +215,7 @@ def _attempt(
             aligned = start.widths.filled(aligned, start.sent, start.strategy)
         arrays, metrics = aggregate(aligned)
         replies = aligned.params
-        merged = None if arrays is None else start.accept(restore_types(arrays, replies), replies)
+        merged = None if arrays is None else start.accept(restore_types(arrays, replies), aligned)
         before.check()
     except ParamsError as error:
         before.rewind()

@@ -15,6 +15,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError, SpecError
 from c2m3_fl.flower.acceptance import Gate, entry_numbers
 from c2m3_fl.flower.aligned_replies import AlignedReplies
+from c2m3_fl.flower.arriving.ahead import Ahead
 from c2m3_fl.flower.deployment import Clients, Deployed, Request, deploy, wants_plain
 from c2m3_fl.flower.metrics import KEPT, Numbers, report_kept
 from c2m3_fl.flower.records import Schema
@@ -53,6 +54,8 @@ class Server:
         Rounds in a row in which nothing was aggregated.
     resizing : Resizing, optional
         The widths of the clients, where they may differ.
+    ahead : Ahead, optional
+        What is computed before the replies of this round have come.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -61,6 +64,7 @@ class Server:
         self.sent: Params | None = None
         self.total: int | None = None
         self.idle = 0
+        self.ahead: Ahead | None = None
         self.resizing = None if setup.sizes is None else Resizing(setup.sizes, setup.options.memory)
         self._gate = Gate(setup)
         self._incoming: Params = {}
@@ -81,6 +85,9 @@ class Server:
         """What clients train next: the trajectory, or `incoming` where it is a new start."""
         self._incoming = incoming
         self.sent = self.models.next_start(incoming)
+        if self.ahead is not None:
+            self.ahead.drop()
+        self.ahead = Ahead(self.setup.spec, partial(typed_like, self.setup.state_dict(), self.sent), self._gate.prepare)
         return self.sent
 
     def arrived(
@@ -152,8 +159,11 @@ class Server:
             check_shared_fault(found)
         accept, sound = partial(self._gate.accept, sent=sent), partial(self._gate.sound, sent=sent)
         where = self.setup.aligner, self.setup.options
-        widths = self._round_widths()
-        start = RoundStart(*where, sent, strategy, wants_plain(self.setup), accept=accept, sound=sound, widths=widths)
+        widths, ahead = self._round_widths(), self.ahead
+        self.ahead = None  # it holds the replies
+        start = RoundStart(
+            *where, sent, strategy, wants_plain(self.setup), accept=accept, sound=sound, widths=widths, ahead=ahead
+        )
         outcome = run_round(start, found, aggregate)
         outcome = replace(outcome, numbers={**entry_numbers(found), **outcome.numbers})
         deploys, equally = self._deploys(server_round), ignores_weights(strategy)

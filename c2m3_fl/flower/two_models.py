@@ -15,7 +15,7 @@ from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.core.state_dicts import digest, norm
+from c2m3_fl.core.state_dicts import digest, norm, same
 from c2m3_fl.errors import SpecError
 from c2m3_fl.flower.aligned_replies import AlignedReplies
 from c2m3_fl.flower.aligner import MOVED
@@ -44,18 +44,35 @@ class TwoModels:
     def forget(self) -> None:
         """Start anew: what comes next is a new start."""
         self.trajectory: Params | None = None
-        self.returned = ""
+        self._deployed: Params | None = None  # what was returned last; after a crash its digest alone is known
+        self._digest = ""
         self.pending: tuple[int, ...] = ()
         self.fed: set[int] = set()
         self.stopped = False
 
     def next_start(self, incoming: Params) -> Params:
         """What clients train next: the trajectory where `incoming` was returned for it, otherwise `incoming`."""
-        if self.trajectory is None or digest(incoming) != self.returned:
-            self.trajectory, self.returned, self.pending = None, "", ()
+        if self.trajectory is None or not self._was_returned(incoming):
+            self.trajectory, self._deployed, self._digest, self.pending = None, None, "", ()
             return incoming
         known = self.trajectory
         return {name: known[name] for name in incoming}
+
+    def _was_returned(self, params: Params) -> bool:
+        if self._deployed is None:
+            return digest(params) == self._digest
+        alike = params.keys() == self._deployed.keys() and all(
+            value.dtype == self._deployed[name].dtype and value.shape == self._deployed[name].shape
+            for name, value in params.items()
+        )
+        return alike and same(params, self._deployed)
+
+    @property
+    def returned(self) -> str:
+        """Digest of the model that was returned last; "" for none."""
+        if self._deployed is not None and not self._digest:
+            self._digest = digest(self._deployed)
+        return self._digest
 
     def follows(self) -> bool:
         """Whether the model that was sent last is a trajectory, and not a new start."""
@@ -75,7 +92,7 @@ class TwoModels:
         """
         feeds = deployed is not trajectory and self._feeds(deployed, aligned)
         self.trajectory = deployed if feeds else trajectory
-        self.returned = digest(deployed)
+        self._deployed, self._digest = deployed, ""
         self.pending = tuple(aligned.nodes) if pending else ()
         if feeds:
             self.fed |= {node for node, share in zip(aligned.nodes, aligned.shares, strict=True) if share > 0}
@@ -84,7 +101,7 @@ class TwoModels:
 
     def deploy(self, deployed: Params) -> None:
         """Remember what was returned for a trajectory that stays."""
-        self.returned, self.pending = digest(deployed), ()
+        self._deployed, self._digest, self.pending = deployed, "", ()
 
     def _feeds(self, deployed: Params, aligned: AlignedReplies) -> bool:
         if self.feedback == "never" or self.stopped:
@@ -123,7 +140,7 @@ class TwoModels:
             if kind == "trajectory":
                 trajectory[rest] = value
             elif kind == "returned":
-                self.returned = bytes(value.tolist()).hex()
+                self._digest = bytes(value.tolist()).hex()
             elif kind == "fed":
                 self.fed.add(int(rest))
             elif kind == "pending":

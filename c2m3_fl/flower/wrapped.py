@@ -7,6 +7,7 @@ from logging import WARNING
 from typing import TypeVar, cast
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord
 from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import (
@@ -174,10 +175,8 @@ def restore_types(aggregated: Params, replies: Sequence[Params]) -> dict[str, Te
             raise ParamsError(f"the wrapped strategy's result: {name!r} has shape {shapes}")
         result[name] = largest.get(name, found if found.is_floating_point() else found.to(value.dtype))
     check_finite(typed_like(first, result))  # in the types that a client computes with
-    largest_value = max(
-        (float(value.abs().max()) for value in result.values() if value.is_floating_point() and value.numel()),
-        default=0.0,
-    )
+    ends = [torch.aminmax(value) for value in result.values() if value.is_floating_point() and value.numel()]
+    largest_value = max((max(-float(low), float(high)) for low, high in ends), default=0.0)
     if largest_value > LARGEST:
         raise ParamsError(f"the wrapped strategy's result has values of {largest_value:.3g}, whose squares overflow")
     return result

@@ -163,17 +163,18 @@ def test_idle_nodes_are_proven_even_where_units_coincide(spec):
     assert not found.still(numbers, [1.0, 1.0])  # which of two equal units moved is not known
 
 
-def test_other_weights_and_other_nodes_than_came_prove_nothing_that_the_reach_does_not():
+def test_some_of_the_nodes_with_other_weights_are_those_nodes_with_those_weights():
     spec = mlp(8, 16, 16, 4)
     start, *drifts = draws(spec, 4, seed=0)
     nodes = around(start, drifts, 0.9 * largest(spec, start, drifts, [1.0, 2.0, 3.0]))
     found, numbers = seen(spec, start, nodes, [1.0, 2.0, 3.0])
     assert found.still(numbers, [1.0, 2.0, 3.0])
     assert found.still([2, 0, 1], [3.0, 1.0, 2.0])
-    assert not found.still(numbers, [3.0, 2.0, 1.0])
-    assert not found.still(numbers[:2], [1.0, 2.0])
-    near, numbers = seen(spec, start, around(start, drifts, 0.001), [1.0, 2.0, 3.0])
-    assert near.still(numbers[:2], [5.0, 1.0])
+    for order, weights in (([0, 1, 2], [3.0, 2.0, 1.0]), ([0, 1], [1.0, 2.0]), ([1, 1, 0], [1.0, 2.0, 3.0])):
+        some = [nodes[place] for place in order]
+        fresh, again = seen(spec, start, some, weights)
+        assert found.still(order, weights) == fresh.still(again, weights)
+        assert found.agreement(order, weights) == pytest.approx(fresh.agreement(again, weights), rel=1e-12)
 
 
 @each_spec
@@ -189,7 +190,7 @@ def test_agreement_consensus_and_outliers_follow_from_the_products(spec, dtype):
     sorted_nodes, sorted_weights = [nodes[i] for i in order], [weights[i] for i in order]
     share = [weight / sum(weights) for weight in sorted_weights]
     here = [permutation.identity(spec)] * 6
-    assert products.agreement(sorted_weights) == pytest.approx(
+    assert found.agreement(order, sorted_weights) == pytest.approx(
         pairwise_agreement(spec, sorted_nodes, here, share), rel=1e-5 if dtype == torch.float32 else 1e-12
     )
     ours, theirs = consensus_of(products, sorted_weights), consensus(spec, sorted_nodes, sorted_weights)
@@ -212,9 +213,18 @@ def test_products_do_not_depend_on_which_nodes_came_before():
     assert torch.equal(one.nodes, other.nodes)
 
 
-def test_of_many_nodes_no_products_are_kept():
+def test_of_many_nodes_no_products_are_kept(monkeypatch):
     spec = mlp(2, 3, 2)
     (start,) = draws(spec, 1, seed=0)
     found, numbers = seen(spec, start, [start] * (MOST + 1), [1.0] * (MOST + 1))
     assert not found.complete
     assert found.still(numbers, [1.0] * (MOST + 1))
+    spec = mlp(8, 16, 16, 4)
+    start, *drifts = draws(spec, 7, seed=2)
+    few, numbers = seen(spec, start, around(start, drifts, 0.01), weights := [1.0, 2.0, 3.0, 1.5, 0.5, 4.0])
+    expected = few.agreement(numbers, weights)
+    monkeypatch.setattr("c2m3_fl.core.drift.MOST", 4)
+    many, numbers = seen(spec, start, around(start, drifts, 0.01), weights)
+    assert not many.complete
+    assert many.agreement(numbers, weights) == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(many.norms(numbers), few.norms(numbers))

@@ -46,12 +46,11 @@ def test_a_result_far_from_the_sizes_of_all_replies_is_not_accepted(factor, kept
 
 
 def test_sizes_of_replies_bound_the_merged_model():
-    one, tenth = ({"w": torch.tensor([value, 0.0])} for value in (1.0, 0.1))
     for found in (1e-3, 1e2):
-        check_norm({"w": torch.tensor([found, 0.0])}, [one, tenth], one)
+        check_norm({"w": torch.tensor([found, 0.0])}, [1.0, 0.1, 1.0])
     for found in (0.9e-3, 1.1e2, math.nan, math.inf):
         with pytest.raises(ParamsError, match=r"expected from 0\.001 to 100"):
-            check_norm({"w": torch.tensor([found, 0.0])}, [one, tenth], one)
+            check_norm({"w": torch.tensor([found, 0.0])}, [1.0, 0.1, 1.0])
 
 
 class Looking(nn.Module):

@@ -118,10 +118,10 @@ def test_headers_of_other_writers_are_read(text):
 def test_whatever_reading_a_reply_raises_is_its_fault(error, monkeypatch, caplog):
     read = records.read_npy
 
-    def failing(who, data, entry=None):
+    def failing(who, data, entry=None, **options):
         if data == marked:
             raise error
-        return read(who, data, entry)
+        return read(who, data, entry, **options)
 
     expected, _ = aggregate(good())
     bad = {name: value + 1 for name, value in clients(4)[3].items()}
