@@ -52,6 +52,7 @@ CASES = {
     "cifar10": CIFAR,
     "resnet20": replace(CIFAR, model="resnet20-bn", local_epochs=20),
 }
+TITLES = {"digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10, CNN", "resnet20": "CIFAR-10, ResNet20"}
 PARTITIONS: dict[str, dict[str, Any]] = {
     "IID": {"partition": "iid"},
     "Dirichlet .3": {"partition": "dirichlet", "alpha": 0.3},

@@ -18,6 +18,7 @@ METHODS = {
     "scaler": "HeteroFL",
     "refit": "HeteroFL without Scaler, slices refit",
 }
+_TITLES = {"digits": "digits", "cifar10": "CIFAR-10"}
 Cell = tuple[str, int, str]  # data, seed, method
 
 
@@ -56,7 +57,7 @@ def table(rows: Sequence[Row]) -> str:
             found = [100 * row.accuracy for row in rows if (row.data, row.method, row.round, row.width) == key]
             spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.1f}{spread}")
-        lines.append(f"| {data}, {method} | {current} | {' | '.join(cells)} |")
+        lines.append(f"| {_TITLES[data]}, {method} | {current} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -83,7 +84,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
                 (drawn,) = axes.plot(SHOWN, [statistics.mean(each) for each in values], marker=".", label=method)
                 low, high = [min(each) for each in values], [max(each) for each in values]
                 axes.fill_between(SHOWN, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
-            axes.set_title(f"{data}, width {width}", fontsize=9)
+            axes.set_title(f"{_TITLES[data]}, width {width}", fontsize=9)
             axes.set_xticks(SHOWN)
             axes.grid(alpha=0.3)
         panels[line][0].set_ylabel("test accuracy (%)")

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from c2m3_fl.merging import merge
-from tests.benchmarks.widths_cases import CLIENTS, PARTITIONS, SETTINGS, Trained
+from tests.benchmarks.widths_cases import CLIENTS, PARTITIONS, SETTINGS, TITLES, Trained
 
 Cell = tuple[str, str, int]  # case, partition, seed
 _DRAWN = {  # columns of the picture: their groups, told apart by colour
@@ -42,7 +42,7 @@ def table(found: Sequence[Row]) -> str:
     """Markdown: one line per column, one column per case and partition, mean ± standard deviation over seeds."""
     groups = list(dict.fromkeys((row.case, row.partition) for row in found))
     lines = [
-        f"| | {' | '.join(f'{case}, {partition}' for case, partition in groups)} |",
+        f"| | {' | '.join(f'{TITLES[case]}, {partition}' for case, partition in groups)} |",
         f"| --- |{' ---: |' * len(groups)}",
     ]
     for column in dict.fromkeys(row.column for row in found):
@@ -84,7 +84,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
                         [statistics.mean(found)], place, "|", color=f"C{number}", markersize=13, markeredgewidth=2
                     )
             axes.set_yticks(range(len(names)), names, fontsize=8)
-            axes.set_title(f"{case}, {partition}", fontsize=9)
+            axes.set_title(f"{TITLES[case]}, {partition}", fontsize=9)
             axes.grid(axis="x", alpha=0.3)
     panels[0][0].invert_yaxis()
     for axes in panels[-1]:
