@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.identity_proof import Placed, add_squares, distances, reach, still_around
+from c2m3_fl.core.identity_proof import distances, reach, still_around
 from c2m3_fl.core.mapped import inner
+from c2m3_fl.core.parts import ROW, Layout, Parts
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.core.terms import densify, matched_names, working_dtype
 
 MOST = 100  # nodes whose products with each other are kept
-_ROW = 1024  # products that are added up in the working dtype before the sum goes on in float64
 _AT_A_TIME = 1 << 18  # elements of all nodes, so that temporaries stay in cache
 _HOPELESS = 10.5  # reaches: one and a half distances to the nearest unit
 
@@ -64,26 +64,32 @@ class Drifts:
     """
 
     def __init__(self, spec: PermutationSpec, start: Params) -> None:
-        self.spec = spec
-        self.names = tuple(matched_names(spec, [start]))
         self.hopeful = True  # whether no node has moved so far that the proof must fail
-        self._dtype = working_dtype([start], self.names)
-        self._start = {name: start[name].detach().to(self._dtype).contiguous() for name in self.names}
+        self._layout = Layout(spec, start)
+        self._start = self._layout.parts(start)
+        large = {name: value.to(self._layout.dtype).contiguous() for name, value in self._start.large.items()}
+        self._start = Parts(self._start.small, large)
         self._apart = distances(spec, start)
         self._reach = {name: reach(apart) for name, apart in self._apart.items()}
-        self._placed = {name: self._segments(name) for name in self.names}
-        squares = [inner(value, value) for value in self._start.values()]
+        squares = [inner(value, value) for value in map(partial(self._layout.tensor, self._start), self.names)]
         self._squares = torch.tensor(squares, dtype=torch.float64)  # squared norms of the start's tensors
-        self._sum = {name: torch.zeros_like(value) for name, value in self._start.items()}
-        self._nodes: list[Params] = []
+        self._sum = self._zeros()
+        self._given: list[Params] = []
+        self._nodes: list[Parts] = []
         self._numbers: dict[tuple[int, ...], int] = {}
         self._weights: list[float] = []
         self._lengths: list[dict[str, Tensor]] = []
         self._rows: list[Tensor] = []  # shape (tensors, nodes): its products with those up to itself, and the start
+        self._scratch = torch.empty(0, dtype=self._layout.dtype, device=self._layout.device)
 
-    def _segments(self, name: str) -> tuple[Placed, ...]:
-        axes, dense = densify(self.spec.tensors[name], self._start[name][None])
-        return Placed.all(axes, dense.shape[1:], dense.device)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The matched tensors."""
+        return self._layout.names
+
+    def _zeros(self) -> Parts:
+        large = {name: torch.zeros_like(value) for name, value in self._start.large.items()}
+        return Parts(torch.zeros_like(self._start.small), large)
 
     def add(self, node: Params, weight: float) -> int:
         """Take in one more node, and multiply it with those before it; its number, from 0.
@@ -95,16 +101,17 @@ class Drifts:
         weight : float
             Its averaging weight, on any scale, positive.
         """
-        lengths = self._from(self._start, node, weight)
+        parts = self._layout.parts(node)
+        lengths = self._layout.lengths(parts, self._start, self._sum, weight)
         far = (bool((lengths[name] > _HOPELESS * reach).any()) for name, reach in self._reach.items())
         self.hopeful = self.hopeful and not any(far)
         self._numbers[self._identity(node)] = len(self._nodes)
-        self._nodes.append({name: node[name] for name in self.names})
+        self._given.append(node)
+        self._nodes.append(parts)
         self._weights.append(weight)
         self._lengths.append(lengths)
         nodes = self._nodes if self.complete else self._nodes[-1:]
-        found = [self._products(name, [each[name].detach().reshape(-1) for each in nodes]) for name in self.names]
-        self._rows.append(torch.stack(found) if found else torch.zeros(0, len(nodes) + 1, dtype=torch.float64))
+        self._rows.append(self._products(nodes))
         return len(self._nodes) - 1
 
     def number_of(self, node: Params) -> int | None:
@@ -113,17 +120,6 @@ class Drifts:
 
     def _identity(self, node: Params) -> tuple[int, ...]:
         return tuple(id(node[name]) for name in self.names)
-
-    def _from(self, centre: Params, node: Params, weight: float = 0.0) -> dict[str, Tensor]:
-        """How far every unit of a node is from a network, per group; the drift is added to the sum by its weight."""
-        squares = {name: apart.new_zeros(1, len(apart)) for name, apart in self._apart.items()}
-        for name, placed in self._placed.items():
-            drift = node[name].detach().to(self._dtype) - centre[name]
-            if weight:
-                self._sum[name].add_(drift, alpha=weight)
-            if placed:
-                add_squares(placed, densify(self.spec.tensors[name], drift.square_()[None])[1], slice(0, 1), squares)
-        return {name: square[0].sqrt_() for name, square in squares.items()}
 
     def still(self, numbers: Sequence[int], weights: Sequence[float], *, apart: bool = False) -> bool:
         """Whether the identity is stationary for these nodes, and for the start next to their mean.
@@ -146,28 +142,27 @@ class Drifts:
         if apart:
             return all(self._still_halfway(rest, lengths) for lengths in known)
         mean = self._mean(numbers, weights)
-        moved = self._from(self._start, mean)
+        moved = self._layout.lengths(mean, self._start)
         if not self._still_halfway(rest, moved):
             return False
         if len(numbers) == 1:
             return True
         share = torch.tensor(list(weights), dtype=torch.float64)
         share = share / share.sum()
-        around = [self._from(mean, self._nodes[number]) for number in numbers]
+        around = [self._layout.lengths(self._nodes[number], mean) for number in numbers]
         lengths = {name: torch.stack([each[name] for each in around]) for name in rest}
         return all(still_around(self._apart[name], moved[name], lengths[name], share) for name in rest)
 
-    def _mean(self, numbers: Sequence[int], weights: Sequence[float]) -> dict[str, Tensor]:
+    def _mean(self, numbers: Sequence[int], weights: Sequence[float]) -> Parts:
         """The weighted mean of some nodes: from the sum where that is of these nodes and weights."""
-        sums = self._sum
-        pairs = list(zip(numbers, weights, strict=True))
+        sums, pairs = self._sum, list(zip(numbers, weights, strict=True))
         if sorted(pairs) != list(enumerate(self._weights)):
-            sums = {name: torch.zeros_like(value) for name, value in self._start.items()}
+            sums = self._zeros()
             for number, weight in pairs:
-                for name, total in sums.items():
-                    total.add_(self._nodes[number][name].to(self._dtype) - self._start[name], alpha=weight)
+                self._layout.lengths(self._nodes[number], self._start, sums, weight)
         scale = 1 / math.fsum(weights)
-        return {name: torch.add(value, sums[name], alpha=scale) for name, value in self._start.items()}
+        large = {name: torch.add(value, sums.large[name], alpha=scale) for name, value in self._start.large.items()}
+        return Parts(torch.add(self._start.small, sums.small, alpha=scale), large)
 
     def agreement(self, numbers: Sequence[int], weights: Sequence[float], *, apart: bool = False) -> float:
         """The agreement ``sum_{i<j} w_i w_j <W_i, W_j>`` of some nodes as they are, for weights of any scale.
@@ -184,8 +179,11 @@ class Drifts:
             return float((along + self._squares.sum()).sum()) / 4
         if self.complete:
             return 0.5 * float(share @ self.products(numbers).nodes.sum(0).fill_diagonal_(0) @ share)
-        mean = self._mean(numbers, weights).values()
-        return 0.5 * (sum(inner(value, value) for value in mean) - float(share.square() @ self.norms(numbers).square()))
+        mean = self._mean(numbers, weights)
+        values = [mean.small, *mean.large.values()]
+        return 0.5 * (
+            sum(inner(value, value) for value in values) - float(share.square() @ self.norms(numbers).square())
+        )
 
     def norms(self, numbers: Sequence[int]) -> Tensor:
         """Norms of some nodes, in float64, shape (nodes,)."""
@@ -199,12 +197,10 @@ class Drifts:
             return True
         if any(bool(length.any()) for length in lengths):
             return False
-        carriers = [name for name, placed in self._placed.items() if any(group in p.segment.groups for p in placed)]
-        return all(
-            torch.equal(self._nodes[number][name].to(self._dtype), self._start[name])
-            for number in numbers
-            for name in carriers
-        )
+        carriers = self._layout.carriers(group)
+        start, nodes = self._start, [self._nodes[number] for number in numbers]
+        of = self._layout.tensor
+        return all(torch.equal(of(node, n).to(of(start, n)), of(start, n)) for node in nodes for n in carriers)
 
     def _still_halfway(self, groups: Sequence[str], lengths: Mapping[str, Tensor]) -> bool:
         """Whether the bound holds for the start and one other network: their mean is half-way."""
@@ -217,21 +213,41 @@ class Drifts:
         """Whether the products of all nodes are known: there are few, and none has moved far."""
         return self.hopeful and len(self._nodes) <= MOST
 
-    def _products(self, name: str, values: Sequence[Tensor]) -> Tensor:
-        """Products of the last drift with all of them and with the start, whatever other nodes there are."""
-        start = self._start[name].view(-1)
-        width = max(_ROW, _AT_A_TIME // len(values) // _ROW * _ROW)
-        blocks = [start.new_empty(len(values) + 1, 0)]
-        total = torch.zeros(len(values) + 1, dtype=torch.float64)
+    def _products(self, nodes: Sequence[Parts]) -> Tensor:
+        """Products of the last drift with all of them and with the start, shape (tensors, nodes + 1).
+
+        A product does not depend on which other nodes there are.
+        """
+        rows = torch.empty(len(self.names), len(nodes) + 1, dtype=torch.float64)
+        places = {name: place for place, name in enumerate(self.names)}
+        small = torch.stack([*(node.small for node in nodes), self._start.small])
+        small[:-1] -= self._start.small
+        small *= small[-2].clone()
+        rows[[places[name] for name in self._layout.small]] = small.sum(2, dtype=torch.float64).T.cpu()
+        for name, start in self._start.large.items():
+            flat = [node.large[name].reshape(-1) for node in nodes]
+            rows[places[name]] = self._products_of(flat, start.view(-1))
+        return rows
+
+    def _products_of(self, values: Sequence[Tensor], start: Tensor) -> Tensor:
+        """The same of one tensor, stretch by stretch."""
+        count, width = len(values) + 1, max(ROW, _AT_A_TIME // len(values) // ROW * ROW)
+        if self._scratch.numel() < (count + 1) * width:
+            self._scratch = self._scratch.new_empty((count + 1) * width)
+        total = torch.zeros(count, dtype=torch.float64)
+        blocks = start.new_empty(count, len(start) // ROW)
         for low in range(0, len(start), width):
-            cut = slice(low, low + width)
-            part = torch.stack([value[cut].to(self._dtype) for value in (*values, start)])
-            part[:-1] -= start[cut]
-            part *= part[-2].clone()
-            whole = part.shape[1] // _ROW * _ROW
-            blocks.append(part[:, :whole].reshape(len(part), -1, _ROW).sum(2))
-            total += part[:, whole:].sum(1, dtype=torch.float64).cpu()
-        return total + torch.cat(blocks, 1).sum(1, dtype=torch.float64).cpu()
+            length = min(width, len(start) - low)
+            cut, whole = slice(low, low + length), length // ROW
+            part = self._scratch[: count * length].view(count, length)
+            own = self._scratch[count * length : (count + 1) * length]
+            torch.stack([value[cut].to(self._layout.dtype) for value in (*values, start)], out=part)
+            part[:-1].sub_(part[-1])
+            part.mul_(own.copy_(part[-2]))
+            rows = part[:, : whole * ROW].view(count, whole, ROW)
+            torch.sum(rows, 2, out=blocks[:, low // ROW : low // ROW + whole])
+            total += part[:, whole * ROW :].sum(1, dtype=torch.float64).cpu()
+        return total + blocks.sum(1, dtype=torch.float64).cpu()
 
     def products(self, numbers: Sequence[int]) -> Products:
         """The products of some of the nodes, where they are complete.

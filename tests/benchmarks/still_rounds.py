@@ -134,11 +134,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             }
             ratios = [ours["cpu"] / theirs["cpu"] for ours, theirs in zip(pairs["c2m3"], pairs["fedavg"], strict=True)]
             cells.append(" / ".join(f"{f(ratios):.1f}" for f in (min, median, max)) if ratios else "")
-            memories.append(
-                [max(row["memory"] for row in pairs[kind]) / own[0]["size"] for kind in pairs if pairs[kind]]
-            )
-        seconds = min(row["cpu"] for row in own if row["kind"] == "fedavg")
-        models = [f"{memories[1][0]:.1f}", *(f"{each[1]:.1f}" if each else "" for each in memories)]
+            memories.append(max((row["memory"] for row in pairs["c2m3"]), default=None))
+        fedavg = [row for row in own if row["kind"] == "fedavg"]
+        seconds = min(row["cpu"] for row in fedavg)
+        taken = [max(row["memory"] for row in fedavg), *memories]
+        models = ["" if each is None else f"{each / own[0]['size']:.1f}" for each in taken]
         name, clients, noise = case
         shown = [TITLES[name], str(clients), f"{noise:g}", f"{seconds:.3f}", *cells, *models]
         lines.append(f"| {' | '.join(shown)} |")

@@ -11,10 +11,12 @@ from c2m3_fl.core.basis import consensus, consensus_of
 from c2m3_fl.core.drift import MOST, Drifts
 from c2m3_fl.core.identity_proof import _add_squares, _bound_holds, _gram, distances, reach
 from c2m3_fl.core.outliers import find_outliers, outliers_of
+from c2m3_fl.core.parts import Layout
 from c2m3_fl.core.spec import Group, PermutationSpec, TensorSpec
 from c2m3_fl.core.terms import compile_terms
 from tests.core.networks import ALL, draws, mlp, on, pairwise_agreement, planted
 
+LARGE = mlp(30, 70, 50, 4)  # two tensors of more than a thousand elements
 each_spec = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
 
 
@@ -177,7 +179,7 @@ def test_some_of_the_nodes_with_other_weights_are_those_nodes_with_those_weights
         assert found.agreement(order, weights) == pytest.approx(fresh.agreement(again, weights), rel=1e-12)
 
 
-@each_spec
+@pytest.mark.parametrize("spec", [*ALL.values(), LARGE], ids=[*ALL, "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_agreement_consensus_and_outliers_follow_from_the_products(spec, dtype):
     start, *drifts = draws(spec, 7, seed=2, dtype=dtype)
@@ -202,8 +204,21 @@ def test_agreement_consensus_and_outliers_follow_from_the_products(spec, dtype):
     assert list(outliers_of(products)) == [order.index(2)]
 
 
+@pytest.mark.parametrize("spec", [*ALL.values(), LARGE], ids=[*ALL, "large"])
+def test_units_drift_as_far_as_what_carries_them(spec):
+    start, drift = draws(spec, 2, seed=4)
+    (node,) = around(start, [drift], 0.3)
+    layout = Layout(spec, start)
+    found = layout.lengths(layout.parts(node), layout.parts(start))
+    squares = {name: torch.zeros(1, group.size, dtype=torch.float64) for name, group in spec.groups.items()}
+    for name in layout.names:
+        _add_squares(spec, name, (node[name] - start[name])[None], slice(None), squares)
+    for name, expected in squares.items():
+        torch.testing.assert_close(found[name], expected[0].sqrt())
+
+
 def test_products_do_not_depend_on_which_nodes_came_before():
-    spec = mlp(30, 70, 50, 4)
+    spec = LARGE
     start, *drifts = draws(spec, 6, seed=1, dtype=torch.float32)
     nodes = around(start, drifts, 0.01)
     first, _ = seen(spec, start, nodes, [1.0] * 5)
