@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from statistics import mean
@@ -129,15 +130,17 @@ def _title(record: Record, key: str) -> str:
 
 def _caption(record: Record) -> str:
     seeds = sorted({each.seed for each in record.measurements})
-    counts = {len(at(record, cell, name)) for cell in cells(record) for name in methods(record)} - {0}
-    single = ", a single seed where there is no ±" if min(counts) < len(seeds) else ""
-    measured, machine = record.about["measured"], record.about["machine"]
+    counts = Counter(len(at(record, cell, name)) for cell in cells(record) for name in methods(record))
+    entries = counts.total() - counts[0]
+    short = f" (all of them in {counts[len(seeds)]} of {entries} entries, a single one where there is no ±)"
+    measured = record.about["measured"]
     date = str(measured["to"])[:10] if isinstance(measured, Mapping) else ""
-    cores = machine["cores"] if isinstance(machine, Mapping) else "?"
+    places = Counter(each.place or "2 cores" for each in record.measurements)
+    shares = [place if len(places) == 1 else f"{place} ({count} measurements)" for place, count in places.items()]
     name, seconds = str(record.about["name"]), float(str(record.about["seconds"]))
     command = f"{name.removesuffix('-quick')} --quick" if name.endswith("-quick") else name
     return (
-        f"{record.about['title']}. Seeds {', '.join(map(str, seeds))}{single}; {date}; "
-        f"{cores} cores; {seconds / 60:.0f} minutes of one core. `c2m3-fl experiment {command} --draw` writes these "
-        f"tables from `simulations/results/{name}.json`."
+        f"{record.about['title']}. Seeds {', '.join(map(str, seeds))}{short if counts[len(seeds)] < entries else ''}; "
+        f"{date}; {', '.join(shares)}; {seconds / 60:.0f} minutes of one core. `c2m3-fl experiment {command} --draw` "
+        f"writes these tables from `simulations/results/{name}.json`."
     )

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from c2m3_fl.errors import DataError
 
 _PACKAGES = ("c2m3-fl", "flwr", "torch", "numpy", "scipy")
@@ -58,6 +60,8 @@ class Measurement:
         Time of the end, in UTC.
     key : str
         Digest of the settings and the method, by which a changed experiment ignores old measurements.
+    place : str
+        Machine, device and version of torch; empty in records of 2026-11-26 and before, which two cores measured.
     """
 
     cell: Mapping[str, str]
@@ -77,6 +81,7 @@ class Measurement:
     up: int = 0
     date: str = ""
     key: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,12 @@ def surroundings() -> dict[str, object]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "machine": {"cores": os.cpu_count(), "architecture": platform.machine()},
     }
+
+
+def place_of(device: torch.device) -> str:
+    """Machine, device and version of torch, such as ``"2 cores, torch 2.15.0"``."""
+    name = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+    return ", ".join([f"{os.cpu_count()} cores", *name, f"torch {_version('torch')}"])
 
 
 def ordered(measurements: Sequence[Measurement], keys: Sequence[str]) -> tuple[Measurement, ...]:

@@ -26,7 +26,7 @@ from c2m3_fl.flower.records import from_params, to_params
 from simulations.client_app import Assignment, Trained, Trainer, build_app, train_locally
 from simulations.data import FederatedData, federated_data
 from simulations.flower_log import flower_log
-from simulations.ledger import Measurement, finite, now
+from simulations.ledger import Measurement, finite, now, place_of
 from simulations.metered_grid import MeteredGrid
 from simulations.models import build_model
 from simulations.partition_grid import check_answers, networks
@@ -137,6 +137,7 @@ def run_cell(
                     up=found.up,
                     date=now(),
                     key=key_of(settings, method),
+                    place=place_of(place),
                 )
             )
 

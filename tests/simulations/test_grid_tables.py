@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from simulations.grid_tables import markdown, page
 from simulations.ledger import Measurement, Record
 
@@ -56,11 +58,16 @@ def test_methods_of_some_cells_have_a_table_of_their_own():
 
 def test_a_table_says_seeds_date_cores_and_command():
     caption = markdown(RECORD).splitlines()[0]
-    for part in ("A small one", "Seeds 0, 1", "2026-01-03", "2 cores", "c2m3-fl experiment small --draw"):
+    for part in ("A small one", "Seeds 0, 1; 2026-01-03; 2 cores;", "c2m3-fl experiment small --draw"):
         assert part in caption
-    assert "Seeds 0, 1; " in caption
-    caption = markdown(Record(ABOUT, RECORD.measurements[:-1])).splitlines()[0]
-    assert "Seeds 0, 1, a single seed where there is no ±; " in caption
+
+
+def test_a_caption_counts_what_every_machine_measured_and_which_entries_lack_seeds():
+    first, *rest = RECORD.measurements
+    mixed = replace(RECORD, measurements=(replace(first, place="16 cores, torch 2.11.0"), *rest[:-1]))
+    caption = markdown(mixed).splitlines()[0]
+    assert "16 cores, torch 2.11.0 (1 measurements), 2 cores (8 measurements)" in caption
+    assert "Seeds 0, 1 (all of them in 4 of 5 entries, a single one where there is no ±); " in caption
 
 
 def test_a_page_takes_the_table_between_its_marks_and_nothing_else_changes():

@@ -130,7 +130,7 @@ def pool_moments(answers: Sequence[Moments], shares: Sequence[float]) -> Moments
         One per answer; they sum to one.
     """
     count = sum(moments.count for moments in answers)
-    weights = torch.tensor(shares, dtype=torch.float64)[:, None]
+    weights = torch.tensor(shares, dtype=torch.float64, device=answers[0].mean.device)[:, None]
     means = torch.stack([moments.mean for moments in answers])
     mean = means[0] + (weights * (means - means[0])).sum(0)
     variances = torch.stack([moments.variance for moments in answers])
