@@ -22,6 +22,7 @@ from c2m3_fl.core.spec import Params, PermutationSpec
 
 MOST = 100  # nodes whose products with each other are kept
 _AT_A_TIME = 1 << 18  # elements of all nodes, so that temporaries stay in cache
+_ROOM = 1 << 22  # distances that are kept, beside one for every parameter
 _HOPELESS = 10.5  # reaches: one and a half distances to the nearest unit
 
 
@@ -69,8 +70,14 @@ class Drifts:
         self._start = self._layout.parts(start)
         large = {name: value.to(self._layout.dtype).contiguous() for name, value in self._start.large.items()}
         self._start = Parts(self._start.small, large)
-        self._apart = distances(spec, start)
-        self._reach = {name: reach(apart) for name, apart in self._apart.items()}
+        self._apart: dict[str, Tensor] = {}  # not of groups that are too wide for their matrix to be kept
+        self._reach: dict[str, Tensor] = {}
+        room = _ROOM + sum(value.numel() for value in large.values())
+        for name, apart in distances(spec, start):
+            self._reach[name] = reach(apart)
+            if apart.numel() <= room:
+                self._apart[name] = apart
+                room -= apart.numel()
         squares = [inner(value, value) for value in map(partial(self._layout.tensor, self._start), self.names)]
         self._squares = torch.tensor(squares, dtype=torch.float64)  # squared norms of the start's tensors
         self._sum = self._zeros()
@@ -136,9 +143,9 @@ class Drifts:
         if not self.hopeful:
             return False
         known = [self._lengths[number] for number in numbers]
-        rest = [name for name in self._apart if not self._within_reach(name, numbers)]
-        if not rest:
-            return True
+        rest = [name for name in self._reach if not self._within_reach(name, numbers)]
+        if not rest or not all(name in self._apart for name in rest):
+            return not rest
         if apart:
             return all(self._still_halfway(rest, lengths) for lengths in known)
         mean = self._mean(numbers, weights)

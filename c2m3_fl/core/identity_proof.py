@@ -31,7 +31,7 @@ because the left-hand side grows with d from 2 k D on, and w (1 - w) <= 1/4. It 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,8 +96,8 @@ def prove_identity(spec: PermutationSpec, nodes: Sequence[Params], weights: Tens
     return agreement if proven else None
 
 
-def distances(spec: PermutationSpec, params: Params) -> dict[str, Tensor]:
-    """Distances between the units of each group, shape (size, size), less what rounding may have added.
+def distances(spec: PermutationSpec, params: Params) -> Iterator[tuple[str, Tensor]]:
+    """Per group the distances between its units, shape (size, size), less what rounding may have added.
 
     Zero where squares may have underflowed or overflowed, infinite on the diagonal.
 
@@ -110,15 +110,13 @@ def distances(spec: PermutationSpec, params: Params) -> dict[str, Tensor]:
     """
     terms = compile_terms(spec, [params])
     like = terms[0].value if terms else torch.empty(0)
-    found = {}
     for name, group in spec.groups.items():
         gram, _ = _gram(terms, name, like.new_empty(1, group.size), None)
         squares, limits = gram.diagonal(), torch.finfo(gram.dtype)
         sums = squares[:, None] + squares[None, :]
         apart = torch.sub(sums.mul_(1 - _AHEAD * _ROUNDING * limits.eps), gram, alpha=2)
         apart = torch.where((apart > limits.tiny**0.8) & apart.isfinite(), apart, 0)
-        found[name] = apart.sqrt_().fill_diagonal_(torch.inf)
-    return found
+        yield name, apart.sqrt_().fill_diagonal_(torch.inf)
 
 
 def reach(apart: Tensor) -> Tensor:

@@ -26,15 +26,15 @@ from tests.benchmarks.records import read_record, write_record
 _FOLDER = Path("c2m3_fl/flower")
 RECORD, PAGE = _FOLDER / "results" / "still_rounds.json", _FOLDER / "README.md"
 CASES = [  # network, clients, noise, repeats
-    ("mlp", 10, 0.02, 7),
-    ("mlp", 10, 0.1, 7),
-    ("resnet20", 10, 0.02, 7),
-    ("resnet20", 10, 0.1, 7),
-    ("resnet20", 100, 0.02, 2),
-    ("vgg16", 10, 0.02, 7),
-    ("vgg16", 10, 0.1, 7),
-    ("resnet50", 3, 0.02, 3),
-    ("resnet50", 3, 0.1, 3),
+    ("mlp", 10, 0.02, 5),
+    ("mlp", 10, 0.1, 5),
+    ("resnet20", 10, 0.02, 5),
+    ("resnet20", 10, 0.1, 5),
+    ("resnet20", 100, 0.02, 1),
+    ("vgg16", 10, 0.02, 5),
+    ("vgg16", 10, 0.1, 5),
+    ("resnet50", 3, 0.02, 2),
+    ("resnet50", 3, 0.1, 2),
 ]
 TITLES = {
     "mlp": "MLP 784-256-256-10",
@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, nargs="?", help="an older checkout")
     parser.add_argument("--draw", action="store_true")
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--networks", nargs="*", default=list(TITLES), choices=list(TITLES))
     parser.add_argument("--clients", type=int, help="of every case, instead of those of the record; writes nothing")
     options = parser.parse_args()

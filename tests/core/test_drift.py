@@ -131,7 +131,7 @@ def test_within_reach_a_thousand_pairs_of_units_pass_the_exact_bound_for_any_wei
 
 def distances_of(rows):
     spec = PermutationSpec({"h": Group(len(rows))}, {"w": TensorSpec(tuple(rows.shape), (on("h", len(rows)), ()))})
-    return distances(spec, {"w": rows})["h"]
+    return dict(distances(spec, {"w": rows}))["h"]
 
 
 def test_beyond_the_reach_that_is_derived_a_pair_of_units_fails_the_exact_bound():
@@ -226,6 +226,15 @@ def test_products_do_not_depend_on_which_nodes_came_before():
     one, other = first.products([0, 1, 2, 3, 4]), second.products([4, 3, 2, 1, 0])
     assert torch.equal(one.drifts, other.drifts)
     assert torch.equal(one.nodes, other.nodes)
+
+
+def test_of_groups_too_wide_for_their_distances_the_reach_alone_proves(monkeypatch):
+    spec = mlp(8, 16, 16, 4)
+    start, *drifts = draws(spec, 4, seed=0)
+    factor = largest(spec, start, drifts, [1.0] * 3)
+    monkeypatch.setattr("c2m3_fl.core.drift._ROOM", 300)  # one matrix
+    less = largest(spec, start, drifts, [1.0] * 3)
+    assert 0.2 * factor < less < 0.9 * factor
 
 
 def test_of_many_nodes_no_products_are_kept(monkeypatch):

@@ -153,6 +153,7 @@ class Ahead:
         Seen, optional
             None where one of them has moved too far for anything to follow.
         """
+        self.finished()
         try:
             drifts = self._drifts.result()
             if drifts is None:
