@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Generic, TypeVar
 
 from flwr.app import ArrayRecord, Message
@@ -83,13 +84,14 @@ def widen_messages(
     known : mapping of int to int
         By node, the width that it was sent; the model's if it is not there.
     """
+    schemas = cache(lambda place: sizes.schema(place, expected))
 
     def candidate(message: Message) -> _Candidate[Message]:
         records = [] if message.has_error() or not message.has_content() else [*message.content.array_records.items()]
         place = sizes.place_of(_shapes(records[0][1])) if len(records) == 1 else None
 
         def read(place: int) -> Params:
-            schema = sizes.schema(place, expected)
+            schema = schemas(place)
             return to_params(renamed(records[0][1], schema), schema, "reply")
 
         def rewritten(params: Params) -> Message:
@@ -112,12 +114,13 @@ def widen_results(
     sizes, cuts, expected, known
         As for `widen_messages`.
     """
+    schemas = cache(lambda place: sizes.schema(place, expected))
 
     def candidate(result: Result) -> _Candidate[Result]:
         tensors = result[1].parameters.tensors
 
         def read(place: int) -> Params:
-            entries = zip(sizes.schema(place, expected).items(), tensors, strict=True)
+            entries = zip(schemas(place).items(), tensors, strict=True)
             return {name: read_npy(f"reply: {name!r}", data, entry) for (name, entry), data in entries}
 
         def rewritten(params: Params) -> Result:

@@ -9,7 +9,7 @@ replies have, the model that was sent. So is every strategy in entries that no r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ class RoundWidths:
     sizes: Sizes
     cuts: Cuts
     places: Mapping[int, int]
+    _masks: dict[tuple[object, ...], dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def settle(
         self, nodes: Sequence[int], match: RoundMatch, weights: Sequence[float]
@@ -181,12 +182,15 @@ class RoundWidths:
         """By name of a tensor that has units, which of its entries a reply has; empty for one that has all."""
         if narrow is None:
             return {}
-        own, wide = self.sizes.networks[narrow.place].spec, self.sizes.spec
-        return {
-            name: owned_entries(name, own, wide, narrow.units)
-            for name, tensor in wide.tensors.items()
-            if any(tensor.axes)
-        }
+        key = (narrow.place, *(units.numpy().tobytes() for units in narrow.units.values()))
+        if key not in self._masks:
+            own, wide = self.sizes.networks[narrow.place].spec, self.sizes.spec
+            self._masks[key] = {
+                name: owned_entries(name, own, wide, narrow.units)
+                for name, tensor in wide.tensors.items()
+                if any(tensor.axes)
+            }
+        return self._masks[key]
 
 
 def _median(values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from logging import ERROR
 
 import torch
@@ -21,7 +21,7 @@ from c2m3_fl.flower.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.records import Schema, bare_name, reply_schema, schema_of_params
 from c2m3_fl.flower.wrapped import typed_like
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
-from c2m3_fl.merging.widths.injections import Injection, carry, owned_entries
+from c2m3_fl.merging.widths.injections import Carrier, Injection, carry, owned_entries
 from c2m3_fl.merging.widths.merge_widths import cut
 from c2m3_fl.merging.widths.networks import Network, Widths
 from c2m3_fl.merging.widths.select import chosen_units
@@ -129,12 +129,18 @@ class Sizes:
 
     def place_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         """Which width has tensors of these names and shapes; None if none has."""
-        wanted = {bare_name(name): shape for name, shape in shapes.items()}
-        for place, network in enumerate(self.networks):
-            own = {bare_name(name): tuple(value.shape) for name, value in network.held.model.state_dict().items()}
-            if own == wanted:
-                return place
-        return None
+        return self._places.get(_look(shapes))
+
+    @cached_property
+    def _places(self) -> dict[frozenset[tuple[str, tuple[int, ...]]], int]:
+        states = [network.held.model.state_dict() for network in self.networks]
+        looks = [_look({name: tuple(value.shape) for name, value in state.items()}) for state in states]
+        return {look: place for place, look in enumerate(looks)}
+
+
+def _look(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """What tells networks of different widths apart, without the prefixes of wrappers."""
+    return frozenset((bare_name(name), shape) for name, shape in shapes.items())
 
 
 def check_options(
@@ -214,6 +220,7 @@ class Cuts:
         self._sizes, self._given, self._recalibration = sizes, params, recalibration
         self._params = typed_like(sizes.networks[0].held.model.state_dict(), params)
         self._units: dict[int, Injection] = {}
+        self._carriers: dict[int, tuple[Carrier, dict[str, Tensor]]] = {}
         self._cuts: dict[int, Params] = {0: params}
 
     def units(self, place: int) -> Injection:
@@ -262,11 +269,13 @@ class Cuts:
         missing : mapping of str to Tensor
             State dict of the model's width.
         """
-        narrow, wide = self._sizes.networks[place].spec, self._sizes.spec
-        units = self.injection(place)
-        found = carry(narrow, wide, units, params)
-        for name, tensor in wide.tensors.items():
-            if tensor.buffer and any(tensor.axes):
-                own = owned_entries(name, narrow, wide, units)
-                found[name] = torch.where(own, found[name], missing[name].to(found[name].dtype))
+        if place not in self._carriers:
+            narrow, wide, units = self._sizes.networks[place].spec, self._sizes.spec, self.injection(place)
+            buffers = [name for name, tensor in wide.tensors.items() if tensor.buffer and any(tensor.axes)]
+            owned = {name: owned_entries(name, narrow, wide, units) for name in buffers}
+            self._carriers[place] = Carrier(narrow, wide, units), owned
+        carrier, owned = self._carriers[place]
+        found = carrier(params)
+        for name, own in owned.items():
+            found[name] = torch.where(own, found[name], missing[name].to(found[name].dtype))
         return found

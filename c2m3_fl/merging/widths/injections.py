@@ -155,7 +155,41 @@ def carry(source: PermutationSpec, target: PermutationSpec, units: Injection, pa
     params : mapping of str to Tensor
         State dict of the source; not mutated.
     """
-    return {name: _carry_tensor(name, source, target, units, value) for name, value in params.items()}
+    return Carrier(source, target, units)(params)
+
+
+class Carrier:
+    """Carries state dicts of one network by one injection: see `carry`. What it looks up serves all of them.
+
+    Parameters
+    ----------
+    source, target, units
+        As for `carry`.
+    """
+
+    def __init__(self, source: PermutationSpec, target: PermutationSpec, units: Injection) -> None:
+        self._source, self._target, self._units = source, target, units
+        self._found: dict[str, list[Tensor]] = {}
+
+    def __call__(self, params: Params) -> dict[str, Tensor]:
+        """The state dict of the target's widths; `params` are not mutated."""
+        return {name: self._carried(name, value) for name, value in params.items()}
+
+    def _carried(self, name: str, value: Tensor) -> Tensor:
+        tensor = self._target.tensors[name]
+        for axis, index in enumerate(self._sources(name)):
+            if tensor.diagonal > 1 and axis == 1:
+                value = _take_diagonal(name, self._source, self._target, self._sources(name)[0], value, index)
+            else:
+                value = take(value, axis, index)
+        return value
+
+    def _sources(self, name: str) -> list[Tensor]:
+        if name not in self._found:
+            axes = range(len(self._target.tensors[name].shape))
+            found = [axis_sources(name, axis, self._source, self._target, self._units) for axis in axes]
+            self._found[name] = found
+        return self._found[name]
 
 
 def owned_entries(
@@ -194,25 +228,11 @@ def take(value: Tensor, axis: int, index: Tensor) -> Tensor:
     return found.index_fill(axis, absent, 0) if len(absent) else found
 
 
-def _carry_tensor(
-    name: str, source: PermutationSpec, target: PermutationSpec, units: Injection, value: Tensor
-) -> Tensor:
-    tensor = target.tensors[name]
-    for axis in range(len(tensor.shape)):
-        index = axis_sources(name, axis, source, target, units)
-        if tensor.diagonal > 1 and axis == 1:
-            value = _take_diagonal(name, source, target, units, value, index)
-        else:
-            value = take(value, axis, index)
-    return value
-
-
 def _take_diagonal(
-    name: str, source: PermutationSpec, target: PermutationSpec, units: Injection, value: Tensor, columns: Tensor
+    name: str, source: PermutationSpec, target: PermutationSpec, rows: Tensor, value: Tensor, columns: Tensor
 ) -> Tensor:
     """The columns of a block-diagonal tensor whose rows have been taken: every block of rows has its own."""
     one, two = source.tensors[name], target.tensors[name]
-    rows = axis_sources(name, 0, source, target, units)
     index = columns.reshape(two.diagonal, -1)[_row_blocks(two)]
     absent = (index < 0) | (rows < 0)[:, None]
     block = _row_blocks(one)[rows.clamp_min(0)][:, None]
