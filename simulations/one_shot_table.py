@@ -33,10 +33,11 @@ from c2m3_fl.errors import ConfigError
 from c2m3_fl.merging.recalibrate.head import FitHead
 from c2m3_fl.merging.recalibrate.setting import prepare, usable_device
 from c2m3_fl.symmetry.discover import permutation_spec
-from simulations.ledger import now, surroundings
+from simulations.ledger import now, place_of, surroundings
 from simulations.models import conv3
 from simulations.pooled_refit import Share, in_batches, refit
 from simulations.sources import KINDS, open_source
+from simulations.verdict import spread
 
 PUBLISHED = {  # test accuracy in the paper, by concentration; its networks are trained with augmentation
     "FedAvg": {0.05: 0.175, 0.1: 0.275, 0.3: 0.464},
@@ -213,15 +214,16 @@ def table(cells: Sequence[Cell], scale: Scale) -> str:
     gains = [["start", "α", "head", "refit", "both", "alignment and both"], ["---"] + ["---:"] * 5]
     for start, alpha in dict.fromkeys((each.start, each.alpha) for each in cells):
         found = [each for each in cells if (each.start, each.alpha) == (start, alpha)]
-        got = {name: [mean(each.merged[name][column] for each in found) for column in COLUMNS] for name in MERGES}
-        rest = [mean(max(each.clients) for each in found), mean(each.ensemble for each in found)]
+        got = {name: [[each.merged[name][column] for each in found] for column in COLUMNS] for name in MERGES}
+        rest = [[max(each.clients) for each in found], [each.ensemble for each in found]]
         for name, values in got.items():
-            lines.append([start, str(alpha), name, *(f"{each:.3f}" for each in (*values, *rest))])
-        base, *steps = (*got["FedAvg"], got["C2M3"][-1])
+            lines.append([start, str(alpha), name, *map(spread, (*values, *rest))])
+        base, *steps = map(mean, (*got["FedAvg"], got["C2M3"][-1]))
         gains.append([start, str(alpha), *(f"{each - base:+.3f}" for each in steps)])
     if scale == Scale():
         for name, by_alpha in PUBLISHED.items():
-            lines += [["shared", str(alpha), f"{name}, published", f"{one:.3f}"] for alpha, one in by_alpha.items()]
+            seen = [alpha for alpha in by_alpha if any(each.alpha == alpha for each in cells)]
+            lines += [["shared", str(alpha), f"{name}, published", f"{by_alpha[alpha]:.3f}"] for alpha in seen]
     return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in each) for each in (lines, gains)) + "\n"
 
 
@@ -254,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for place in product(options.starts, options.alphas, options.seeds):
         if place not in known:
             cells.append(cell(scale, *place, device))
-            about = {"scale": asdict(scale), "device": str(device), **surroundings()}
+            about = {"scale": asdict(scale), "place": place_of(device), **surroundings()}
             record = {**about, "cells": [asdict(each) for each in cells]}
             options.output.write_text(json.dumps(record, indent=1) + "\n")
             print(cells[-1], flush=True)

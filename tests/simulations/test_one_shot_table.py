@@ -83,7 +83,8 @@ def test_the_table_says_what_each_step_adds_and_shows_published_numbers_in_full_
     }
     cells = [Cell("own", 0.1, seed, merged, [0.1, 0.15], 0.35, [0.0, 0.9], 1.0, 1.0, "") for seed in (0, 1)]
     scaled, full = table(cells, Scale(images=10)), table(cells, Scale())
-    assert "| own | 0.1 | FedAvg | 0.200 | 0.300 | 0.250 | 0.400 | 0.150 | 0.350 |" in scaled
+    assert "| own | 0.1 | FedAvg | 0.200 ± 0.000 | 0.300 ± 0.000 | 0.250 ± 0.000 | 0.400 ± 0.000 |" in scaled
     assert "| own | 0.1 | +0.100 | +0.050 | +0.200 | +0.300 |" in scaled
     assert "published" not in scaled
-    assert "Co-Boosting, published" in full
+    assert "| shared | 0.1 | Co-Boosting, published | 0.571 |" in full
+    assert "0.702" not in full, "a concentration that was not measured"
