@@ -4,14 +4,16 @@
 
 trains networks from seeds of their own, merges draws of 2, 3, … of them, and prints a markdown table after every draw:
 what the merge loses to the mean network in loss (the loss barrier at the centre, and for pairs the largest one on the
-straight line), and accuracy. Rows are written after every method, and those that a file has are not measured again. A
-merge is given 500 images or 250 windows of the training split and no label. ``--collect FILE ...`` puts rows of several
-files into the record ``c2m3_fl/merging/results/rotations_real.json``; ``--redraw`` prints its tables.
+straight line), accuracy and perplexity. Rows are written after every method, and those that a file has are not measured
+again. A merge is given 500 images or 250 windows of the training split and no label. ``--collect FILE ...`` puts rows
+of several files into the record ``c2m3_fl/merging/results/rotations_real.json``; ``--redraw`` prints its tables, and
+``--picture FILE`` draws it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -20,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from simulations.sources import ENVIRONMENT
 from tests.benchmarks.real_transformers import RECIPES, Characters, Images, Task
 from tests.benchmarks.records import read_record, write_record
 from tests.benchmarks.rotations_draw import METHODS, RECALIBRATIONS, Merger
+from tests.benchmarks.rotations_picture import above_ends, picture
 
 RESULTS = Path(merging.__file__).parent / "results" / "rotations_real.json"
 COMMAND = "python -m tests.benchmarks.rotations_real"
@@ -88,24 +90,29 @@ def _losses(task: Task, first: dict[str, Tensor], second: dict[str, Tensor]) -> 
 def table(found: Sequence[Row], of: str) -> str:
     """Markdown: one line per method, one column per number of nodes and recalibration.
 
+    An entry is a mean and standard deviation over draws, with the number of draws where it is less than elsewhere.
+
     Parameters
     ----------
     found : sequence of Row
         Rows of one network.
-    of : {"barrier", "line", "accuracy"}
-        The loss above that of the mean network, the highest one on the line between two, or accuracy in percent.
+    of : {"barrier", "line", "accuracy", "perplexity"}
+        The loss above that of the mean network, the highest one on the line between two, accuracy in percent, or the
+        exponential of the loss.
     """
     ends = {(row.nodes, row.draw): row for row in found if row.method == ENDS}
+    draws = len({row.draw for row in found})
 
     def value(row: Row) -> float:
         if of == "accuracy":
             return 100 * row.accuracy
+        if of == "perplexity":
+            return math.exp(row.loss)
         if of == "line":
-            first, last = row.line[0], row.line[-1]
-            return max(loss - first - at * (last - first) / (POINTS - 1) for at, loss in enumerate(row.line))
+            return max(above_ends(row.line))
         return row.loss - ends[row.nodes, row.draw].loss
 
-    digits = 1 if of == "accuracy" else 2
+    digits = 2 if of in ("barrier", "line") else 1
     found = [row for row in found if row.line] if of == "line" else found
     columns = [
         (count, suffix.strip() or f"{count} networks", how)
@@ -120,18 +127,20 @@ def table(found: Sequence[Row], of: str) -> str:
             place = (count, method, how)
             scores = [value(row) for row in found if (row.nodes, row.method, row.recalibration) == place]
             spread = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
-            cells.append(f"{statistics.mean(scores):.{digits}f}{spread}" if scores else "")
-        if any(cells) and (method != ENDS or of == "accuracy"):
+            fewer = f" ({len(scores)})" if len(scores) < draws else ""
+            cells.append(f"{statistics.mean(scores):.{digits}f}{spread}{fewer}" if scores else "")
+        if any(cells) and (method != ENDS or of in ("accuracy", "perplexity")):
             lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def tables(found: Sequence[Row]) -> str:
-    """All tables of all networks."""
+    """All tables of all networks; perplexity is that of text."""
     parts = []
     for network in dict.fromkeys(row.network for row in found):
         own = [row for row in found if row.network == network]
-        parts += [f"{network}: {of}\n\n{table(own, of)}" for of in ("barrier", "line", "accuracy")]
+        shown = ("barrier", "line", "accuracy", *(["perplexity"] if network.startswith("GPT") else []))
+        parts += [f"{network}: {of}\n\n{table(own, of)}" for of in shown]
     return "\n\n".join(parts)
 
 
@@ -204,11 +213,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--collect", type=Path, nargs="+", default=[], help="files whose rows go into the record")
     parser.add_argument("--redraw", action="store_true", help="print the tables of the record and measure nothing")
+    parser.add_argument("--picture", type=Path, help="draw the record into this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.collect:
         _collect(arguments.collect, arguments.output)
-    if arguments.redraw or arguments.collect or arguments.task is None:
+    if arguments.picture:
+        picture(read_record(arguments.output)["rows"], ENDS, arguments.picture)
+    if arguments.redraw or arguments.collect or arguments.picture or arguments.task is None:
         print(tables(load(arguments.output)))
         return
     measure(_task(arguments), arguments, arguments.output)
@@ -224,12 +236,17 @@ def _task(arguments: argparse.Namespace) -> Task:
 
 
 def _collect(files: Sequence[Path], output: Path) -> None:
-    """Put the rows of several files into one, with the configuration of the first."""
-    records: list[dict[str, Any]] = [read_record(file) for file in files]
+    """Put the rows of several files into one; all were measured with the same recipes, versions and machine."""
+    first, *others = [read_record(file) for file in files]
+    for file, other in zip(files[1:], others, strict=True):
+        for name in ("configuration", "versions", "machine"):
+            if other[name] != first[name]:
+                raise SystemExit(f"{file} has {name} {other[name]}, {files[0]} has {first[name]}")
     found = {
         (row.network, row.nodes, row.draw, row.method, row.recalibration): row for file in files for row in load(file)
     }
-    write_record(output, COMMAND, records[0]["configuration"], [asdict(found[key]) for key in sorted(found)])
+    where = {name: first[name] for name in ("date", "versions", "machine")}
+    write_record(output, COMMAND, first["configuration"], [asdict(found[key]) for key in sorted(found)], **where)
 
 
 if __name__ == "__main__":
