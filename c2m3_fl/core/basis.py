@@ -7,7 +7,7 @@ with each other, the universe may therefore be mapped onto any reference, such a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ from c2m3_fl.core.mapped import inner, inners
 from c2m3_fl.core.match import match
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
+
+_ROW = 1024  # elements, as in `mapped.inners`: sums over whole rows do not depend on the stretches
+_AT_A_TIME = 1 << 22  # elements of all nodes
 
 
 def into_basis(
@@ -125,13 +128,21 @@ def consensus(spec: PermutationSpec, aligned: Sequence[Params], weights: Sequenc
     totals = torch.zeros(3, len(aligned), dtype=torch.float64)
     layers = {}
     for name in _matched(spec, aligned[0]):
-        values = torch.stack([_wide(node[name]).flatten() for node in aligned])
-        own = share.to(values)[:, None] * values
-        others = own.sum(0) - own
-        parts = torch.stack([inners(values, others), inners(values, values), inners(others, others)]).cpu()
+        parts = torch.zeros_like(totals)
+        for values in _stretches([_wide(node[name]).flatten() for node in aligned]):
+            own = share.to(values)[:, None] * values
+            others = own.sum(0) - own
+            parts += torch.stack([inners(values, others), inners(values, values), inners(others, others)]).cpu()
         layers[name] = _cosine(parts)
         totals += parts
     return Consensus(_cosine(totals), totals[1].sqrt(), layers)
+
+
+def _stretches(values: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Vectors of one length side by side, a stretch at a time: of many nodes all at once would take much memory."""
+    length = max(1, _AT_A_TIME // (_ROW * len(values))) * _ROW
+    for low in range(0, max(len(values[0]), 1), length):
+        yield torch.stack([value[low : low + length] for value in values])
 
 
 def consensus_of(products: Products, weights: Sequence[float]) -> Consensus:

@@ -10,6 +10,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 
 _AT_A_TIME = 1 << 17  # values of each node, so that many nodes of a large network take little memory
+_OF_ALL = 1 << 22  # values of all nodes
 
 
 def stacked(names: Iterable[str], params: Sequence[Params], origin: Params) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -36,6 +37,7 @@ def stacked(names: Iterable[str], params: Sequence[Params], origin: Params) -> I
     for name in names:
         flat = [each[name].detach().flatten() for each in params]
         start = origin[name].detach().flatten()
-        for low in range(0, len(start), _AT_A_TIME):
-            part = slice(low, low + _AT_A_TIME)
+        length = min(_AT_A_TIME, max(1, _OF_ALL // len(params)))
+        for low in range(0, len(start), length):
+            part = slice(low, low + length)
             yield name, torch.stack([each[part].double() for each in flat]), start[part].double()
