@@ -159,14 +159,14 @@ class Aligner:
                 "matching",
             )
         moves, origin = self._rebased(nodes, weights, found.moves)
-        for node, move in zip(nodes, moves, strict=True):
+        stay = all(map(permutation.is_identity, {id(each): each for each in (*moves, origin)}.values()))
+        for node, move in zip(nodes, moves, strict=True) if still is None else ():
             self.memory.remember(node, move)
-        if self.fold is not None and all(map(permutation.is_identity, (*moves, origin))):
-            aligned = tuple(given)  # nothing moves: the replies as they were, bit for bit
+        if stay:
+            aligned = tuple(given)  # the replies as they were, bit for bit
         else:
             aligned = tuple(_moved(self.spec, move, reply) for move, reply in zip(moves, params, strict=True))
             start = _moved(self.spec, origin, sent)
-        stay = all(map(permutation.is_identity, (*moves, origin)))
         products = seen.products() if seen is not None and stay else None
         agreed = consensus(self.spec, aligned, weights) if products is None else consensus_of(products, weights)
         odd = None if products is None else outliers_of(products)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.basis import Consensus
@@ -55,7 +56,8 @@ class RoundMatch:
     timed_out: bool = False
     odd: dict[int, str] | None = None
 
-    @property
+    @cached_property
     def share_moved(self) -> list[float]:
         """Share of units that each reply's map moves."""
-        return [permutation.share_moved(move) for move in self.moves]
+        found = {id(move): permutation.share_moved(move) for move in {id(each): each for each in self.moves}.values()}
+        return [found[id(move)] for move in self.moves]
