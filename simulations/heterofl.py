@@ -8,6 +8,7 @@ that have it (algorithm 1); an entry that none has stays. In training, a client 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -111,3 +112,44 @@ def with_scalers(network: nn.Sequential, width: float) -> nn.Sequential:
     for place, each in enumerate(network):
         found += [each, Scaler(width)] if place in layers[:-1] else [each]
     return nn.Sequential(*found)
+
+
+def with_norms(network: nn.Sequential) -> nn.Sequential:
+    """The same modules, BatchNorm behind every layer but the last, as in the paper's networks."""
+    layers = [place for place, each in enumerate(network) if isinstance(each, (nn.Conv2d, nn.Linear))]
+    found: list[nn.Module] = []
+    for place, each in enumerate(network):
+        found.append(each)
+        if place in layers[:-1]:
+            found.append(nn.BatchNorm2d(each.out_channels) if isinstance(each, nn.Conv2d) else _norm_behind(each))
+    return nn.Sequential(*found)
+
+
+def _norm_behind(layer: nn.Module) -> nn.Module:
+    assert isinstance(layer, nn.Linear)
+    return nn.BatchNorm1d(layer.out_features)
+
+
+def with_static_norms(network: nn.Module, params: Params, shares: Iterable[Tensor]) -> dict[str, Tensor]:
+    """A state dict with the running statistics of all clients' data (static BatchNorm: the paper, section 3).
+
+    Parameters
+    ----------
+    network : nn.Module
+        The architecture of that width; not mutated.
+    params : mapping of str to Tensor
+        Its state dict; statistics in it are not used.
+    shares : iterable of Tensor
+        Every client's inputs; statistics are the mean over clients.
+    """
+    twin = deepcopy(network)
+    twin.load_state_dict(params)
+    for each in twin.modules():
+        if isinstance(each, nn.modules.batchnorm._BatchNorm):
+            each.reset_running_stats()
+            each.momentum = None  # the mean over all batches
+    twin.train()
+    with torch.no_grad():
+        for inputs in shares:
+            twin(inputs)
+    return {name: value.detach().clone() for name, value in twin.state_dict().items()}
