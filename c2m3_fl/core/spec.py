@@ -30,7 +30,7 @@ from torch import Tensor
 
 from c2m3_fl.core.axes import KINDS, Axis, Group, Pin, Segment, TensorSpec
 from c2m3_fl.core.describe import describe
-from c2m3_fl.errors import ParamsError, SpecError
+from c2m3_fl.errors import ConfigError, ParamsError, SpecError
 
 __all__ = ["Axis", "Group", "Params", "PermutationSpec", "Pin", "Segment", "TensorSpec", "floating"]
 
@@ -130,6 +130,15 @@ def refuse_rotations(spec: PermutationSpec, who: str) -> None:
         name = spec.rotations[0]
         raise SpecError(
             f"{who}: group {name!r} is {spec.groups[name].kind}, expected permutations; use a spec without rotations"
+        )
+
+
+def check_rotations(spec: PermutationSpec, *, rotations: bool) -> None:
+    """Raise `ConfigError` where rotations are asked for beside a spec that has none."""
+    if rotations and not spec.rotations:
+        raise ConfigError(
+            "the given spec has permutations alone; derive it by permutation_spec(..., rotations=True), or leave out "
+            "one of spec and rotations"
         )
 
 

@@ -65,7 +65,7 @@ class C2M3(Strategy):
 
     Parameters
     ----------
-    strategy, model, example_inputs, inputs, outputs, spec, device, alignment, min_replies
+    strategy, model, example_inputs, inputs, outputs, spec, rotations, device, alignment, min_replies
         As for the current strategy; so are `outliers`, `memory`, `max_steps`, `tolerance`, `max_seconds`,
         `memory_limit`, `diagnostics`, `feedback`, `lora`, `sizes`: a client says which width it has by `width_of`
         among its properties, else by the shapes of its first reply.
@@ -88,8 +88,7 @@ class C2M3(Strategy):
     Raises
     ------
     ConfigError
-        For options out of range or that ask clients, and for wrappers for differential privacy whose bound would no
-        longer hold.
+        For options out of range or that ask clients, and for wrappers for privacy whose bound would no longer hold.
     CalibrationError, TraceError, SpecError
         As there.
     """
@@ -106,6 +105,7 @@ class C2M3(Strategy):
         calibration: Calibration | None = None,
         recalibrate: Recalibration | str | None = None,
         spec: PermutationSpec | None = None,
+        rotations: bool = False,
         exchanged: Sequence[str] | None = None,
         lora: Lora = "apart",
         device: torch.device | str | None = None,
@@ -150,6 +150,7 @@ class C2M3(Strategy):
             calibration=calibration,
             recalibrate=recalibrate,
             spec=spec,
+            rotations=rotations,
             device=device,
             sizes=sizes,
         )

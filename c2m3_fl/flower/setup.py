@@ -10,7 +10,7 @@ import torch
 from flwr.supercore import log
 from torch import Tensor, nn
 
-from c2m3_fl.core.spec import PermutationSpec, refuse_rotations
+from c2m3_fl.core.spec import PermutationSpec, check_rotations, refuse_rotations
 from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.flower.activation_start import DEEP, ActivationStart
 from c2m3_fl.flower.aligner import Aligner
@@ -146,6 +146,7 @@ def build_setup(
     recalibrate: Recalibration | ClientRefit | RegMean | str | None = None,
     moments: ClientStatistics | None = None,
     spec: PermutationSpec | None = None,
+    rotations: bool = False,
     head: Head | str | None = None,
     judge: ClientJudge | str | None = None,
     judge_key: str | None = None,
@@ -167,6 +168,8 @@ def build_setup(
         )
     place = resolve_device(device)
     if sizes is not None:
+        if rotations:
+            raise ConfigError("rotations are for clients of one width, and sizes= has several: leave one of them out")
         asked = {"recalibrate": recalibrate, "calibration": calibration, "moments": moments, "spec": spec}
         head, judge = check_options(head, judge, judge_key, basis=options.basis, **asked)
     statistics = calibration if isinstance(calibration, ClientStatistics) else None
@@ -183,8 +186,9 @@ def build_setup(
     refit, chosen = _resolve_recalibration(recalibrate, calibration)
     data = usable(data, asked=chosen is not None)
     if spec is None:
-        spec = permutation_spec(model, data.example_inputs)
+        spec = permutation_spec(model, data.example_inputs, rotations=rotations)
     else:
+        check_rotations(spec, rotations=rotations)
         require_invariance(model, spec, data.example_inputs)
     decides = recalibrate is None or refit is not None
     tentative = judge == "auto" and judge_key is None

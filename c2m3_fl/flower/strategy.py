@@ -64,6 +64,9 @@ class C2M3(Dialect):
     spec : PermutationSpec, optional
         The symmetries of the network, proven on the example inputs; by default they are derived. Replies are folded
         where it rotates.
+    rotations : bool
+        Whether the derived symmetries rotate groups that linear operators alone read (the residual streams of
+        transformers, the insides of heads), as in `merge`. Default False: all groups permute.
     exchanged : iterable of str, optional
         The names of the tensors that clients send, where that is not the whole state dict: a head, all but the norms,
         `dict(model.named_parameters())`, PEFT's `get_peft_model_state_dict(model)`. By default those of the arrays that
@@ -153,6 +156,7 @@ class C2M3(Dialect):
         recalibrate: Recalibration | ClientRefit | RegMean | str | None = None,
         moments: ClientStatistics | None = None,
         spec: PermutationSpec | None = None,
+        rotations: bool = False,
         exchanged: Iterable[str] | None = None,
         lora: Lora = "apart",
         head: Head | str | None = "auto",
@@ -200,6 +204,7 @@ class C2M3(Dialect):
             recalibrate=recalibrate,
             moments=moments,
             spec=spec,
+            rotations=rotations,
             head=head,
             judge=judge,
             judge_key=judge_key,

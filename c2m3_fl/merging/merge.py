@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.averaging import normalise_weights, weighted_mean
 from c2m3_fl.core.permutation import is_identity
-from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.spec import Params, PermutationSpec, check_rotations
 from c2m3_fl.core.state_dicts import order_by_weight, to_device
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.merging.align.base import Alignment, Method, Nodes
@@ -254,11 +254,7 @@ def _proven(
     if spec is None:
         assert held is not None
         return permutation_spec(model, held.example_inputs, rotations=rotations)
-    if rotations and not spec.rotations:
-        raise ConfigError(
-            "the given spec has permutations alone; derive it by permutation_spec(..., rotations=True), or leave out "
-            "one of spec and rotations"
-        )
+    check_rotations(spec, rotations=rotations)
     if held is not None:
         require_invariance(model, spec, held.example_inputs)
     return spec

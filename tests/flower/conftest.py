@@ -13,11 +13,11 @@ from c2m3_fl.symmetry.discover import permutation_spec
 _SPECS = {}
 
 
-def _once(model, example_inputs):
+def _once(model, example_inputs, rotations=False):
     """Networks that print the same have the same symmetries; deriving and proving them takes half a second."""
-    key = (repr(model), tuple((value.dtype, value.shape) for value in example_inputs))
+    key = (repr(model), rotations, tuple((value.dtype, value.shape) for value in example_inputs))
     if key not in _SPECS:
-        _SPECS[key] = permutation_spec(model, example_inputs)
+        _SPECS[key] = permutation_spec(model, example_inputs, rotations=rotations)
     return _SPECS[key]
 
 

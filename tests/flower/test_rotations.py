@@ -127,6 +127,18 @@ class Biasless(Stream):
         self.hidden = nn.Linear(8, 7, bias=False)
 
 
+@pytest.mark.parametrize("wrapper", [C2M3, LegacyC2M3])
+def test_rotations_are_derived_where_they_are_asked_for(wrapper) -> None:
+    model, spec, _ = known()
+    assert wrapper(model=model, example_inputs=EXAMPLE, rotations=True).setup.spec == spec
+    assert not wrapper(model=model, example_inputs=EXAMPLE).setup.spec.rotations
+    permuting = permutation_spec(model, EXAMPLE)
+    with pytest.raises(ConfigError, match="the given spec has permutations alone"):
+        wrapper(model=model, example_inputs=EXAMPLE, spec=permuting, rotations=True)
+    with pytest.raises(ConfigError, match="rotations are for clients of one width, and sizes= has several"):
+        wrapper(model=model, example_inputs=EXAMPLE, sizes=[model], rotations=True)
+
+
 def test_a_reply_that_cannot_be_folded_is_dropped_and_the_others_count() -> None:
     torch.manual_seed(1)
     model = Biasless().eval()
