@@ -15,7 +15,7 @@ from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.core.state_dicts import digest, norm, same
+from c2m3_fl.core.state_dicts import digest, norm, same, to_device
 from c2m3_fl.errors import SpecError
 from c2m3_fl.flower.aligned_replies import AlignedReplies
 from c2m3_fl.flower.aligner import MOVED
@@ -61,11 +61,12 @@ class TwoModels:
     def _was_returned(self, params: Params) -> bool:
         if self._deployed is None:
             return digest(params) == self._digest
-        alike = params.keys() == self._deployed.keys() and all(
-            value.dtype == self._deployed[name].dtype and value.shape == self._deployed[name].shape
+        deployed = to_device(self._deployed, torch.device("cpu"))
+        alike = params.keys() == deployed.keys() and all(
+            value.dtype == deployed[name].dtype and value.shape == deployed[name].shape
             for name, value in params.items()
         )
-        return alike and same(params, self._deployed)
+        return alike and same(to_device(params, torch.device("cpu")), deployed)
 
     @property
     def returned(self) -> str:

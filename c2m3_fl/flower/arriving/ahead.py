@@ -16,6 +16,7 @@ from flwr.supercore import log
 from c2m3_fl.core.basis import bounded
 from c2m3_fl.core.drift import Drifts, Products
 from c2m3_fl.core.spec import Params, PermutationSpec
+from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.flower.admitted import Decoded, Reply
 from c2m3_fl.flower.records import Schema
 from c2m3_fl.flower.replies import check_weight, decoded, only_arrays, only_metrics, renamed
@@ -135,7 +136,9 @@ class Ahead:
 
     def decoded(self, record: ArrayRecord, schema: Schema) -> Decoded:
         """What `replies.decoded` gives, remembered where these very bytes have been read."""
-        found = self._decoded.get(_key(record)) if schema == self._schema else None
+        if schema is not self._schema and schema == self._schema:
+            self._schema = schema  # so that the next reply's need not be compared
+        found = self._decoded.get(_key(record)) if schema is self._schema else None
         return decoded(record, schema) if found is None else found[0]
 
     def seen(self, replies: Sequence[Reply[Any]], weights: Sequence[float]) -> Seen | None:
@@ -168,7 +171,7 @@ class Ahead:
 def _drifts(spec: PermutationSpec, sent: Callable[[], Params]) -> Drifts | None:
     """None for symmetries that are not permutations alone."""
     with torch.no_grad():
-        return None if spec.rotations else Drifts(spec, sent())
+        return None if spec.rotations else Drifts(spec, to_device(sent(), torch.device("cpu")))
 
 
 def _add(drifts: Drifts, params: Params, weight: float) -> int:
