@@ -8,7 +8,8 @@ trains 20 clients, four of every width, IID, MLPs on digits and CNNs on 5,000 im
 ``--picture FILE`` draws it.
 
 The server holds 300 inputs without labels, by which C2M3 refits a narrower model; HeteroFL evaluates its slices as they
-are, except in its row "slices refit".
+are, except in its row "slices refit"; networks with BatchNorm (cases that end on "-bn") with statistics of all clients'
+images, as the paper has it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,13 @@ from c2m3_fl.merging.recalibrate.setting import usable_device
 from c2m3_fl.merging.widths.merge_widths import cut
 from c2m3_fl.merging.widths.networks import Widths
 from simulations.data import FederatedData, Images, derived_seed, federated_data
-from simulations.heterofl import HeteroFL, sliced, with_scalers
+from simulations.heterofl import HeteroFL, sliced, with_norms, with_scalers, with_static_norms
 from simulations.models import build_model
 from simulations.settings import Settings
 from simulations.training import train
 from tests.benchmarks.cells import Cells, Layout
 from tests.benchmarks.merging_cases import accuracy
-from tests.benchmarks.widths_rounds_table import METHODS, SHOWN, WIDTHS, Cell, Row, draw, table
+from tests.benchmarks.widths_rounds_table import METHODS, NORMED, SHOWN, WIDTHS, Cell, Row, draw, table
 
 RESULTS = Path(flower.__file__).parent / "results" / "widths.json"
 COMMAND = "python -m tests.benchmarks.widths_rounds"
@@ -64,6 +65,7 @@ CASES = {
     "digits": SETTINGS,
     "cifar10": replace(SETTINGS, data="cifar10", model="cnn", train_size=5000, batch_size=32, learning_rate=0.02),
 }
+CASES |= {f"{name}{NORMED}": settings for name, settings in CASES.items()}
 HIDDEN = 64  # units of both hidden layers of the widest MLP
 
 
@@ -73,6 +75,8 @@ class Federation:
 
     Attributes
     ----------
+    case : str
+        Name of the case.
     settings : Settings
         Data, training and seed.
     data : FederatedData
@@ -83,10 +87,16 @@ class Federation:
         Where C2M3 matches and recalibrates.
     """
 
+    case: str
     settings: Settings
     data: FederatedData
     device: torch.device
     server: torch.device
+
+    @cached_property
+    def shares(self) -> list[Images]:
+        """Every client's images, on the device."""
+        return [self._there(self.data.training_share(client)) for client in range(self.settings.clients)]
 
     def network(self, place: int, seed: int) -> nn.Sequential:
         """An untrained network of one of the widths."""
@@ -95,12 +105,11 @@ class Federation:
         settings = replace(self.settings, width=width, hidden_widths=hidden)
         found = build_model(settings, self.data.shape, self.data.classes, seed)
         assert isinstance(found, nn.Sequential)
-        return found
+        return with_norms(found) if self.case.endswith(NORMED) else found
 
     def app(self, method: str) -> ClientApp:
         """The clients."""
         app = ClientApp()
-        shares = [self._there(self.data.training_share(client)) for client in range(self.settings.clients)]
 
         def place(context: Context) -> int:
             return int(context.node_config["partition-id"]) % len(WIDTHS)
@@ -113,7 +122,7 @@ class Federation:
             if method != "own" or current > 1:
                 model.load_state_dict(message.content["arrays"].to_torch_state_dict())
             width = list(WIDTHS.values())[place(context)]
-            images = shares[client]
+            images = self.shares[client]
             trained = with_scalers(model, width) if method == "scaler" else model
             train(trained, images, self.settings, derived_seed(self.settings.seed, 3, client, current))
             metrics = MetricRecord({"num-examples": len(images)})
@@ -132,9 +141,16 @@ class Federation:
         def at(arrays: ArrayRecord, place: int) -> Mapping[str, Any]:
             first = {name: torch.arange(group.size) for name, group in found[place].spec.groups.items()}
             params = to_params(arrays)
-            return cut(wide, found[place], params, first, Refit())[0] if place else params
+            return cut(wide, found[place], params, first, Refit())[0] if place else self.static(networks[0], params)
 
         return at
+
+    def static(self, network: nn.Module, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A slice with the statistics of all clients' images, where it has BatchNorm."""
+        if not self.case.endswith(NORMED):
+            return params
+        there = deepcopy(network).to(self.device)
+        return with_static_norms(there, params, [images.inputs for images in self.shares])
 
     def run(self, method: str) -> list[Row]:
         """One run of one method."""
@@ -145,7 +161,7 @@ class Federation:
         if method in ("heterofl", "scaler", "refit"):
             by_node = {node: shapes[(node - 1) % len(WIDTHS)] for node in range(1, self.settings.clients + 1)}
             strategy = HeteroFL(by_node, fraction_evaluate=0.0)
-            at = lambda arrays, place: sliced(to_params(arrays), shapes[place])  # noqa: E731  # short
+            at = lambda arrays, place: self.static(networks[place], sliced(to_params(arrays), shapes[place]))  # noqa: E731  # short
             if method == "refit":
                 at = self.refitted(networks)
         else:
@@ -166,7 +182,7 @@ class Federation:
             if current in SHOWN:
                 for place, width in enumerate(WIDTHS):
                     score = accuracy(there[place], at(arrays, place), test)
-                    rows.append(Row(self.settings.data, METHODS[method], self.settings.seed, current, width, score))
+                    rows.append(Row(self.case, METHODS[method], self.settings.seed, current, width, score))
             scores = [f"{row.accuracy:.3f}" for row in rows if row.round == current]
             print(f"  round {current}", *scores, f"{time.perf_counter() - started:.0f} s", flush=True)
             return MetricRecord()
@@ -194,7 +210,7 @@ def run(cell: Cell, *, device: torch.device, server: torch.device) -> list[Row]:
     data, seed, title = cell
     settings = replace(CASES[data], seed=seed)
     method = next(name for name, each in METHODS.items() if each == title)
-    return Federation(settings, federated_data(settings), device, server).run(method)
+    return Federation(data, settings, federated_data(settings), device, server).run(method)
 
 
 def main() -> None:

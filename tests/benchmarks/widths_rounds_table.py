@@ -18,7 +18,9 @@ METHODS = {
     "scaler": "HeteroFL",
     "refit": "HeteroFL without Scaler, slices refit",
 }
+NORMED = "-bn"  # ends the names of cases whose networks have BatchNorm
 _TITLES = {"digits": "digits", "cifar10": "CIFAR-10"}
+_TITLES |= {f"{name}{NORMED}": f"{title}, BatchNorm" for name, title in _TITLES.items()}
 Cell = tuple[str, int, str]  # data, seed, method
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
-from simulations.heterofl import HeteroFL, mean_of_slices, sliced, with_scalers
+from simulations.heterofl import HeteroFL, mean_of_slices, sliced, with_norms, with_scalers, with_static_norms
 from tests.flower.federation import answer
 
 WHOLE = {"w": torch.arange(12.0).reshape(4, 3), "b": torch.zeros(4)}
@@ -52,3 +52,14 @@ def test_outputs_are_scaled_in_training_alone() -> None:
     torch.testing.assert_close(scaled.eval()(inputs), network(inputs))
     expected = network[2](torch.relu(2 * network[0](inputs)))
     torch.testing.assert_close(scaled.train()(inputs), expected)
+
+
+def test_static_statistics_are_those_of_all_clients_data() -> None:
+    network = with_norms(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2)))
+    assert [type(each).__name__ for each in network] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    shares = [torch.randn(50, 3) + 4 * client for client in range(2)]
+    found = with_static_norms(network, network.state_dict(), shares)
+    outputs = [network[0](inputs) for inputs in shares]
+    torch.testing.assert_close(found["1.running_mean"], torch.stack([each.mean(0) for each in outputs]).mean(0))
+    torch.testing.assert_close(found["1.running_var"], torch.stack([each.var(0) for each in outputs]).mean(0))
+    assert not network[1].num_batches_tracked.any()
