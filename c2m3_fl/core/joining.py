@@ -26,6 +26,7 @@ from c2m3_fl.core.search import duality_gap, search
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.starts import Start, begin, check_start
 from c2m3_fl.core.state_dicts import order_by_units
+from c2m3_fl.core.stillness import still_gap
 from c2m3_fl.errors import ConfigError, ParamsError, WeightsError
 
 
@@ -84,6 +85,9 @@ def join(
     with torch.no_grad(), assignment_pool() as pool:
         ordered = [nodes[i] for i in order]
         problem = Problem.of(spec, [universe, *ordered], share[[0, *(i + 1 for i in order)]], frozen=1)
+        if spec.rotations and start == "auto" and (gap := still_gap(problem, pool, tolerance)) is not None:
+            still = (permutation.identity(spec),) * len(nodes)
+            return Match(still, (problem.objective(),) * 2, gap, 0.0, True, 0, order)
         point, passed = begin(problem, first, generator, pool)
         found = search(problem, point, pool, Limits(max_steps, tolerance, polish), callback)
         gap = duality_gap(problem, found.permutations, pool)

@@ -11,6 +11,7 @@ from c2m3_fl.core.match import match
 from c2m3_fl.core.running import RunningUniverse
 from c2m3_fl.errors import ConfigError, ParamsError, WeightsError
 from tests.core.networks import ALL, draws, mlp, pairwise_agreement, planted
+from tests.core.rotating import ROTATING, draw
 
 each_spec = pytest.mark.parametrize("spec", ALL.values(), ids=ALL.keys())
 
@@ -128,3 +129,15 @@ def test_in_bounded_memory_nothing_moves_either_where_that_is_proven():
     found = match_bounded(spec, near, [1.0] * 5, batch=2)
     assert found.converged
     assert all(permutation.is_identity(perm) for perm in found.permutations)
+
+
+@pytest.mark.parametrize("spec", ROTATING.values(), ids=ROTATING.keys())
+def test_a_drift_worth_less_than_a_unit_moves_nothing_in_a_universe_and_in_batches(spec):
+    node = draw(spec, 0)
+    near = [{name: value + 3e-2 * draw(spec, seed)[name] for name, value in node.items()} for seed in range(1, 6)]
+    joined = join(spec, node, near[:2], universe_weight=3.0)
+    assert joined.converged
+    assert joined.gap > 0
+    found = match_bounded(spec, near, [1.0] * 5, batch=2)
+    assert found.objectives[0] == pytest.approx(found.objectives[1], rel=1e-12)
+    assert all(permutation.is_identity(perm) for perm in (*joined.permutations, *found.permutations))
