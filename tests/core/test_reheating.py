@@ -52,6 +52,23 @@ def test_a_start_that_no_step_improves_is_not_reheated(monkeypatch):
         assert all(torch.equal(perm[name], wanted[name]) for name in spec.groups)
 
 
+@pytest.mark.parametrize("noise", [0.1, 0.35])
+def test_nodes_that_are_alike_are_not_reheated_and_lose_nothing(noise, monkeypatch):
+    """Copies of one network that have drifted: their order is found by the first ascent."""
+    spec = mlp(12, 24, 24, 6)
+    nodes, maps = planted(spec, 5, noise, seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "ALIKE", 2.0)
+        warm = match(spec, nodes)
+    monkeypatch.setattr(search, "reheat", lambda *_: pytest.fail("reheated"))
+    found = match(spec, nodes)
+    assert found.objectives == warm.objectives
+    for i, wanted in enumerate(maps):
+        assert permutation.is_identity(
+            permutation.compose(found.between(0, i), permutation.invert(permutation.between(maps[0], wanted)))
+        )
+
+
 def test_reheatings_of_many_nodes_cost_what_those_of_few_cost(monkeypatch):
     # the first ascent's work of twelve nodes in all: three with 5 nodes, two with 7, one with 10, none with 16
     spec, seen = mlp(12, 24, 24, 6), []
