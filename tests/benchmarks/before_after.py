@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from tests.benchmarks.records import read_record, write_record
 
 RECORD = Path("c2m3_fl/core/results/before_after.json")
-CASES = {  # network, nodes, seeds
+CASES = {  # network, nodes, seeds, and how unlike the nodes are where that is not the default
     "MLP 784-256-256-10, 3 nodes": ("mlp(784, 256, 256, 10)", 3, 3),
     "MLP 784-256-256-10, 10 nodes": ("mlp(784, 256, 256, 10)", 10, 1),
     "MLP 784-512-512-512-10, 3 nodes": ("mlp(784, 512, 512, 512, 10)", 3, 2),
@@ -28,6 +29,10 @@ CASES = {  # network, nodes, seeds
     "ResNet20 width 2, 5 nodes": ("resnet20(2)", 5, 1),
     "ResNet20 width 4, 3 nodes": ("resnet20(4)", 3, 1),
     "MLP 64-32-32-10, 20 nodes": ("mlp(64, 32, 32, 10)", 20, 2),
+    "100 layers of 8 units, 3 nodes": ("mlp(8, *[8] * 100, 4)", 3, 1),
+    "400 layers of 8 units, 3 nodes": ("mlp(8, *[8] * 400, 4)", 3, 1),
+    "ResNet20 width 2, 5 nodes that drifted apart": ("resnet20(2)", 5, 1, 0.3),
+    "MLP 784-256-256-10, 10 nodes that drifted apart": ("mlp(784, 256, 256, 10)", 10, 1, 0.3),
 }
 _ONE = """
 import json, sys, time
@@ -36,10 +41,10 @@ torch.set_num_threads(1)
 from c2m3_fl.core.match import match
 from tests.benchmarks.networks import mlp, related_nodes, resnet20
 match(mlp(8, 6, 4), related_nodes(mlp(8, 6, 4), 2))
-for name, (network, count, seeds) in json.loads(sys.argv[1]).items():
+for name, (network, count, seeds, *noise) in json.loads(sys.argv[1]).items():
     for seed in range(seeds):
         spec = eval(network)
-        nodes = related_nodes(spec, count, seed=seed)
+        nodes = related_nodes(spec, count, seed=seed, noise=[1.0, *noise][-1])
         start = time.process_time()
         found = match(spec, nodes)
         row = {"case": name, "seed": seed, "cpu": time.process_time() - start, "agreement": found.objectives[-1]}
@@ -47,7 +52,7 @@ for name, (network, count, seeds) in json.loads(sys.argv[1]).items():
 """
 
 
-def run(tree: Path, cases: dict[str, tuple[str, int, int]]) -> list[dict[str, Any]]:
+def run(tree: Path, cases: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     """Match all cases with the code of one checkout."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree.resolve())}
     command = [sys.executable, "-c", _ONE, json.dumps(cases)]
@@ -57,7 +62,7 @@ def run(tree: Path, cases: dict[str, tuple[str, int, int]]) -> list[dict[str, An
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def measure(trees: dict[str, Path], cases: dict[str, tuple[str, int, int]], turns: int) -> list[dict[str, Any]]:
+def measure(trees: dict[str, Path], cases: Mapping[str, tuple[Any, ...]], turns: int) -> list[dict[str, Any]]:
     """All rows of all checkouts, which take turns."""
     rows = []
     for turn in range(turns):
@@ -98,6 +103,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--output", type=Path, default=RECORD)
     options = parser.parse_args()
     if not options.draw:
         if options.before is None:
@@ -108,8 +114,8 @@ def main() -> None:
             ["git", "rev-parse", "--short", "HEAD"], cwd=options.before, capture_output=True, text=True, check=True
         ).stdout.strip()
         configuration = {"cases": cases, "turns": options.turns, "before": revision}
-        write_record(RECORD, "python -m tests.benchmarks.before_after OLDER", configuration, rows)
-    print(table(read_record(RECORD)["rows"]))
+        write_record(options.output, "python -m tests.benchmarks.before_after OLDER", configuration, rows)
+    print(table(read_record(options.output)["rows"]))
 
 
 if __name__ == "__main__":
