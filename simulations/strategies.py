@@ -10,13 +10,11 @@ import torch
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, Strategy
 from torch import nn
 
-from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.align.base import Method
 from c2m3_fl.merging.align.cca import CCA
 from c2m3_fl.merging.align.methods import ActivationMatching, GitReBasin, Mean, MergeMany
-from c2m3_fl.symmetry.discover import permutation_spec
 from simulations.data import FederatedData
 from simulations.distillation import FedDF
 from simulations.peers import AlignedBy, FisherAverage, Merged
@@ -136,16 +134,12 @@ def c2m3_default_without_data(server: SimulatedServer) -> C2M3:
 
 def c2m3_rotations(server: SimulatedServer) -> C2M3:
     """Alignment alone, by rotations where linear operators alone read a group."""
-    return _asking(server, head=None, spec=_rotating(server))
+    return _asking(server, head=None, rotations=True)
 
 
 def c2m3_rotations_default(server: SimulatedServer) -> C2M3:
     """C2M3 with its default options, by rotations."""
-    return _deploying(server, spec=_rotating(server))
-
-
-def _rotating(server: SimulatedServer) -> PermutationSpec:
-    return permutation_spec(server.model, server.calibration[0][:2], rotations=True)
+    return _deploying(server, rotations=True)
 
 
 def c2m3_batchnorm(server: SimulatedServer) -> C2M3:
