@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from c2m3_fl import merge
 from tests.benchmarks.real_transformers import RECIPES, Characters, Images
+from tests.benchmarks.records import read_record, write_record
 from tests.benchmarks.rotations_draw import METHODS, RECALIBRATIONS, Merger
-from tests.benchmarks.rotations_real import ENDS, Row, rows, table
+from tests.benchmarks.rotations_real import COMMAND, ENDS, Row, _collect, load, rows, table
 from tests.benchmarks.sequences import Digits, Transformer
 
 CPU = torch.device("cpu")
@@ -77,3 +78,24 @@ def test_every_merge_of_a_method_is_scored(tmp_path):
     assert [row.recalibration for row in made] == list(RECALIBRATIONS.values())
     assert len(made[0].line) == 11
     assert math.isclose(made[0].line[5], made[0].loss, rel_tol=1e-5)
+
+
+def test_an_entry_says_of_how_many_draws_it_is_where_some_are_missing():
+    common = {"network": "net", "nodes": 2, "recalibration": "none", "seconds": 0.0, "line": (), "device": "cpu"}
+    found = [Row(draw=draw, method=ENDS, loss=1.0, accuracy=0.9, **common) for draw in range(3)]
+    found += [Row(draw=draw, method="plain mean", loss=1.5 + draw, accuracy=0.5, **common) for draw in range(2)]
+    assert "| plain mean | 1.00 ± 0.71 (2) |" in table(found, "barrier")
+    assert f"| {ENDS} | 2.7 ± 0.0 |" in table(found, "perplexity")
+
+
+def test_files_of_different_machines_are_not_put_into_one_record(tmp_path):
+    files = [tmp_path / name for name in ("one.json", "two.json")]
+    row = Row("net", 2, 0, ENDS, "none", 1.0, 0.9, (), 0.0, "cuda")
+    for file, draw in zip(files, range(2), strict=True):
+        write_record(file, COMMAND, {}, [asdict(replace(row, draw=draw))], machine={"cores": 16}, date="2026-01-01")
+    _collect(files, tmp_path / "all.json")
+    assert [each.draw for each in load(tmp_path / "all.json")] == [0, 1]
+    assert read_record(tmp_path / "all.json")["date"] == "2026-01-01"  # of the measurement, not of today
+    write_record(files[1], COMMAND, {}, [], machine={"cores": 2})
+    with pytest.raises(SystemExit, match=r"two.json has machine \{'cores': 2\}, .*one.json has \{'cores': 16\}"):
+        _collect(files, tmp_path / "all.json")
