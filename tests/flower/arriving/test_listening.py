@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import pytest
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.superlink.grid.http_grid import HttpGrid
+from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from c2m3_fl.flower.arriving.listening import Listening
 from c2m3_fl.flower.serial_grid import SerialGrid
@@ -84,6 +86,34 @@ def test_every_message_is_heard_of_once_and_the_grid_is_left_as_it_was(make):
     asked(grid)
     assert len(heard) == 3
     assert vars(grid).keys() == before.keys()
+
+
+@pytest.mark.parametrize("engine", [HttpGrid, InMemoryGrid])
+def test_the_loops_of_flowers_engines_are_listened_to(engine, monkeypatch):
+    """The grids of the SuperLink and of the simulation engine, over messages that a serial one carries."""
+    serial = SerialGrid(echo(), 3)
+
+    class Carried(engine):
+        pull_interval = 0.0
+
+        def __init__(self) -> None:
+            pass
+
+        def push_messages(self, messages):
+            return serial.push_messages(messages)
+
+        def pull_messages(self, message_ids):
+            return list(serial.pull_messages(sorted(message_ids)[:1]))
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    grid, heard = Carried(), []
+    listening = Listening(grid, heard.append)
+    replies = asked(grid)
+    assert len(replies) == 3
+    assert [id(each) for each in heard] == [id(each) for each in replies]
+    listening.close()
+    assert len(asked(grid, 2)) == 2
+    assert len(heard) == 3
 
 
 def test_replies_are_heard_of_before_the_last_one_comes():
