@@ -33,8 +33,8 @@ FEW = 3  # nodes up to which nothing is reheated: it gained too little there for
 # and 19, by .05 % each. Twelve nodes' work lets three start with up to five nodes, which five digits MLPs need (.14 %),
 # two with seven, one with ten, and none from sixteen on.
 BUDGET = 12
-# Nothing is reheated where the nodes agree by so large a share of the largest agreement that is conceivable, as copies of
-# one network that were trained on do: there the first ascent has found their order. Of 31 matches of three networks
+# Nothing is reheated where the nodes agree by so large a share of the largest agreement that is conceivable, as copies
+# of one network that were trained on do: there the first ascent has found their order. Of 31 matches of three networks
 # that ended above .85 none gained by reheatings; of 28 that ended from .6 to .84 eight did (seeds that no table shows).
 ALIKE = 0.85
 _COST = 0.8  # of a reheating, as a share of the first ascent's work: one starts where so much is left

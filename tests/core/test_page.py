@@ -9,6 +9,7 @@ from statistics import fmean
 import torch
 
 from c2m3_fl import core
+from tests.benchmarks import gpu
 from tests.benchmarks.quality import table
 from tests.benchmarks.records import read_record
 from tests.core.networks import mlp, planted
@@ -38,3 +39,10 @@ def test_gains_of_reheatings_are_those_of_the_record() -> None:
     assert f"over {len(rows)} matches" in PAGE
     assert [f"{gain:.2f}" for gain in gains] == ["0.12", "0.05", "0.05"]
     assert "first reheating gained .12 % of the agreement on average, the second and the third .05 % each" in PAGE
+
+
+def test_times_on_a_gpu_are_those_of_the_record() -> None:
+    rows = read_record(ROOM / "results" / "gpu.json")["rows"]
+    assert gpu.table(rows) in PAGE
+    assert all(abs(row["objective_ratio"] - 1) < 2e-8 for row in rows if "cpu" in row)
+    assert all(row["units_elsewhere"] == 0 for row in rows if "cpu" in row)
