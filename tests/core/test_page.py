@@ -9,7 +9,7 @@ from statistics import fmean
 import torch
 
 from c2m3_fl import core
-from tests.benchmarks import gpu
+from tests.benchmarks import before_after, gpu
 from tests.benchmarks.quality import table
 from tests.benchmarks.records import read_record
 from tests.core.networks import mlp, planted
@@ -46,3 +46,7 @@ def test_times_on_a_gpu_are_those_of_the_record() -> None:
     assert gpu.table(rows) in PAGE
     assert all(abs(row["objective_ratio"] - 1) < 2e-8 for row in rows if "cpu" in row)
     assert all(row["units_elsewhere"] == 0 for row in rows if "cpu" in row)
+
+
+def test_times_before_and_after_are_those_of_the_record() -> None:
+    assert before_after.table(read_record(ROOM / "results" / "before_after_alike.json")["rows"]) in PAGE
