@@ -114,7 +114,13 @@ class Dialect(Strategy):
         """Run the federation; see `Strategy.start`. Says in the end in how many rounds nothing was aggregated."""
         check_record(initial_arrays, "initial_arrays")
         self.begin_run(num_rounds, evaluate_config)
-        result = super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+        try:
+            result = super().start(
+                grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+            )
+        finally:
+            self._stop_listening()
+            self.server.drop_ahead()
         report_idle(result, num_rounds)
         return result
 

@@ -85,10 +85,15 @@ class Server:
         """What clients train next: the trajectory, or `incoming` where it is a new start."""
         self._incoming = incoming
         self.sent = self.models.next_start(incoming)
-        if self.ahead is not None:
-            self.ahead.drop()
+        self.drop_ahead()
         self.ahead = Ahead(self.setup.spec, partial(typed_like, self.setup.state_dict(), self.sent), self._gate.prepare)
         return self.sent
+
+    def drop_ahead(self) -> None:
+        """Forget what was computed of a round that is not aggregated."""
+        if self.ahead is not None:
+            self.ahead.drop()
+        self.ahead = None
 
     def arrived(
         self,

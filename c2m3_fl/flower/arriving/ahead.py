@@ -116,6 +116,8 @@ class Ahead:
         try:
             record = only_arrays(message)
             arrays = renamed(record, schema)
+            if _key(arrays) in self._decoded:
+                return  # heard twice: of a grid, and of the grid that it holds
             found = decoded(arrays, schema)
             self._decoded[_key(arrays)] = found, [array.data for array in arrays.values()]
             weight = 1.0 if weighted_by is None else check_weight(only_metrics(message)[weighted_by], weighted_by)
@@ -131,8 +133,9 @@ class Ahead:
         return self
 
     def drop(self) -> None:
-        """Read nothing any more: this round is not aggregated."""
+        """Read nothing any more, and keep nothing: this round is not aggregated."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._decoded = {}
 
     def decoded(self, record: ArrayRecord, schema: Schema) -> Decoded:
         """What `replies.decoded` gives, remembered where these very bytes have been read."""

@@ -261,6 +261,30 @@ def test_nothing_of_a_round_is_kept_after_it():
     assert strategy._listening is None
 
 
+def test_nothing_is_kept_of_a_run_that_was_interrupted_and_its_grid_is_left_as_it_was():
+    class Interrupted(Trickling):
+        def send_and_receive(self, messages, *, timeout=None):
+            raise KeyboardInterrupt
+
+    grid, strategy = Interrupted(digits_app(mlp, epochs=1, rate=0.02), 3), c2m3()
+    attributes = vars(grid).keys()
+    with pytest.raises(KeyboardInterrupt):
+        strategy.start(grid, ArrayRecord(mlp().state_dict()), num_rounds=2)
+    assert vars(grid).keys() == attributes
+    assert strategy.server.ahead is None
+    assert strategy._listening is None
+
+
+def test_a_reply_that_is_heard_twice_is_read_once():
+    sent, drifted = near()
+    strategy = c2m3()
+    send(strategy, sent)
+    for message in [reply(node, params) for node, params in enumerate(drifted)]:
+        strategy.server.ahead.hear(message, strategy._expected, "num-examples")
+        strategy.server.ahead.hear(message, strategy._expected, "num-examples")
+    assert len(strategy.server.ahead.finished()._drifts.result()._nodes) == len(drifted)
+
+
 def test_the_tensors_of_replies_lie_in_their_bytes_and_nothing_writes_there():
     sent, drifted = near()
     messages = [reply(node, params) for node, params in enumerate(drifted)]

@@ -175,3 +175,21 @@ def test_whoever_replaces_the_method_after_us_keeps_it():
     grid.pull_messages = theirs = lambda message_ids: []
     listening.close()
     assert grid.pull_messages is theirs
+
+
+def test_a_method_is_replaced_once_however_many_listen_and_put_back_after_the_last():
+    """Two strategies that train two parts of a network over one grid: rounds that overlap add no layer."""
+    grid, first, second = SerialGrid(echo(), 3), [], []
+    attributes = vars(grid).keys()
+    one = Listening(grid, first.append)
+    method = grid.pull_messages
+    for _ in range(3):
+        other = Listening(grid, second.append)
+        one.close()
+        one = Listening(grid, first.append)
+        assert grid.pull_messages is method
+        other.close()
+    asked(grid)
+    assert (len(first), len(second)) == (3, 0)
+    one.close()
+    assert vars(grid).keys() == attributes
