@@ -2,7 +2,7 @@
 
 Training turns what may be turned a little, so the agreement of nodes that have left one network can nearly always be
 raised by rotations of a few degrees. A permutation has no small move: the smallest exchanges two units. So a rotation
-that gains less than one unit agrees, on average, counts as none.
+of a group that gains less than one of its units agrees, on average, counts as none; a permutation never does.
 """
 
 from __future__ import annotations
@@ -39,14 +39,21 @@ def still_gap(problem: Problem, pool: Executor, tolerance: float) -> float | Non
         gradient = {name: each[0] for name, each in universe.gradient(range(node, node + 1)).items()}
         best = {k: v[0] for k, v in oracle(spec, {k: v[None] for k, v in gradient.items()}, pool).items()}
         share = float(problem.weights[node])
-        for family in families:
-            gain = share * sum(_worth(gradient, best, name) - _worth(gradient, None, name) for name in family)
-            total += gain
-            turning = [name for name in family if spec.groups[name].orthogonal]
-            if not turning:
-                permuted += gain
-            elif gain > share * sum(_worth(gradient, best, name) / spec.groups[name].size for name in turning):
-                return None
+        for root, *children in families:
+            gains = {
+                name: share * (_worth(gradient, best, name) - _worth(gradient, None, name))
+                for name in (root, *children)
+            }
+            total += sum(gains.values())
+            if not spec.groups[root].orthogonal and not permutation.stays(best[root]):
+                permuted += max(sum(gains.values()), 0.0)  # with it, all that is nested in it
+                continue
+            for name, gain in gains.items():
+                group = spec.groups[name]
+                if not group.orthogonal:
+                    permuted += max(gain, 0.0)
+                elif gain > share * _worth(gradient, best, name) / group.size:
+                    return None
     return max(total, 0.0) / problem.unit if permuted <= tolerance * problem.unit else None
 
 

@@ -190,6 +190,29 @@ def test_a_drift_worth_less_than_a_unit_moves_nothing(spec: PermutationSpec) -> 
     assert moved.objectives[-1] > found.objectives[-1]
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.2, 0.05])
+@pytest.mark.parametrize("moved", ["head", "qk"])
+def test_permutations_count_however_little_they_gain_beside_rotations(moved: str, scale: float) -> None:
+    """Linear attention: the units of queries and keys permute within heads, those of values rotate."""
+    groups = {"head": Group(3), "qk": Group(12, "head"), "vo": Group(12, "head", "orthogonal")}
+    tensors = {name: TensorSpec((12, 5), (on("qk", 12), ())) for name in "qk"}
+    tensors |= {"v": TensorSpec((12, 5), (on("vo", 12), ())), "o": TensorSpec((5, 12), ((), on("vo", 12)))}
+    spec = PermutationSpec(groups, tensors)
+    node = {name: value * (scale if name in "qk" else 1) for name, value in draw(spec, 0).items()}
+    if moved == "head":  # of two heads, weak in all of their units, that are exchanged
+        node = {name: value * (scale if name == "o" else 1) for name, value in node.items()}
+        for name in "qkv":
+            node[name][:8] *= scale
+    planted = permutation.identity(spec)
+    if moved == "head":
+        planted |= {"head": torch.tensor([1, 0, 2]), "qk": torch.tensor([4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11])}
+        planted["vo"] = torch.eye(12, dtype=torch.float64)[planted["qk"]]
+    else:
+        planted["qk"] = torch.arange(12).view(3, 4).flip(1).flatten()
+    found = match(spec, [node, permutation.apply(spec, planted, node)]).between(0, 1)
+    assert torch.equal(found["qk"], permutation.invert(planted)["qk"])
+
+
 @pytest.mark.parametrize("kind", ["orthogonal", "centred"])
 def test_two_coordinates_of_many_that_were_exchanged_are_brought_back(kind: Kind) -> None:
     units = (Segment.contiguous("g", 60),)
