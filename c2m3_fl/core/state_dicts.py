@@ -46,7 +46,7 @@ def norm(params: Params) -> float:
 def _size(value: Tensor) -> float:
     """Norm of a tensor: at single precision, ten times as fast, unless squares overflow or vanish there."""
     flat = value.detach().reshape(-1).to(torch.promote_types(value.dtype, torch.float32))
-    single = math.sqrt(sum(float(part.dot(part)) for part in flat.split(_AT_A_TIME)))
+    single = math.sqrt(sum(float(part.dot(part)) for part in torch.split(flat, _AT_A_TIME)))
     return single if 0 < single < math.inf else float(torch.linalg.vector_norm(value, dtype=torch.float64))
 
 
