@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.mapped import contract, inner, inners
+from c2m3_fl.core.mapped import contract, inners
 from c2m3_fl.core.spec import Axis, Params, PermutationSpec, Segment
 from c2m3_fl.core.terms import Term, compile_terms, densify, matched_names, working_dtype
 
@@ -84,7 +84,7 @@ def prove_identity(spec: PermutationSpec, nodes: Sequence[Params], weights: Tens
         tiny = squares < values[0].numel() * torch.finfo(dtype).tiny ** 0.8
         if any(bool(value.any()) for value, flag in zip(values, tiny.tolist(), strict=True) if flag):
             return None  # squares may underflow
-        agreement += 0.5 * (inner(centre, centre) - float(squares @ shares.double().square()))
+        agreement += 0.5 * (float(inners(centre[None], centre[None])) - float(squares @ shares.double().square()))
         mean[name] = centre
         for rows, part in parts:
             drift = torch.sub(part, centre, out=scratch[: part.numel()].view(part.shape))

@@ -38,13 +38,11 @@ def as_inputs(example_inputs: ExampleInputs) -> Inputs:
 
 def inputs_beside(model: nn.Module, example_inputs: ExampleInputs) -> Inputs:
     """The arguments of one call, those that are tensors on the device of the network's first tensor."""
-    state = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
     args, kwargs = as_inputs(example_inputs)
-    if not state:
-        return args, kwargs
+    device = next((value.device for value in model.state_dict().values() if isinstance(value, Tensor)), None)
 
     def there(value: object) -> object:
-        return value.to(state[0].device) if isinstance(value, Tensor) else value
+        return value.to(device) if isinstance(value, Tensor) and device is not None else value
 
     return tuple(map(there, args)), {name: there(value) for name, value in kwargs.items()}
 
