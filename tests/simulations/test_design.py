@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import simulations
 from c2m3_fl.errors import ConfigError
 from simulations.design import load_design, names, read_design
 from simulations.strategies import STRATEGIES
@@ -108,3 +111,15 @@ def test_methods_may_run_from_some_seeds_only_and_be_drawn():
     design = _read(text.replace('judged = "c2m3"', 'judged = "c2m3"\ndrawn = ["fedavg", "fedadam"]'))
     assert [each.methods_from(3) for each in design.cells] == [("fedavg", "c2m3")] * 4
     assert [each.methods_from(4)[2:] for each in design.cells] == [()] * 2 + [("fedadam",)] * 2
+
+
+def test_the_page_names_every_experiment_with_its_measurements_and_every_strategy():
+    page = (Path(simulations.__file__).parent / "README.md").read_text()
+    for name in names():
+        design = load_design(name)
+        count = sum(len(cell.methods_from(seed)) for cell in design.cells for seed in design.seeds)
+        row = next(line for line in page.splitlines() if line.startswith("| `") and f"`{name}`" in line)
+        assert f"{count:,}" in row, name
+    peers = ("fedavg", "git-rebasin", "mergemany", "activations", "cca")
+    listed = [name for name in STRATEGIES if not name.startswith(tuple(f"{peer}+" for peer in peers))]
+    assert [name for name in listed if f"`{name}`" not in page] == []
