@@ -28,13 +28,12 @@ RECORD, PAGE = _FOLDER / "results" / "still_rounds.json", _FOLDER / "README.md"
 CASES = [  # network, clients, noise, repeats
     ("mlp", 10, 0.02, 5),
     ("mlp", 10, 0.25, 5),
-    ("resnet20", 10, 0.02, 5),
-    ("resnet20", 10, 0.25, 5),
-    ("resnet20", 100, 0.02, 1),
-    ("vgg16", 10, 0.02, 5),
-    ("vgg16", 10, 0.25, 5),
+    ("resnet20", 10, 0.02, 4),
+    ("resnet20", 10, 0.25, 4),
+    ("vgg16", 10, 0.02, 4),
+    ("vgg16", 10, 0.25, 4),
     ("resnet50", 3, 0.02, 2),
-    ("resnet50", 3, 0.25, 2),
+    ("resnet50", 3, 0.25, 1),
 ]
 TITLES = {
     "mlp": "MLP 784-256-256-10",
