@@ -129,7 +129,8 @@ def refuse_rotations(spec: PermutationSpec, who: str) -> None:
     if spec.rotations:
         name = spec.rotations[0]
         raise SpecError(
-            f"{who}: group {name!r} is {spec.groups[name].kind}, expected permutations; use a spec without rotations"
+            f"{who}: group {name!r} is {spec.groups[name].kind}, expected permutations; use a spec without rotations, "
+            "which is derived where rotations=True is left out"
         )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from logging import INFO
-from typing import TypedDict
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -49,12 +48,6 @@ _SUMMARY = {
 }
 
 
-class _Private(TypedDict):
-    separate: bool
-    calibrated: bool
-    asks: list[str]
-
-
 class Dialect(Strategy):
     """A server in messages: `C2M3` without its options.
 
@@ -87,7 +80,7 @@ class Dialect(Strategy):
         self._grid: Grid | None = None
         self._listening: Listening | None = None
         self._evaluate_config: ConfigRecord | None = None
-        check_privacy(self.strategy, **self._private)
+        check_privacy(self.strategy, **self.setup.bounds, asks=self.setup.asks)
         self.own_names = frozenset(vars(self))  # a subclass has others, too
 
     @property
@@ -141,7 +134,7 @@ class Dialect(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send out the trajectory, or `arrays` where they are a new start, to whom the wrapped strategy chooses."""
-        check_callers(**self._private)
+        check_callers(**self.setup.bounds, asks=self.setup.asks)
         params = to_params(arrays)
         check_prefixes(params, self._whole.spec.tensors, _SENT)
         if self._named:
@@ -269,10 +262,6 @@ class Dialect(Strategy):
     def _expected(self) -> Schema:
         """What replies look like."""
         return reply_schema(schema_of_params(self.setup.state_dict()), schema_of(self.sent))
-
-    @property
-    def _private(self) -> _Private:
-        return {"separate": self.setup.separate, "calibrated": self.setup.calibrated, "asks": self.setup.asks}
 
     def _clients(self, server_round: int) -> Clients | None:
         """Whom to ask in this round; None before anything was sent out."""

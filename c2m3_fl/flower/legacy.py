@@ -167,7 +167,7 @@ class C2M3(Strategy):
         self.expected: Schema = self.schema
         self.sent: Parameters | None = None
         self._chosen: list[int] = []
-        check_privacy(self.strategy, separate=self.setup.separate, calibrated=self.setup.calibrated)
+        check_privacy(self.strategy, **self.setup.bounds)
 
     @property
     def wrapped(self) -> Strategy:
@@ -196,7 +196,7 @@ class C2M3(Strategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Send out the trajectory, or `parameters` where they are a new start, to whom the wrapped strategy chooses."""
-        check_callers(separate=self.setup.separate, calibrated=self.setup.calibrated)
+        check_callers(**self.setup.bounds)
         named = named_params(self.schema, parameters, "the parameters to send out")
         check_fits(named, self.setup, "the parameters to send out")
         start = self.server.next_start(named)

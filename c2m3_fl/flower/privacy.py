@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import currentframe
+from typing import TypedDict
 
 from flwr.server import strategy as legacy
 from flwr.serverapp.strategy import (
@@ -41,9 +42,24 @@ _ASKED = (
     "{name} bounds what one client can change, but {what} asks the clients for more about their data, outside that "
     "bound, and the model that it deploys differs from the one that clients are clipped against; leave {what} out"
 )
+_TURNED = (
+    "{name} bounds how far a client's reply is from the model that was sent, but rotations change how weights are "
+    "written (norms are folded, replies are rotated), and with it that distance; leave out rotations=True, or pass a "
+    "spec without rotations"
+)
 
 
-def check_privacy(strategy: object, *, separate: bool, calibrated: bool, asks: Sequence[str] = ()) -> None:
+class Bounds(TypedDict):
+    """Of a setup, what decides whether a bound on one client's change holds: see `check_privacy`."""
+
+    separate: bool
+    calibrated: bool
+    rotating: bool
+
+
+def check_privacy(
+    strategy: object, *, separate: bool, calibrated: bool, rotating: bool = False, asks: Sequence[str] = ()
+) -> None:
     """Raise `ConfigError` for a wrapper for differential privacy whose bound would no longer hold.
 
     Parameters
@@ -54,6 +70,8 @@ def check_privacy(strategy: object, *, separate: bool, calibrated: bool, asks: S
         Whether each reply is aligned by itself.
     calibrated : bool
         Whether the merged model is recalibrated.
+    rotating : bool
+        Whether replies are folded and rotated.
     asks : sequence of str
         The options for which clients are asked about their data: recalibrate, head, judge.
     """
@@ -62,15 +80,18 @@ def check_privacy(strategy: object, *, separate: bool, calibrated: bool, asks: S
             name = type(each).__name__
             if not separate:
                 raise ConfigError(_JOINT.format(name=name))
+            if rotating:
+                raise ConfigError(_TURNED.format(name=name))
             if asks:
                 raise ConfigError(_ASKED.format(name=name, what=" and ".join(asks)))
             if calibrated:
                 raise ConfigError(_CALIBRATED.format(name=name))
 
 
-def check_callers(*, separate: bool, calibrated: bool, asks: Sequence[str] = ()) -> None:
+def check_callers(*, separate: bool, calibrated: bool, rotating: bool = False, asks: Sequence[str] = ()) -> None:
     """`check_privacy` for every object whose method is being called: only there does an outer wrapper show."""
     frame = currentframe()
     while frame is not None:
-        check_privacy(frame.f_locals.get("self"), separate=separate, calibrated=calibrated, asks=asks)
+        inside = frame.f_locals.get("self")
+        check_privacy(inside, separate=separate, calibrated=calibrated, rotating=rotating, asks=asks)
         frame = frame.f_back

@@ -22,6 +22,7 @@ from c2m3_fl.flower.generators import undisturbed
 from c2m3_fl.flower.judge import ClientJudge
 from c2m3_fl.flower.judge_options import check_moments, resolve_judge
 from c2m3_fl.flower.options import Options, brief, resolve_device
+from c2m3_fl.flower.privacy import Bounds
 from c2m3_fl.flower.widths.sizes import Sizes, check_options
 from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve_for
@@ -96,6 +97,11 @@ class Setup:
         """The model's tensors that clients exchange, under the names that they send."""
         state = self.model.state_dict()
         return {name: state[self.names.get(name, name)] for name in self.spec.tensors}
+
+    @property
+    def bounds(self) -> Bounds:
+        """What decides whether a bound on one client's change holds."""
+        return {"separate": self.separate, "calibrated": self.calibrated, "rotating": bool(self.spec.rotations)}
 
     @property
     def calibrated(self) -> bool:

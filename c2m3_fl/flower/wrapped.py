@@ -143,11 +143,11 @@ def refuse_steps(strategy: object, spec: PermutationSpec) -> None:
     The fold would count as progress, and so would the rotation.
     """
     for each in chain(strategy) if spec.rotations else ():
-        if isinstance(each, FedOpt | legacy.FedOpt | FedAvgM | legacy.FedAvgM):
+        if isinstance(each, FedOpt | legacy.FedOpt | FedAvgM | legacy.FedAvgM | QFedAvg | legacy.QFedAvg):
             raise ConfigError(
-                f"strategy is a {type(each).__name__}, which steps from the model that was sent out, and the spec has "
-                "rotations, which change the weights of what is aggregated; use a strategy that averages, or a spec "
-                "without rotations"
+                f"strategy is a {type(each).__name__}, which steps from the model that was sent out, and rotations "
+                "change the weights of what is aggregated; use a strategy that averages, leave out rotations=True, or "
+                "pass a spec without rotations"
             )
 
 

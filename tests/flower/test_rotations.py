@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from flwr.server import strategy as of_old
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    QFedAvg,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -110,13 +117,36 @@ def test_a_part_of_the_state_dict_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("wrapper", "inside"),
-    [(C2M3, FedAdam), (C2M3, FedAvgM), (LegacyC2M3, of_old.FedAvgM)],
-    ids=["FedAdam", "FedAvgM", "legacy FedAvgM"],
+    [
+        (C2M3, FedAdam),
+        (C2M3, FedAvgM),
+        (C2M3, partial(QFedAvg, client_learning_rate=0.1)),
+        (LegacyC2M3, of_old.FedAvgM),
+        (LegacyC2M3, of_old.QFedAvg),
+    ],
+    ids=["FedAdam", "FedAvgM", "QFedAvg", "legacy FedAvgM", "legacy QFedAvg"],
 )
 def test_strategies_that_step_from_what_was_sent_are_refused(wrapper, inside) -> None:
     model, spec, _ = known()
-    with pytest.raises(ConfigError, match=f"strategy is a {inside.__name__}.*rotations"):
-        wrapper(inside(), model=model, example_inputs=EXAMPLE, spec=spec)
+    strategy = inside()
+    with pytest.raises(ConfigError, match=f"strategy is a {type(strategy).__name__}.*leave out rotations=True"):
+        wrapper(strategy, model=model, example_inputs=EXAMPLE, spec=spec)
+
+
+@pytest.mark.parametrize(
+    "private",
+    [DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyClientSideFixedClipping],
+    ids=["server", "clients"],
+)
+def test_differential_privacy_is_refused_in_either_order(private) -> None:
+    model, _, params = known()
+    options = {"model": model, "example_inputs": EXAMPLE, "alignment": "separate", "head": None, "judge": None}
+    bound = {"noise_multiplier": 1.0, "clipping_norm": 1.0, "num_sampled_clients": 2}
+    with pytest.raises(ConfigError, match=f"{private.__name__} bounds how far .* leave out rotations=True"):
+        C2M3(private(FedAvg(), **bound), rotations=True, **options)
+    outside = private(C2M3(FedAvg(), rotations=True, **options), **bound)
+    with pytest.raises(ConfigError, match=f"{private.__name__} bounds how far .* leave out rotations=True"):
+        send(outside, params)
 
 
 class Biasless(Stream):
