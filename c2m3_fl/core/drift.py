@@ -162,11 +162,18 @@ class Drifts:
 
     def _mean(self, numbers: Sequence[int], weights: Sequence[float]) -> Parts:
         """The weighted mean of some nodes: from the sum where that is of these nodes and weights."""
-        sums, pairs = self._sum, list(zip(numbers, weights, strict=True))
-        if sorted(pairs) != list(enumerate(self._weights)):
-            sums = self._zeros()
-            for number, weight in pairs:
-                self._layout.lengths(self._nodes[number], self._start, sums, weight)
+        given = sorted(zip(numbers, weights, strict=True)) == list(enumerate(self._weights))
+        return self._around(self._sum if given else self._total(numbers, weights), weights)
+
+    def _total(self, numbers: Sequence[int], weights: Sequence[float]) -> Parts:
+        """The weighted sum of drifts, added in this order."""
+        sums = self._zeros()
+        for number, weight in zip(numbers, weights, strict=True):
+            self._layout.lengths(self._nodes[number], self._start, sums, weight)
+        return sums
+
+    def _around(self, sums: Parts, weights: Sequence[float]) -> Parts:
+        """The start plus a sum of drifts by the sum of their weights."""
         scale = 1 / math.fsum(weights)
         large = {name: torch.add(value, sums.large[name], alpha=scale) for name, value in self._start.large.items()}
         return Parts(torch.add(self._start.small, sums.small, alpha=scale), large)
@@ -186,7 +193,7 @@ class Drifts:
             return float((along + self._squares.sum()).sum()) / 4
         if self.complete:
             return 0.5 * float(share @ self.products(numbers).nodes.sum(0).fill_diagonal_(0) @ share)
-        mean = self._mean(numbers, weights)
+        mean = self._around(self._total(numbers, weights), weights)  # in this order, whatever that of arrival
         values = [mean.small, *mean.large.values()]
         return 0.5 * (
             sum(inner(value, value) for value in values) - float(share.square() @ self.norms(numbers).square())

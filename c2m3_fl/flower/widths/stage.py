@@ -1,8 +1,8 @@
 """What a server with clients of several widths remembers: who has which width, and the models at every width.
 
 A client of unknown width is asked for it (`answer_width`). Where it does not answer, it is sent the model at the
-model's own width, and the shapes of its first usable reply tell. A client whose reply could not be used is asked once
-more: it may have been started again with another width.
+model's own width, and the shapes of its first usable reply tell. A client whose reply could not be used is asked
+again before the next round: it may have been started again with another width.
 """
 
 from __future__ import annotations

@@ -123,7 +123,9 @@ def test_replies_are_decoded_once_and_nothing_is_searched_where_all_are_near(mon
     assert len(read) == 3
 
 
-def test_the_order_in_which_replies_arrive_changes_no_number():
+@pytest.mark.parametrize("most", [100, 4])
+def test_the_order_in_which_replies_arrive_changes_no_number(most, monkeypatch):
+    monkeypatch.setattr(drift, "MOST", most)
     sent, drifted = near(6)
     messages = [reply(node, params, examples=node + 1) for node, params in enumerate(drifted)]
     arrays, metrics = arrive(patient(), sent, messages)
@@ -271,8 +273,7 @@ def test_nothing_is_kept_of_a_run_that_was_interrupted_and_its_grid_is_left_as_i
     with pytest.raises(KeyboardInterrupt):
         strategy.start(grid, ArrayRecord(mlp().state_dict()), num_rounds=2)
     assert vars(grid).keys() == attributes
-    assert strategy.server.ahead is None
-    assert strategy._listening is None
+    assert strategy.server.ahead is strategy._listening is None
 
 
 def test_a_reply_that_is_heard_twice_is_read_once():
