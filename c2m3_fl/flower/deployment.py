@@ -26,6 +26,7 @@ from c2m3_fl.merging.recalibrate.last_layer import with_temperature
 __all__ = ["Clients", "Deployed", "Request", "deploy", "wants_plain"]
 
 _TEMPERATURES = (0.5, 0.7, 1.4, 2.0, 3.0)  # beside 1; the loss is smooth in them, and convex in 1 / temperature
+_FEWEST = 3  # clients that choose one: two with few classes each do not know how sure of the others a model should be
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ def deploy(setup: Setup, request: Request) -> Deployed:
         found = Candidates(setup, request)
         chosen, numbers, unjudged, judged = _choose(setup, request, found)
         params = request.aggregate if chosen == AGGREGATE else found.params[chosen]
-        if judged:
+        if judged and not (isinstance(setup.judge, ClientJudge) and len(request.nodes) < _FEWEST):
             params, tempered = _at_best_temperature(setup, request, params)
             numbers |= tempered
     tried = setup.calibrated or (request.deploys and bool(setup.asks))

@@ -84,6 +84,12 @@ def test_scores_of_the_wrong_scale_are_divided_by_the_temperature_that_is_judged
         assert accuracy(mlp, result.arrays) == accuracy(mlp, strategy.trajectory)
 
 
+def test_two_clients_choose_no_temperature():
+    strategy, result, _ = played(ALONE, clients_app=clients(8.0), transit=lambda replies: replies[:2])
+    assert "c2m3-temperature" not in result.train_metrics_clientapp[2]
+    assert same(result.arrays, strategy.trajectory)
+
+
 def test_scores_of_the_right_scale_stay_bit_for_bit():
     strategy, result, _ = played(ALONE, clients_app=clients(1.0))
     assert deployed(result, 2)[0] == "aggregate"
