@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from c2m3_fl.core.spec import PermutationSpec
+from c2m3_fl.errors import ConfigError
 from c2m3_fl.network.calibration import ExampleInputs, inputs_beside
 from c2m3_fl.network.calls import Outputs, choose_outputs
 from c2m3_fl.symmetry.accept import Invariance, prove, require, smallest
@@ -62,7 +63,7 @@ def permutation_spec(
     SpecError
         When `pin` names a tensor or an axis that the network does not have.
     ConfigError
-        When `outputs` names an output that the network does not have.
+        When `outputs` names an output that the network does not have, or `rotations` is not a bool.
 
     Examples
     --------
@@ -102,6 +103,8 @@ def permutation_spec(
     >>> permutation_spec(Branch(), inputs).groups  # inputs and outputs only: nothing may move
     {}
     """
+    if rotations not in (True, False):
+        raise ConfigError(f"rotations is {rotations!r}, expected True or False")
     inputs, model = inputs_beside(model, example_inputs), choose_outputs(model, outputs)
     folding = find_folding(model, example_inputs) if rotations else None
     found = trace(model, inputs, pin=pin, folded=None if folding is None else folding.scales)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from c2m3_fl.errors import TraceError
+from c2m3_fl.errors import ConfigError, TraceError
 from c2m3_fl.symmetry.discover import check_invariance, permutation_spec
 from tests.symmetry.families import build, noise, traced
 
@@ -70,3 +70,8 @@ def test_the_exporter_prints_nothing_when_it_refuses(capfd: pytest.CaptureFixtur
     with pytest.raises(TraceError):
         permutation_spec(Branching(), noise(2, 4))
     assert capfd.readouterr() == ("", "")
+
+
+def test_rotations_are_asked_for_by_a_bool() -> None:
+    with pytest.raises(ConfigError, match="rotations is 'no', expected True or False"):
+        permutation_spec(build("mlp"), noise(2, 12), rotations="no")  # type: ignore[arg-type]  # that is the point
