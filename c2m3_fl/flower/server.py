@@ -86,7 +86,8 @@ class Server:
         self._incoming = incoming
         self.sent = self.models.next_start(incoming)
         self.drop_ahead()
-        self.ahead = Ahead(self.setup.spec, partial(typed_like, self.setup.state_dict(), self.sent), self._gate.prepare)
+        self._gate.prepare()  # here, before any client of this process may train the very object that is copied
+        self.ahead = Ahead(self.setup.spec, partial(typed_like, self.setup.state_dict(), self.sent))
         return self.sent
 
     def drop_ahead(self) -> None:

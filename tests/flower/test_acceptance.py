@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -13,13 +15,14 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower import acceptance
 from c2m3_fl.flower.acceptance import check_norm, check_runs
 from c2m3_fl.flower.buffers import Buffers
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.recalibrate.repair import Repair
 from c2m3_fl.network.calibration import as_batch
-from tests.flower.federation import EXAMPLE, aggregate, digits, good, mlp, normed, reply, same
+from tests.flower.federation import EXAMPLE, aggregate, digits, good, mlp, normed, reply, same, send
 
 
 class Scaling(FedAvg):
@@ -172,3 +175,17 @@ def test_a_recalibration_that_breaks_the_model_is_left_out(caplog):
     assert same(arrays, aggregate(replies, C2M3(model=normed(), example_inputs=EXAMPLE), sent)[0])
     assert metrics["c2m3-repaired"] == 0
     assert any("gives NaN on the example inputs: the merged model stays as it is" in text for text in caplog.messages)
+
+
+def test_the_network_is_copied_before_a_client_of_this_process_may_train_that_very_object(monkeypatch):
+    threads = []
+
+    def recorded(model):
+        threads.append(threading.current_thread())
+        return deepcopy(model)
+
+    monkeypatch.setattr(acceptance, "deepcopy", recorded)
+    strategy = C2M3(FedAvg(), model=mlp(), example_inputs=EXAMPLE)
+    send(strategy, mlp().state_dict())
+    strategy.server.ahead.finished()
+    assert threads == [threading.main_thread()] * 2

@@ -84,18 +84,13 @@ class Ahead:
         The symmetries of the network.
     sent : callable
         The model that was sent, in its own element types; called on the thread.
-    prepare : callable
-        Whatever else can be made ready; called on the thread.
     """
 
-    def __init__(
-        self, spec: PermutationSpec, sent: Callable[[], Params], prepare: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, spec: PermutationSpec, sent: Callable[[], Params]) -> None:
         self._pool = ThreadPoolExecutor(1, "c2m3-replies")
         self._decoded: dict[Key, tuple[Decoded, list[bytes]]] = {}
         self._schema: Schema = {}
         self._drifts: Future[Drifts | None] = self._pool.submit(_drifts, spec, sent)
-        self._pool.submit(prepare)
 
     def hear(self, message: Message, schema: Schema, weighted_by: str | None) -> None:
         """Read a reply on the thread.
