@@ -287,25 +287,10 @@ def build_strategy(
     participation: float = 1.0,
     device: torch.device | None = None,
 ) -> Strategy:
-    """The strategy `name` for a federation.
+    """The strategy `name`, one of `STRATEGIES`, for a federation; `ConfigError` for another name.
 
-    Parameters
-    ----------
-    name : str
-        One of `STRATEGIES`.
-    model, data : nn.Module, FederatedData
-        The architecture, and the data of the federation.
-    clients : int
-        Number of clients in round 1; by default all that have data.
-    participation : float
-        Share of the clients that train in a round.
-    device : torch.device, optional
-        Where C2M3 computes; by default CUDA where there is a device.
-
-    Raises
-    ------
-    ConfigError
-        For another name.
+    `clients` is the number of clients in round 1 (by default all that have data), `participation` the share of them
+    that train in a round, `device` where C2M3 computes (by default CUDA where there is a device).
     """
     check_choice("strategy", name, tuple(TITLES))
     return STRATEGIES[name](SimulatedServer(model, data.calibration, clients or len(data.parts), participation, device))

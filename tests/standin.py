@@ -135,6 +135,8 @@ def _check(func: Any, args: Any, tensors: list[Tensor]) -> None:
 @functools.cache
 def _register() -> None:
     _setup_privateuseone_for_python_backend()
+    module: Any = getattr(torch, DEVICE.type)
+    module.is_available = lambda: False  # `DataParallel` takes any device that there is, and what is registered stays
 
 
 @contextlib.contextmanager

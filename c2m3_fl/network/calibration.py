@@ -36,15 +36,13 @@ def as_inputs(example_inputs: ExampleInputs) -> Inputs:
     return (dense(example_inputs),), {}
 
 
-def inputs_beside(model: nn.Module, example_inputs: ExampleInputs) -> Inputs:
+def inputs_beside(model: nn.Module | type[nn.Module], example_inputs: ExampleInputs) -> Inputs:
     """The arguments of one call, those that are tensors on the device of the network's first tensor."""
     args, kwargs = as_inputs(example_inputs)
-    device = next((value.device for value in model.state_dict().values() if isinstance(value, Tensor)), None)
-
-    def there(value: object) -> object:
-        return value.to(device) if isinstance(value, Tensor) and device is not None else value
-
-    return tuple(map(there, args)), {name: there(value) for name, value in kwargs.items()}
+    held = model.state_dict().values() if isinstance(model, nn.Module) else ()  # a class is refused later
+    device = next((value.device for value in held if isinstance(value, Tensor)), None)
+    moved = [value.to(device=device) if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
+    return tuple(moved[: len(args)]), dict(zip(kwargs, moved[len(args) :], strict=True))
 
 
 @dataclass(frozen=True)
