@@ -89,11 +89,11 @@ def compare(record: Record, cell: Mapping[str, str], method: str, baseline: str)
     return Pair(gains, 1.0 if loss == reference else loss / reference if reference else inf)
 
 
-def spread(values: Sequence[float]) -> str:
-    """The value, or mean ± sample standard deviation of several."""
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{mean(values):.3f} ± {stdev(values):.3f}"
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """The value, or mean ± sample standard deviation of several; "" for none."""
+    if not values:
+        return ""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def accuracies(measurements: Sequence[Measurement], number: int = -1) -> list[float]:

@@ -33,7 +33,7 @@ class Elsewhere(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> Elsewhere:
-        made: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # not in torch's stubs
             cls,
             held.shape,
             strides=held.stride(),

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.benchmarks.records import read_record, write_record
+from tests.benchmarks.records import read_record, revision, write_record
 
 RECORD = Path("c2m3_fl/core/results/before_after.json")
 CASES = {  # network, nodes, seeds, and how unlike the nodes are where that is not the default
@@ -110,10 +110,7 @@ def main() -> None:
             parser.error("expected the folder of an older checkout, or --draw")
         cases = {name: CASES[name] for name in options.cases}
         rows = measure({"before": options.before, "after": Path()}, cases, options.turns)
-        revision = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=options.before, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        configuration = {"cases": cases, "turns": options.turns, "before": revision}
+        configuration = {"cases": cases, "turns": options.turns, "before": revision(options.before)}
         write_record(options.output, "python -m tests.benchmarks.before_after OLDER", configuration, rows)
     print(table(read_record(options.output)["rows"]))
 

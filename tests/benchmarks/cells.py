@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from c2m3_fl.merging.recalibrate.setting import usable_device
 from tests.benchmarks.records import here, read_record, write_record
 
 
@@ -141,3 +143,46 @@ class Cells(Generic[Row]):
         if failed:
             raise SystemExit(f"{len(failed)} of {len(cells)} cells failed: {failed}")
         return known
+
+
+def add_options(parser: argparse.ArgumentParser, output: Path) -> None:
+    """The options that `run` reads."""
+    parser.add_argument("--device", default="cpu", help="where to train and evaluate")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
+    parser.add_argument("--output", type=Path, default=output, help="the JSON file that is written after every cell")
+    parser.add_argument("--collect", nargs="+", type=Path, help="add the cells of these files to the record")
+    parser.add_argument("--redraw", action="store_true", help="print the table of the record and measure nothing")
+    parser.add_argument("--picture", type=Path, help="draw the record, and measure nothing")
+
+
+def run(
+    layout: Layout[Row],
+    options: argparse.Namespace,
+    measure: Callable[[Cells[Row], torch.device], Cells[Row]],
+    draw: Callable[[Sequence[Row], Path], None],
+) -> tuple[Row, ...]:
+    """Read the record, and collect, draw or measure as the options say; the rows there are then.
+
+    Parameters
+    ----------
+    layout : Layout
+        What the record looks like.
+    options : Namespace
+        Those of `add_options`.
+    measure : callable
+        From the cells that there are and the device to those that there are then.
+    draw : callable
+        Draws rows into a file.
+    """
+    known = Cells.read(layout, options.output)
+    if options.collect:
+        for file in options.collect:
+            known = known.joined(Cells.read(layout, file))
+        known.write(options.output)
+    elif options.picture is not None:
+        draw(known.rows, options.picture)
+    elif not options.redraw:
+        torch.set_num_threads(options.threads)
+        torch.backends.cudnn.allow_tf32 = False
+        known = measure(known, usable_device(options.device))
+    return known.rows

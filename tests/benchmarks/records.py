@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +43,14 @@ def here() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
     }
+
+
+def revision(tree: Path | None) -> str:
+    """The commit of a checkout; "" for none."""
+    if tree is None:
+        return ""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def read_record(path: Path) -> dict[str, Any]:

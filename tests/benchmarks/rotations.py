@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from c2m3_fl import merging
+from simulations.verdict import spread
 from tests.benchmarks.records import read_record, write_record
 from tests.benchmarks.rotations_draw import METHODS, RECALIBRATIONS, Merger
 from tests.benchmarks.sequences import CALIBRATION, Digits, Transformer, accuracy, probabilities, trained
@@ -90,8 +91,7 @@ def table(found: list[Row]) -> str:
         for count, _, how in columns:
             place = (count, method, how)
             scores = [100 * row.accuracy for row in found if (row.nodes, row.method, row.recalibration) == place]
-            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-            cells.append(f"{statistics.mean(scores):.1f}{spread}" if scores else "")
+            cells.append(spread(scores, 1))
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

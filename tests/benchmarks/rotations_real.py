@@ -28,6 +28,7 @@ from torch import Tensor
 
 from c2m3_fl import merging
 from simulations.sources import ENVIRONMENT
+from simulations.verdict import spread
 from tests.benchmarks.real_transformers import RECIPES, Characters, Images, Task
 from tests.benchmarks.records import read_record, write_record
 from tests.benchmarks.rotations_draw import METHODS, RECALIBRATIONS, Merger
@@ -126,9 +127,8 @@ def table(found: Sequence[Row], of: str) -> str:
         for count, _, how in columns:
             place = (count, method, how)
             scores = [value(row) for row in found if (row.nodes, row.method, row.recalibration) == place]
-            spread = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
             fewer = f" ({len(scores)})" if len(scores) < draws else ""
-            cells.append(f"{statistics.mean(scores):.{digits}f}{spread}{fewer}" if scores else "")
+            cells.append(f"{spread(scores, digits)}{fewer}" if scores else "")
         if any(cells) and (method != ENDS or of in ("accuracy", "perplexity")):
             lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)

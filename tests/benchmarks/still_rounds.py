@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from simulations.grid_tables import page
-from tests.benchmarks.records import read_record, write_record
+from tests.benchmarks.records import read_record, revision, write_record
 
 _FOLDER = Path("c2m3_fl/flower")
 RECORD, PAGE = _FOLDER / "results" / "still_rounds.json", _FOLDER / "README.md"
@@ -168,18 +168,11 @@ def main() -> None:
         if options.clients is not None:
             print(table(rows))
             return
-        configuration = {"cases": CASES, "turns": options.turns, "before": _revision(options.before)}
+        configuration = {"cases": CASES, "turns": options.turns, "before": revision(options.before)}
         write_record(RECORD, "python -m tests.benchmarks.still_rounds OLDER", configuration, rows)
     text = table(read_record(RECORD)["rows"])
     print(text)
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), "still-rounds", text), encoding="utf-8")
-
-
-def _revision(tree: Path | None) -> str:
-    if tree is None:
-        return ""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from c2m3_fl.merging import CycleConsistent, Mean, Refit, Repair
 from c2m3_fl.merging.recalibrate.setting import usable_device
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.widths import merge_widths
-from tests.benchmarks.cells import Cells, Layout
+from tests.benchmarks.cells import Cells, Layout, add_options, run
 from tests.benchmarks.widths_cases import CASES, CLIENTS, PARTITIONS, SCALES, WIDTHS, Trained
 from tests.benchmarks.widths_table import Cell, Row, draw, draw_units, table
 
@@ -90,36 +90,24 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--partitions", nargs="+", choices=list(PARTITIONS), default=list(PARTITIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--device", default="cpu", help="where to train and evaluate")
     parser.add_argument("--merge-device", help="where to merge; by default on the same device")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file that is written after every cell")
     parser.add_argument("--trial", action="store_true", help="measure means over owners on all axes, write no record")
-    parser.add_argument("--collect", nargs="+", type=Path, help="add the cells of these files to the record")
-    parser.add_argument("--redraw", action="store_true", help="print the table of the record and measure nothing")
     parser.add_argument("--units", type=Path, help="draw who maps where, and measure nothing")
-    parser.add_argument("--picture", type=Path, help="draw the record, and measure nothing")
+    add_options(parser, RESULTS)
     arguments = parser.parse_args()
     if arguments.units is not None:
         draw_units(arguments.units)
         return
-    known = Cells.read(LAYOUT, arguments.output)
-    for file in arguments.collect or []:
-        known = known.joined(Cells.read(LAYOUT, file))
-    if arguments.collect:
-        known.write(arguments.output)
-    elif arguments.picture is not None:
-        draw(known.rows, arguments.picture)
-    elif not arguments.redraw:
-        torch.set_num_threads(arguments.threads)
-        torch.backends.cudnn.allow_tf32 = False
-        device = usable_device(arguments.device)
+
+    def measure(known: Cells[Row], device: torch.device) -> Cells[Row]:
         merging = usable_device(arguments.merge_device or device)
-        measure = partial(rows, device=device, merging=merging, trial=arguments.trial)
+        cell = partial(rows, device=device, merging=merging, trial=arguments.trial)
         cells = list(product(arguments.cases, arguments.partitions, arguments.seeds))
-        known = Cells(LAYOUT) if arguments.trial else known
-        known = known.measure(cells, measure, None if arguments.trial else arguments.output, device)
-    print(table(known.rows))
+        if arguments.trial:
+            return Cells(LAYOUT).measure(cells, cell, None, device)
+        return known.measure(cells, cell, arguments.output, device)
+
+    print(table(run(LAYOUT, arguments, measure, draw)))
 
 
 def _order(row: Row) -> tuple[int, int, int]:

@@ -42,7 +42,7 @@ from simulations.heterofl import HeteroFL, sliced, with_norms, with_scalers, wit
 from simulations.models import build_model
 from simulations.settings import Settings
 from simulations.training import train
-from tests.benchmarks.cells import Cells, Layout
+from tests.benchmarks.cells import Cells, Layout, add_options, run
 from tests.benchmarks.merging_cases import accuracy
 from tests.benchmarks.widths_rounds_table import METHODS, NORMED, SHOWN, WIDTHS, Cell, Row, draw, table
 
@@ -197,7 +197,7 @@ class Federation:
         return Images(images.inputs.to(self.device), images.labels.to(self.device))
 
 
-def run(cell: Cell, *, device: torch.device, server: torch.device) -> list[Row]:
+def played(cell: Cell, *, device: torch.device, server: torch.device) -> list[Row]:
     """One run.
 
     Parameters
@@ -219,29 +219,16 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--device", default="cpu", help="where clients train and models are evaluated")
     parser.add_argument("--server-device", help="where C2M3 matches and recalibrates; by default on the same device")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file that is written after every run")
-    parser.add_argument("--collect", nargs="+", type=Path, help="add the runs of these files to the record")
-    parser.add_argument("--redraw", action="store_true", help="print the table of the record and measure nothing")
-    parser.add_argument("--picture", type=Path, help="draw the record, and measure nothing")
+    add_options(parser, RESULTS)
     arguments = parser.parse_args()
-    known = Cells.read(LAYOUT, arguments.output)
-    for file in arguments.collect or []:
-        known = known.joined(Cells.read(LAYOUT, file))
-    if arguments.collect:
-        known.write(arguments.output)
-    elif arguments.picture is not None:
-        draw(known.rows, arguments.picture)
-    elif not arguments.redraw:
-        torch.set_num_threads(arguments.threads)
-        torch.backends.cudnn.allow_tf32 = False
-        device = usable_device(arguments.device)
+
+    def measure(known: Cells[Row], device: torch.device) -> Cells[Row]:
         server = usable_device(arguments.server_device or device)
         cells = list(product(arguments.data, arguments.seeds, [METHODS[name] for name in arguments.methods]))
-        known = known.measure(cells, partial(run, device=device, server=server), arguments.output, device)
-    print(table(known.rows))
+        return known.measure(cells, partial(played, device=device, server=server), arguments.output, device)
+
+    print(table(run(LAYOUT, arguments, measure, draw)))
 
 
 def _order(row: Row) -> tuple[int, int, int, int]:

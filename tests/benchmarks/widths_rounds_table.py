@@ -9,6 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from simulations.verdict import spread
+
 WIDTHS = {"1": 1.0, "1/2": 0.5, "1/4": 0.25, "1/8": 0.125, "1/16": 0.0625}
 SHOWN = (1, 4, 7, 10)
 METHODS = {
@@ -57,8 +59,7 @@ def table(rows: Sequence[Row]) -> str:
         for width in WIDTHS:
             key = (data, method, current, width)
             found = [100 * row.accuracy for row in rows if (row.data, row.method, row.round, row.width) == key]
-            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.1f}{spread}")
+            cells.append(spread(found, 1))
         lines.append(f"| {_TITLES[data]}, {method} | {current} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

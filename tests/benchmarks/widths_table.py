@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from c2m3_fl.merging import merge
+from simulations.verdict import spread
 from tests.benchmarks.widths_cases import CLIENTS, PARTITIONS, SETTINGS, TITLES, Trained
 
 Cell = tuple[str, str, int]  # case, partition, seed
@@ -49,8 +50,7 @@ def table(found: Sequence[Row]) -> str:
         cells = []
         for group in groups:
             scores = [100 * row.accuracy for row in found if (row.case, row.partition, row.column) == (*group, column)]
-            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-            cells.append(f"{statistics.mean(scores):.1f}{spread}" if scores else "–")
+            cells.append(spread(scores, 1) or "–")
         lines.append(f"| {column} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
