@@ -39,7 +39,8 @@ def draw(record: Record, file: Path) -> None:
         for panel, level in zip(line, columns, strict=True):
             _panel(panel, record, {**row, across: level}, names)
             others = ", ".join(f"{axis} {value}" for axis, value in row.items())
-            panel.set_title(f"{level}: {others}" if others else level, fontsize=8)
+            title = f"{across} {level}" if level.isdigit() else level
+            panel.set_title(f"{title}: {others}" if others else title, fontsize=8)
         line[0].set_ylabel("test accuracy")
     for panel in panels[-1]:
         panel.set_xlabel("round")
@@ -59,6 +60,7 @@ def _panel(panel: Axes, record: Record, cell: Mapping[str, str], names: Sequence
         values = [accuracies(found, number - 1) for number in numbers]
         first = name == names[0]  # dashed and on top, so that equal curves stay visible under it
         style: dict[str, Any] = {"linestyle": "--", "zorder": 5} if first else {"linestyle": "-"}
+        style["marker"] = "o" if len(values) == 1 else None  # a line of one round cannot be seen
         means = [mean(each) for each in values]
         panel.plot(numbers, means, color=colour, linewidth=1.6, label=TITLES.get(name, name), **style)
         if len(found) > 1:
