@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from c2m3_fl.flower import setup
+from c2m3_fl.flower.client_answers import Traced
 from c2m3_fl.merging.widths import networks
 from c2m3_fl.symmetry.discover import permutation_spec
 
 _SPECS = {}
+_PROGRAMS = {}
 
 
 def _once(model, example_inputs, rotations=False):
@@ -25,5 +27,7 @@ def _once(model, example_inputs, rotations=False):
 def _no_waiting(monkeypatch):
     monkeypatch.setattr(setup, "permutation_spec", _once)
     monkeypatch.setattr(networks, "permutation_spec", _once)
+    # apps share their programs as the messages of one app do; each is compared with the network before it is used again
+    monkeypatch.setattr(Traced, "__init__", lambda self: setattr(self, "_known", _PROGRAMS))
     # some of Flower's strategies collect garbage after every reply: half a second each with torch loaded
     monkeypatch.setattr("flwr.app.message.arrayrecord.gc", SimpleNamespace(collect=lambda: 0))
