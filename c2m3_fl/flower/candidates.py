@@ -26,6 +26,7 @@ from c2m3_fl.flower.judge import ClientJudge
 from c2m3_fl.flower.metrics import Numbers, failure, report_candidate
 from c2m3_fl.flower.server_side import ServerSide
 from c2m3_fl.flower.setup import Setup
+from c2m3_fl.flower.widths.client_refit import refit_by_replies
 from c2m3_fl.flower.widths.rounds import RoundWidths
 from c2m3_fl.flower.wrapped import typed_like
 from c2m3_fl.merging.recalibrate.auto import Auto
@@ -34,7 +35,7 @@ from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.reports import Recalibrated
 
-AGGREGATE = "aggregate"
+AGGREGATE, REFIT = "aggregate", "client-refit"
 
 
 @dataclass(frozen=True)
@@ -210,14 +211,13 @@ class Candidates:
         setup, request, aligned = self.setup, self.request, self.request.aligned
         program = setup.data.program
         if setup.refit is not None and aligned is not None:
-            options, nodes, weights = setup.refit, aligned.nodes, aligned.weights
-            merged = self.params[AGGREGATE]
-            self._add(
-                "client-refit",
-                lambda: refit_by_clients(
-                    options, clients.grid, nodes, program, merged, aligned.params, weights, equally=request.equally
-                ),
-            )
+            where = setup.refit, clients.grid, aligned.nodes, program, self.params[AGGREGATE]
+            weights, equally, widths = aligned.weights, request.equally, request.widths
+            if widths is not None:
+                refit = partial(refit_by_replies, widths, aligned, *where, weights, equally=equally)
+            else:
+                refit = partial(refit_by_clients, *where, aligned.params, weights, equally=equally)
+            self._add(REFIT, refit)
         elif setup.refit is not None:
             log(INFO, "\t> no refit by the clients: the replies that the trajectory was aggregated from are gone")
         if setup.head is None or (setup.offered and not self._offers(setup.head, clients)):
@@ -245,7 +245,7 @@ class Candidates:
         return self.request.offers and not self.headless
 
 
-_WHO = {"client-refit": "refit by the clients", "head": "the head from labels"}
+_WHO = {REFIT: "refit by the clients", "head": "the head from labels"}
 
 
 def _means(setup: Setup, request: Request, aligned: AlignedReplies, *, judge: bool = True) -> Means:

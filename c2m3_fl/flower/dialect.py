@@ -37,6 +37,7 @@ from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.two_models import trajectory_names
 from c2m3_fl.flower.widths.arriving import widen_messages
 from c2m3_fl.flower.widths.leaving import sized_messages
+from c2m3_fl.flower.widths.padding import check_padding
 from c2m3_fl.flower.widths.sizes import check_no_adapters, check_whole
 from c2m3_fl.flower.wrapped import continue_from, ignores_weights, record_keys, refuse_steps, required_metrics
 
@@ -66,6 +67,8 @@ class Dialect(Strategy):
     def __init__(self, strategy: Strategy, setup: Setup, exchanged: Iterable[str] | None, lora: Lora) -> None:
         check_lora(lora, strategy)
         check_no_adapters(setup.sizes, lora)
+        if setup.sizes is not None and setup.refit is not None:
+            check_padding(setup.sizes.networks, setup.refit)
         refuse_steps(strategy, setup.spec)
         self.strategy, self.setup, self._lora = strategy, setup, lora
         self._whole, self._named = setup, exchanged is not None

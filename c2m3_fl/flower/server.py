@@ -24,6 +24,7 @@ from c2m3_fl.flower.rounds import Aggregate, Outcome, RoundStart, run_round
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.two_models import PREFIX, TwoModels
 from c2m3_fl.flower.widths.arriving import Arrived
+from c2m3_fl.flower.widths.client_refit import Asked, refit_widths
 from c2m3_fl.flower.widths.rounds import RoundWidths
 from c2m3_fl.flower.widths.sizes import Cuts, Sizes
 from c2m3_fl.flower.widths.stage import PREFIX as WIDTHS
@@ -69,7 +70,8 @@ class Server:
         self._gate = Gate(setup)
         self._incoming: Params = {}
         self._places: Mapping[int, int] = {}  # widths of this round's replies
-        self._waiting: AlignedReplies | None = None  # to the pending deployment, for a refit
+        # to the pending deployment, for a refit
+        self._waiting: tuple[AlignedReplies | None, RoundWidths | None] = (None, None)
         self._said = self._unjudged = self._headless = self._unlike = False
 
     def rebuild(self, setup: Setup) -> None:
@@ -79,7 +81,7 @@ class Server:
     def begin_run(self, num_rounds: int) -> None:
         """Forget the trajectory of an earlier run; the last of `num_rounds` rounds deploys."""
         self.models.forget()
-        self.total, self.idle, self._waiting = num_rounds, 0, None
+        self.total, self.idle, self._waiting = num_rounds, 0, (None, None)
 
     def next_start(self, incoming: Params) -> Params:
         """What clients train next: the trajectory, or `incoming` where it is a new start."""
@@ -182,7 +184,8 @@ class Server:
         deployed = deploy(self.setup, Request(*asked, offers=not self._headless, widths=widths))
         self._say(deployed)
         pending = not deploys and (bool(self.setup.asks) or self.setup.offered)
-        self._waiting = aligned if pending and self.setup.refit is not None else None
+        self._waiting = (aligned, widths) if pending and self.setup.refit is not None else (None, None)
+        self._refit_widths(deployed, aligned, clients, equally=equally)
         fed = self.models.record(outcome.params, deployed.params, aligned, pending=pending)
         numbers = {**deployed.numbers, **({} if deployed.params is outcome.params else {"c2m3-fed-back": fed})}
         return deployed.params, outcome.metrics, {**outcome.numbers, **numbers, KEPT: 0}
@@ -204,12 +207,23 @@ class Server:
         trajectory = self.models.trajectory
         if trajectory is None or not deploys or not self.models.pending:
             return self._incoming, {}
-        where = self.models.pending, self._waiting
-        asked = (trajectory, *where, None, self._incoming, clients, deploys, equally)
-        deployed: Deployed = deploy(self.setup, Request(*asked, offers=not self._headless))
+        aligned, widths = self._waiting
+        asked = (trajectory, self.models.pending, aligned, None, self._incoming, clients, deploys, equally)
+        deployed: Deployed = deploy(self.setup, Request(*asked, offers=not self._headless, widths=widths))
         self._say(deployed)
+        self._refit_widths(deployed, aligned, clients, equally=equally)
         self.models.deploy(deployed.params)
         return deployed.params, deployed.numbers
+
+    def _refit_widths(
+        self, deployed: Deployed, aligned: AlignedReplies | None, clients: Clients | None, *, equally: bool
+    ) -> None:
+        """Let the clients that have refit the deployed model refit its restrictions to narrower widths, too."""
+        options = self.setup.refit
+        if self.resizing is None or options is None or aligned is None or clients is None or not deployed.refit:
+            return
+        asked = Asked(options, clients.grid, aligned.nodes, aligned.weights, equally)
+        refit_widths(self.resizing, deployed.params, asked)
 
     def _say(self, deployed: Deployed) -> None:
         """Log once what the clients were asked for by default and do not give, and data that are unlike theirs."""

@@ -7,97 +7,31 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from c2m3_fl.flower.client_refit import ClientRefit, RegMean, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
-from c2m3_fl.merging.recalibrate.held_out import held_out
-from c2m3_fl.network.calibration import load_batches
 from c2m3_fl.network.program import export_program
 from tests.flower.client_refits import ALL, NODES, WEIGHTS, app_of, convolutional, networks, normed, outputs, refit
 from tests.flower.federation import EXAMPLE, digits, mlp, pooled, train
-
-
-def rows_of(layer, inputs):
-    """What a layer's weight multiplies, shape (groups, rows, inputs), position by position."""
-    if isinstance(layer, nn.Linear):
-        return inputs[None]
-    patches = functional.unfold(inputs, layer.kernel_size, padding=layer.padding, stride=layer.stride)
-    patches = patches.transpose(1, 2).reshape(-1, patches.shape[1])
-    return patches.reshape(len(patches), layer.groups, -1).movedim(1, 0)
-
-
-def flat(outputs):
-    return outputs.movedim(1, -1).reshape(-1, outputs.shape[1])
+from tests.flower.server_solve import refit_on_a_server
 
 
 @torch.no_grad()
 def by_a_server_with_all_data(make, endpoints, merged, strengths):
-    """Layer by layer, from the rows themselves: every client's network on its own share, weighted least squares."""
-    model, own = make().double().eval(), [make().double().eval() for _ in endpoints]
+    """Every client's network on its own share."""
+    own = []
+    for params in endpoints:
+        own.append(make().double().eval())
+        own[-1].load_state_dict({name: value.double() for name, value in params.items()})
+    model = make().double().eval()
     model.load_state_dict({name: value.double() for name, value in merged.items()})
-    data = pooled(NODES)
-    masks = [held_out(load_batches([(x, y)]), 5)[0] for x, y in zip(data, labels_of(data), strict=True)]
-    for network, params in zip(own, endpoints, strict=True):
-        network.load_state_dict({name: value.double() for name, value in params.items()})
-    ours, theirs = [x.double() for x in data], [x.double() for x in data]
-    for index, layer in enumerate(model):
-        theirs = [network[index](x) for network, x in zip(own, theirs, strict=True)]
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            _solve(layer, ours, theirs, masks, strengths)
-        ours = [layer(x) for x in ours]
-    return model.float().state_dict()
+    shares = list(zip(pooled(NODES), labels_of(pooled(NODES)), strict=True))
+    return refit_on_a_server(model, own, shares, WEIGHTS, strengths).float().state_dict()
 
 
 def labels_of(data):
     images, labels = digits()
     return [labels[[int((images == x).all(1).nonzero()[0]) for x in part]] for part in data]
-
-
-def _solve(layer, ours, theirs, masks, strengths):
-    x = [rows_of(layer, each) for each in ours]
-    y = [flat(each) for each in theirs]
-    held = [mask.repeat_interleave(len(each) // len(mask)) for mask, each in zip(masks, y, strict=True)]
-    mass = torch.cat(
-        [torch.full((len(e),), w / sum(WEIGHTS) / len(e)).double() for w, e in zip(WEIGHTS, y, strict=True)]
-    )
-    x, y, held = torch.cat(x, 1), torch.cat(y), torch.cat(held)
-    mean = (mass[:, None] * y).sum(0)
-    std = (mass[:, None] * (y - mean).square()).sum(0).sqrt()
-    weight, groups = layer.weight.data.reshape(len(layer.weight), -1), len(x)
-    chunks, targets = weight.chunk(groups), y.chunk(groups, 1)
-
-    def solved(rows, strength):
-        found = []
-        for part, old, target in zip(x, chunks, targets, strict=True):
-            w = mass[rows] / mass[rows].sum()
-            a, r = part[rows], (target - part @ old.T)[rows]
-            a, r = a - w @ a, r - w @ r
-            ridge = strength * (w[:, None] * a.square()).sum(0).mean()
-            system = torch.cat([w.sqrt()[:, None] * a, ridge.sqrt() * torch.eye(a.shape[1]).double()])
-            right = torch.cat([w.sqrt()[:, None] * r, torch.zeros(a.shape[1], r.shape[1]).double()])
-            found.append(old + torch.linalg.lstsq(system, right).solution.T)
-        return found
-
-    def error(matrices):
-        total = 0.0
-        for part, new, target, spread in zip(x, matrices, targets, std.chunk(groups), strict=True):
-            train = mass[~held] / mass[~held].sum()
-            left = target - part @ new.T
-            left = left - train @ left[~held]
-            share_of = mass[held] / mass[held].sum()
-            total += float(((share_of[:, None] * left[held].square()).sum(0) / spread.square()).sum())
-        return total
-
-    errors = {strength: error(solved(~held, strength)) for strength in strengths}
-    best = min(errors, key=errors.get)
-    everything = torch.ones_like(held)
-    new = solved(everything, best) if errors[best] < error(list(chunks)) * (1 - 1e-3) else list(chunks)
-    fitted = torch.cat([part @ each.T for part, each in zip(x, new, strict=True)], 1)
-    middle = (mass[:, None] * fitted).sum(0)
-    scale = std / (mass[:, None] * (fitted - middle).square()).sum(0).sqrt()
-    layer.weight.data = (torch.cat(new) * scale[:, None]).reshape(layer.weight.shape)
-    layer.bias.data = mean - scale * middle
 
 
 @pytest.mark.parametrize("make", [mlp, convolutional])

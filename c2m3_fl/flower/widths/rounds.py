@@ -96,21 +96,37 @@ class RoundWidths:
         narrow : sequence of Narrow or None
             The widths of the replies.
         """
-        owned = [self._owned(own) for own in narrow]
-        shared: list[dict[str, Tensor]] = [dict(each) for each in match.params]
-        for name, start in match.sent.items():
-            masks = [own[name] for own in owned if name in own]
-            if masks:
-                common = torch.stack([mask.expand(start.shape) for mask in masks]).all(0)
-                for each in shared:
-                    each[name] = torch.where(common, each[name], start.to(each[name].dtype))
-        odd = find_outliers(self.sizes.spec, shared, match.sent)
+        odd = find_outliers(self.sizes.spec, self.in_common(match.params, narrow, match.sent), match.sent)
         places = [0 if own is None else own.place for own in narrow]
         for place in set(places):
             alike = [index for index, other in enumerate(places) if other == place]
             found = find_outliers(self.sizes.spec, [match.params[index] for index in alike], match.sent)
             odd = {**{alike[index]: reason for index, reason in found.items()}, **odd}
         return {index: odd[index] for index in sorted(odd)}
+
+    def in_common(
+        self, params: Sequence[Params], narrow: Sequence[Narrow | None], other: Params
+    ) -> list[dict[str, Tensor]]:
+        """The replies with the entries of another network wherever not all of them have an entry.
+
+        Parameters
+        ----------
+        params : sequence of mappings of str to Tensor
+            The replies in one basis.
+        narrow : sequence of Narrow or None
+            Their widths.
+        other : mapping of str to Tensor
+            A network of the model's width.
+        """
+        owned = [self._owned(own) for own in narrow]
+        shared: list[dict[str, Tensor]] = [dict(each) for each in params]
+        for name, start in other.items():
+            masks = [own[name] for own in owned if name in own]
+            if masks:
+                common = torch.stack([mask.expand(start.shape) for mask in masks]).all(0)
+                for each in shared:
+                    each[name] = torch.where(common, each[name], start.to(each[name].dtype))
+        return shared
 
     def filled(self, aligned: AlignedReplies, sent: Params, strategy: object) -> AlignedReplies:
         """The replies as the wrapped strategy gets them.

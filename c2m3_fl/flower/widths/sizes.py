@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.client_refit_options import ClientRefit, RegMean
+from c2m3_fl.flower.client_refit_options import RegMean
 from c2m3_fl.flower.client_repair import ClientStatistics
 from c2m3_fl.flower.generators import undisturbed
 from c2m3_fl.flower.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.records import Schema, bare_name, reply_schema, schema_of_params
+from c2m3_fl.flower.widths.padding import Padding, placed
 from c2m3_fl.flower.wrapped import typed_like
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
-from c2m3_fl.merging.widths.injections import Carrier, Injection, carry, owned_entries
+from c2m3_fl.merging.widths.injections import Injection, carry
 from c2m3_fl.merging.widths.merge_widths import cut
 from c2m3_fl.merging.widths.networks import Network, Widths
 from c2m3_fl.merging.widths.select import chosen_units
@@ -161,7 +162,7 @@ def check_options(
         For options that need clients of one width.
     """
     refused: dict[str, object] = {
-        name: value for name, value in asking.items() if isinstance(value, ClientRefit | RegMean | ClientStatistics)
+        name: value for name, value in asking.items() if isinstance(value, RegMean | ClientStatistics)
     }
     refused |= {} if head in ("auto", None) else {"head": head}
     refused |= {} if judge in ("auto", "labels", None, "none") else {"judge": judge}
@@ -214,14 +215,24 @@ class Cuts:
         State dict of the model; not mutated.
     recalibration : Recalibration, optional
         Of the restrictions; None leaves them as they are.
+    known : mapping of int to Params, optional
+        By width, restrictions that clients have refit: they stand in place of the others.
     """
 
-    def __init__(self, sizes: Sizes, params: Params, recalibration: Recalibration | None) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        params: Params,
+        recalibration: Recalibration | None,
+        known: Mapping[int, Params] | None = None,
+    ) -> None:
         self._sizes, self._given, self._recalibration = sizes, params, recalibration
         self._params = typed_like(sizes.networks[0].held.model.state_dict(), params)
         self._units: dict[int, Injection] = {}
-        self._carriers: dict[int, tuple[Carrier, dict[str, Tensor]]] = {}
+        self._paddings: dict[int, Padding] = {}
         self._cuts: dict[int, Params] = {0: params}
+        for place, found in (known or {}).items():
+            self._cuts[place] = {name: found[name] for name in params}
 
     def units(self, place: int) -> Injection:
         """For every unit of a width the unit of the model that it is."""
@@ -250,12 +261,7 @@ class Cuts:
 
     def injection(self, place: int) -> dict[str, Tensor]:
         """For every unit of the model the unit of a width that it is, or -1."""
-        spec = self._sizes.spec
-        found = {}
-        for name, units in self.units(place).items():
-            found[name] = torch.full((spec.groups[name].size,), -1)
-            found[name][units] = torch.arange(len(units))
-        return found
+        return placed(self._sizes.spec, self.units(place))
 
     def padded(self, place: int, params: Params, missing: Params) -> dict[str, Tensor]:
         """A network of a width as one of the model's: entries that it lacks are zero, in buffers those of `missing`.
@@ -269,13 +275,7 @@ class Cuts:
         missing : mapping of str to Tensor
             State dict of the model's width.
         """
-        if place not in self._carriers:
-            narrow, wide, units = self._sizes.networks[place].spec, self._sizes.spec, self.injection(place)
-            buffers = [name for name, tensor in wide.tensors.items() if tensor.buffer and any(tensor.axes)]
-            owned = {name: owned_entries(name, narrow, wide, units) for name in buffers}
-            self._carriers[place] = Carrier(narrow, wide, units), owned
-        carrier, owned = self._carriers[place]
-        found = carrier(params)
-        for name, own in owned.items():
-            found[name] = torch.where(own, found[name], missing[name].to(found[name].dtype))
-        return found
+        if place not in self._paddings:
+            narrow, wide = self._sizes.networks[place].spec, self._sizes.spec
+            self._paddings[place] = Padding(narrow, wide, self.injection(place))
+        return self._paddings[place](params, missing)

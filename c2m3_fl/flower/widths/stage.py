@@ -8,7 +8,7 @@ again before the next round: it may have been started again with another width.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from c2m3_fl.errors import SpecError
 from c2m3_fl.flower.widths.sizes import Cuts, Sizes
 
 PREFIX = "widths/"
+_REFIT, _OF = "refit/", "refit-of"  # what follows the prefix where clients have refit restrictions
 _KEPT = 2  # models whose restrictions are kept: the trajectory and the deployed model
 
 
@@ -48,6 +49,8 @@ class Resizing:
         self.silent: set[int] = set()
         self.doubted: set[int] = set()
         self._cuts: OrderedDict[tuple[str, bool], Cuts] = OrderedDict()
+        self._refit: dict[int, Params] = {}
+        self._refit_of = ""
 
     def unknown(self, nodes: Iterable[int]) -> list[int]:
         """The nodes to ask for their width: not known and not asked in vain, or doubted."""
@@ -112,32 +115,75 @@ class Resizing:
         """
         key = digest(params), deployed
         if key not in self._cuts:
-            self._cuts[key] = Cuts(self.sizes, params, self.sizes.recalibration if deployed else None)
+            known = self._refit if deployed and key[0] == self._refit_of else None
+            self._cuts[key] = Cuts(self.sizes, params, self.sizes.recalibration if deployed else None, known)
             while len(self._cuts) > _KEPT:
                 self._cuts.popitem(last=False)
         return self._cuts[key]
 
+    def keep(self, params: Params, found: Mapping[int, Params]) -> None:
+        """Remember restrictions that clients have refit, in place of those of an earlier model.
+
+        Parameters
+        ----------
+        params : mapping of str to Tensor
+            The deployed model.
+        found : mapping of int to Params
+            Its restrictions, by width.
+        """
+        self._refit, self._refit_of = dict(found), digest(params) if found else ""
+        self._cuts.pop((self._refit_of, True), None)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Who has which width, oldest first: numbers of elements of its tensors, named ``widths/position/node``."""
+        """Everything remembered, as tensors whose names start with ``widths/``.
+
+        Who has which width, oldest first: numbers of elements of its tensors, named ``widths/position/node``. What
+        clients have refit: ``widths/refit/width/name``, and the digest of the model that it belongs to.
+        """
         sizes = self._elements()
-        return {
-            f"{PREFIX}{position}/{node}": torch.tensor(sizes[place])
+        state = {
+            f"{position}/{node}": torch.tensor(sizes[place])
             for position, (node, place) in enumerate(self.places.items())
         }
+        for place, params in self._refit.items():
+            state |= {f"{_REFIT}{place}/{name}": value for name, value in params.items()}
+        if self._refit:
+            state[_OF] = torch.tensor(list(bytes.fromhex(self._refit_of)), dtype=torch.uint8)
+        return {PREFIX + name: value for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Remember that instead; `SpecError` for widths that the strategy does not have."""
-        found, known = [], {tuple(sizes): place for place, sizes in enumerate(self._elements())}
+        nodes, known = [], {tuple(sizes): place for place, sizes in enumerate(self._elements())}
+        refit: dict[str, dict[str, Tensor]] = {}
+        of = ""
         for key, value in state.items():
-            position, _, node = key.removeprefix(PREFIX).partition("/")
-            place = known.get(tuple(value.reshape(-1).tolist()))
-            if place is None:
-                raise SpecError(
-                    f"node {node} is remembered with tensors of {value.tolist()} elements, expected those of one of "
-                    f"the {len(known)} networks: other sizes"
-                )
-            found.append((int(position), int(node), place))
-        self.places = OrderedDict((node, place) for _, node, place in sorted(found))
+            kind = key.removeprefix(PREFIX)
+            if kind == _OF:
+                of = bytes(value.tolist()).hex()
+            elif kind.startswith(_REFIT):
+                place, _, name = kind.removeprefix(_REFIT).partition("/")
+                refit.setdefault(place, {})[name] = value
+            else:
+                position, _, node = kind.partition("/")
+                found = known.get(tuple(value.reshape(-1).tolist()))
+                if found is None:
+                    raise self._unknown(f"node {node} is remembered", value.tolist())
+                nodes.append((int(position), int(node), found))
+        self.places = OrderedDict((node, place) for _, node, place in sorted(nodes))
+        self._refit = {self._place_of(params): params for params in refit.values()}
+        self._refit_of = of
+        self._cuts.clear()
+
+    def _place_of(self, params: Params) -> int:
+        place = self.sizes.place_of({name: tuple(value.shape) for name, value in params.items()})
+        if place is None:
+            raise self._unknown("a model is remembered", [value.numel() for value in params.values()])
+        return place
+
+    def _unknown(self, what: str, elements: Sequence[int]) -> SpecError:
+        count = len(self.sizes.networks)
+        expected = f"expected those of one of the {count} networks: other sizes"
+        return SpecError(f"{what} with tensors of {elements} elements, {expected}")
 
     def _elements(self) -> list[list[int]]:
         """Of every width the number of elements of each tensor."""

@@ -55,7 +55,12 @@ class Solution:
 
 
 def fit_operator(
-    program: Program, operator: Operator, params: dict[str, Tensor], pooled: FitAnswer, strengths: Sequence[float]
+    program: Program,
+    operator: Operator,
+    params: dict[str, Tensor],
+    pooled: FitAnswer,
+    strengths: Sequence[float],
+    channels: Tensor | None = None,
 ) -> list[OperatorReport]:
     """Fit an operator, together with the BatchNorm behind it, and put it in place.
 
@@ -71,10 +76,13 @@ def fit_operator(
         Sums over all clients.
     strengths : sequence of float
         Ridge strengths from which the held-out sums choose; keeping the weights is always a candidate.
+    channels : Tensor of bool, shape (channels,), optional
+        The channels whose errors count in that choice, and whose result is of use; all by default.
     """
     norm = norm_behind(program, operator)
     centred = bool(operator.bias) or operator.feeds_norm
-    best = min(_solutions(operator, norm, params, pooled, strengths, centred=centred), key=lambda each: each.error)
+    found = _solutions(operator, norm, params, pooled, strengths, channels, centred=centred)
+    best = min(found, key=lambda each: each.error)
     action = "refit" if best.name == "own output" else f"refit to the {best.name}"
     quality = FitReport(best.fit.strength, best.fit.error_before, best.fit.error)
     reports = [OperatorReport(operator.name, operator.module, action, 0.0, 1.0, fit=quality)]
@@ -95,6 +103,7 @@ def _solutions(
     params: Params,
     pooled: FitAnswer,
     strengths: Sequence[float],
+    channels: Tensor | None,
     *,
     centred: bool,
 ) -> list[Solution]:
@@ -119,7 +128,7 @@ def _solutions(
     judge = pooled.sum_held_out or pooled.held_out
     found = []
     for name, (train, held_out) in goals.items():
-        target = _target(train.combine(held_out).against(-matrix, -offset))
+        target = counting(_target(train.combine(held_out).against(-matrix, -offset)), channels)
         for base, shift in starts:
             change, moved = base - matrix, shift - offset
             sides = [each.against(change, moved) for each in (train, held_out, judge)]
@@ -194,6 +203,11 @@ def _output_moments(sums: Sums, matrix: Tensor, offset: Tensor) -> Moments:
     mean = ((sums.x / sums.count)[:, None, :] @ matrix)[:, 0, :] + offset
     variance = (matrix * (sums.gram @ matrix)).sum(1).clamp_min(0)
     return Moments(1, mean.flatten(), variance.flatten())
+
+
+def counting(target: Target, channels: Tensor | None) -> Target:
+    """The target without spread in channels that do not count, so that their errors have no weight; None: all count."""
+    return target if channels is None else Target(target.mean, torch.where(channels, target.std, 0.0))
 
 
 def _target(targets: Sums) -> Target:

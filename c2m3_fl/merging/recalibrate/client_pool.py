@@ -33,7 +33,9 @@ Affine = tuple[Tensor, Tensor]
 Client = TypeVar("Client")
 
 
-def outlying(answers: Mapping[Client, Answer], layer: Affine | None = None) -> dict[Client, str]:
+def outlying(
+    answers: Mapping[Client, Answer], layer: Affine | None = None, owned: Mapping[Client, Tensor] | None = None
+) -> dict[Client, str]:
     """Which clients' answers about one operator are too large or too small to fit the others', and why.
 
     Mean squares per row are compared: of inputs, and of targets or outputs. Of two clients the smaller counts.
@@ -44,8 +46,12 @@ def outlying(answers: Mapping[Client, Answer], layer: Affine | None = None) -> d
         All of one role.
     layer : pair of Tensor, optional
         Matrices and offsets of the operator in the merged network, to which the residuals refer.
+    owned : mapping of clients to Tensor of bool, optional
+        The channels that each client's own network has: targets are compared per channel that it has. None: all.
     """
-    sizes = {client: _sizes(answer, layer) for client, answer in answers.items()}
+    sizes = {
+        client: _sizes(answer, layer, None if owned is None else owned[client]) for client, answer in answers.items()
+    }
     found: dict[Client, str] = {}
     for name in next(iter(sizes.values()), {}):
         limit, middle = LIMITS[name], max(_TINY, _median([each[name] for each in sizes.values()]))
@@ -157,40 +163,44 @@ def _sums_of(answer: SketchedFit) -> FitAnswer:
     return FitAnswer(train, held_out, *further)
 
 
-def _sizes(answer: Answer, layer: Affine | None) -> dict[str, float]:
+def _sizes(answer: Answer, layer: Affine | None, owned: Tensor | None) -> dict[str, float]:
     if isinstance(answer, SketchedFit):
         sides, count = (answer.train, answer.held_out), answer.train.count + answer.held_out.count
-        powers = [_sketched_powers(side, layer) for side in sides]
+        powers = [_sketched_powers(side, layer, owned) for side in sides]
         return {name: sum(each[name] for each in powers) / count for name in powers[0]}
     if isinstance(answer, FitAnswer):
         both = answer.train.combine(answer.held_out)
         targets = both if layer is None else both.against(-layer[0], -layer[1])
-        return {"inputs": _input_power(both), "targets": float(targets.rr.sum()) / both.count}
+        return {"inputs": _input_power(both), "targets": _summed(targets.rr, owned) / both.count}
     if isinstance(answer, GramAnswer):
         return {"inputs": _input_power(answer.sums)}
-    own = {} if answer.own is None else {"targets": _power(answer.own)}
+    own = {} if answer.own is None else {"targets": _power(answer.own, owned)}
     return {"outputs": _power(answer.merged), **own}
 
 
-def _sketched_powers(side: Centred, layer: Affine | None) -> dict[str, float]:
+def _sketched_powers(side: Centred, layer: Affine | None, owned: Tensor | None) -> dict[str, float]:
     """Sums of squares, over all rows, of inputs and of targets."""
     rows, mean = side.rs[0], side.r[0]
     if layer is not None:
         matrix, offset = layer
         rows, mean = rows + side.xs @ matrix, mean + (side.x[:, None, :] @ matrix)[:, 0] + offset
-    pairs = {"inputs": (side.xs, side.x), "targets": (rows, mean)}
-    return {
-        name: float(sketch.square().sum() + side.count * centre.square().sum())
-        for name, (sketch, centre) in pairs.items()
-    }
+    inputs = float(side.xs.square().sum() + side.count * side.x.square().sum())
+    return {"inputs": inputs, "targets": _summed(rows.square().sum(1) + side.count * mean.square(), owned)}
 
 
 def _input_power(sums: Sums) -> float:
     return float(sums.xx.diagonal(dim1=-2, dim2=-1).sum()) / sums.count
 
 
-def _power(moments: Moments) -> float:
-    return float((moments.variance + moments.mean.square()).sum())
+def _power(moments: Moments, owned: Tensor | None = None) -> float:
+    return _summed(moments.variance + moments.mean.square(), owned)
+
+
+def _summed(powers: Tensor, owned: Tensor | None) -> float:
+    """Sum over channels; for a client that has some of them alone, their mean times the number of all."""
+    if owned is None:
+        return float(powers.sum())
+    return float(powers.flatten()[owned].sum()) * owned.numel() / max(1, int(owned.sum()))
 
 
 def _median(values: Sequence[float]) -> float:

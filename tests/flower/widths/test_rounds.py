@@ -10,7 +10,7 @@ from torch import nn
 
 from c2m3_fl.core import permutation
 from c2m3_fl.errors import ConfigError, SpecError
-from c2m3_fl.flower import C2M3, ClientRefit, SerialGrid
+from c2m3_fl.flower import C2M3, RegMean, SerialGrid
 from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.widths.rounds import _at_rest
 from c2m3_fl.merging.widths.injections import carry
@@ -164,7 +164,7 @@ def _cut(sizes, cuts, place, params):
         ({"sizes": mlp(0, 16)}, ConfigError, "expected narrower networks"),
         ({"sizes": [nn.Linear(64, 10)]}, SpecError, "sizes[0] differs from model in more than its width"),
         ({"basis": "client"}, ConfigError, "expected 'global' with sizes="),
-        ({"recalibrate": ClientRefit()}, ConfigError, "recalibrate is ClientRefit"),
+        ({"recalibrate": RegMean()}, ConfigError, "recalibrate is RegMean"),
         ({"judge": "clients"}, ConfigError, "judge is 'clients', which asks clients"),
         ({"head": "labels"}, ConfigError, "head is 'labels', which asks clients"),
         ({"exchanged": ["0.weight"]}, ConfigError, "they must exchange all"),
