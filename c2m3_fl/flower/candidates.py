@@ -35,7 +35,7 @@ from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.reports import Recalibrated
 
-AGGREGATE, REFIT = "aggregate", "client-refit"
+AGGREGATE = "aggregate"
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ class Candidates:
         Why clients do not answer for a head that nobody asked for; "" otherwise.
     unlike : str
         What shows that the calibration inputs are unlike the clients' data; "" otherwise.
+    answered : tuple of int
+        The nodes by whose answers the clients' refit was made; none where it was not.
     """
 
     def __init__(self, setup: Setup, request: Request) -> None:
@@ -135,6 +137,7 @@ class Candidates:
         self.failed = 0
         self._said: set[str] = set()  # failures, which candidates may share
         self.headless = self.unlike = ""
+        self.answered: tuple[int, ...] = ()
         self.last = AGGREGATE
         if request.aligned is not None:
             self._add_server_side(request.aligned)
@@ -183,6 +186,7 @@ class Candidates:
             return
         self.numbers |= report_candidate(name, found.report) | report_head(found.report)
         self.params[name] = found.state_dict
+        self.answered = self.answered or found.report.nodes
         if step:
             self.last = name
 
@@ -217,7 +221,7 @@ class Candidates:
                 refit = partial(refit_by_replies, widths, aligned, *where, weights, equally=equally)
             else:
                 refit = partial(refit_by_clients, *where, aligned.params, weights, equally=equally)
-            self._add(REFIT, refit)
+            self._add("client-refit", refit)
         elif setup.refit is not None:
             log(INFO, "\t> no refit by the clients: the replies that the trajectory was aggregated from are gone")
         if setup.head is None or (setup.offered and not self._offers(setup.head, clients)):
@@ -245,7 +249,7 @@ class Candidates:
         return self.request.offers and not self.headless
 
 
-_WHO = {REFIT: "refit by the clients", "head": "the head from labels"}
+_WHO = {"client-refit": "refit by the clients", "head": "the head from labels"}
 
 
 def _means(setup: Setup, request: Request, aligned: AlignedReplies, *, judge: bool = True) -> Means:

@@ -97,6 +97,7 @@ def refit_by_clients(
         None if owners is None else lambda operator: dict(zip(nodes, owners.channels(operator), strict=True)),
     )
     reports: list[OperatorReport] = []
+    used: set[int] = set()
     reasons = {**program.skipped, **_left_out(options, program, plan)}
     with torch.no_grad():
         for exchange in plan.exchanges:
@@ -106,6 +107,7 @@ def refit_by_clients(
                 trusted = corrections.trusted(step, answers.get(operator.name, {}), asked_about)
                 found = corrections.correct(step, trusted, params) if trusted else []
                 reports += found
+                used |= trusted.keys()
                 if not found:
                     reasons |= dict.fromkeys(filter(None, (operator.weight, operator.bias)), _SILENT)
     method = "refit by the clients" if isinstance(options, ClientRefit) else "regression mean by the clients"
@@ -113,7 +115,8 @@ def refit_by_clients(
     if plan.exchanges and not reports:
         raise CalibrationError("no client gave a usable answer about any operator; the log says what was wrong")
     home = {name: value.to(merged[name].device) for name, value in params.items()}
-    return Recalibrated(home, RecalibrationReport(method, tuple(reports), tuple(reasons.items()), seconds=seconds))
+    skipped, answered = tuple(reasons.items()), tuple(node for node in nodes if node in used)
+    return Recalibrated(home, RecalibrationReport(method, tuple(reports), skipped, seconds=seconds, nodes=answered))
 
 
 def _left_out(options: ClientRefit | RegMean, program: Program, plan: Plan) -> dict[str, str]:
@@ -130,13 +133,13 @@ def _left_out(options: ClientRefit | RegMean, program: Program, plan: Plan) -> d
 def _log_price(options: ClientRefit | RegMean, found: Price, title: str, further: int) -> None:
     log(
         INFO,
-        "\t> %s%s: %d exchanges; every client is sent %.1f MB and answers %.1f MB%s%s%s",
+        "\t> %s%s: %d exchanges%s; every client is sent %.1f MB and answers %.1f MB%s%s",
         f"{title}: " if title else "",
         type(options).__name__,
         found.exchanges,
+        f", then as many for each of {further} narrower widths" if further else "",
         found.sent / 1e6,
         found.answered / 1e6,
-        f", and as often again for each of the narrower widths, {further}" if further else "",
         f"; by sketches: {', '.join(found.sketched)}" if found.sketched else "",
         f"; beyond max_bytes and not fitted: {', '.join(found.too_large)}" if found.too_large else "",
     )

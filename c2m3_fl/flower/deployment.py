@@ -14,7 +14,7 @@ from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import same
-from c2m3_fl.flower.candidates import AGGREGATE, REFIT, Candidates, Clients, Request
+from c2m3_fl.flower.candidates import AGGREGATE, Candidates, Clients, Request
 from c2m3_fl.flower.generators import undisturbed
 from c2m3_fl.flower.judge import ClientJudge, judge_candidates, report_verdict
 from c2m3_fl.flower.metrics import Numbers, failure
@@ -34,8 +34,8 @@ class Deployed:
     """The deployed model, the aggregate's own object where that was chosen; and the numbers.
 
     `unjudged` says why clients were to judge and did not, `headless` why they did not answer for a head that nobody
-    asked for, `unlike` what shows that the calibration inputs are unlike the clients' data; "" otherwise. `refit` says
-    whether the clients made a candidate by a refit.
+    asked for, `unlike` what shows that the calibration inputs are unlike the clients' data; "" otherwise. `answered`
+    are the nodes by whose answers a refit was made.
     """
 
     params: Params
@@ -43,7 +43,7 @@ class Deployed:
     unjudged: str = ""
     headless: str = ""
     unlike: str = ""
-    refit: bool = False
+    answered: tuple[int, ...] = ()
 
 
 def wants_plain(setup: Setup) -> bool:
@@ -86,7 +86,7 @@ def deploy(setup: Setup, request: Request) -> Deployed:
         "c2m3-repaired": int(changed),
         "c2m3-repair-seconds": perf_counter() - started,
     }
-    return Deployed(params, numbers, unjudged, found.headless, found.unlike, REFIT in found.params)
+    return Deployed(params, numbers, unjudged, found.headless, found.unlike, found.answered)
 
 
 def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Numbers, str, bool]:

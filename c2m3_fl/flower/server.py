@@ -218,12 +218,13 @@ class Server:
     def _refit_widths(
         self, deployed: Deployed, aligned: AlignedReplies | None, clients: Clients | None, *, equally: bool
     ) -> None:
-        """Let the clients that have refit the deployed model refit its restrictions to narrower widths, too."""
-        options = self.setup.refit
-        if self.resizing is None or options is None or aligned is None or clients is None or not deployed.refit:
+        """Let the clients that answered for a refit refit the deployed model's restrictions to narrower widths, too."""
+        options, resizing = self.setup.refit, self.resizing
+        if resizing is None or options is None or aligned is None or clients is None or not deployed.answered:
             return
-        asked = Asked(options, clients.grid, aligned.nodes, aligned.weights, equally)
-        refit_widths(self.resizing, deployed.params, asked)
+        weights = dict(zip(aligned.nodes, aligned.weights, strict=True))
+        asked = Asked(options, clients.grid, {node: weights[node] for node in deployed.answered}, equally)
+        refit_widths(resizing, deployed.params, asked)
 
     def _say(self, deployed: Deployed) -> None:
         """Log once what the clients were asked for by default and do not give, and data that are unlike theirs."""

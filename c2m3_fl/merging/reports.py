@@ -168,6 +168,8 @@ class RecalibrationReport:
         The decision of a guard, if there was one.
     head : HeadReport, optional
         How the last layer was fitted to labels, if it was.
+    nodes : tuple of int
+        The nodes whose answers were of use in a refit, where clients were asked.
     """
 
     method: str
@@ -177,6 +179,7 @@ class RecalibrationReport:
     seconds: float = 0.0
     decision: RecalibrationDecision | None = None
     head: HeadReport | None = None
+    nodes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

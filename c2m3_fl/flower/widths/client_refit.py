@@ -5,7 +5,7 @@ Clients run networks of the model's width, those of a narrower one padded with d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import ERROR, INFO
 
@@ -102,18 +102,15 @@ class Asked:
         What to ask.
     grid : Grid
         Where the clients are.
-    nodes : sequence of int
-        Whom.
-    weights : sequence of float
-        What each counts.
+    weights : mapping of int to float
+        Whom, and what each node counts.
     equally : bool
         Whether the strategy ignores the weights.
     """
 
     options: ClientRefit | RegMean
     grid: Grid
-    nodes: Sequence[int]
-    weights: Sequence[float]
+    weights: Mapping[int, float]
     equally: bool
 
 
@@ -172,13 +169,13 @@ def refit_restriction(wide: Network, narrow: Network, units: Injection, deployed
     done = refit_by_clients(
         asked.options,
         asked.grid,
-        asked.nodes,
+        list(asked.weights),
         wide.held.program,
         Padding(narrow.spec, wide.spec, seats)(restricted, whole),
-        [whole] * len(asked.nodes),
-        asked.weights,
+        [whole] * len(asked.weights),
+        list(asked.weights.values()),
         equally=asked.equally,
-        owners=Owners(lambda operator: kept(operator).expand(len(asked.nodes), -1)),
+        owners=Owners(lambda operator: kept(operator).expand(len(asked.weights), -1)),
         title=f"the model at the width of {narrow.name}",
     )
     found = carry(wide.spec, narrow.spec, units, done.state_dict)

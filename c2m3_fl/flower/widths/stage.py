@@ -131,8 +131,9 @@ class Resizing:
         found : mapping of int to Params
             Its restrictions, by width.
         """
-        self._refit, self._refit_of = dict(found), digest(params) if found else ""
-        self._cuts.pop((self._refit_of, True), None)
+        before, self._refit, self._refit_of = self._refit_of, dict(found), digest(params) if found else ""
+        for of in (before, self._refit_of):
+            self._cuts.pop((of, True), None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything remembered, as tensors whose names start with ``widths/``.

@@ -6,13 +6,11 @@ import copy
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord
-from flwr.clientapp import ClientApp
 from torch import nn
 
 from c2m3_fl.core.permutation import identity
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower import C2M3, ClientRefit, SerialGrid, answer_statistics, candidates
+from c2m3_fl.flower import C2M3, ClientRefit, candidates
 from c2m3_fl.flower.records import to_params
 from c2m3_fl.flower.widths.padding import Padding, check_padding, computes_alike, placed
 from c2m3_fl.merging.recalibrate.client_pool import outlying
@@ -22,15 +20,13 @@ from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.merging.widths.injections import injection
 from c2m3_fl.merging.widths.networks import Widths
 from c2m3_fl.network.moments import Moments
-from tests.flower.federation import EXAMPLE, digits, mlp, reply, share
+from tests.flower.federation import EXAMPLE, digits, mlp, share
 from tests.flower.server_solve import refit_on_a_server
+from tests.flower.widths.federation import WIDTHS
+from tests.flower.widths.refits import ALL, answering, federation, one_round
 from tests.merging.networks import ChannelNorm
 from tests.merging.widths.networks import WideAttention, WideResidual, transposed
 from tests.merging.widths.networks import mlp as activated
-
-ALL = ClientRefit(double=True, first_layer=True, positions=10**6)
-WIDTHS = (32, 16, 8)
-EXAMPLES = (10, 20, 30)
 
 
 def convolutional(seed=0, width=32):
@@ -49,27 +45,6 @@ def by_class(context):
     images, labels = (each[:300] for each in digits())
     own = labels.clamp(0, 8) // 3 == int(context.node_config["partition-id"])
     return [(images[own], labels[own])]
-
-
-def answering(make=mlp, data=share):
-    app = ClientApp()
-    answer_statistics(app, model=lambda context: make(), data=data, first_layer=True)
-    return app
-
-
-def one_round(strategy, app, replies, sent, examples=EXAMPLES):
-    """What a round of these replies deploys."""
-    grid = SerialGrid(app, len(replies))
-    list(strategy.configure_train(1, ArrayRecord(sent), ConfigRecord(), grid))
-    messages = [
-        reply(node, each, examples=count) for node, (each, count) in enumerate(zip(replies, examples, strict=True), 1)
-    ]
-    return strategy.aggregate_train(1, messages)[0]
-
-
-def federation(make, **options):
-    sizes = [make(0, width) for width in WIDTHS[1:]]
-    return C2M3(model=make(), sizes=sizes, example_inputs=EXAMPLE, deploy="every", **options)
 
 
 def outputs(model, params):
