@@ -3,7 +3,7 @@
     python -m tests.benchmarks.questions [QUESTION ...]    tables and ``simulations/results/questions.json``
     python -m tests.benchmarks.questions --redraw          tables and picture of that record
 
-Questions that are named replace their rows in the record. MNIST needs C2M3_DATA.
+Questions that are named replace their rows in the record. MNIST and CIFAR-10 need C2M3_DATA.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ COMMAND = "python -m tests.benchmarks.questions"
 SEEDS = (0, 1, 2)
 SKEWED = replace(DIGITS, partition="dirichlet", alpha=0.3)
 MNIST = replace(DIGITS, data="mnist", image_size=8, train_size=4000, test_size=2000, local_epochs=5)
+CIFAR10 = replace(MNIST, data="cifar10", model="lenet", image_size=0, train_size=10000, local_epochs=10)
+CIFAR10 = replace(
+    CIFAR10, hidden_widths="256,256", optimiser="sgd", learning_rate=0.02, momentum=0.9, calibration_size=500
+)
 NOISE = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 CLASSES = (10, 8, 6, 4, 3, 2)
 SHAPES = (("32", 0.0), ("32", 3.0), ("128", 0.0), ("128", 3.0), ("512", 0.0), ("512", 3.0))
@@ -113,19 +117,49 @@ def ablation(seed: int) -> Iterator[Row]:
 def foreign(seed: int) -> Iterator[Row]:
     """MNIST clients (8x8 pixels) on MNIST, on MNIST corrupted, and on scikit-learn's digits."""
     found, spec = _trained(replace(MNIST, seed=seed), whole=False)
-    test, generator = found.test, torch.Generator().manual_seed(seed)
-    noisy = test.inputs + 0.7 * torch.randn(test.inputs.shape, generator=generator)
-    blurred = torch.nn.functional.avg_pool2d(test.inputs, 3, stride=1, padding=1)
+    test = found.test
     tests = {
         "MNIST": test,
-        "noise": Images(noisy, test.labels),
-        "blur": Images(blurred, test.labels),
+        "noise": Images(_noise(test.inputs, seed), test.labels),
+        "blur": Images(_blur(test.inputs), test.labels),
         "half the contrast": Images(0.5 * test.inputs, test.labels),
         "digits": federated_data(DIGITS).held_out,
     }
+    yield from _on_each("foreign", seed, found, spec, tests)
+
+
+def corrupted(seed: int) -> Iterator[Row]:
+    """CIFAR-10 clients on CIFAR-10 and on five of its corruptions (Hendrycks and Dietterich, ICLR 2019)."""
+    found, spec = _trained(replace(CIFAR10, seed=seed), whole=False)
+    inputs = found.test.inputs
+    size = inputs.shape[2:]
+    coarse = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(inputs, 2), size)
+    tests = {
+        "CIFAR-10": inputs,
+        "noise": _noise(inputs, seed),
+        "blur": _blur(inputs),
+        "half the contrast": 0.5 * inputs,
+        "brighter": inputs + 1,
+        "coarser pixels": coarse,
+    }
+    shown = {name: Images(values, found.test.labels) for name, values in tests.items()}
+    yield from _on_each("corrupted", seed, found, spec, shown)
+
+
+def _noise(inputs: Tensor, seed: int) -> Tensor:
+    return inputs + 0.7 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _blur(inputs: Tensor) -> Tensor:
+    return torch.nn.functional.avg_pool2d(inputs, 3, stride=1, padding=1)
+
+
+def _on_each(
+    question: str, seed: int, found: Trained, spec: PermutationSpec, tests: Mapping[str, Images]
+) -> Iterator[Row]:
     for name, images in tests.items():
         for line, value in _scores(found, spec, images):
-            yield Row("foreign", seed, line, name, value)
+            yield Row(question, seed, line, name, value)
 
 
 def stability(seed: int) -> Iterator[Row]:
@@ -235,7 +269,7 @@ def _merged(found: Trained, spec: PermutationSpec, data: Any, method: Method, re
 
 
 QUESTIONS: Mapping[str, Callable[[int], Iterator[Row]]] = {
-    each.__name__: each for each in (ablation, foreign, stability, tasks, decay, calibration, labels)
+    each.__name__: each for each in (ablation, foreign, corrupted, stability, tasks, decay, calibration, labels)
 }
 
 
@@ -250,7 +284,12 @@ def main() -> None:
         found = [asdict(row) for seed in SEEDS for row in QUESTIONS[name](seed)]
         earlier = read_record(RESULTS)["rows"] if RESULTS.is_file() else []
         rows = [row for row in earlier if row["question"] != name] + found
-        settings = {"digits": asdict(DIGITS), "skewed": asdict(SKEWED), "mnist": asdict(MNIST)}
+        settings = {
+            "digits": asdict(DIGITS),
+            "skewed": asdict(SKEWED),
+            "mnist": asdict(MNIST),
+            "cifar10": asdict(CIFAR10),
+        }
         write_record(RESULTS, COMMAND, {"seeds": SEEDS, "settings": settings, "threads": 1}, rows)
         print(name, flush=True)
     rows = read_record(RESULTS)["rows"]

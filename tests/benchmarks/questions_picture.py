@@ -28,6 +28,7 @@ _COLOURS = {  # Okabe and Ito
 _TITLES = {
     "ablation": "Cycle consistency and Frank-Wolfe apart",
     "foreign": "Out of distribution, accuracy",
+    "corrupted": "CIFAR-10 corrupted, accuracy",
     "stability": "Stability of the permutations",
     "tasks": "Classes per client, accuracy",
     "decay": "Width and weight decay, accuracy barrier",
