@@ -46,9 +46,8 @@ SEEDS = (0, 1, 2)
 SKEWED = replace(DIGITS, partition="dirichlet", alpha=0.3)
 MNIST = replace(DIGITS, data="mnist", image_size=8, train_size=4000, test_size=2000, local_epochs=5)
 CIFAR10 = replace(MNIST, data="cifar10", model="lenet", image_size=0, train_size=10000, local_epochs=10)
-CIFAR10 = replace(
-    CIFAR10, hidden_widths="256,256", optimiser="sgd", learning_rate=0.02, momentum=0.9, calibration_size=500
-)
+CIFAR10 = replace(CIFAR10, hidden_widths="256,256", calibration_size=500)
+CIFAR10 = replace(CIFAR10, optimiser="sgd", learning_rate=0.02, momentum=0.9)
 NOISE = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 CLASSES = (10, 8, 6, 4, 3, 2)
 SHAPES = (("32", 0.0), ("32", 3.0), ("128", 0.0), ("128", 3.0), ("512", 0.0), ("512", 3.0))
