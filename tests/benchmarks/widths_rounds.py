@@ -9,7 +9,7 @@ trains 20 clients, four of every width, IID, MLPs on digits and CNNs on 5,000 im
 
 The server holds 300 inputs without labels, by which C2M3 refits a narrower model; HeteroFL evaluates its slices as they
 are, except in its row "slices refit"; networks with BatchNorm (cases that end on "-bn") with statistics of all clients'
-images, as the paper has it.
+images, as the paper has it. The methods "fed back" send the refit restrictions to clients that train them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -31,8 +33,11 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import nn
 
 from c2m3_fl import flower
+from c2m3_fl.core.spec import Params
 from c2m3_fl.flower import C2M3, SerialGrid, answer_width
 from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.widths.sizes import Cuts
+from c2m3_fl.flower.widths.stage import Resizing
 from c2m3_fl.merging import Refit
 from c2m3_fl.merging.recalibrate.setting import usable_device
 from c2m3_fl.merging.widths.merge_widths import cut
@@ -119,7 +124,7 @@ class Federation:
             client = int(context.node_config["partition-id"])
             current = int(message.content["config"]["server-round"])
             model = self.network(place(context), derived_seed(self.settings.seed, 2, client)).to(self.device)
-            if method != "own" or current > 1:
+            if "own" not in method or current > 1:
                 model.load_state_dict(message.content["arrays"].to_torch_state_dict())
             width = list(WIDTHS.values())[place(context)]
             images = self.shares[client]
@@ -189,12 +194,22 @@ class Federation:
 
         grid = SerialGrid(self.app(method), self.settings.clients)
         start = ArrayRecord(networks[0].state_dict())
-        strategy.start(grid=grid, initial_arrays=start, num_rounds=ROUNDS, evaluate_fn=evaluate)
+        with patch.object(Resizing, "cuts", _refit) if "fed back" in method else nullcontext():
+            strategy.start(grid=grid, initial_arrays=start, num_rounds=ROUNDS, evaluate_fn=evaluate)
         return rows
 
     def _there(self, images: Images) -> Images:
         """Images on the device."""
         return Images(images.inputs.to(self.device), images.labels.to(self.device))
+
+
+_CUTS = Resizing.cuts
+
+
+def _refit(resizing: Resizing, params: Params, *, deployed: bool) -> Cuts:
+    """A model at every width, the narrower ones refit, whether clients evaluate or train it."""
+    del deployed
+    return _CUTS(resizing, params, deployed=True)
 
 
 def played(cell: Cell, *, device: torch.device, server: torch.device) -> list[Row]:

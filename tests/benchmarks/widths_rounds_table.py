@@ -16,10 +16,13 @@ SHOWN = (1, 4, 7, 10)
 METHODS = {
     "C2M3": "C2M3, one start",
     "own": "C2M3, starts of their own",
+    "fed back": "C2M3, one start, refit before it is sent",
+    "own, fed back": "C2M3, starts of their own, refit before it is sent",
     "heterofl": "HeteroFL without Scaler",
     "scaler": "HeteroFL",
     "refit": "HeteroFL without Scaler, slices refit",
 }
+_TRIED = "before it is sent"
 NORMED = "-bn"  # ends the names of cases whose networks have BatchNorm
 _TITLES = {"digits": "digits", "cifar10": "CIFAR-10"}
 _TITLES |= {f"{name}{NORMED}": f"{title}, BatchNorm" for name, title in _TITLES.items()}
@@ -67,6 +70,8 @@ def table(rows: Sequence[Row]) -> str:
 def draw(rows: Sequence[Row], file: Path) -> None:
     """Accuracy by round, one panel per data set and width; the mean over seeds, and their range.
 
+    What was tried and is not what C2M3 does is left out.
+
     Parameters
     ----------
     rows : sequence of Row
@@ -74,6 +79,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     file : Path
         The picture.
     """
+    rows = [row for row in rows if not row.method.endswith(_TRIED)]
     cases = list(dict.fromkeys(row.data for row in rows))
     figure = Figure(figsize=(11, 2.6 * len(cases)), layout="constrained")
     panels = figure.subplots(len(cases), len(WIDTHS), squeeze=False, sharex=True, sharey="row")
