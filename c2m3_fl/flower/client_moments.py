@@ -57,7 +57,8 @@ def answer_statistics(
     app : ClientApp
         Gets three more query handlers.
     model : callable
-        From the context to the architecture, as the server has it.
+        From the context to the architecture, as the server has it: of the full width, where clients differ in width and
+        this one trains a narrower network.
     data : callable
         From the context to batches of the client's own data, with labels if it has any; the same ones in every
         call, without random augmentation, in any order.

@@ -55,6 +55,10 @@ class ClientRefit(SumsQuery):
     one line, `answer_statistics`. Norms other than BatchNorm, transposed convolutions and operators that are not
     fitted have their channel moments repaired, to those of the mixture of all own networks on their own data.
 
+    Where clients differ in width (`C2M3(sizes=...)`), they run networks of the full width, their own padded with dead
+    units. Every channel is fitted to the networks that have it; then the model's restriction to every narrower width
+    is refit, in as many exchanges again. Norms over units (LayerNorm, GroupNorm) are refused then.
+
     Attributes
     ----------
     exchanges : int, optional

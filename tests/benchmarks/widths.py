@@ -8,9 +8,10 @@ are in the file are not measured again, and clients are kept in a cache, so that
 cell that fails is printed, and the others go on. ``--collect FILE ...`` adds the rows of such files to the record;
 ``--redraw`` prints the record's table, ``--picture FILE`` draws it.
 
-A merge is given the inputs of 300 training images (1,000 of CIFAR-10) that no client has, and no label. That missing
-units count as zeros on axes that read units was chosen on seeds 10, 11 and 12 of digits (``--cases digits --seeds 10
-11 12 --trial``), which are not in the table. ``--units FILE`` draws where the units of the first hidden layer of seed 0
+A merge is given the inputs of 300 training images (1,000 of CIFAR-10) that no client has, and no label; a refit from
+clients, of digits and MNIST, sums over the clients' own images instead (`ClientRefit()`). That missing units count as
+zeros on axes that read units was chosen on seeds 10, 11 and 12 of digits (``--cases digits --seeds 10 11 12
+--trial``), which are not in the table. ``--units FILE`` draws where the units of the first hidden layer of seed 0
 (digits, IID) are in the merged network.
 """
 
@@ -34,6 +35,7 @@ from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.widths import merge_widths
 from tests.benchmarks.cells import Cells, Layout, add_options, run
 from tests.benchmarks.widths_cases import CASES, CLIENTS, PARTITIONS, SCALES, WIDTHS, Trained
+from tests.benchmarks.widths_clients import refit_from_clients
 from tests.benchmarks.widths_table import Cell, Row, draw, draw_units, table
 
 RESULTS = Path(merging.__file__).parent / "results" / "widths.json"
@@ -43,7 +45,9 @@ RECALIBRATIONS: dict[str, Recalibration | None] = {"": None, " + REPAIR": Repair
 
 
 def rows(cell: Cell, *, device: torch.device, merging: torch.device, trial: bool) -> list[Row]:
-    """Clients, their ensemble, and every merge of one seed; without a match on digits alone.
+    """Clients, their ensemble, and every merge of one seed.
+
+    Without a match on digits alone; refit from clients on digits and MNIST.
 
     Parameters
     ----------
@@ -81,6 +85,8 @@ def rows(cell: Cell, *, device: torch.device, merging: torch.device, trial: bool
         for suffix, recalibrate in RECALIBRATIONS.items():
             if suffix and name != "2":
                 merged(f"universe{suffix}, cut to width {name}", recalibrate, width=2 * index)
+    if case in ("digits", "mnist"):
+        measured |= refit_from_clients(found, widths)
     return [Row(partition, seed, column, value, case) for column, value in measured.items()]
 
 
