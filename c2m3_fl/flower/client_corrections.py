@@ -13,7 +13,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.flower.client_refit_options import ClientRefit, RegMean
 from c2m3_fl.merging.recalibrate.client_fit import counting, fit_operator
-from c2m3_fl.merging.recalibrate.client_owners import owner_sets, take_over
+from c2m3_fl.merging.recalibrate.client_owners import of_inputs, owner_sets, take_over
 from c2m3_fl.merging.recalibrate.client_plan import Question, Role, norm_behind
 from c2m3_fl.merging.recalibrate.client_pool import outlying, pool_fits, pool_moments, shares_of
 from c2m3_fl.merging.recalibrate.client_sketch import SketchedFit
@@ -37,10 +37,14 @@ class Owners:
         Which clients have the channels of an operator's output, bool of shape (clients, channels).
     far : tuple of int
         The clients whose weights are far from the others' in what both have: they are not asked.
+    inputs : callable, optional
+        The inputs that an operator may be fitted to, bool of shape (groups, inputs), where the merged network has dead
+        units: these may be constants other than zero. None: all.
     """
 
     channels: Callable[[Operator], Tensor]
     far: tuple[int, ...] = ()
+    inputs: Callable[[Operator], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,8 @@ class Corrections:
         By node, the channels of an operator's output that its own network has. A channel is corrected by the sums of
         those that have it, one set of nodes after the other; one that none has stays as it is. Running statistics are
         of all, because no own network is measured for them. None: all have all.
+    inputs : callable, optional
+        See `Owners`.
     """
 
     options: ClientRefit | RegMean
@@ -70,7 +76,8 @@ class Corrections:
     own: Mapping[int, Params]
     weights: Mapping[int, float]
     equally: bool
-    owned: Callable[[Operator], Mapping[int, Tensor]] | None
+    owned: Callable[[Operator], Mapping[int, Tensor]] | None = None
+    inputs: Callable[[Operator], Tensor] | None = None
 
     def trusted(self, step: Question, answers: Mapping[int, Answer], params: Params) -> dict[int, Answer]:
         """The answers about one operator that fit each other."""
@@ -118,8 +125,12 @@ class Corrections:
             return [assign_regression_mean(self.program, operator, params, own, grams, shares)]
         if step.role is Role.FIT:
             fits = [answer for answer in answers.values() if isinstance(answer, FitAnswer | SketchedFit)]
-            pooled = pool_fits(fits, shares)
-            return fit_operator(self.program, operator, params, pooled, self.options.strengths, channels)
+            pooled, strengths = pool_fits(fits, shares), self.options.strengths
+            if self.inputs is not None:
+                live = self.inputs(operator)
+                pooled, rest = of_inputs(pooled, live), live.shape[1] / max(1, int(live.sum(1).max()))
+                strengths = tuple(rest * strength for strength in strengths)  # relative to inputs that count alone
+            return fit_operator(self.program, operator, params, pooled, strengths, channels)
         moments = [answer for answer in answers.values() if isinstance(answer, MomentsAnswer)]
         merged = pool_moments([each.merged for each in moments], shares)
         if step.role is Role.STATISTICS:

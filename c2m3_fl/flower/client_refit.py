@@ -95,6 +95,7 @@ def refit_by_clients(
         {nodes[index]: weights[index] for index in kept},
         equally,
         None if owners is None else lambda operator: dict(zip(nodes, owners.channels(operator), strict=True)),
+        None if owners is None else owners.inputs,
     )
     reports: list[OperatorReport] = []
     used: set[int] = set()

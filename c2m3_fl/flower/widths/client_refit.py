@@ -32,6 +32,7 @@ from c2m3_fl.merging.widths.endpoints import owned_channels
 from c2m3_fl.merging.widths.injections import Injection, carry
 from c2m3_fl.merging.widths.networks import Network
 from c2m3_fl.network.program import Program
+from c2m3_fl.network.rows import weight_matrix
 
 
 def refit_by_replies(
@@ -166,6 +167,8 @@ def refit_restriction(wide: Network, narrow: Network, units: Injection, deployed
     whole = typed_like(wide.held.model.state_dict(), deployed)
     restricted, seats = carry(wide.spec, narrow.spec, units, whole), placed(wide.spec, units)
     kept = owned_channels([narrow.spec], wide.spec, [seats])
+    ones = {name: torch.ones(tensor.shape) for name, tensor in narrow.spec.tensors.items()}
+    live = carry(narrow.spec, wide.spec, seats, ones)
     done = refit_by_clients(
         asked.options,
         asked.grid,
@@ -175,7 +178,10 @@ def refit_restriction(wide: Network, narrow: Network, units: Injection, deployed
         [whole] * len(asked.weights),
         list(asked.weights.values()),
         equally=asked.equally,
-        owners=Owners(lambda operator: kept(operator).expand(len(asked.weights), -1)),
+        owners=Owners(
+            lambda operator: kept(operator).expand(len(asked.weights), -1),
+            inputs=lambda operator: weight_matrix(operator, live[operator.weight]).any(-1),
+        ),
         title=f"the model at the width of {narrow.name}",
     )
     found = carry(wide.spec, narrow.spec, units, done.state_dict)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.merging.recalibrate.client_plan import norm_behind
+from c2m3_fl.merging.recalibrate.fit_sums import FitAnswer
+from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.operators import Operator
 from c2m3_fl.network.program import Program
 
@@ -26,6 +30,26 @@ def owner_sets(owned: Tensor) -> list[tuple[list[int], Tensor]]:
     """
     sets, number = torch.unique(owned.T, dim=0, return_inverse=True)
     return [(torch.nonzero(row)[:, 0].tolist(), number == place) for place, row in enumerate(sets) if bool(row.any())]
+
+
+def of_inputs(answer: FitAnswer, live: Tensor) -> FitAnswer:
+    """Sums as if the other inputs of the operator were zero.
+
+    Parameters
+    ----------
+    answer : FitAnswer
+        The sums.
+    live : Tensor of bool, shape (groups, inputs)
+        The inputs that count.
+    """
+    both = live[:, :, None] & live[:, None, :]
+
+    def kept(sums: Sums) -> Sums:
+        x, xr = torch.where(live, sums.x, 0.0), torch.where(live[:, :, None], sums.xr, 0.0)
+        return replace(sums, x=x, xx=torch.where(both, sums.xx, 0.0), xr=xr)
+
+    further = (None if each is None else kept(each) for each in (answer.sum_train, answer.sum_held_out))
+    return FitAnswer(kept(answer.train), kept(answer.held_out), *further)
 
 
 def take_over(

@@ -26,6 +26,7 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]  # by name the element type and 
 
 _MANY = 2**53  # rows: floats do not count so far
 _LIFT = 1e-4  # of the mean diagonal: what float32 may take from a positive semidefinite matrix
+_CONSTANT = 1e-12  # variance of an input, relative to its squared mean, that comes from rounding
 _LARGE = 1e30  # values beyond it overflow when they are squared in float32
 
 
@@ -151,6 +152,8 @@ def _inputs(sums: Sums, dtype: torch.dtype) -> dict[str, Tensor]:
     rows, columns = _lower(sums.xx.shape[-1])
     count = max(1.0, sums.count)
     gram = sums.gram if sums.count else sums.xx
+    varies = _varies(sums)
+    gram = torch.where(varies[:, :, None] & varies[:, None, :], gram, 0.0)
     return {
         "count": torch.tensor(int(sums.count)),
         "x": (sums.x / count).to(dtype),
@@ -158,10 +161,16 @@ def _inputs(sums: Sums, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
+def _varies(sums: Sums) -> Tensor:
+    """Inputs that are not constant: of a constant, rounding alone would make a variance, and perhaps a negative one."""
+    mean, count = sums.x / max(1.0, sums.count), max(1.0, sums.count)
+    return sums.xx.diagonal(dim1=-2, dim2=-1) / count - mean.square() > _CONSTANT * mean.square()
+
+
 def _residuals(sums: Sums, dtype: torch.dtype) -> dict[str, Tensor]:
     count = max(1.0, sums.count)
     mean = sums.r / count
-    cross = sums.cross if sums.count else sums.xr
+    cross = torch.where(_varies(sums)[:, :, None], sums.cross, 0.0) if sums.count else sums.xr
     variance = (sums.rr / count - mean.square()).clamp_min(0)
     return {"r": mean.to(dtype), "xr": cross.to(dtype), "rr": variance.to(dtype)}
 

@@ -12,7 +12,7 @@ from c2m3_fl.core.permutation import identity
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower import C2M3, ClientRefit, candidates
 from c2m3_fl.flower.records import to_params
-from c2m3_fl.flower.widths.padding import Padding, check_padding, computes_alike, placed
+from c2m3_fl.flower.widths.padding import Padding, check_padding, computes_alike
 from c2m3_fl.merging.recalibrate.client_pool import outlying
 from c2m3_fl.merging.recalibrate.client_sketch import Centred, SketchedFit
 from c2m3_fl.merging.recalibrate.fit_sums import FitAnswer, MomentsAnswer
@@ -32,12 +32,14 @@ from tests.merging.widths.networks import mlp as activated
 def convolutional(seed=0, width=32):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(
+        model = nn.Sequential(
             nn.Unflatten(1, (1, 8, 8)),
-            *(nn.Conv2d(1, width // 4, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(width // 4, width // 2, 3, stride=2), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(9 * (width // 2), 10)),
+            *(nn.Conv2d(1, width // 4, 3, padding=1), nn.Sigmoid()),  # dead units give .5, and zeros beyond the border
+            *(nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(16 * (width // 2), 10)),
         )
+        model[1].weight.data *= 5
+    return model
 
 
 def by_class(context):
@@ -62,15 +64,19 @@ def group_of(spec, index):
     return segment.group if segment else ""
 
 
-@pytest.mark.parametrize(("make", "data"), [(mlp, share), (mlp, by_class), (convolutional, by_class)])
-def test_it_is_the_solve_of_a_server_that_runs_each_network_at_its_own_width(make, data, monkeypatch):
-    """Of the whole model, and of its restriction to every narrower width."""
-    asked = []
-    whole = candidates.refit_by_replies
+def _heard(monkeypatch):
+    """What refits of the whole model are given."""
+    asked, whole = [], candidates.refit_by_replies
     monkeypatch.setattr(
         candidates, "refit_by_replies", lambda *given, **more: asked.append(given) or whole(*given, **more)
     )
-    strategy = federation(make, recalibrate=ALL)
+    return asked
+
+
+@pytest.mark.parametrize(("make", "data"), [(mlp, share), (mlp, by_class), (convolutional, by_class)])
+def test_it_is_the_solve_of_a_server_that_runs_each_network_at_its_own_width(make, data, monkeypatch):
+    """Of the whole model, and of its restriction to every narrower width."""
+    asked, strategy = _heard(monkeypatch), federation(make, recalibrate=ALL)
     strategy.server.resizing.note({1: 0, 2: 1, 3: 2})
     grid_app, own = answering(make, data), [make(seed + 1, width) for seed, width in enumerate(WIDTHS)]
     arrays = one_round(strategy, grid_app, [each.state_dict() for each in own], make().state_dict())
@@ -90,13 +96,11 @@ def test_it_is_the_solve_of_a_server_that_runs_each_network_at_its_own_width(mak
 
     for size, width in enumerate(WIDTHS[1:]):
         cuts = strategy.server.resizing.cuts(deployed, deployed=False)
-        seats = placed(spec, cuts.units(size + 1))
-        kept = {index: _channels(spec, index, seats) for index in layers}
-        kept = {index: torch.where(each >= 0, torch.arange(len(each)), -1) for index, each in kept.items()}
-        padded = cuts.padded(size + 1, cuts.params(size + 1), deployed)
-        expected = _solved(model, padded, [(model, deployed)] * 3, shares, weights, [kept] * 3)
-        assert close(outputs(make(0, width), to_params(strategy.at_width(arrays, size))), expected)
-        assert not close(outputs(model, padded), expected)
+        narrow, restricted = make(0, width), cuts.params(size + 1)
+        kept = {index: _channels(spec, index, cuts.units(size + 1)) for index in layers}
+        expected = _solved(narrow, restricted, [(model, deployed)] * 3, shares, weights, [kept] * 3)
+        assert close(outputs(narrow, to_params(strategy.at_width(arrays, size))), expected)
+        assert not close(outputs(narrow, restricted), expected)
 
 
 def _channels(spec, index, units):
@@ -148,6 +152,30 @@ def test_a_network_and_copies_padded_with_dead_units_stay_what_they_are():
     before = outputs(narrow, {})
     for found in (outputs(wide, to_params(arrays)), outputs(narrow, to_params(strategy.at_width(arrays, 0)))):
         torch.testing.assert_close(found, before, rtol=0, atol=1e-4 * float(before.abs().max()))
+
+
+@torch.no_grad()
+def test_behind_batch_norm_the_moments_of_a_channel_are_those_of_the_networks_that_have_it(monkeypatch):
+    asked, strategy = _heard(monkeypatch), federation(normed, recalibrate=ALL)
+    strategy.server.resizing.note({1: 0, 2: 1, 3: 2})
+    own = [normed(seed + 1, width) for seed, width in enumerate(WIDTHS)]
+    arrays = one_round(strategy, answering(normed), [each.state_dict() for each in own], normed().state_dict())
+    ((_, aligned, *_, weights),) = asked
+    model, sums = normed(), [0.0] * 5
+    model.load_state_dict(to_params(arrays))
+    pairs = zip(aligned.nodes, aligned.narrow, aligned.moves, weights, strict=True)
+    for node, narrow, move, weight in pairs:
+        places = _channels(strategy.setup.spec, 1, narrow.units if narrow else move)
+        rows, _ = _joined(share, node - 1)
+        ours, theirs = model[:3].eval()(rows), own[node - 1][:3].eval()(rows)[:, places.clamp_min(0)]
+        count = weight * (places >= 0)
+        found = [moment.mean((0, 2, 3)) for side in (ours, theirs) for moment in (side, side.square())]
+        sums = [total + count * each for total, each in zip(sums, [torch.ones_like(count), *found], strict=True)]
+    count, *moments = sums
+    mean, square, own_mean, own_square = (each[count > 0] / count[count > 0] for each in moments)
+    torch.testing.assert_close(mean, own_mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(square, own_square, rtol=1e-4, atol=1e-5)
+    assert len(count.unique()) > 2
 
 
 IMAGES = torch.zeros(2, 3, 8, 8)

@@ -48,6 +48,22 @@ def test_what_is_packed_is_what_is_unpacked():
             torch.testing.assert_close(getattr(getattr(found, part), name), value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kept", [0, 4])
+def test_inputs_that_do_not_vary_are_no_fault(dtype, kept):
+    """Dead units are constants, whatever their activation gives at rest; rounding must make no negative variance."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 300, 20, generator=generator)
+    rows[..., kept:] = 3 * torch.rand(20 - kept, generator=generator)
+    sums = Sums.of(rows, torch.randn(1, 300, 2, generator=generator))
+    assert bool((sums.gram.diagonal(dim1=-2, dim2=-1) < 0).any())
+    train = unpack(pack(FitAnswer(sums, sums), dtype), Role.FIT).train
+    variance = train.gram.diagonal(dim1=-2, dim2=-1)[0]
+    assert float(variance[kept:].abs().max()) <= 1e-12
+    assert bool((variance[:kept] > 0.5).all())
+    assert float(train.solve(1e-6)[0, kept:].abs().max()) <= 1e-3
+
+
 def test_a_client_counts_by_its_weight_and_not_by_its_rows():
     few, many = answer(0, 10), answer(1, 1000)
     pooled = pool_fits([few, many], [0.7, 0.3])
