@@ -193,7 +193,7 @@ class Dialect(Strategy):
         return from_params(params), MetricRecord({**(metrics or {}), **told})
 
     def at_width(self, arrays: ArrayRecord, size: int) -> ArrayRecord:
-        """A deployed model at one of the narrower widths, recalibrated once with the server's calibration data.
+        """A deployed model at one of the narrower widths, refit by the clients or recalibrated by the server's data.
 
         Parameters
         ----------

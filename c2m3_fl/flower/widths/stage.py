@@ -170,9 +170,9 @@ class Resizing:
                 if found is None:
                     raise self._unknown(f"node {node} is remembered", value.tolist())
                 nodes.append((int(position), int(node), found))
+        restrictions: dict[int, Params] = {self._place_of(params): params for params in refit.values()}
         self.places = OrderedDict((node, place) for _, node, place in sorted(nodes))
-        self._refit = {self._place_of(params): params for params in refit.values()}
-        self._refit_of = of
+        self._refit, self._refit_of = restrictions, of
         self._cuts.clear()
 
     def _place_of(self, params: Params) -> int:

@@ -9,7 +9,7 @@ from flwr.common import FitRes, GetPropertiesRes, ndarrays_to_parameters
 from flwr.server.client_manager import SimpleClientManager
 
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower import LegacyC2M3, width_of
+from c2m3_fl.flower import ClientRefit, LegacyC2M3, width_of
 from tests.flower.federation import EXAMPLE, mlp
 from tests.flower.legacy_federation import OK, Local, parameters_of, params_of
 from tests.flower.widths.federation import WIDTHS
@@ -99,3 +99,8 @@ def test_a_deployed_model_at_a_width_fits_that_width():
     assert small.load_state_dict(params_of(_strategy().at_width(start, 1), small.state_dict()))
     with pytest.raises(ConfigError, match="size is 2, expected one of 2 sizes"):
         _strategy().at_width(start, 2)
+
+
+def test_a_refit_from_clients_needs_a_grid():
+    with pytest.raises(ConfigError, match="the legacy dialect has no grid to ask them"):
+        LegacyC2M3(model=mlp(), sizes=[mlp(0, 16)], example_inputs=EXAMPLE, recalibrate=ClientRefit())
