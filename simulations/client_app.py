@@ -11,8 +11,8 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.flower.client_moments import answer_statistics
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.queries.moments import answer_statistics
 from simulations.data import Images, derived_seed, federated_data
 from simulations.models import build_model
 from simulations.partition_grid import PARTITION, play_partition

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 
 from c2m3_fl.errors import SimulationError
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from simulations.data import federated_data
 from simulations.models import build_model
 from simulations.partition_grid import PartitionGrid

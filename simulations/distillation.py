@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 
 _STEPS = 300  # the paper takes up to 10,000, on far more images than these servers have
 _RATE = 1e-3  # Adam's learning rate in the paper, annealed along a cosine

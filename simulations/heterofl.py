@@ -17,8 +17,8 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.private import with_arrays
-from c2m3_fl.flower.records import from_params, to_params
 
 Shapes = Mapping[str, tuple[int, ...]]
 _EXAMPLES = "num-examples"  # FedAvg's key of the weights

@@ -11,8 +11,8 @@ from flwr.supercore.run import Run
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import SimulationError
+from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.private import readdress
-from c2m3_fl.flower.records import to_params
 
 PARTITION = "partition-id"
 ARRAYS = "arrays"  # key of the network in a reply

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params, PermutationSpec, floating
 from c2m3_fl.core.state_dicts import order_by_weight
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.align.base import Method, Nodes
 from c2m3_fl.merging.merge import merge

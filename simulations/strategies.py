@@ -10,7 +10,7 @@ import torch
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, Strategy
 from torch import nn
 
-from c2m3_fl.flower.client_refit import ClientRefit, RegMean
+from c2m3_fl.flower.queries.refit import ClientRefit, RegMean
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.align.base import Method
 from c2m3_fl.merging.align.cca import CCA

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params, floating
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 
 _KEPT = 0.2  # share of the entries of a task vector that TIES keeps, as in its paper
 

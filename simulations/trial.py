@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import Result
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import SimulationError
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from simulations.client_app import Assignment, Trained, Trainer, build_app, train_locally
 from simulations.data import FederatedData, federated_data
 from simulations.flower_log import flower_log

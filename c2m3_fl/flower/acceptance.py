@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import check_finite, norm
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower.admitted import Dropped, Reply, Sorted, fault_of
-from c2m3_fl.flower.aligned_replies import AlignedReplies
-from c2m3_fl.flower.buffers import Buffers
+from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
+from c2m3_fl.flower.incoming.admitted import Dropped, Reply, Sorted, fault_of
+from c2m3_fl.flower.incoming.buffers import Buffers
 from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.network.calibration import Batch

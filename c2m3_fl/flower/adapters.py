@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.aligned_replies import AlignedReplies
+from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
 from c2m3_fl.flower.rounds import Aggregate
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.wrapped import chain

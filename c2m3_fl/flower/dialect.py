@@ -15,13 +15,9 @@ from torch import Tensor
 
 from c2m3_fl.flower.adapters import Lora, averaging_products, bases_of, check_lora
 from c2m3_fl.flower.arriving.listening import Listening
-from c2m3_fl.flower.deployment import Clients
+from c2m3_fl.flower.deploying.deployment import Clients
 from c2m3_fl.flower.exchanged import exchanging, model_names
-from c2m3_fl.flower.messages import aggregate_evaluations, aggregate_messages, personal_messages
-from c2m3_fl.flower.metrics import report_idle, reported
-from c2m3_fl.flower.misuse import check_exchanged, check_fits, check_prefixes, check_start
-from c2m3_fl.flower.privacy import check_callers, check_privacy
-from c2m3_fl.flower.records import (
+from c2m3_fl.flower.incoming.records import (
     Schema,
     check_record,
     from_params,
@@ -30,7 +26,11 @@ from c2m3_fl.flower.records import (
     schema_of_params,
     to_params,
 )
-from c2m3_fl.flower.replies import sort_messages
+from c2m3_fl.flower.incoming.replies import sort_messages
+from c2m3_fl.flower.messages import aggregate_evaluations, aggregate_messages, personal_messages
+from c2m3_fl.flower.metrics import report_idle, reported
+from c2m3_fl.flower.misuse import check_exchanged, check_fits, check_prefixes, check_start
+from c2m3_fl.flower.privacy import check_callers, check_privacy
 from c2m3_fl.flower.rounds import Aggregate
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import Setup

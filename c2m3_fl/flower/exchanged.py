@@ -15,7 +15,7 @@ from flwr.supercore import log
 
 from c2m3_fl.core.spec import PermutationSpec, refuse_rotations
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.memory import Memory
+from c2m3_fl.flower.aligning.memory import Memory
 from c2m3_fl.flower.setup import Setup
 
 _ADAPTERS = ("lora_", "ia3_")  # how PEFT's containers of one tensor per adapter begin

@@ -18,11 +18,10 @@ from torch import nn
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.adapters import Lora, averaging_products, bases_of, check_lora
-from c2m3_fl.flower.admitted import Sorted
-from c2m3_fl.flower.aligner import Basis, Mode
-from c2m3_fl.flower.client_refit import ClientRefit, RegMean
-from c2m3_fl.flower.client_repair import ClientStatistics
+from c2m3_fl.flower.aligning.aligner import Basis, Mode
 from c2m3_fl.flower.exchanged import exchanging
+from c2m3_fl.flower.incoming.admitted import Sorted
+from c2m3_fl.flower.incoming.records import Schema, reply_schema, schema_of_params
 from c2m3_fl.flower.legacy_messages import (
     Result,
     aggregate_evaluations,
@@ -37,7 +36,8 @@ from c2m3_fl.flower.metrics import reported
 from c2m3_fl.flower.misuse import LEGACY, check_exchanged, check_fits, naming_options_of
 from c2m3_fl.flower.options import Feedback, Options
 from c2m3_fl.flower.privacy import check_callers, check_privacy
-from c2m3_fl.flower.records import Schema, reply_schema, schema_of_params
+from c2m3_fl.flower.queries.refit import ClientRefit, RegMean
+from c2m3_fl.flower.queries.repair import ClientStatistics
 from c2m3_fl.flower.rounds import Aggregate
 from c2m3_fl.flower.server import Server
 from c2m3_fl.flower.setup import build_setup

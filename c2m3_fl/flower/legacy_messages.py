@@ -18,12 +18,12 @@ from flwr.supercore import log
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower.admitted import Dropped, Reply, Sorted, fault_of, report_dropped
-from c2m3_fl.flower.aligned_replies import AlignedReplies
-from c2m3_fl.flower.consistency import fill
+from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
+from c2m3_fl.flower.incoming.admitted import Dropped, Reply, Sorted, fault_of, report_dropped
+from c2m3_fl.flower.incoming.consistency import fill
+from c2m3_fl.flower.incoming.records import Schema, read_npy, received_type
+from c2m3_fl.flower.incoming.replies import check_metrics, check_values, check_weight, content_of
 from c2m3_fl.flower.metrics import EVALUATIONS_DROPPED, Numbers, failure, without_ours
-from c2m3_fl.flower.records import Schema, read_npy, received_type
-from c2m3_fl.flower.replies import check_metrics, check_values, check_weight, content_of
 from c2m3_fl.flower.rewind import taken_back_on_failure
 
 Result = tuple[ClientProxy, FitRes]

@@ -10,13 +10,13 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.flower.admitted import Reply
-from c2m3_fl.flower.aligned_replies import AlignedReplies
-from c2m3_fl.flower.aligner import Aligner
+from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
+from c2m3_fl.flower.aligning.aligner import Aligner
+from c2m3_fl.flower.incoming.admitted import Reply
+from c2m3_fl.flower.incoming.records import from_params, to_average, to_params
+from c2m3_fl.flower.incoming.replies import report_dropped, sort_evaluations
 from c2m3_fl.flower.metrics import EVALUATIONS_DROPPED, failure, without_ours
 from c2m3_fl.flower.private import with_arrays
-from c2m3_fl.flower.records import from_params, to_average, to_params
-from c2m3_fl.flower.replies import report_dropped, sort_evaluations
 from c2m3_fl.flower.rewind import taken_back_on_failure
 from c2m3_fl.flower.wrapped import record_keys, stock_averages
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from flwr.serverapp.strategy import Result
 from flwr.supercore import log
 
-from c2m3_fl.flower.client_text import shown
+from c2m3_fl.flower.incoming.client_text import shown
 from c2m3_fl.flower.round_match import RoundMatch
 from c2m3_fl.merging.reports import RecalibrationReport
 

@@ -14,7 +14,7 @@ from flwr.serverapp import strategy as current
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import check_finite
 from c2m3_fl.errors import ConfigError, ParamsError
-from c2m3_fl.flower.records import bare_name
+from c2m3_fl.flower.incoming.records import bare_name
 from c2m3_fl.flower.setup import Setup
 
 P = ParamSpec("P")

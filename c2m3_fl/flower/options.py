@@ -10,7 +10,7 @@ import torch
 
 from c2m3_fl.core.problem import check_search
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.aligner import Basis, Mode
+from c2m3_fl.flower.aligning.aligner import Basis, Mode
 from c2m3_fl.merging.recalibrate.setting import usable_device
 
 Feedback = Literal["never", "moved", "always"]

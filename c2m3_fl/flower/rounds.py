@@ -17,15 +17,15 @@ from flwr.supercore import log
 from c2m3_fl.core.outliers import find_outliers
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower.aligned_replies import AlignedReplies, Narrow
-from c2m3_fl.flower.aligner import Aligner
+from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies, Narrow
+from c2m3_fl.flower.aligning.aligner import Aligner
 from c2m3_fl.flower.arriving.ahead import Ahead
+from c2m3_fl.flower.incoming.replies import Reply, Sorted, report_dropped
+from c2m3_fl.flower.incoming.sybils import find_copies, votes_by_distance
 from c2m3_fl.flower.metrics import Numbers, aligned_numbers, failure, report_alignment
 from c2m3_fl.flower.options import Options
-from c2m3_fl.flower.replies import Reply, Sorted, report_dropped
 from c2m3_fl.flower.rewind import Before
 from c2m3_fl.flower.round_match import RoundMatch
-from c2m3_fl.flower.sybils import find_copies, votes_by_distance
 from c2m3_fl.flower.widths.rounds import RoundWidths
 from c2m3_fl.flower.wrapped import ignores_weights, remembers_squares, restore_types
 

@@ -14,17 +14,17 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError, SpecError
 from c2m3_fl.flower.acceptance import Gate, entry_numbers
-from c2m3_fl.flower.aligned_replies import AlignedReplies
+from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
 from c2m3_fl.flower.arriving.ahead import Ahead
-from c2m3_fl.flower.deployment import Clients, Deployed, Request, deploy, wants_plain
+from c2m3_fl.flower.deploying.deployment import Clients, Deployed, Request, deploy, wants_plain
+from c2m3_fl.flower.deploying.refit_widths import Asked, refit_widths
+from c2m3_fl.flower.incoming.records import Schema
+from c2m3_fl.flower.incoming.replies import Sorted, check_shared_fault
 from c2m3_fl.flower.metrics import KEPT, Numbers, report_kept
-from c2m3_fl.flower.records import Schema
-from c2m3_fl.flower.replies import Sorted, check_shared_fault
 from c2m3_fl.flower.rounds import Aggregate, Outcome, RoundStart, run_round
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.two_models import PREFIX, TwoModels
 from c2m3_fl.flower.widths.arriving import Arrived
-from c2m3_fl.flower.widths.client_refit import Asked, refit_widths
 from c2m3_fl.flower.widths.rounds import RoundWidths
 from c2m3_fl.flower.widths.sizes import Cuts, Sizes
 from c2m3_fl.flower.widths.stage import PREFIX as WIDTHS

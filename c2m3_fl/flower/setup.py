@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from c2m3_fl.core.spec import PermutationSpec, check_rotations, refuse_rotations
 from c2m3_fl.errors import CalibrationError, ConfigError
-from c2m3_fl.flower.activation_start import DEEP, ActivationStart
-from c2m3_fl.flower.aligner import Aligner
-from c2m3_fl.flower.client_head import Head, check_head, resolve_head
-from c2m3_fl.flower.client_refit import ClientRefit, RegMean
-from c2m3_fl.flower.client_repair import ClientStatistics, check_measurable
-from c2m3_fl.flower.evidence import usable
+from c2m3_fl.flower.aligning.activation_start import DEEP, ActivationStart
+from c2m3_fl.flower.aligning.aligner import Aligner
 from c2m3_fl.flower.generators import undisturbed
-from c2m3_fl.flower.judge import ClientJudge
-from c2m3_fl.flower.judge_options import check_moments, resolve_judge
+from c2m3_fl.flower.judging.evidence import usable
+from c2m3_fl.flower.judging.judge import ClientJudge
+from c2m3_fl.flower.judging.judge_options import check_moments, resolve_judge
 from c2m3_fl.flower.options import Options, brief, resolve_device
 from c2m3_fl.flower.privacy import Bounds
+from c2m3_fl.flower.queries.head import Head, check_head, resolve_head
+from c2m3_fl.flower.queries.refit import ClientRefit, RegMean
+from c2m3_fl.flower.queries.repair import ClientStatistics, check_measurable
 from c2m3_fl.flower.widths.sizes import Sizes, check_options
 from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve_for

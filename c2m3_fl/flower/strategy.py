@@ -11,14 +11,14 @@ from torch import nn
 
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.flower.adapters import Lora
-from c2m3_fl.flower.aligner import Basis, Mode
-from c2m3_fl.flower.client_head import Head
-from c2m3_fl.flower.client_refit import ClientRefit, RegMean
-from c2m3_fl.flower.client_repair import ClientStatistics
+from c2m3_fl.flower.aligning.aligner import Basis, Mode
 from c2m3_fl.flower.dialect import Dialect
-from c2m3_fl.flower.judge import ClientJudge
+from c2m3_fl.flower.judging.judge import ClientJudge
 from c2m3_fl.flower.misuse import CURRENT, naming_options_of
 from c2m3_fl.flower.options import Deploy, Feedback, Options
+from c2m3_fl.flower.queries.head import Head
+from c2m3_fl.flower.queries.refit import ClientRefit, RegMean
+from c2m3_fl.flower.queries.repair import ClientStatistics
 from c2m3_fl.flower.setup import build_setup
 from c2m3_fl.flower.wrapped import chain, check_instance, warn_of_start
 from c2m3_fl.merging.recalibrate.short_names import Recalibration

@@ -17,8 +17,8 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest, norm, same, to_device
 from c2m3_fl.errors import SpecError
-from c2m3_fl.flower.aligned_replies import AlignedReplies
-from c2m3_fl.flower.aligner import MOVED
+from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
+from c2m3_fl.flower.aligning.aligner import MOVED
 from c2m3_fl.flower.options import Feedback
 
 PREFIX = "two-models/"

@@ -17,13 +17,13 @@ from c2m3_fl.core.state_dicts import order_by_weight, to_device
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.merging.align.base import Alignment, Method, Nodes
 from c2m3_fl.merging.align.methods import CycleConsistent, MergeStart, resolve_method
+from c2m3_fl.merging.merge_widths import check_method, merge_widths
 from c2m3_fl.merging.merged import Merge, merge_report
 from c2m3_fl.merging.recalibrate import short_names
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.setting import Setting, check_params, check_types, prepare, usable_device
 from c2m3_fl.merging.recalibrate.shift import OwnMoments, with_own_moments
 from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve, resolve_for
-from c2m3_fl.merging.widths.merge_widths import check_method, merge_widths
 from c2m3_fl.merging.widths.networks import Widths, check_models, one_width
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet

@@ -4,8 +4,8 @@
 
 The record is ``c2m3_fl/flower/results/activation_start.json``, or that file in the folder `--out`.
 
-Why deep networks are matched from their activations in `c2m3_fl.flower.activation_start`. The federations are those of
-the experiments `resnet8` and `cifar10`, after one round.
+Why deep networks are matched from their activations in `c2m3_fl.flower.aligning.activation_start`. The federations
+are those of the experiments `resnet8` and `cifar10`, after one round.
 """
 
 from __future__ import annotations

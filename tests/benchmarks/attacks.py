@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import Strategy
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest
-from c2m3_fl.flower.aligner import Aligner
+from c2m3_fl.flower.aligning.aligner import Aligner
 from c2m3_fl.flower.round_match import RoundMatch
 from c2m3_fl.flower.strategy import C2M3
 from simulations.grid_tables import page

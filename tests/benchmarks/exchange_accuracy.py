@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from c2m3_fl import C2M3, flower
-from c2m3_fl.flower.client_refit import ClientRefit, RegMean, price
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.queries.refit import ClientRefit, RegMean, price
 from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations.client_app import build_app
 from simulations.data import federated_data

@@ -23,9 +23,9 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from c2m3_fl import flower
-from c2m3_fl.flower.client_moments import answer_statistics
-from c2m3_fl.flower.client_refit import ClientRefit, RegMean, price, refit_by_clients
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.incoming.records import to_params
+from c2m3_fl.flower.queries.moments import answer_statistics
+from c2m3_fl.flower.queries.refit import ClientRefit, RegMean, price, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
 from simulations.models import ResNet, lenet

@@ -25,7 +25,7 @@ from torch import nn
 
 from c2m3_fl import merge
 from c2m3_fl.core.spec import Params
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations.client_app import build_app
 from simulations.data import federated_data

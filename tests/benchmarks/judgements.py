@@ -23,10 +23,10 @@ import torch
 
 from c2m3_fl import C2M3
 from c2m3_fl.core.spec import Params
-from c2m3_fl.flower import deployment
-from c2m3_fl.flower.client_refit import ClientRefit
-from c2m3_fl.flower.judge import judge_candidates
-from c2m3_fl.flower.records import from_params
+from c2m3_fl.flower.deploying import deployment
+from c2m3_fl.flower.incoming.records import from_params
+from c2m3_fl.flower.judging.judge import judge_candidates
+from c2m3_fl.flower.queries.refit import ClientRefit
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.merging.evaluate.decide import DeploymentDecision
 from simulations.client_app import build_app

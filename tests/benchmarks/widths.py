@@ -29,10 +29,9 @@ from unittest.mock import patch
 import torch
 
 from c2m3_fl import merging
-from c2m3_fl.merging import CycleConsistent, Mean, Refit, Repair
+from c2m3_fl.merging import CycleConsistent, Mean, Refit, Repair, merge_widths
 from c2m3_fl.merging.recalibrate.setting import usable_device
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
-from c2m3_fl.merging.widths import merge_widths
 from tests.benchmarks.cells import Cells, Layout, add_options, run
 from tests.benchmarks.widths_cases import CASES, CLIENTS, PARTITIONS, SCALES, WIDTHS, Trained
 from tests.benchmarks.widths_clients import refit_from_clients

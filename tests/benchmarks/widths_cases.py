@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.merging.align.base import Method
+from c2m3_fl.merging.merge_widths import merge_widths
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
-from c2m3_fl.merging.widths.merge_widths import merge_widths
 from c2m3_fl.merging.widths.networks import Widths
 from simulations.data import FederatedData, Images, derived_seed, federated_data
 from simulations.distillation import distil_towards

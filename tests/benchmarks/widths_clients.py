@@ -8,14 +8,14 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from c2m3_fl.flower import ClientRefit, SerialGrid, answer_statistics
-from c2m3_fl.flower.client_corrections import Owners
-from c2m3_fl.flower.client_refit import refit_by_clients
-from c2m3_fl.flower.widths.client_refit import Asked, refit_restriction
+from c2m3_fl.flower.deploying.refit_widths import Asked, refit_restriction
+from c2m3_fl.flower.queries.corrections import Owners
+from c2m3_fl.flower.queries.refit import refit_by_clients
 from c2m3_fl.flower.widths.padding import Padding
 from c2m3_fl.merging import CycleConsistent
+from c2m3_fl.merging.merge_widths import merge_widths
 from c2m3_fl.merging.widths.endpoints import owned_channels
 from c2m3_fl.merging.widths.injections import between
-from c2m3_fl.merging.widths.merge_widths import merge_widths
 from c2m3_fl.merging.widths.networks import Widths
 from tests.benchmarks.widths_cases import CLIENTS, WIDTHS, Trained
 

@@ -35,12 +35,12 @@ from torch import nn
 from c2m3_fl import flower
 from c2m3_fl.core.spec import Params
 from c2m3_fl.flower import C2M3, SerialGrid, answer_width
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.widths.sizes import Cuts
 from c2m3_fl.flower.widths.stage import Resizing
 from c2m3_fl.merging import Refit
+from c2m3_fl.merging.merge_widths import cut
 from c2m3_fl.merging.recalibrate.setting import usable_device
-from c2m3_fl.merging.widths.merge_widths import cut
 from c2m3_fl.merging.widths.networks import Widths
 from simulations.data import FederatedData, Images, derived_seed, federated_data
 from simulations.heterofl import HeteroFL, sliced, with_norms, with_scalers, with_static_norms

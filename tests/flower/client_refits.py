@@ -6,8 +6,8 @@ import torch
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from c2m3_fl.flower.client_moments import answer_statistics
-from c2m3_fl.flower.client_refit import ClientRefit, refit_by_clients
+from c2m3_fl.flower.queries.moments import answer_statistics
+from c2m3_fl.flower.queries.refit import ClientRefit, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
 from tests.flower.federation import EXAMPLE, mlp, share

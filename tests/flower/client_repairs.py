@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flwr.serverapp.strategy import FedAvg
 
-from c2m3_fl.flower.records import from_params
+from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, mlp
 

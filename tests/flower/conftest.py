@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from c2m3_fl.flower import setup
-from c2m3_fl.flower.client_answers import Traced
+from c2m3_fl.flower.queries.answers import Traced
 from c2m3_fl.merging.widths import networks
 from c2m3_fl.symmetry.discover import permutation_spec
 

@@ -10,7 +10,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message
 from torch import Tensor
 
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 
 LIAR = 3
 _SEVENTY = (1,) * 70

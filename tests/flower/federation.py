@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
-from c2m3_fl.flower.client_moments import answer_statistics
+from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.private import assign_id
-from c2m3_fl.flower.records import from_params
+from c2m3_fl.flower.queries.moments import answer_statistics
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 

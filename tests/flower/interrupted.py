@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
 
-from c2m3_fl.flower.records import from_params
+from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, accuracy, calibration, digits_app, mlp, normed

@@ -17,8 +17,8 @@ from torch import nn
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower import acceptance
 from c2m3_fl.flower.acceptance import check_norm, check_runs
-from c2m3_fl.flower.buffers import Buffers
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.buffers import Buffers
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.recalibrate.repair import Repair
 from c2m3_fl.network.calibration import as_batch

@@ -8,7 +8,7 @@ from torch import nn
 
 from c2m3_fl.core import permutation
 from c2m3_fl.core.match import match
-from c2m3_fl.flower.activation_start import ActivationStart
+from c2m3_fl.flower.aligning.activation_start import ActivationStart
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import calibration, digits, mlp, reply, same, send, shuffled, train
 
@@ -103,7 +103,7 @@ def test_where_activations_cannot_be_compared_the_match_of_the_weights_stands(mo
     def broken(self, params, weights):
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr("c2m3_fl.flower.activation_start.ActivationMatching.moves", broken)
+    monkeypatch.setattr("c2m3_fl.flower.aligning.activation_start.ActivationMatching.moves", broken)
     found, _ = played(C2M3(model=deep(), calibration=calibration(), recalibrate="none"), params)
     assert same(found, plain)
     assert any("the search starts from the weights alone" in text for text in caplog.messages)

@@ -8,7 +8,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, FedProx
 from torch import nn
 
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.strategy import C2M3
 from tests.benchmarks.adapters import Adapted, adapters
 from tests.flower.federation import EXAMPLE, mlp, reply, send

@@ -13,8 +13,8 @@ from flwr.serverapp.strategy import FedAvg
 from c2m3_fl.core import permutation
 from c2m3_fl.core.basis import into_basis
 from c2m3_fl.errors import SpecError
-from c2m3_fl.flower.memory import Memory
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.aligning.memory import Memory
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, accuracy, clients, digits, digits_app, mlp, reply, send, shuffled, train

@@ -11,7 +11,7 @@ import torch
 from c2m3_fl.core import permutation, result
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower import LegacyC2M3
-from c2m3_fl.flower.aligner import Aligner
+from c2m3_fl.flower.aligning.aligner import Aligner
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.symmetry.discover import permutation_spec
 from tests.flower.federation import EXAMPLE, aggregate, clients, mlp, reply, shuffled

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from c2m3_fl.flower.buffers import Buffers
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.incoming.buffers import Buffers
+from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.network.calibration import as_batch
 from tests.flower.federation import EXAMPLE, aggregate, normed, patient, reply, same, send

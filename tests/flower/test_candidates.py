@@ -10,10 +10,10 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedMedian, Strategy
 
-from c2m3_fl.flower.client_head import Head, head_by_clients
-from c2m3_fl.flower.client_refit import ClientRefit
-from c2m3_fl.flower.records import from_params, to_params
-from c2m3_fl.flower.resuming import Resumable
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.queries.head import Head, head_by_clients
+from c2m3_fl.flower.queries.refit import ClientRefit
+from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (

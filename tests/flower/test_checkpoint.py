@@ -12,8 +12,8 @@ import pytest
 from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.errors import ConfigError, DataError
-from c2m3_fl.flower.checkpoint import Checkpoint, Folder
-from c2m3_fl.flower.resuming import Resumable
+from c2m3_fl.flower.resuming.checkpoint import Checkpoint, Folder
+from c2m3_fl.flower.resuming.resumable import Resumable
 from tests.flower.federation import mlp, same
 from tests.flower.interrupted import ROUNDS, STRATEGIES, Killed, run
 

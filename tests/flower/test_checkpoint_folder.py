@@ -12,11 +12,11 @@ import pytest
 from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.errors import ConfigError, DataError
-from c2m3_fl.flower import checkpoint as module
-from c2m3_fl.flower.checkpoint import Checkpoint, Folder
-from c2m3_fl.flower.folder_lock import locked
-from c2m3_fl.flower.records import from_params
-from c2m3_fl.flower.resuming import Resumable
+from c2m3_fl.flower.incoming.records import from_params
+from c2m3_fl.flower.resuming import checkpoint as module
+from c2m3_fl.flower.resuming.checkpoint import Checkpoint, Folder
+from c2m3_fl.flower.resuming.folder_lock import locked
+from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from tests.flower.federation import digits_app, mlp
 from tests.flower.interrupted import Killed, run

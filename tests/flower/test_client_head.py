@@ -12,9 +12,9 @@ from torch import nn
 
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.errors import CalibrationError, ConfigError
-from c2m3_fl.flower.client_head import Head, check_head, head_by_clients, report_head, resolve_head
-from c2m3_fl.flower.client_labels import ACTION, answer_head
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.queries.head import Head, check_head, head_by_clients, report_head, resolve_head
+from c2m3_fl.flower.queries.labels import ACTION, answer_head
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.merging.recalibrate.head import FitHead
 from c2m3_fl.merging.recalibrate.setting import prepare

@@ -9,11 +9,11 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.flower import client_answers as answering_module
-from c2m3_fl.flower.client_moments import ACTION, answer_statistics
-from c2m3_fl.flower.client_networks import Sealed, write_networks
-from c2m3_fl.flower.client_repair import ClientStatistics, repair_by_clients
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.queries import answers as answering_module
+from c2m3_fl.flower.queries.moments import ACTION, answer_statistics
+from c2m3_fl.flower.queries.networks import Sealed, write_networks
+from c2m3_fl.flower.queries.repair import ClientStatistics, repair_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.merging.recalibrate.repair import Repair
 from c2m3_fl.merging.recalibrate.shift import channel_moments

@@ -6,9 +6,9 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
-from c2m3_fl.flower.client_refit import ClientRefit, price, refit_by_clients
-from c2m3_fl.flower.client_refit_options import RegMean
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.queries.refit import ClientRefit, price, refit_by_clients
+from c2m3_fl.flower.queries.refit_options import RegMean
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
 from tests.flower.client_refits import NODES, WEIGHTS, app_of, networks, normed

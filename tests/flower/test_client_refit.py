@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from c2m3_fl.flower.client_refit import ClientRefit, RegMean, refit_by_clients
+from c2m3_fl.flower.queries.refit import ClientRefit, RegMean, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
 from tests.flower.client_refits import ALL, NODES, WEIGHTS, app_of, convolutional, networks, normed, outputs, refit

@@ -10,9 +10,9 @@ from flwr.app import Error
 from flwr.clientapp import ClientApp
 
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.flower.admitted import report_unanswered
-from c2m3_fl.flower.client_refit import ClientRefit, refit_by_clients
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.admitted import report_unanswered
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.queries.refit import ClientRefit, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
 from tests.flower.client_refits import NODES, WEIGHTS, app_of, networks, refit

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from c2m3_fl.flower.client_refit import ClientRefit, refit_by_clients
+from c2m3_fl.flower.queries.refit import ClientRefit, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.merging.recalibrate import client_packing, client_plan, fit_sums
 from c2m3_fl.network.program import export_program

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from c2m3_fl.flower.client_refit import ClientRefit, price, refit_by_clients
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.incoming.records import to_params
+from c2m3_fl.flower.queries.refit import ClientRefit, price, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
 from tests.flower.client_refits import app_of, outputs

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from c2m3_fl.errors import CalibrationError, ConfigError
-from c2m3_fl.flower.client_refit import ClientRefit, RegMean, asks_clients, price, refit_by_clients
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.incoming.records import to_params
+from c2m3_fl.flower.queries.refit import ClientRefit, RegMean, asks_clients, price, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
 from tests.flower.client_refits import ALL, NODES, WEIGHTS, app_of, convolutional, networks, normed, refit

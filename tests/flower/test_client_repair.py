@@ -12,9 +12,9 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from c2m3_fl.errors import CalibrationError, ConfigError
-from c2m3_fl.flower.client_moments import ACTION, answer_statistics
-from c2m3_fl.flower.client_repair import ClientStatistics, repair_by_clients
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.queries.moments import ACTION, answer_statistics
+from c2m3_fl.flower.queries.repair import ClientStatistics, repair_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.recalibrate.refit import Refit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.client_repair import ClientStatistics
+from c2m3_fl.flower.queries.repair import ClientStatistics
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.client_repairs import run

@@ -10,11 +10,11 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAvg
 
-from c2m3_fl.flower.client_refit import ClientRefit
-from c2m3_fl.flower.client_repair import ClientStatistics
-from c2m3_fl.flower.client_text import shown
-from c2m3_fl.flower.records import from_params
-from c2m3_fl.flower.replies import sort_messages
+from c2m3_fl.flower.incoming.client_text import shown
+from c2m3_fl.flower.incoming.records import from_params
+from c2m3_fl.flower.incoming.replies import sort_messages
+from c2m3_fl.flower.queries.refit import ClientRefit
+from c2m3_fl.flower.queries.repair import ClientStatistics
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, aggregate, answer, clients, digits_app, good, mlp, reply, with_array

@@ -9,9 +9,9 @@ from flwr.app import Message, MetricRecord, RecordDict
 from flwr.common import EvaluateRes
 from flwr.server.strategy import FedAvg as LegacyFedAvg
 
-from c2m3_fl.flower.consistency import consistent, fill, finite
-from c2m3_fl.flower.records import from_params, schema_of
-from c2m3_fl.flower.replies import sort_messages
+from c2m3_fl.flower.incoming.consistency import consistent, fill, finite
+from c2m3_fl.flower.incoming.records import from_params, schema_of
+from c2m3_fl.flower.incoming.replies import sort_messages
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, aggregate, answer, clients, mlp, reply, same
 from tests.flower.legacy_federation import OK, Local, legacy

@@ -9,8 +9,8 @@ import torch
 from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower import aligner
-from c2m3_fl.flower.records import from_params
+from c2m3_fl.flower.aligning import aligner
+from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (

@@ -11,8 +11,8 @@ from flwr.server.strategy import Krum as LegacyKrum
 from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, QFedAvg
 
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower.records import from_params, schema_of, to_params
-from c2m3_fl.flower.replies import check_weight, sort_messages
+from c2m3_fl.flower.incoming.records import from_params, schema_of, to_params
+from c2m3_fl.flower.incoming.replies import check_weight, sort_messages
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, aggregate, clients, good, mlp, reply, same
 from tests.flower.legacy_federation import fit_result, legacy

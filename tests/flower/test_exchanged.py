@@ -15,7 +15,7 @@ from torch import nn
 from c2m3_fl.core import permutation
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.flower.exchanged import restrict
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.symmetry.discover import permutation_spec

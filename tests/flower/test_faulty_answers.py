@@ -8,9 +8,9 @@ import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg
 
-from c2m3_fl.flower.client_refit import ClientRefit, RegMean
-from c2m3_fl.flower.client_repair import ClientStatistics
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.queries.refit import ClientRefit, RegMean
+from c2m3_fl.flower.queries.repair import ClientStatistics
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.faulty_answers import FAULTS, LIAR, Faulty

@@ -9,8 +9,8 @@ import torch
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
 
 from c2m3_fl.core.averaging import weighted_mean
+from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.metrics import report_candidate
-from c2m3_fl.flower.records import to_params
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.reports import RecalibrationDecision, RecalibrationReport
 from tests.flower.federation import calibration, clients, digits, mlp, reply, send

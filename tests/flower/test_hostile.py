@@ -66,7 +66,7 @@ def test_scaled_clients_do_not_dictate_where_the_others_go(factor, monkeypatch):
     aligner = C2M3(model=mlp(0, WIDTH), example_inputs=EXAMPLE, memory=0).setup.aligner
     alone = agreement(aligner.align(list(range(7)), parties[:7], [1.0] * 7, each.sent).params)
     beside = agreement(aligner.align(list(range(10)), parties, [1.0] * 10, each.sent).params[:7])
-    monkeypatch.setattr("c2m3_fl.flower.aligner.bounded_weights", lambda spec, nodes, weights: weights)
+    monkeypatch.setattr("c2m3_fl.flower.aligning.aligner.bounded_weights", lambda spec, nodes, weights: weights)
     unprotected = agreement(aligner.align(list(range(10)), parties, [1.0] * 10, each.sent).params[:7])
     assert beside > 0.85 * alone
     assert beside > unprotected

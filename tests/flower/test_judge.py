@@ -12,8 +12,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.judge import ClientJudge, judge_candidates, report_verdict
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.judging.judge import ClientJudge, judge_candidates, report_verdict
 from c2m3_fl.flower.serial_grid import SerialGrid
 
 CANDIDATES = {"aggregate": {"w": torch.tensor([2.0])}, "head": {"w": torch.tensor([1.0])}}

@@ -24,8 +24,8 @@ from flwr.server.strategy import (
 
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.flower import strategy as current
+from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.legacy import C2M3, node_of
-from c2m3_fl.flower.records import to_params
 from tests.flower.federation import EXAMPLE, calibration, clients, digits, mlp, normed, reply, send, train
 from tests.flower.legacy_federation import OK, Local, accuracy, fit_result, legacy, parameters_of, params_of, serve
 

@@ -11,11 +11,11 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.common import FitRes, Parameters
 
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower import records
+from c2m3_fl.flower.incoming import records
+from c2m3_fl.flower.incoming.npy import read_header
+from c2m3_fl.flower.incoming.records import Entry, read_npy
+from c2m3_fl.flower.incoming.replies import sort_messages
 from c2m3_fl.flower.legacy_messages import sort_results
-from c2m3_fl.flower.npy import read_header
-from c2m3_fl.flower.records import Entry, read_npy
-from c2m3_fl.flower.replies import sort_messages
 from tests.flower.federation import aggregate, answer, clients, good, reply, same, with_array
 from tests.flower.legacy_federation import OK, Local, fit_result, legacy
 

@@ -6,11 +6,11 @@ import pytest
 from torch import nn
 
 from c2m3_fl.errors import TraceError
-from c2m3_fl.flower.client_head import Head
-from c2m3_fl.flower.client_labels import ACTION
-from c2m3_fl.flower.client_refit import ClientRefit, RegMean
 from c2m3_fl.flower.metrics import reported
 from c2m3_fl.flower.options import brief
+from c2m3_fl.flower.queries.head import Head
+from c2m3_fl.flower.queries.labels import ACTION
+from c2m3_fl.flower.queries.refit import ClientRefit, RegMean
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.refit import Refit

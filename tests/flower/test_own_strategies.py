@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from flwr.serverapp.strategy import FedAvg
 
-from c2m3_fl.flower.records import to_params
-from c2m3_fl.flower.resuming import Resumable
+from c2m3_fl.flower.incoming.records import to_params
+from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, calibration, digits_app, mlp, same

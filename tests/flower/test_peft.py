@@ -14,7 +14,7 @@ from torch import nn
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.flower import LegacyC2M3
 from c2m3_fl.flower.exchanged import model_names
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, mlp, reply, send

@@ -16,9 +16,9 @@ from flwr.serverapp.strategy import (
 )
 
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.client_refit import ClientRefit
-from c2m3_fl.flower.records import from_params, to_params
-from c2m3_fl.flower.resuming import Resumable
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.queries.refit import ClientRefit
+from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, accuracy, calibration, clients, digits_app, mlp, reply, send, shuffled

@@ -7,7 +7,7 @@ from logging import DEBUG, INFO
 import pytest
 
 from c2m3_fl.core.result import Step
-from c2m3_fl.flower.progress import MatchLog
+from c2m3_fl.flower.aligning.progress import MatchLog
 
 
 def told(caplog, moments):

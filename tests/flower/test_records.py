@@ -8,7 +8,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.flower.records import Entry, from_params, schema_of, schema_of_params, to_params
+from c2m3_fl.flower.incoming.records import Entry, from_params, schema_of, schema_of_params, to_params
 
 PARAMS = {
     "half": torch.randn(3, 2).half(),

@@ -19,9 +19,9 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.checkpoint import Folder
-from c2m3_fl.flower.records import from_params, to_params
-from c2m3_fl.flower.resuming import Resumable
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.resuming.checkpoint import Folder
+from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from tests.flower.federation import digits_app, mlp, same
 from tests.flower.interrupted import STRATEGIES, Killed, c2m3, comparable, run
@@ -140,7 +140,7 @@ VICTIM = textwrap.dedent(
     from flwr.serverapp.strategy import FedAvgM
     from tests.flower.federation import mlp
     from tests.flower.interrupted import c2m3, run
-    from c2m3_fl.flower.resuming import Resumable
+    from c2m3_fl.flower.resuming.resumable import Resumable
     run(Resumable(c2m3(FedAvgM(fraction_evaluate=0.0, server_momentum=0.5)), sys.argv[1]), mlp, rounds=200)
     """
 )

@@ -20,8 +20,8 @@ from flwr.serverapp.strategy import (
 from torch.utils.data import DataLoader, TensorDataset
 
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.records import from_params
-from c2m3_fl.flower.resuming import Resumable
+from c2m3_fl.flower.incoming.records import from_params
+from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, digits, mlp, same, train

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYog
 
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower import LegacyC2M3
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.rewind import Before
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, answer, clients, mlp, reply, same, send

@@ -23,9 +23,9 @@ from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.errors import ConfigError, SpecError
 from c2m3_fl.flower import LegacyC2M3
-from c2m3_fl.flower.aligner import Basis
+from c2m3_fl.flower.aligning.aligner import Basis
 from c2m3_fl.flower.exchanged import restrict
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import reply, send
 

@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.records import from_params
+from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from tests.flower.federation import digits_app, mlp
 

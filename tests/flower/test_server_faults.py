@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from c2m3_fl.errors import CalibrationError, ParamsError
-from c2m3_fl.flower import aligner
-from c2m3_fl.flower.out_of_memory import with_cpu_fallback
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.aligning import aligner
+from c2m3_fl.flower.aligning.out_of_memory import with_cpu_fallback
+from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (
     EXAMPLE,

@@ -14,8 +14,8 @@ from torch import nn
 
 from c2m3_fl.errors import ConfigError, ParamsError
 from c2m3_fl.flower import legacy as legacy_dialect
-from c2m3_fl.flower.records import from_params, to_params
-from c2m3_fl.flower.resuming import Resumable
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (

@@ -22,8 +22,8 @@ from flwr.serverapp.strategy import (
     QFedAvg,
 )
 
-from c2m3_fl.flower.records import from_params, reply_schema, schema_of, schema_of_params, to_params
-from c2m3_fl.flower.replies import sort_messages
+from c2m3_fl.flower.incoming.records import from_params, reply_schema, schema_of, schema_of_params, to_params
+from c2m3_fl.flower.incoming.replies import sort_messages
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (

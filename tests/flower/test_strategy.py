@@ -12,7 +12,7 @@ import torch
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
 
-from c2m3_fl.flower.records import from_params, schema_of, to_params
+from c2m3_fl.flower.incoming.records import from_params, schema_of, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (

@@ -9,7 +9,7 @@ from flwr.serverapp.strategy import FedAvg, FedXgbBagging, FedXgbCyclic
 
 from c2m3_fl.errors import CalibrationError, ConfigError, ParamsError
 from c2m3_fl.flower import LegacyC2M3
-from c2m3_fl.flower.client_repair import ClientStatistics
+from c2m3_fl.flower.queries.repair import ClientStatistics
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, calibration, mlp, reply, send
 

@@ -16,8 +16,8 @@ from flwr.serverapp.strategy import (
 )
 
 from c2m3_fl.core import permutation
+from c2m3_fl.flower.incoming.sybils import find_copies, votes_by_distance
 from c2m3_fl.flower.strategy import C2M3
-from c2m3_fl.flower.sybils import find_copies, votes_by_distance
 from tests.flower.federation import EXAMPLE, accuracy, mlp, reply, send
 from tests.flower.hostile import WIDTH, Setting, federation
 

@@ -11,9 +11,9 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, QFedAvg
 
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower import legacy as dialect
-from c2m3_fl.flower.client_refit import ClientRefit
-from c2m3_fl.flower.evidence import Means, choose_means
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.judging.evidence import Means, choose_means
+from c2m3_fl.flower.queries.refit import ClientRefit
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, calibration, clients, digits_app, good, mlp, reply, same, send

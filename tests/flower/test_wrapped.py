@@ -11,8 +11,8 @@ import torch
 from flwr.app import Array
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedAvgM, FedTrimmedAvg, QFedAvg
 
-from c2m3_fl.flower.records import from_params, to_params
-from c2m3_fl.flower.resuming import Resumable
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import (

@@ -8,7 +8,7 @@ import torch
 from flwr.app import ConfigRecord
 
 from c2m3_fl.errors import SimulationError
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations import client_app, comparison
 from simulations.models import build_model

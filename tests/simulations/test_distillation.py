@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations.client_app import app
 from simulations.data import federated_data

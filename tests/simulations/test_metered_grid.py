@@ -5,7 +5,7 @@ import time
 from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.core.state_dicts import digest
-from c2m3_fl.flower.records import from_params
+from c2m3_fl.flower.incoming.records import from_params
 from simulations.client_app import build_app
 from simulations.metered_grid import MeteredGrid
 from simulations.models import build_model

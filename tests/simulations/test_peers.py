@@ -6,8 +6,8 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from c2m3_fl.core import permutation
-from c2m3_fl.flower.client_refit import ClientRefit
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
+from c2m3_fl.flower.queries.refit import ClientRefit
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from c2m3_fl.merging.align.methods import CycleConsistent, GitReBasin, Mean

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from c2m3_fl.flower.client_refit import ClientRefit
+from c2m3_fl.flower.queries.refit import ClientRefit
 from simulations import pooled_refit
 from tests.flower.client_refits import NODES, WEIGHTS, convolutional, networks, outputs, refit
 from tests.flower.federation import digits, mlp, pooled

@@ -4,7 +4,7 @@ import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg
 
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from simulations.client_app import build_app
 from simulations.models import build_model

@@ -17,9 +17,9 @@ from c2m3_fl.core.basis import bounded
 from c2m3_fl.core.drift import Drifts, Products
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import to_device
-from c2m3_fl.flower.admitted import Decoded, Reply
-from c2m3_fl.flower.records import Schema
-from c2m3_fl.flower.replies import check_weight, decoded, only_arrays, only_metrics, renamed
+from c2m3_fl.flower.incoming.admitted import Decoded, Reply
+from c2m3_fl.flower.incoming.records import Schema
+from c2m3_fl.flower.incoming.replies import check_weight, decoded, only_arrays, only_metrics, renamed
 
 _UNUSED = "replies are not compared with the model that was sent: %s"
 

@@ -10,12 +10,12 @@ from typing import Generic, TypeVar
 from flwr.app import ArrayRecord, Message
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.flower.admitted import Dropped, fault_of
+from c2m3_fl.flower.incoming.admitted import Dropped, fault_of
+from c2m3_fl.flower.incoming.npy import read_header
+from c2m3_fl.flower.incoming.records import Schema, from_params, read_npy, to_params
+from c2m3_fl.flower.incoming.replies import check_values, renamed
 from c2m3_fl.flower.legacy_messages import Result, node_of, to_parameters
-from c2m3_fl.flower.npy import read_header
 from c2m3_fl.flower.private import with_arrays
-from c2m3_fl.flower.records import Schema, from_params, read_npy, to_params
-from c2m3_fl.flower.replies import check_values, renamed
 from c2m3_fl.flower.widths.sizes import Cuts, Sizes
 
 Source = TypeVar("Source")

@@ -8,8 +8,8 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
 from c2m3_fl.core.state_dicts import digest
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.private import with_arrays
-from c2m3_fl.flower.records import from_params, to_params
 from c2m3_fl.flower.widths.asking import ask_grid
 from c2m3_fl.flower.widths.stage import Resizing
 

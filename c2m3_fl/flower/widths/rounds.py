@@ -22,9 +22,9 @@ from c2m3_fl.core.outliers import find_outliers
 from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import to_device
-from c2m3_fl.flower.aligned_replies import AlignedReplies, Narrow
+from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies, Narrow
+from c2m3_fl.flower.incoming.sybils import votes_by_distance
 from c2m3_fl.flower.round_match import RoundMatch
-from c2m3_fl.flower.sybils import votes_by_distance
 from c2m3_fl.flower.widths.sizes import Cuts, Sizes
 from c2m3_fl.flower.wrapped import ignores_weights
 from c2m3_fl.merging.recalibrate.setting import Setting

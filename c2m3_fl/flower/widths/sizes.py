@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.core.state_dicts import to_device
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower.client_refit_options import RegMean
-from c2m3_fl.flower.client_repair import ClientStatistics
+from c2m3_fl.flower.aligning.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.generators import undisturbed
-from c2m3_fl.flower.out_of_memory import with_cpu_fallback
-from c2m3_fl.flower.records import Schema, bare_name, reply_schema, schema_of_params
+from c2m3_fl.flower.incoming.records import Schema, bare_name, reply_schema, schema_of_params
+from c2m3_fl.flower.queries.refit_options import RegMean
+from c2m3_fl.flower.queries.repair import ClientStatistics
 from c2m3_fl.flower.widths.padding import Padding, placed
 from c2m3_fl.flower.wrapped import typed_like
+from c2m3_fl.merging.merge_widths import cut
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.widths.injections import Injection, carry
-from c2m3_fl.merging.widths.merge_widths import cut
 from c2m3_fl.merging.widths.networks import Network, Widths
 from c2m3_fl.merging.widths.select import chosen_units
 from c2m3_fl.network.calibration import ExampleInputs

@@ -11,9 +11,10 @@ from flwr.app import Array, ArrayRecord, Error, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Krum
 
 from c2m3_fl.core import drift
-from c2m3_fl.flower import aligner, rounds
-from c2m3_fl.flower import replies as reading
+from c2m3_fl.flower import rounds
+from c2m3_fl.flower.aligning import aligner
 from c2m3_fl.flower.arriving import ahead, listening
+from c2m3_fl.flower.incoming import replies as reading
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.arriving.test_listening import Trickling
 from tests.flower.federation import (

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from c2m3_fl.flower import C2M3, answer_width
-from c2m3_fl.flower.records import from_params
+from c2m3_fl.flower.incoming.records import from_params
 from tests.flower.federation import EXAMPLE, accuracy, digits, mlp, train
 
 WIDTHS = (32, 16, 8)

@@ -7,7 +7,7 @@ import torch
 from flwr.app import ArrayRecord
 
 from c2m3_fl.flower import SerialGrid
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.incoming.records import to_params
 from tests.flower.federation import mlp, reply, send
 from tests.flower.widths.federation import WIDTHS, narrow, shapes, sized, sized_app
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from c2m3_fl.core.permutation import identity
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.flower import C2M3, ClientRefit, candidates
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower import C2M3, ClientRefit
+from c2m3_fl.flower.deploying import candidates
+from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.widths.padding import Padding, check_padding, computes_alike
 from c2m3_fl.merging.recalibrate.client_pool import outlying
 from c2m3_fl.merging.recalibrate.client_sketch import Centred, SketchedFit

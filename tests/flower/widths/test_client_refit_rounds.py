@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.errors import SpecError
 from c2m3_fl.flower import C2M3, Resumable, SerialGrid, answer_statistics
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.incoming.records import to_params
 from tests.flower.federation import EXAMPLE, calibration, mlp, same, share
 from tests.flower.interrupted import run
 from tests.flower.widths.federation import WIDTHS, narrow, shapes, sized_app

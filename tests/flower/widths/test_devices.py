@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from flwr.app import ArrayRecord
 
-from c2m3_fl.flower.records import to_params
+from c2m3_fl.flower.incoming.records import to_params
 from tests.flower.federation import digits, mlp, reply, send, shuffled
 from tests.flower.widths.federation import sized
 

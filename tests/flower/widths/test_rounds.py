@@ -11,7 +11,7 @@ from torch import nn
 from c2m3_fl.core import permutation
 from c2m3_fl.errors import ConfigError, SpecError
 from c2m3_fl.flower import C2M3, RegMean, SerialGrid
-from c2m3_fl.flower.records import from_params, to_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.widths.rounds import _at_rest
 from c2m3_fl.merging.widths.injections import carry
 from tests.flower.federation import EXAMPLE, aggregate, digits, good, mlp, patient, reply, same, send, shuffled

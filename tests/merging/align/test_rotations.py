@@ -9,7 +9,7 @@ from torch import Tensor
 from c2m3_fl.core import permutation
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.errors import SpecError
-from c2m3_fl.flower.memory import Memory
+from c2m3_fl.flower.aligning.memory import Memory
 from c2m3_fl.merging.align.activations import match_all, match_to
 from c2m3_fl.merging.recalibrate.shift import with_own_moments
 from c2m3_fl.merging.widths.injections import seats

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from c2m3_fl.flower.resuming import Resumable
+from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.strategy import C2M3
 from silos.model import digits, net
 

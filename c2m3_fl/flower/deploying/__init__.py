@@ -1,0 +1,1 @@
+"""From the aggregate of a round to the model that is deployed."""

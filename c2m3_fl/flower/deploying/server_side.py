@@ -1,0 +1,160 @@
+"""Recalibration of an aggregate by the server's data or by clients' moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from logging import WARNING
+
+import torch
+from flwr.serverapp import Grid
+from flwr.supercore import log
+
+from c2m3_fl.core.permutation import identity
+from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import CalibrationError
+from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
+from c2m3_fl.flower.aligning.out_of_memory import with_cpu_fallback
+from c2m3_fl.flower.judging.evidence import FAR, UNLIKE
+from c2m3_fl.flower.queries.repair import own_moments, repair_by_clients
+from c2m3_fl.flower.setup import Setup
+from c2m3_fl.flower.widths.rounds import RoundWidths
+from c2m3_fl.merging.recalibrate.setting import Setting, prepare
+from c2m3_fl.merging.recalibrate.shift import OwnMoments, shift, with_own_moments
+from c2m3_fl.merging.recalibrate.short_names import Recalibration, recalibrate
+from c2m3_fl.merging.reports import Recalibrated
+from c2m3_fl.network.moments import Moments
+
+
+class ServerSide:
+    """What the server can make of one aggregate; what was prepared for one recalibration serves the next.
+
+    Parameters
+    ----------
+    setup : Setup
+        Of the strategy.
+    merged : mapping of str to Tensor
+        The aggregate, in the model's element types; not mutated.
+    aligned : AlignedReplies
+        What was aggregated.
+    plain : mapping of str to Tensor, optional
+        The aggregate without alignment, for a guard.
+    grid : Grid, optional
+        Where clients can be asked.
+    widths : RoundWidths, optional
+        Of the replies, where they may differ.
+
+    Attributes
+    ----------
+    unlike : str
+        What shows that the calibration inputs are unlike the clients' data, and yet usable; "" otherwise.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        merged: Params,
+        aligned: AlignedReplies,
+        *,
+        plain: Params | None = None,
+        grid: Grid | None = None,
+        widths: RoundWidths | None = None,
+    ) -> None:
+        self.setup, self.merged, self.aligned, self.plain, self.grid = setup, merged, aligned, plain, grid
+        self.widths = widths
+        self.unlike = ""
+        self._settings: dict[torch.device, Setting] = {}
+
+    def recalibrate(self, recalibration: Recalibration, *, insists: bool = False) -> Recalibrated:
+        """Recalibrate with the server's data, or with what clients measure where it holds none.
+
+        Parameters
+        ----------
+        recalibration : Recalibration
+            What to do.
+        insists : bool
+            Whether to go on, with a warning, where the data are not of the clients' kind.
+
+        Raises
+        ------
+        CalibrationError
+            When there is nothing to measure with, or the data are not of the clients' kind.
+        """
+        setup, aligned = self.setup, self.aligned
+        if setup.statistics is not None:
+            if self.grid is None:
+                raise CalibrationError("there is no grid to ask clients for moments: send out a model first")
+            nodes, weights = aligned.nodes, aligned.weights
+            return repair_by_clients(
+                setup.statistics, recalibration, self.grid, nodes, setup.data, self.merged, aligned.params, weights
+            )
+
+        def compute(device: torch.device) -> Recalibrated:
+            setting = self._setting(device)
+            self.unlike = _check_kind(setting, insists=insists)
+            found = recalibrate(recalibration, setting)
+            return replace(found, state_dict={name: value.cpu() for name, value in found.state_dict.items()})
+
+        return with_cpu_fallback(compute, setup.device, "recalibration")[0]
+
+    @cached_property
+    def _own(self) -> Sequence[OwnMoments]:
+        """Each client's moments of its own reply on its own data; empty where they are not known."""
+        setup, aligned = self.setup, self.aligned
+        if setup.moments is None or self.grid is None:
+            return []
+        try:
+            return own_moments(setup.moments, self.grid, aligned.nodes, setup.data, aligned.params)
+        except CalibrationError as error:
+            log(WARNING, "\t> the clients' own moments are not known, so nothing shows a shift: %s", error)
+            return []
+
+    def _setting(self, device: torch.device) -> Setting:
+        if device not in self._settings:
+            self._settings[device] = self._prepared(device)
+        return self._settings[device]
+
+    def _prepared(self, device: torch.device) -> Setting:
+        setup, weights = self.setup, self.aligned.weights
+        setting = prepare(
+            setup.model,
+            self.merged,
+            self.aligned.params,
+            setup.data,
+            weights=weights,
+            device=device,
+            plain=self.plain,
+            # the replies are in order of their content already, so that nothing is digested again
+            order=sorted(range(len(weights)), key=lambda index: -weights[index]),
+        )
+        if self.widths is not None and any(self.aligned.narrow):
+            return self.widths.at_own_widths(setting, self.aligned)
+        if not self._own:
+            return setting
+        here = [{name: _moved(each, device) for name, each in moments.items()} for moments in self._own]
+        return with_own_moments(setting, setup.spec, [identity(setup.spec)] * len(here), here)
+
+
+def _check_kind(setting: Setting, *, insists: bool) -> str:
+    """Refuse calibration inputs of another range or spread than those that the replies' networks know.
+
+    Returns what is to be said of inputs that are not refused, though they are unlike the clients'; "" otherwise.
+    """
+    distance = shift(setting)
+    if distance is None or distance <= UNLIKE:
+        return ""
+    away = (
+        f"some channels are {distance:.1f} spreads (or e-foldings of the spread) away from the clients' own, "
+        f"expected at most {UNLIKE:g}"
+    )
+    if distance <= FAR:
+        return f"the calibration inputs are unlike the clients' data: {away}; what is fitted to them may lose accuracy"
+    reason = f"the calibration inputs are not of the clients' kind: {away}; scale them as in training"
+    if not insists:
+        raise CalibrationError(reason)
+    return reason
+
+
+def _moved(moments: Moments, device: torch.device) -> Moments:
+    return replace(moments, mean=moments.mean.to(device), deviation=moments.deviation.to(device))

@@ -1,0 +1,1 @@
+"""Arrays and replies, checked where they enter."""

@@ -1,0 +1,1 @@
+"""Who chooses among the candidates for deployment, and by what evidence."""

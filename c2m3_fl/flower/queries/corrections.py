@@ -1,0 +1,145 @@
+"""What a server makes of clients' sums: which of them fit each other, and the correction of an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from logging import WARNING
+
+import torch
+from flwr.supercore import log
+from torch import Tensor
+
+from c2m3_fl.core.spec import Params
+from c2m3_fl.flower.queries.refit_options import ClientRefit, RegMean
+from c2m3_fl.merging.recalibrate.client_fit import counting, fit_operator
+from c2m3_fl.merging.recalibrate.client_owners import of_inputs, owner_sets, take_over
+from c2m3_fl.merging.recalibrate.client_plan import Question, Role, norm_behind
+from c2m3_fl.merging.recalibrate.client_pool import outlying, pool_fits, pool_moments, shares_of
+from c2m3_fl.merging.recalibrate.client_sketch import SketchedFit
+from c2m3_fl.merging.recalibrate.correction import rescale, restate
+from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer
+from c2m3_fl.merging.recalibrate.folded_norm import effective
+from c2m3_fl.merging.recalibrate.regmean import assign_regression_mean, shrunk
+from c2m3_fl.merging.recalibrate.targets import Target
+from c2m3_fl.merging.reports import OperatorReport
+from c2m3_fl.network.operators import Operator
+from c2m3_fl.network.program import Program
+
+
+@dataclass(frozen=True, eq=False)
+class Owners:
+    """Who has what, where clients' networks differ in width: these are padded with dead units.
+
+    Attributes
+    ----------
+    channels : callable
+        Which clients have the channels of an operator's output, bool of shape (clients, channels).
+    far : tuple of int
+        The clients whose weights are far from the others' in what both have: they are not asked.
+    inputs : callable, optional
+        The inputs that an operator may be fitted to, bool of shape (groups, inputs), where the merged network has dead
+        units: these may be constants other than zero. None: all.
+    """
+
+    channels: Callable[[Operator], Tensor]
+    far: tuple[int, ...] = ()
+    inputs: Callable[[Operator], Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Corrections:
+    """Corrects one operator after the other.
+
+    Attributes
+    ----------
+    options : ClientRefit or RegMean
+        What was asked.
+    program : Program
+        The traced network.
+    own : mapping of int to Params
+        By node, its own network.
+    weights : mapping of int to float
+        What each node counts.
+    equally : bool
+        Whether the strategy ignores the weights.
+    owned : callable, optional
+        By node, the channels of an operator's output that its own network has. A channel is corrected by the sums of
+        those that have it, one set of nodes after the other; one that none has stays as it is. Running statistics are
+        of all, because no own network is measured for them. None: all have all.
+    inputs : callable, optional
+        See `Owners`.
+    """
+
+    options: ClientRefit | RegMean
+    program: Program
+    own: Mapping[int, Params]
+    weights: Mapping[int, float]
+    equally: bool
+    owned: Callable[[Operator], Mapping[int, Tensor]] | None = None
+    inputs: Callable[[Operator], Tensor] | None = None
+
+    def trusted(self, step: Question, answers: Mapping[int, Answer], params: Params) -> dict[int, Answer]:
+        """The answers about one operator that fit each other."""
+        operator, owned = self._operator(step), self._owned(step)
+        if owned is not None:
+            answers = {node: answer for node, answer in answers.items() if bool(owned[node].any())}
+        odd = outlying(answers, self._layer(step, params), owned)
+        for node, reason in odd.items():
+            log(WARNING, "\t> node %d's sums of %s are left out: %s", node, operator.module or operator.name, reason)
+        return {node: answer for node, answer in answers.items() if node not in odd}
+
+    def correct(self, step: Question, answers: Mapping[int, Answer], params: dict[str, Tensor]) -> list[OperatorReport]:
+        """Put an operator's correction in place, one after the other for channels of different owners."""
+        operator, owned, nodes = self._operator(step), self._owned(step), list(answers)
+        masks = None if owned is None else torch.stack([owned[node] for node in nodes])
+        if masks is None or bool(masks.all()):
+            return self._corrected(step, answers, params)
+        before, reports = dict(params), []
+        for places, channels in owner_sets(masks):
+            found, part = dict(before), {nodes[place]: answers[nodes[place]] for place in places}
+            reports += self._corrected(step, part, found, channels)
+            take_over(self.program, operator, params, found, channels)
+        return reports
+
+    def _owned(self, step: Question) -> Mapping[int, Tensor] | None:
+        return None if self.owned is None or step.role is Role.STATISTICS else self.owned(self._operator(step))
+
+    def _operator(self, step: Question) -> Operator:
+        return self.program.operators[step.place]
+
+    def _layer(self, step: Question, params: Params) -> tuple[Tensor, Tensor] | None:
+        """The layer to which an answer's residuals refer."""
+        operator = self._operator(step)
+        return effective(operator, norm_behind(self.program, operator), params) if step.role is Role.FIT else None
+
+    def _corrected(
+        self, step: Question, answers: Mapping[int, Answer], params: dict[str, Tensor], channels: Tensor | None = None
+    ) -> list[OperatorReport]:
+        """Correct an operator by the answers of all; where some channels alone count, the others are of no use."""
+        operator = self._operator(step)
+        shares = shares_of([self.weights[node] for node in answers], equally=self.equally)
+        if isinstance(self.options, RegMean):
+            grams = [_gram(answer, self.options.shrink) for answer in answers.values()]
+            own = [self.own[node] for node in answers]
+            return [assign_regression_mean(self.program, operator, params, own, grams, shares)]
+        if step.role is Role.FIT:
+            fits = [answer for answer in answers.values() if isinstance(answer, FitAnswer | SketchedFit)]
+            pooled, strengths = pool_fits(fits, shares), self.options.strengths
+            if self.inputs is not None:
+                live = self.inputs(operator)
+                pooled, rest = of_inputs(pooled, live), live.shape[1] / max(1, int(live.sum(1).max()))
+                strengths = tuple(rest * strength for strength in strengths)  # relative to inputs that count alone
+            return fit_operator(self.program, operator, params, pooled, strengths, channels)
+        moments = [answer for answer in answers.values() if isinstance(answer, MomentsAnswer)]
+        merged = pool_moments([each.merged for each in moments], shares)
+        if step.role is Role.STATISTICS:
+            return [restate(self.program, operator, params, merged)]
+        own_moments = pool_moments([each.own for each in moments if each.own is not None], shares)
+        target = counting(Target(own_moments.mean, own_moments.std), channels)
+        return [rescale(self.program, operator, params, merged, target)]
+
+
+def _gram(answer: Answer, shrink: float) -> Tensor:
+    assert isinstance(answer, GramAnswer)  # as it was read for this role
+    return shrunk(answer.sums.xx / answer.sums.count, shrink)

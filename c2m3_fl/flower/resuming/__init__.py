@@ -1,0 +1,1 @@
+"""Runs that survive the death of the server."""
