@@ -12,7 +12,6 @@ from c2m3_fl.merging.widths import networks
 from c2m3_fl.symmetry.discover import permutation_spec
 
 _SPECS = {}
-_PROGRAMS = {}
 
 
 def _once(model, example_inputs, rotations=False):
@@ -23,11 +22,16 @@ def _once(model, example_inputs, rotations=False):
     return _SPECS[key]
 
 
+@pytest.fixture(scope="module")
+def _programs():
+    return {}
+
+
 @pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
+def _no_waiting(monkeypatch, _programs):
     monkeypatch.setattr(setup, "permutation_spec", _once)
     monkeypatch.setattr(networks, "permutation_spec", _once)
-    # apps share their programs as the messages of one app do; each is compared with the network before it is used again
-    monkeypatch.setattr(Traced, "__init__", lambda self: setattr(self, "_known", _PROGRAMS))
+    # the apps of a file share programs as the messages of one app do; each is compared with the network once more
+    monkeypatch.setattr(Traced, "__init__", lambda self: setattr(self, "_known", _programs))
     # some of Flower's strategies collect garbage after every reply: half a second each with torch loaded
     monkeypatch.setattr("flwr.app.message.arrayrecord.gc", SimpleNamespace(collect=lambda: 0))
