@@ -219,6 +219,35 @@ def test_norms_over_units_are_refused_by_name(norm):
     C2M3(model=networks[0], sizes=networks[1:], example_inputs=IMAGES)
 
 
+class Gated(nn.Module):
+    """A norm over units behind a gain that is small at the start; with `affine` it has weights of its own."""
+
+    def __init__(self, width, *, affine, gain=0.0, shortcut=1.0):
+        super().__init__()
+        self.enter, self.hidden = nn.Conv2d(3, width, 1), nn.Conv2d(width, width, 1)
+        self.norm, self.head = nn.LayerNorm(width, elementwise_affine=affine), nn.Conv2d(width, 3, 1)
+        self.gain = nn.Parameter(torch.full((), gain))
+        self.shortcut = shortcut
+
+    def forward(self, images):
+        rows = torch.relu(self.enter(images))
+        normed = self.norm(rows.movedim(1, -1)).movedim(-1, 1)
+        return self.shortcut * images + self.head(rows + self.gain * torch.relu(self.hidden(normed)))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("hides", [{"gain": 1e-6}, {"gain": 0.01, "shortcut": 1e3}])
+def test_norms_over_units_are_refused_whatever_hides_them(affine, hides):
+    networks = [Gated(width, affine=affine, **hides) for width in (4, 2)]
+    with pytest.raises(ConfigError, match=r"sizes\[0\] then computes something else"):
+        C2M3(model=networks[0], sizes=networks[1:], example_inputs=IMAGES, recalibrate=ClientRefit())
+
+
+def test_a_network_of_low_precision_is_no_other_one_when_padded():
+    networks = [activated(width).half() for width in (32, 16)]
+    C2M3(model=networks[0], sizes=networks[1:], example_inputs=IMAGES.half(), recalibrate=ClientRefit())
+
+
 def test_targets_are_compared_per_channel_that_a_client_has():
     """Channels of one power each: of the narrow client a thousandth, and in one case of less power."""
     owned = {1: torch.arange(1000) < 1000, 2: torch.arange(1000) < 1000, 3: torch.arange(1000) < 1}
