@@ -83,10 +83,8 @@ def padded_replies(widths: RoundWidths, aligned: AlignedReplies) -> tuple[list[P
     ]
     places = [0 if narrow is None else narrow.place for narrow in aligned.narrow]
     units = [whole if narrow is None else narrow.units for narrow in aligned.narrow]
-    nothing = {name: torch.zeros_like(value) for name, value in wide.held.model.state_dict().items()}
-    shared = widths.in_common(replies, aligned.narrow, nothing)
-    far = {*far_networks(wide.held.program, shared)}
-    for place in set(places):
+    far: set[int] = set()
+    for place in set(places):  # weights of narrower networks are larger: fewer units make the same sums
         alike = [index for index, other in enumerate(places) if other == place]
         far |= {alike[index] for index in far_networks(wide.held.program, [replies[index] for index in alike])}
     channels = owned_channels([networks[place].spec for place in places], wide.spec, units)

@@ -36,7 +36,7 @@ class Owners:
     channels : callable
         Which clients have the channels of an operator's output, bool of shape (clients, channels).
     far : tuple of int
-        The clients whose weights are far from the others' in what both have: they are not asked.
+        The clients whose weights are far from those of others of the same width: they are not asked.
     inputs : callable, optional
         The inputs that an operator may be fitted to, bool of shape (groups, inputs), where the merged network has dead
         units: these may be constants other than zero. None: all.

@@ -10,6 +10,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.errors import SpecError
 from c2m3_fl.flower import C2M3, Resumable, SerialGrid, answer_statistics
+from c2m3_fl.flower.deploying import refit_widths
 from c2m3_fl.flower.incoming.records import to_params
 from tests.flower.federation import EXAMPLE, calibration, mlp, same, share
 from tests.flower.interrupted import run
@@ -144,6 +145,26 @@ def test_padded_zeros_are_no_outliers_and_a_scaled_network_is_one(caplog):
         one_round(strategy, answering(), given, START, examples=(10,) * 7)
         assert ("are left out" in caplog.text, "is not asked" in caplog.text) == (False, bool(text))
         assert text in caplog.text
+
+
+def test_networks_of_a_far_narrower_width_are_not_far_for_that(monkeypatch):
+    """Fewer inputs make larger weights: those of eight units are six times as large as those of 256."""
+    asked = []
+    monkeypatch.setattr(refit_widths, "refit_by_clients", lambda *_, owners, **more: asked.append(owners.far))
+    widths = (256, 256, 256, 8)
+    options = {"example_inputs": EXAMPLE, "deploy": "every", "max_steps": 1}
+    strategy = C2M3(model=mlp(0, 256), sizes=[mlp(0, 8)], recalibrate=ALL, **options)
+    strategy.server.resizing.note({1: 0, 2: 0, 3: 0, 4: 1})
+    replies = [narrow(width, seed) for seed, width in enumerate(widths, 1)]
+    one_round(strategy, ClientApp(), replies, mlp(0, 256).state_dict(), examples=(10,) * 4)
+    assert asked == [()]
+
+
+def test_a_scaled_network_that_is_alone_in_its_width_is_left_out_by_its_answers(caplog):
+    replies = [*REPLIES[:2], {name: 100 * value for name, value in REPLIES[2].items()}]
+    one_round(asking(), answering(), replies, START)
+    told = [text.split(" are ")[0] for text in caplog.messages if "are left out" in text]
+    assert told[:3] == [f"\t> node 3's sums of {place}" for place in (0, 2, 4)]
 
 
 def test_a_pending_deployment_is_made_at_every_width_where_the_last_round_brings_nothing(refit):
