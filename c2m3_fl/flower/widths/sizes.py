@@ -29,6 +29,7 @@ from c2m3_fl.merging.widths.select import chosen_units
 from c2m3_fl.network.calibration import ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.calls import Outputs
+from c2m3_fl.network.copying import private_copy
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -40,7 +41,7 @@ class Sizes:
     Attributes
     ----------
     networks : tuple of Network
-        The model, which is the widest, and those of the option `sizes`.
+        The model, which is the widest, and those of the option `sizes`: copies on the CPU.
     recalibration : Recalibration, optional
         Of a deployed model that is restricted to a narrower width; None leaves it as it is.
     device : torch.device
@@ -99,7 +100,7 @@ class Sizes:
                 raise ConfigError(f"{name} has the shapes of {known[shapes]}: leave it out")
             known[shapes] = name
         widths = Widths.of(
-            [model, *found],
+            [private_copy(each).cpu() for each in (model, *found)],  # whoever passed them may move or train them
             None,
             data,
             example_inputs=example_inputs,
