@@ -243,15 +243,23 @@ class Dialect(Strategy):
         self.strategy.summary()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is remembered between rounds: where each node was last found, the trajectory and its digest."""
+        """What is remembered between rounds: where each node was last found, the trajectory and its digest.
+
+        With `sizes` the nodes' widths, and the restrictions of the deployed model that clients have refit.
+        """
         return self.server.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Remember that instead."""
-        names = trajectory_names(state)
-        if names and not self._named:
-            self._exchange(names)
-        self.server.load_state_dict(state)
+        """Remember that instead; a state that is refused changes nothing."""
+        names, before = trajectory_names(state), (self.setup, self._bases)
+        try:
+            if names and not self._named:
+                self._exchange(names)
+            self.server.load_state_dict(state)
+        except Exception:
+            self.setup, self._bases = before
+            self.server.rebuild(self.setup)
+            raise
 
     def _exchange(self, names: Collection[str]) -> None:
         """Expect the tensors of these names from now on."""

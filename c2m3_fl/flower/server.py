@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
+from time import perf_counter
 from typing import Any, TypeVar
 
 from flwr.supercore import log
@@ -128,6 +129,8 @@ class Server:
         count = 0 if self.resizing is None else len(self.resizing.sizes.networks) - 1
         if self.resizing is None or not 0 <= size < count:
             raise ConfigError(f"size is {size!r}, expected one of {count} sizes that C2M3 was given, from 0")
+        if self.resizing.refits_another(params):
+            log(INFO, "\t> at_width: the clients' refits are of another model than these arrays, so they are not used")
         return self.resizing.cuts(params, deployed=True).params(size + 1)
 
     def play(
@@ -185,9 +188,9 @@ class Server:
         self._say(deployed)
         pending = not deploys and (bool(self.setup.asks) or self.setup.offered)
         self._waiting = (aligned, widths) if pending and self.setup.refit is not None else (None, None)
-        self._refit_widths(deployed, aligned, clients, equally=equally)
+        further = self._refit_widths(deployed, aligned, clients, equally=equally)
         fed = self.models.record(outcome.params, deployed.params, aligned, pending=pending)
-        numbers = {**deployed.numbers, **({} if deployed.params is outcome.params else {"c2m3-fed-back": fed})}
+        numbers = {**further, **({} if deployed.params is outcome.params else {"c2m3-fed-back": fed})}
         return deployed.params, outcome.metrics, {**outcome.numbers, **numbers, KEPT: 0}
 
     def _round_widths(self) -> RoundWidths | None:
@@ -211,20 +214,30 @@ class Server:
         asked = (trajectory, self.models.pending, aligned, None, self._incoming, clients, deploys, equally)
         deployed: Deployed = deploy(self.setup, Request(*asked, offers=not self._headless, widths=widths))
         self._say(deployed)
-        self._refit_widths(deployed, aligned, clients, equally=equally)
+        numbers = self._refit_widths(deployed, aligned, clients, equally=equally)
         self.models.deploy(deployed.params)
-        return deployed.params, deployed.numbers
+        return deployed.params, numbers
 
     def _refit_widths(
         self, deployed: Deployed, aligned: AlignedReplies | None, clients: Clients | None, *, equally: bool
-    ) -> None:
-        """Let the clients that answered for a refit refit the deployed model's restrictions to narrower widths, too."""
+    ) -> Numbers:
+        """Let the clients that answered for a refit refit the deployed model's restrictions to narrower widths, too.
+
+        Returns the deployment's numbers with what that cost and how often it failed.
+        """
         options, resizing = self.setup.refit, self.resizing
         if resizing is None or options is None or aligned is None or clients is None or not deployed.answered:
-            return
+            return deployed.numbers
+        started = perf_counter()
         weights = dict(zip(aligned.nodes, aligned.weights, strict=True))
         asked = Asked(options, clients.grid, {node: weights[node] for node in deployed.answered}, equally)
-        refit_widths(resizing, deployed.params, asked)
+        failed = refit_widths(resizing, deployed.params, asked)
+        numbers = dict(deployed.numbers)
+        for name, value in {"c2m3-failed-candidates": failed, "c2m3-repair-seconds": perf_counter() - started}.items():
+            known = numbers[name]
+            assert not isinstance(known, list)  # as `deploy` counts them
+            numbers[name] = known + value
+        return numbers
 
     def _say(self, deployed: Deployed) -> None:
         """Log once what the clients were asked for by default and do not give, and data that are unlike theirs."""
@@ -256,12 +269,23 @@ class Server:
         return self.setup.aligner.memory.state_dict() | self.models.state_dict() | widths
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Remember that instead; `SpecError` for widths where the strategy has one width."""
+        """Remember that instead; `SpecError` for widths where the strategy has one width.
+
+        A state that is refused changes nothing.
+        """
+        before = self.state_dict()
+        try:
+            self._load(state)
+        except Exception:
+            self._load(before)
+            raise
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
         ours = {prefix: {k: v for k, v in state.items() if k.startswith(prefix)} for prefix in (PREFIX, WIDTHS)}
         rest = {key: value for key, value in state.items() if not key.startswith((PREFIX, WIDTHS))}
-        self.setup.aligner.memory.load_state_dict(rest)
-        self.models.load_state_dict(ours[PREFIX])
         if self.resizing is not None:
             self.resizing.load_state_dict(ours[WIDTHS])
         elif ours[WIDTHS]:
             raise SpecError("the state is of clients of several widths: pass the same sizes=")
+        self.setup.aligner.memory.load_state_dict(rest)
+        self.models.load_state_dict(ours[PREFIX])

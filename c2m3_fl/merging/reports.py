@@ -169,7 +169,7 @@ class RecalibrationReport:
     head : HeadReport, optional
         How the last layer was fitted to labels, if it was.
     nodes : tuple of int
-        The nodes whose answers were of use in a refit, where clients were asked.
+        The nodes whose answers were of use in a refit and that answered to the end, where clients were asked.
     """
 
     method: str

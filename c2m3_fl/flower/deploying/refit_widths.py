@@ -6,7 +6,7 @@ Clients run networks of the model's width, those of a narrower one padded with d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import ERROR, INFO
 
 import torch
@@ -113,11 +113,12 @@ class Asked:
     equally: bool
 
 
-def refit_widths(resizing: Resizing, deployed: Params, asked: Asked) -> None:
+def refit_widths(resizing: Resizing, deployed: Params, asked: Asked) -> int:
     """Refit the restrictions of a deployed model to the widths that nodes have, and remember them.
 
     Every client runs the model and its restriction on its own data, so that all count for all units. A restriction
-    that cannot be refit stays as it is without clients.
+    that cannot be refit stays as it is without clients. Nodes that left one refit before its end are not asked for the
+    next.
 
     Parameters
     ----------
@@ -127,24 +128,35 @@ def refit_widths(resizing: Resizing, deployed: Params, asked: Asked) -> None:
         State dict of the model; not mutated.
     asked : Asked
         Whom to ask.
+
+    Returns
+    -------
+    int
+        How many restrictions could not be refit.
     """
+    failed = 0
     cuts, found = resizing.cuts(deployed, deployed=False), {}
     for place in sorted({*resizing.places.values()} - {0}):
         name = resizing.sizes.networks[place].name
         try:
             with undisturbed():
                 wide, narrow = resizing.sizes.networks[0], resizing.sizes.networks[place]
-                found[place] = refit_restriction(wide, narrow, cuts.units(place), deployed, asked)
+                found[place], answered = refit_restriction(wide, narrow, cuts.units(place), deployed, asked)
         except Exception as error:  # whatever fails, there is the restriction without clients
+            failed += 1
             text = "\t> the model at the width of %s is not refit by the clients: %s: %s"
             log(ERROR, text, name, type(error).__name__, error)
         else:
+            asked = replace(asked, weights={node: asked.weights[node] for node in answered})
             log(INFO, "\t> the model at the width of %s is refit by the clients", name)
     resizing.keep(deployed, found)
+    return failed
 
 
-def refit_restriction(wide: Network, narrow: Network, units: Injection, deployed: Params, asked: Asked) -> Params:
-    """A model restricted to some of its units, and refit to what the whole model gives on the clients' data.
+def refit_restriction(
+    wide: Network, narrow: Network, units: Injection, deployed: Params, asked: Asked
+) -> tuple[Params, tuple[int, ...]]:
+    """A model restricted to some of its units and refit to what the whole one gives on the clients' data; who answered.
 
     Parameters
     ----------
@@ -187,4 +199,4 @@ def refit_restriction(wide: Network, narrow: Network, units: Injection, deployed
     check_runs(narrow.held.model, narrow.held.example, found, restricted)
     if not computes_alike(wide, narrow, done.state_dict, found):
         raise CalibrationError("the fit makes use of units that this width does not have")
-    return found
+    return found, done.report.nodes

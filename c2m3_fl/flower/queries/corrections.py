@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import WARNING
 
 import torch
@@ -69,6 +69,8 @@ class Corrections:
         of all, because no own network is measured for them. None: all have all.
     inputs : callable, optional
         See `Owners`.
+    title : str
+        What is refit, for the log; "" for the merged network.
     """
 
     options: ClientRefit | RegMean
@@ -78,6 +80,7 @@ class Corrections:
     equally: bool
     owned: Callable[[Operator], Mapping[int, Tensor]] | None = None
     inputs: Callable[[Operator], Tensor] | None = None
+    title: str = ""
 
     def trusted(self, step: Question, answers: Mapping[int, Answer], params: Params) -> dict[int, Answer]:
         """The answers about one operator that fit each other."""
@@ -86,7 +89,8 @@ class Corrections:
             answers = {node: answer for node, answer in answers.items() if bool(owned[node].any())}
         odd = outlying(answers, self._layer(step, params), owned)
         for node, reason in odd.items():
-            log(WARNING, "\t> node %d's sums of %s are left out: %s", node, operator.module or operator.name, reason)
+            where = f"{operator.module or operator.name}{f' for {self.title}' if self.title else ''}"
+            log(WARNING, "\t> node %d's sums of %s are left out: %s", node, where, reason)
         return {node: answer for node, answer in answers.items() if node not in odd}
 
     def correct(self, step: Question, answers: Mapping[int, Answer], params: dict[str, Tensor]) -> list[OperatorReport]:
@@ -130,7 +134,8 @@ class Corrections:
                 live = self.inputs(operator)
                 pooled, rest = of_inputs(pooled, live), live.shape[1] / max(1, int(live.sum(1).max()))
                 strengths = tuple(rest * strength for strength in strengths)  # relative to inputs that count alone
-            return fit_operator(self.program, operator, params, pooled, strengths, channels)
+            found = fit_operator(self.program, operator, params, pooled, strengths, channels)
+            return [_in_terms_of(report, dict(zip(strengths, self.options.strengths, strict=True))) for report in found]
         moments = [answer for answer in answers.values() if isinstance(answer, MomentsAnswer)]
         merged = pool_moments([each.merged for each in moments], shares)
         if step.role is Role.STATISTICS:
@@ -138,6 +143,14 @@ class Corrections:
         own_moments = pool_moments([each.own for each in moments if each.own is not None], shares)
         target = counting(Target(own_moments.mean, own_moments.std), channels)
         return [rescale(self.program, operator, params, merged, target)]
+
+
+def _in_terms_of(report: OperatorReport, strengths: Mapping[float, float]) -> OperatorReport:
+    """A report with the strength that was asked for in place of the one that gives it."""
+    fit = report.fit
+    if fit is None:
+        return report
+    return replace(report, fit=replace(fit, strength=strengths.get(fit.strength, fit.strength)))
 
 
 def _gram(answer: Answer, shrink: float) -> Tensor:

@@ -41,12 +41,27 @@ class Exchanges:
         What they are asked in each exchange.
     own : mapping of int to Params
         By node, the network that it runs beside the merged one.
+    title : str
+        What is refit, for the log; "" for the merged network.
+
+    Attributes
+    ----------
+    answered : frozenset of int
+        The nodes whose answer to the last exchange could be read.
     """
 
     def __init__(
-        self, options: ClientRefit | RegMean, grid: Grid, program: Program, plan: Plan, own: Mapping[int, Params]
+        self,
+        options: ClientRefit | RegMean,
+        grid: Grid,
+        program: Program,
+        plan: Plan,
+        own: Mapping[int, Params],
+        title: str = "",
     ) -> None:
         self._options, self._grid, self._program, self._plan = options, grid, program, plan
+        self._about = f" for {title}" if title else ""
+        self.answered: frozenset[int] = frozenset()
         self._nodes = list(own)
         self._own = {node: Sealed.of(params) for node, params in own.items()}
         self._held: dict[int, Sealed] = {}  # the merged network that a client was sent last, if it answered
@@ -74,7 +89,7 @@ class Exchanges:
             asked = [node for node in asked if node in lacking]
             if not asked:
                 break
-        self._held = dict.fromkeys(read, networks)
+        self._held, self.answered = dict.fromkeys(read, networks), frozenset(read)
         found: dict[str, dict[int, Answer]] = {}
         for node in self._nodes:
             for name, answer in read.get(node, {}).items():
@@ -84,7 +99,7 @@ class Exchanges:
             raise CalibrationError(
                 f"no client answered the query for sums{first}; every client needs it: add answer_statistics to its app"
             )
-        report_unanswered("sums", failed)
+        report_unanswered(f"sums{self._about}", failed)
         return found
 
     def _messages(
@@ -124,7 +139,8 @@ class Exchanges:
                 found[operator.name] = self._read_one(record, step, params)
             except Exception as error:  # as above
                 reason = fault_of(node, error).reason
-                log(WARNING, "\t> no sums of %s from node %d: %s", operator.module or operator.name, node, reason)
+                where = f"{operator.module or operator.name}{self._about}"
+                log(WARNING, "\t> no sums of %s from node %d: %s", where, node, reason)
         return found
 
     def _read_one(self, record: ArrayRecord, step: Question, params: Params) -> Answer:

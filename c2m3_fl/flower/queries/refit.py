@@ -87,7 +87,7 @@ def refit_by_clients(
         log(WARNING, "\t> node %d is not asked for sums: its weights are far from the others'", nodes[index])
     kept = [index for index in range(len(nodes)) if index not in far]
     asked = {nodes[index]: own[index] for index in kept}
-    exchanges = Exchanges(options, grid, program, plan, asked)
+    exchanges = Exchanges(options, grid, program, plan, asked, title)
     corrections = Corrections(
         options,
         program,
@@ -96,6 +96,7 @@ def refit_by_clients(
         equally,
         None if owners is None else lambda operator: dict(zip(nodes, owners.channels(operator), strict=True)),
         None if owners is None else owners.inputs,
+        title,
     )
     reports: list[OperatorReport] = []
     used: set[int] = set()
@@ -116,7 +117,7 @@ def refit_by_clients(
     if plan.exchanges and not reports:
         raise CalibrationError("no client gave a usable answer about any operator; the log says what was wrong")
     home = {name: value.to(merged[name].device) for name, value in params.items()}
-    skipped, answered = tuple(reasons.items()), tuple(node for node in nodes if node in used)
+    skipped, answered = tuple(reasons.items()), tuple(node for node in nodes if node in used & exchanges.answered)
     return Recalibrated(home, RecalibrationReport(method, tuple(reports), skipped, seconds=seconds, nodes=answered))
 
 
@@ -138,7 +139,7 @@ def _log_price(options: ClientRefit | RegMean, found: Price, title: str, further
         f"{title}: " if title else "",
         type(options).__name__,
         found.exchanges,
-        f", then as many for each of {further} narrower widths" if further else "",
+        f", then as many for each of {further} narrower width{'s' if further > 1 else ''}" if further else "",
         found.sent / 1e6,
         found.answered / 1e6,
         f"; by sketches: {', '.join(found.sketched)}" if found.sketched else "",

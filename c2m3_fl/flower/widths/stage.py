@@ -17,6 +17,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import SpecError
 from c2m3_fl.flower.widths.sizes import Cuts, Sizes
+from c2m3_fl.flower.wrapped import typed_like
 
 PREFIX = "widths/"
 _REFIT, _OF = "refit/", "refit-of"  # what follows the prefix where clients have refit restrictions
@@ -113,7 +114,7 @@ class Resizing:
         deployed : bool
             Whether its restrictions are recalibrated.
         """
-        key = digest(params), deployed
+        key = self._digest(params), deployed
         if key not in self._cuts:
             known = self._refit if deployed and key[0] == self._refit_of else None
             self._cuts[key] = Cuts(self.sizes, params, self.sizes.recalibration if deployed else None, known)
@@ -121,8 +122,16 @@ class Resizing:
                 self._cuts.popitem(last=False)
         return self._cuts[key]
 
+    def refits_another(self, params: Params) -> bool:
+        """Whether clients have refit restrictions, but not those of this model."""
+        return bool(self._refit) and self._digest(params) != self._refit_of
+
+    def _digest(self, params: Params) -> str:
+        """Digest of a model in its own element types."""
+        return digest(typed_like(self.sizes.networks[0].held.model.state_dict(), params))
+
     def keep(self, params: Params, found: Mapping[int, Params]) -> None:
-        """Remember restrictions that clients have refit, in place of those of an earlier model.
+        """Remember restrictions that clients have refit, in place of earlier ones of this model, and of other models.
 
         Parameters
         ----------
@@ -131,7 +140,9 @@ class Resizing:
         found : mapping of int to Params
             Its restrictions, by width.
         """
-        before, self._refit, self._refit_of = self._refit_of, dict(found), digest(params) if found else ""
+        before, of = self._refit_of, self._digest(params)
+        kept = {**(self._refit if of == before else {}), **found}
+        self._refit, self._refit_of = kept, of if kept else ""
         for of in (before, self._refit_of):
             self._cuts.pop((of, True), None)
 

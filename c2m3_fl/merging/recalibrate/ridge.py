@@ -192,7 +192,8 @@ class Fit:
     strength : float
         The chosen ridge strength, relative to the mean variance of the inputs; infinite for "keep the weights".
     error_before, error : float
-        Held-out error with the weights kept and with the chosen strength, relative to the targets' variance.
+        Held-out error with the weights kept and with the chosen strength, relative to the targets' variance: mean over
+        the targets that vary.
     """
 
     change: Tensor
@@ -214,6 +215,7 @@ def choose(train: Evidence, held_out: Evidence, strengths: Sequence[float], spre
         Standard deviation of every target: errors count relative to it.
     """
     weight = torch.where(spread > 0, 1 / spread.square().clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    weight = weight * (weight.numel() / max(1, int((spread > 0).sum())))
 
     def held_out_error(change: Tensor) -> float:
         return float((held_out.error(change, train.offset(change)) * weight).mean())

@@ -26,10 +26,15 @@ def federation(make=mlp, inside=None, **options):
     return C2M3(inside, model=make(), sizes=sizes, **{"example_inputs": EXAMPLE, "deploy": "every", **options})
 
 
-def one_round(strategy, app, replies, sent, *, examples=EXAMPLES, transit=None, number=1):
+def one_round(strategy, app, replies, sent, **given):
     """What a round of these replies deploys."""
+    return round_of(strategy, app, replies, sent, **given)[0]
+
+
+def round_of(strategy, app, replies, sent, *, examples=EXAMPLES, transit=None, number=1):
+    """What a round of these replies deploys, and its metrics."""
     grid = SerialGrid(app, len(examples), transit=transit)
     list(strategy.configure_train(number, ArrayRecord(sent), ConfigRecord(), grid))
     counted = zip(replies, examples, strict=bool(replies))
     messages = [reply(node, each, examples=count) for node, (each, count) in enumerate(counted, 1)]
-    return strategy.aggregate_train(number, messages)[0]
+    return strategy.aggregate_train(number, messages)

@@ -136,6 +136,7 @@ def test_padded_zeros_are_no_outliers_and_a_scaled_network_is_one(caplog):
     replies = [narrow(32, 1), *(narrow(8, seed) for seed in range(2, 8))]
     for scale, text in ((1, ""), (-5, "node 3 is not asked for sums: its weights are far from the others'")):
         caplog.clear()
+        caplog.set_level("INFO", logger="flwr")
         strategy = federation(recalibrate=ALL)
         strategy.server.resizing.note({1: 0, **dict.fromkeys(range(2, 8), 2)})
         given = [
@@ -143,6 +144,7 @@ def test_padded_zeros_are_no_outliers_and_a_scaled_network_is_one(caplog):
             for place, each in enumerate(replies)
         ]
         one_round(strategy, answering(), given, START, examples=(10,) * 7)
+        assert "then as many for each of 1 narrower width; " in caplog.text
         assert ("are left out" in caplog.text, "is not asked" in caplog.text) == (False, bool(text))
         assert text in caplog.text
 
