@@ -12,7 +12,7 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.flower.queries.refit_options import ClientRefit, RegMean
-from c2m3_fl.merging.recalibrate.client_fit import counting, fit_operator
+from c2m3_fl.merging.recalibrate.client_fit import counting, fit_operator, restate_behind
 from c2m3_fl.merging.recalibrate.client_owners import of_inputs, owner_sets, take_over
 from c2m3_fl.merging.recalibrate.client_plan import Question, Role, norm_behind
 from c2m3_fl.merging.recalibrate.client_pool import outlying, pool_fits, pool_moments, shares_of
@@ -65,8 +65,9 @@ class Corrections:
         Whether the strategy ignores the weights.
     owned : callable, optional
         By node, the channels of an operator's output that its own network has. A channel is corrected by the sums of
-        those that have it, one set of nodes after the other; one that none has stays as it is. Running statistics are
-        of all, because no own network is measured for them. None: all have all.
+        those that have it, one set of nodes after the other; one that none has keeps its weights. Running statistics of
+        such a channel, and of a BatchNorm that is not folded into a fit, are of all: no own network is measured for
+        them. None: all have all.
     inputs : callable, optional
         See `Owners`.
     title : str
@@ -104,6 +105,8 @@ class Corrections:
             found, part = dict(before), {nodes[place]: answers[nodes[place]] for place in places}
             reports += self._corrected(step, part, found, channels)
             take_over(self.program, operator, params, found, channels)
+        if step.role is Role.FIT and not bool(masks.any(0).all()):
+            restate_behind(self.program, operator, params, self._pooled(answers), ~masks.any(0))
         return reports
 
     def _owned(self, step: Question) -> Mapping[int, Tensor] | None:
@@ -111,6 +114,13 @@ class Corrections:
 
     def _operator(self, step: Question) -> Operator:
         return self.program.operators[step.place]
+
+    def _pooled(self, answers: Mapping[int, Answer]) -> FitAnswer:
+        fits = [answer for answer in answers.values() if isinstance(answer, FitAnswer | SketchedFit)]
+        return pool_fits(fits, self._shares(answers))
+
+    def _shares(self, answers: Mapping[int, Answer]) -> list[float]:
+        return shares_of([self.weights[node] for node in answers], equally=self.equally)
 
     def _layer(self, step: Question, params: Params) -> tuple[Tensor, Tensor] | None:
         """The layer to which an answer's residuals refer."""
@@ -122,14 +132,13 @@ class Corrections:
     ) -> list[OperatorReport]:
         """Correct an operator by the answers of all; where some channels alone count, the others are of no use."""
         operator = self._operator(step)
-        shares = shares_of([self.weights[node] for node in answers], equally=self.equally)
+        shares = self._shares(answers)
         if isinstance(self.options, RegMean):
             grams = [_gram(answer, self.options.shrink) for answer in answers.values()]
             own = [self.own[node] for node in answers]
             return [assign_regression_mean(self.program, operator, params, own, grams, shares)]
         if step.role is Role.FIT:
-            fits = [answer for answer in answers.values() if isinstance(answer, FitAnswer | SketchedFit)]
-            pooled, strengths = pool_fits(fits, shares), self.options.strengths
+            pooled, strengths = self._pooled(answers), self.options.strengths
             if self.inputs is not None:
                 live = self.inputs(operator)
                 pooled, rest = of_inputs(pooled, live), live.shape[1] / max(1, int(live.sum(1).max()))

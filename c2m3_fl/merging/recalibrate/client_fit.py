@@ -97,6 +97,34 @@ def fit_operator(
     return [*reports, rescale(program, operator, params, _output_moments(joint, best.matrix, offset), best.target)]
 
 
+def restate_behind(
+    program: Program, operator: Operator, params: dict[str, Tensor], pooled: FitAnswer, channels: Tensor
+) -> None:
+    """Give some channels of the BatchNorm behind an operator that stays as it is the statistics of all clients' data.
+
+    Parameters
+    ----------
+    program : Program
+        The traced network.
+    operator : Operator
+        The operator; without a BatchNorm behind it nothing happens.
+    params : dict of str to Tensor
+        The merged network; changed in place.
+    pooled : FitAnswer
+        Sums over all clients.
+    channels : Tensor of bool, shape (channels,)
+        Which ones; those that do not vary keep their statistics.
+    """
+    norm = norm_behind(program, operator)
+    if norm is None:
+        return
+    matrix = weight_matrix(operator, params[operator.weight].double())
+    moments = _output_moments(pooled.train.combine(pooled.held_out), matrix, _bias(operator, params, matrix))
+    kept = ~channels | (moments.std <= _DEAD * moments.mean.abs())
+    for name, value in ((norm.mean, moments.mean), (norm.variance, moments.variance)):
+        program.assign(params, name, torch.where(kept, params[name].double(), value))
+
+
 def _solutions(
     operator: Operator,
     norm: Operator | None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.clientapp import ClientApp
+from torch import nn
 
 from c2m3_fl.flower import C2M3, ClientRefit, SerialGrid, answer_statistics
 from tests.flower.federation import EXAMPLE, mlp, reply, share
@@ -11,6 +13,22 @@ from tests.flower.widths.federation import WIDTHS
 
 ALL = ClientRefit(double=True, first_layer=True, positions=10**6)
 EXAMPLES = (10, 20, 30)
+
+
+def normed(seed=0, width=32):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            *(nn.Conv2d(1, width // 4, 3, bias=False), nn.BatchNorm2d(width // 4), nn.ReLU()),
+            *(nn.Conv2d(width // 4, width // 4, 3), nn.BatchNorm2d(width // 4, affine=False), nn.ReLU()),
+            *(nn.Conv2d(width // 4, width // 4, 3), nn.InstanceNorm2d(width // 4, affine=True)),
+            *(nn.Flatten(), nn.Linear(4 * (width // 4), 10)),
+        )
+        for module in (model[2], model[8]):
+            module.weight.data.uniform_(-1, 1)
+            module.bias.data.normal_()
+    return model
 
 
 def answering(make=mlp, data=share, app=None):

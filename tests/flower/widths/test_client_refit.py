@@ -24,7 +24,7 @@ from c2m3_fl.network.moments import Moments
 from tests.flower.federation import EXAMPLE, digits, mlp, share
 from tests.flower.server_solve import refit_on_a_server
 from tests.flower.widths.federation import WIDTHS
-from tests.flower.widths.refits import ALL, answering, federation, one_round
+from tests.flower.widths.refits import ALL, answering, federation, normed, one_round
 from tests.merging.networks import ChannelNorm
 from tests.merging.widths.networks import WideAttention, WideResidual, transposed
 from tests.merging.widths.networks import mlp as activated
@@ -121,22 +121,6 @@ def _solved(model, params, own, shares, weights, places):
         networks[-1].load_state_dict({name: value.double() for name, value in state.items()})
     found = refit_on_a_server(networks[0], networks[1:], shares, weights, ALL.strengths, places)
     return outputs(found.float(), {})
-
-
-def normed(seed=0, width=32):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = nn.Sequential(
-            nn.Unflatten(1, (1, 8, 8)),
-            *(nn.Conv2d(1, width // 4, 3, bias=False), nn.BatchNorm2d(width // 4), nn.ReLU()),
-            *(nn.Conv2d(width // 4, width // 4, 3), nn.BatchNorm2d(width // 4, affine=False), nn.ReLU()),
-            *(nn.Conv2d(width // 4, width // 4, 3), nn.InstanceNorm2d(width // 4, affine=True)),
-            *(nn.Flatten(), nn.Linear(4 * (width // 4), 10)),
-        )
-        for module in (model[2], model[8]):
-            module.weight.data.uniform_(-1, 1)
-            module.bias.data.normal_()
-    return model
 
 
 def test_a_network_and_copies_padded_with_dead_units_stay_what_they_are():

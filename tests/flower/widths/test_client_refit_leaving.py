@@ -12,11 +12,12 @@ from flwr.clientapp import ClientApp
 from c2m3_fl.core.state_dicts import same
 from c2m3_fl.errors import SpecError
 from c2m3_fl.flower import C2M3, server
+from c2m3_fl.flower.deploying import refit_widths
 from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.queries.exchanges import Exchanges
-from tests.flower.federation import EXAMPLE, mlp
+from tests.flower.federation import EXAMPLE, mlp, share
 from tests.flower.widths.federation import WIDTHS, narrow
-from tests.flower.widths.refits import ALL, answering, federation, one_round, round_of
+from tests.flower.widths.refits import ALL, answering, federation, normed, one_round, round_of
 
 START = mlp().state_dict()
 REPLIES = [narrow(width, seed + 1) for seed, width in enumerate(WIDTHS)]
@@ -77,6 +78,23 @@ def test_what_refits_of_restrictions_cost_and_how_many_failed_is_counted(monkeyp
     assert found["c2m3-repair-seconds"] > 0.5
 
 
+def test_a_restrictions_report_has_the_strengths_that_were_asked_for(monkeypatch):
+    """The fit reads fewer inputs than the operator has, and strengths are relative to those alone."""
+    reports, whole = [], refit_widths.refit_by_clients
+
+    def heard(*given, **more):
+        found = whole(*given, **more)
+        reports.append(found.report)
+        return found
+
+    monkeypatch.setattr(refit_widths, "refit_by_clients", heard)
+    one_round(asking(), answering(), REPLIES, START)
+    for report in reports[1:]:
+        strengths = {each.fit.strength for each in report.operators if each.fit is not None}
+        assert strengths & {*ALL.strengths} == strengths - {float("inf")} != set()
+    assert len(reports) == 3
+
+
 def test_refits_of_a_model_are_kept_until_another_one_is_refit():
     resizing, models = asking().server.resizing, [mlp(seed).state_dict() for seed in range(3)]
 
@@ -132,3 +150,35 @@ def test_a_state_that_is_refused_changes_nothing():
         after = other.state_dict()
         assert after.keys() == before.keys()
         assert same(before, after)
+
+
+@torch.no_grad()
+def test_batch_norm_of_channels_that_no_answering_client_has_is_that_of_the_answering_clients_data():
+    """The client of the full width is silent: channels that it alone has keep their weights, not their statistics."""
+    strategy = federation(normed, recalibrate=ALL, feedback="never")
+    strategy.server.resizing.note({1: 0, 2: 1, 3: 2})
+    replies = [normed(seed + 1, width).state_dict() for seed, width in enumerate(WIDTHS)]
+
+    def transit(answers):
+        return [each for each in answers if each.metadata.src_node_id != 1]
+
+    sent = normed().state_dict()
+    found = to_params(one_round(strategy, answering(normed), replies, sent, transit=transit))
+    model, before = normed().eval(), to_params(strategy.trajectory)
+    model.load_state_dict(found)
+    for layer in (1, 4):
+        alone = (found[f"{layer}.weight"] == before[f"{layer}.weight"]).flatten(1).all(1)
+        rows = [model[: layer + 1](_images(node)) for node in (2, 3)]
+        mean, square = (
+            sum(share * each.pow(power).mean((0, 2, 3)) for share, each in zip((0.4, 0.6), rows, strict=True))
+            for power in (1, 2)
+        )
+        norm = model[layer + 1]
+        assert 0 < int(alone.sum()) < len(alone)
+        torch.testing.assert_close(norm.running_mean[alone], mean[alone], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.running_var[alone], (square - mean.square())[alone], rtol=1e-4, atol=1e-5)
+
+
+def _images(node):
+    context = type("Context", (), {"node_config": {"partition-id": node - 1}})
+    return torch.cat([images for images, _ in share(context)])

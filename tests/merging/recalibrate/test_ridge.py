@@ -87,3 +87,15 @@ def test_rows_and_their_sums_give_the_same_fit(intercept: bool) -> None:
     assert fits[0].strength == fits[1].strength
     torch.testing.assert_close(fits[1].change, fits[0].change)
     assert fits[1].error == pytest.approx(fits[0].error)
+
+
+def test_errors_are_means_over_the_targets_that_count() -> None:
+    rows, residuals, _ = _data(40, 0)
+    counting = torch.tensor([True, False, True])
+    spread = torch.where(counting, torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64), 0.0).expand(2, 3)
+    sides = [(rows[:, :30], residuals[:, :30]), (rows[:, 30:], residuals[:, 30:])]
+    found = choose(*(Sums.of(*side) for side in sides), (1e-6, 1e-3), spread)
+    alone = choose(*(Sums.of(x, r[..., counting]) for x, r in sides), (1e-6, 1e-3), spread[:, counting])
+    assert (found.strength, found.error_before, found.error) == pytest.approx(
+        (alone.strength, alone.error_before, alone.error)
+    )
