@@ -89,8 +89,8 @@ class C2M3(Dialect):
     sizes : iterable of nn.Module, optional
         Narrower networks of the same architecture, for clients that cannot carry `model`: each client is sent the model
         at its own width, trains it, and replies at that width. A client says which it has by `answer_width`, else by
-        the shapes of its first reply. Clients are not asked about the model then (`head`, `judge`, `moments`,
-        `RegMean`), but for `ClientRefit`, for which they run `model` itself.
+        the shapes of its first reply. Of what asks clients (`head`, `judge`, `moments`, `recalibrate`), only
+        `ClientRefit` is allowed; they then run `model` itself.
     device : torch.device or str, optional
         Where to match and repair; by default CUDA when there is one, else the CPU.
     alignment : {"joint", "separate"}

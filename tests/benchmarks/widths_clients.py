@@ -1,4 +1,7 @@
-"""The merge of clients of different widths, refit by sums over the clients' own images, at full width and cut."""
+"""The merge of clients of different widths, refit by sums over the clients' own images, at full width and cut.
+
+It is the refit alone, on the merge of the table, and not a round of the strategy.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def refit_from_clients(found: Trained, widths: Widths) -> dict[str, float]:
         every = {group: torch.arange(each.size) for group, each in wide.spec.groups.items()}
         sizes = {group: each.size for group, each in specs[client].groups.items()}
         units = between(into[client], every, sizes)
-        narrow = refit_restriction(wide, widths.nodes[client], units, refit.state_dict, asked)
+        narrow, _ = refit_restriction(wide, widths.nodes[client], units, refit.state_dict, asked)
         measured[f"{_COLUMN}, cut to width {name}"] = found.accuracy(client, dict(narrow))
     return measured
 

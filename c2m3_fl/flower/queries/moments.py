@@ -1,7 +1,7 @@
 """What a client adds to its app to answer the server's queries, and the answers with channel moments.
 
 These hold the count, the mean and the summed squared deviation of every channel, in float64: never an activation
-or an input. Sums and labels are answered in `client_sums` and `client_head`.
+or an input. Sums and labels are answered in `sums` and `head`.
 """
 
 from __future__ import annotations
