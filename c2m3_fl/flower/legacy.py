@@ -181,10 +181,7 @@ class C2M3(Strategy):
         return None if found is None else to_parameters(found)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What is remembered between rounds: where each node was last found, the trajectory and its digest.
-
-        With `sizes` the nodes' widths, too.
-        """
+        """What is remembered between rounds: where each node was last found, its width, the trajectory, its digest."""
         return self.server.state_dict()
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

@@ -29,6 +29,7 @@ from c2m3_fl.merging.recalibrate.short_names import Recalibration, resolve_for
 from c2m3_fl.network.calibration import Calibration, ExampleInputs
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.calls import Outputs
+from c2m3_fl.network.copying import private_copy
 from c2m3_fl.symmetry.discover import permutation_spec, require_invariance
 from c2m3_fl.symmetry.folding import find_folding
 
@@ -178,6 +179,7 @@ def build_setup(
             raise ConfigError("rotations are for clients of one width, and sizes= has several: leave one of them out")
         asked = {"recalibrate": recalibrate, "calibration": calibration, "moments": moments, "spec": spec}
         head, judge = check_options(head, judge, judge_key, basis=options.basis, **asked)
+        model = private_copy(model).cpu()  # later questions are of widths as they are now
     statistics = calibration if isinstance(calibration, ClientStatistics) else None
     if statistics is not None and example_inputs is None:
         raise CalibrationError(
@@ -265,9 +267,7 @@ def _resolve_last(
         return None, False
     try:
         check_head(data.program, data.model.state_dict(), found)
-    except (
-        Exception
-    ) as error:  # of what nobody asked for: networks that cannot be traced, with a spec by hand, included
+    except Exception as error:  # of what nobody asked for; of networks that cannot be traced, with a spec by hand, too
         if not offered:
             raise
         log(DEBUG, "no head from labels: %s", error)

@@ -70,7 +70,7 @@ class Sizes:
         Parameters
         ----------
         model : nn.Module
-            The widest network, whose arrays are aggregated.
+            The widest network, whose arrays are aggregated; on the CPU, and nobody else's.
         sizes : iterable of nn.Module
             The option of `C2M3`.
         data : CalibrationSet
@@ -100,7 +100,7 @@ class Sizes:
                 raise ConfigError(f"{name} has the shapes of {known[shapes]}: leave it out")
             known[shapes] = name
         widths = Widths.of(
-            [private_copy(each).cpu() for each in (model, *found)],  # whoever passed them may move or train them
+            [model, *(private_copy(each).cpu() for each in found)],  # whoever passed them may move or train them
             None,
             data,
             example_inputs=example_inputs,
