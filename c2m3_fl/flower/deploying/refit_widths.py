@@ -156,7 +156,7 @@ def refit_widths(resizing: Resizing, deployed: Params, asked: Asked) -> int:
 def refit_restriction(
     wide: Network, narrow: Network, units: Injection, deployed: Params, asked: Asked
 ) -> tuple[Params, tuple[int, ...]]:
-    """A model restricted to some of its units and refit to what the whole one gives on the clients' data; who answered.
+    """A model restricted to some of its units, and refit to what the whole model gives on the clients' data.
 
     Parameters
     ----------
@@ -168,6 +168,11 @@ def refit_restriction(
         State dict of the model; not mutated.
     asked : Asked
         Whom to ask.
+
+    Returns
+    -------
+    (mapping of str to Tensor, tuple of int)
+        State dict of `narrow`, and the nodes whose answers were of use and that answered to the end.
 
     Raises
     ------
