@@ -87,7 +87,9 @@ class RoundWidths:
         return settled, tuple(narrow)
 
     def outliers(self, match: RoundMatch, narrow: Sequence[Narrow | None]) -> dict[int, str]:
-        """The replies that do not fit the others in the entries that all have, or do not fit those of their width.
+        """The replies that do not fit the others of their width.
+
+        Weights of honest networks differ in size and in direction from width to width: those of fewer units are larger.
 
         Parameters
         ----------
@@ -96,37 +98,13 @@ class RoundWidths:
         narrow : sequence of Narrow or None
             The widths of the replies.
         """
-        odd = find_outliers(self.sizes.spec, self.in_common(match.params, narrow, match.sent), match.sent)
         places = [0 if own is None else own.place for own in narrow]
+        odd: dict[int, str] = {}
         for place in set(places):
             alike = [index for index, other in enumerate(places) if other == place]
             found = find_outliers(self.sizes.spec, [match.params[index] for index in alike], match.sent)
-            odd = {**{alike[index]: reason for index, reason in found.items()}, **odd}
+            odd |= {alike[index]: reason for index, reason in found.items()}
         return {index: odd[index] for index in sorted(odd)}
-
-    def in_common(
-        self, params: Sequence[Params], narrow: Sequence[Narrow | None], other: Params
-    ) -> list[dict[str, Tensor]]:
-        """The replies with the entries of another network wherever not all of them have an entry.
-
-        Parameters
-        ----------
-        params : sequence of mappings of str to Tensor
-            The replies in one basis.
-        narrow : sequence of Narrow or None
-            Their widths.
-        other : mapping of str to Tensor
-            A network of the model's width.
-        """
-        owned = [self._owned(own) for own in narrow]
-        shared: list[dict[str, Tensor]] = [dict(each) for each in params]
-        for name, start in other.items():
-            masks = [own[name] for own in owned if name in own]
-            if masks:
-                common = torch.stack([mask.expand(start.shape) for mask in masks]).all(0)
-                for each in shared:
-                    each[name] = torch.where(common, each[name], start.to(each[name].dtype))
-        return shared
 
     def filled(self, aligned: AlignedReplies, sent: Params, strategy: object) -> AlignedReplies:
         """The replies as the wrapped strategy gets them.

@@ -142,6 +142,17 @@ def test_a_hostile_narrow_reply_is_named_and_honest_ones_of_any_width_are_not():
     assert (metrics["c2m3-dropped"], metrics["c2m3-outliers"]) == (1, 1)
 
 
+def test_a_network_of_a_far_narrower_width_is_no_outlier_for_that():
+    """Fewer inputs make larger weights: those of eight units are six times as large as those of 256."""
+    widths = (256, 256, 256, 256, 8)
+    strategy = C2M3(model=mlp(0, 256), sizes=[mlp(0, 8)], example_inputs=EXAMPLE, max_steps=1, outliers="drop")
+    strategy.server.resizing.note({node: int(width == 8) for node, width in enumerate(widths, 1)})
+    send(strategy, mlp(0, 256).state_dict(), nodes=len(widths))
+    replies = [reply(node, narrow(width, node)) for node, width in enumerate(widths, 1)]
+    _, metrics = strategy.aggregate_train(1, replies)
+    assert metrics["c2m3-dropped"] == 0
+
+
 def _distance(arrays):
     """The largest difference of an aggregate from the model that was sent."""
     return max(float((to_params(arrays)[name] - value).abs().max()) for name, value in mlp().state_dict().items())
