@@ -17,7 +17,9 @@ from functools import partial
 
 import torch
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Result
+from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest
@@ -113,11 +115,12 @@ def run_cell(
     """
     place = device or default_device()
     memory = RememberingTrainer(partial(train_locally, device=place)) if trainer is None else trainer
+    app = build_app(memory, place)  # one for all methods: it remembers the networks that it has traced
     examiner = _Examiner(settings, place)
     with flower_log(logging.ERROR):
         for method in methods:
             before, since = getattr(memory, "trained", 0), time.perf_counter()
-            found = _run_method(settings, method, memory, examiner)
+            found = _run_method(settings, method, app, examiner)
             report(
                 Measurement(
                     cell=labels,
@@ -153,7 +156,7 @@ class _Found:
     up: int
 
 
-def _run_method(settings: Settings, method: str, trainer: Trainer, examiner: _Examiner) -> _Found:
+def _run_method(settings: Settings, method: str, app: ClientApp, examiner: _Examiner) -> _Found:
     data = federated_data(settings)
     model = start_model(settings)
     first, share = settings.present_in(1), settings.participation
@@ -168,7 +171,7 @@ def _run_method(settings: Settings, method: str, trainer: Trainer, examiner: _Ex
             return _in_order(answers)
         return answers
 
-    grid = MeteredGrid(build_app(trainer, examiner.device), settings, transit=keep)
+    grid = MeteredGrid(app, settings, transit=keep)
     seed_sampling(settings)
     scores: list[Scores] = []
     evaluation = 0.0
@@ -203,22 +206,25 @@ class _Examiner:
         self.device = device
         self._data: FederatedData = federated_data(settings)
         self._model = build_model(settings, self._data.shape, self._data.classes, seed=0).to(device)
-        self._known: dict[str, Scores] = {}
+        self._known: dict[str, Tensor] = {}
 
     def score(self, params: Params) -> Scores:
         """Scores of one model."""
-        name = digest(params)
-        if name not in self._known:
-            images = self._data.held_out
-            self._known[name] = score(log_probabilities(self._model, params, images.inputs), images.labels)
-        return self._known[name]
+        return score(self._predict(params), self._data.held_out.labels)
 
     def score_clients(self, replies: Sequence[Params]) -> tuple[tuple[float, ...], float]:
         """Accuracy of every network, and of their mean probabilities."""
-        images = self._data.held_out
-        predictions = [log_probabilities(self._model, each, images.inputs) for each in replies]
-        alone = tuple(round(score(each, images.labels).accuracy, 5) for each in predictions)
-        return alone, round(score(ensemble(predictions), images.labels).accuracy, 5)
+        labels = self._data.held_out.labels
+        predictions = [self._predict(each) for each in replies]
+        alone = tuple(round(score(each, labels).accuracy, 5) for each in predictions)
+        return alone, round(score(ensemble(predictions), labels).accuracy, 5)
+
+    def _predict(self, params: Params) -> Tensor:
+        """Log-probabilities, shape (images, classes)."""
+        name = digest(params)
+        if name not in self._known:
+            self._known[name] = log_probabilities(self._model, params, self._data.held_out.inputs)
+        return self._known[name]
 
 
 def _numbers(result: Result) -> dict[str, float | None]:

@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from c2m3_fl.errors import CalibrationError, ConfigError
@@ -34,7 +36,7 @@ def held_out(batches: Sequence[Batch], every: int) -> list[Tensor]:
     """
     if type(every) is not int or every < 2:
         raise ConfigError(f"holdout is {every!r}, expected a whole number, at least 2: one example in so many")
-    names = [(_digest(batch, row), place, row) for place, batch in enumerate(batches) for row in range(_size(batch))]
+    names = [(name, place, row) for place, batch in enumerate(batches) for row, name in enumerate(_digests(batch))]
     masks = [torch.zeros(_size(batch), dtype=torch.bool) for batch in batches]
     for _, place, row in sorted(names)[every - 1 :: every]:
         masks[place][row] = True
@@ -43,7 +45,7 @@ def held_out(batches: Sequence[Batch], every: int) -> list[Tensor]:
 
 def digest_examples(batches: Sequence[Batch]) -> bytes:
     """A digest of all examples, whatever their order."""
-    names = sorted(_digest(batch, row) for batch in batches for row in range(_size(batch)))
+    names = sorted(name for batch in batches for name in _digests(batch))
     return hashlib.blake2b(b"".join(names), digest_size=16).digest()
 
 
@@ -80,9 +82,21 @@ def _size(batch: Batch) -> int:
     return len(batch.inputs[0])
 
 
-def _digest(batch: Batch, row: int) -> bytes:
-    state = hashlib.blake2b(digest_size=16)
-    for value in (*batch.inputs, *(() if batch.labels is None else (batch.labels,))):
-        if value.ndim and len(value) == _size(batch):
-            state.update(value[row].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return state.digest()
+def _digests(batch: Batch) -> list[bytes]:
+    """One digest per example, of its inputs and its label."""
+    count = _size(batch)
+    parts = (*batch.inputs, *(() if batch.labels is None else (batch.labels,)))
+    columns = [_octets(value) for value in parts if value.ndim and len(value) == count]
+    found = []
+    for row in range(count):
+        state = hashlib.blake2b(digest_size=16)
+        for column in columns:
+            state.update(column[row])
+        found.append(state.digest())
+    return found
+
+
+def _octets(value: Tensor) -> NDArray[np.uint8]:
+    """The bytes of every row, shape (batch, bytes of a row)."""
+    rows = value.detach().cpu().contiguous()
+    return (rows.flatten(1) if rows.ndim > 1 else rows[:, None]).view(torch.uint8).numpy()
