@@ -30,7 +30,7 @@ from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.match import match
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError
-from c2m3_fl.merging.recalibrate.head import FitHead
+from c2m3_fl.merging.recalibrate.head.fit import FitHead
 from c2m3_fl.merging.recalibrate.setting import prepare, usable_device
 from c2m3_fl.symmetry.discover import permutation_spec
 from simulations.ledger import now, place_of, surroundings

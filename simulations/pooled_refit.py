@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.merging.recalibrate.client_fit import fit_operator
-from c2m3_fl.merging.recalibrate.client_plan import Role, plan_refit
-from c2m3_fl.merging.recalibrate.client_pool import pool_fits, pool_moments
 from c2m3_fl.merging.recalibrate.correction import rescale
-from c2m3_fl.merging.recalibrate.fit_sums import Drawing, FitAnswer, Measured, MomentsAnswer, measure
-from c2m3_fl.merging.recalibrate.head import STRENGTHS
+from c2m3_fl.merging.recalibrate.from_clients.fit import fit_operator
+from c2m3_fl.merging.recalibrate.from_clients.plan import Role, plan_refit
+from c2m3_fl.merging.recalibrate.from_clients.pool import pool_fits, pool_moments
+from c2m3_fl.merging.recalibrate.from_clients.sums import Drawing, FitAnswer, Measured, MomentsAnswer, measure
+from c2m3_fl.merging.recalibrate.head.fit import STRENGTHS
 from c2m3_fl.merging.recalibrate.targets import Target
 from c2m3_fl.network.calibration_set import CalibrationSet
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from c2m3_fl.merging.recalibrate.reliability import Reliability
+from c2m3_fl.merging.recalibrate.head.reliability import Reliability
 from simulations.data import Images
 from simulations.language_models import LanguageModel
 from simulations.settings import Settings

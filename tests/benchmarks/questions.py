@@ -28,7 +28,7 @@ from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.align.methods import ActivationMatching, CycleConsistent, Mean, Method
 from c2m3_fl.merging.evaluate.barrier import simplex
-from c2m3_fl.merging.recalibrate.head import FitHead
+from c2m3_fl.merging.recalibrate.head.fit import FitHead
 from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.symmetry.discover import permutation_spec
 from simulations.data import Images, federated_data

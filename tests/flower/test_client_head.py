@@ -16,10 +16,10 @@ from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.queries.head import Head, check_head, head_by_clients, report_head, resolve_head
 from c2m3_fl.flower.queries.labels import ACTION, answer_head
 from c2m3_fl.flower.serial_grid import SerialGrid
-from c2m3_fl.merging.recalibrate.head import FitHead
+from c2m3_fl.merging.recalibrate.head.fit import FitHead
 from c2m3_fl.merging.recalibrate.setting import prepare
 from c2m3_fl.network.program import export_program
-from tests.merging.recalibrate.labelled import PARTITIONS, digits, network, partition
+from tests.merging.recalibrate.head.labelled import PARTITIONS, digits, network, partition
 
 OPTIONS = Head(strengths=(1e-2,))
 EXAMPLE = (torch.zeros(2, 64),)

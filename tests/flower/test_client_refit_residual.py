@@ -8,7 +8,7 @@ from torch import nn
 
 from c2m3_fl.flower.queries.refit import ClientRefit, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
-from c2m3_fl.merging.recalibrate import client_packing, client_plan, fit_sums
+from c2m3_fl.merging.recalibrate.from_clients import packing, plan, sums
 from c2m3_fl.network.program import export_program
 from tests.flower.client_refits import app_of
 from tests.flower.federation import EXAMPLE, digits, train
@@ -56,7 +56,7 @@ def refit(endpoints, merged):
 
 def without_the_sum(monkeypatch, *given):
     with monkeypatch.context() as patch:
-        for module in (client_plan, client_packing, fit_sums):
+        for module in (plan, packing, sums):
             patch.setattr(module, "skip_beside", lambda *_: None)
         return refit(*given)
 

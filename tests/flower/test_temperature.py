@@ -14,7 +14,7 @@ from torch.nn import functional
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower.incoming.records import from_params, to_params
-from c2m3_fl.merging.recalibrate.last_layer import with_temperature
+from c2m3_fl.merging.recalibrate.head.last_layer import with_temperature
 from c2m3_fl.network.program import export_program
 from tests.flower.federation import accuracy, calibration, digits, mlp, same
 from tests.flower.test_candidates import deployed, played

@@ -21,7 +21,7 @@ from c2m3_fl.flower.metrics import Numbers, failure
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.merging.evaluate.decide import DeploymentDecision, judge_by_labels
 from c2m3_fl.merging.recalibrate.auto import Auto
-from c2m3_fl.merging.recalibrate.last_layer import with_temperature
+from c2m3_fl.merging.recalibrate.head.last_layer import with_temperature
 
 __all__ = ["Clients", "Deployed", "Request", "deploy", "wants_plain"]
 

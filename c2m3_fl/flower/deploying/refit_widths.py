@@ -26,7 +26,7 @@ from c2m3_fl.flower.widths.padding import Padding, computes_alike, placed
 from c2m3_fl.flower.widths.rounds import RoundWidths
 from c2m3_fl.flower.widths.stage import Resizing
 from c2m3_fl.flower.wrapped import typed_like
-from c2m3_fl.merging.recalibrate.client_pool import far_networks
+from c2m3_fl.merging.recalibrate.from_clients.pool import far_networks
 from c2m3_fl.merging.reports import Recalibrated
 from c2m3_fl.merging.widths.endpoints import owned_channels
 from c2m3_fl.merging.widths.injections import Injection, carry

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.flower.queries.refit_options import ClientRefit, RegMean
-from c2m3_fl.merging.recalibrate.client_fit import counting, fit_operator, restate_behind
-from c2m3_fl.merging.recalibrate.client_owners import of_inputs, owner_sets, take_over
-from c2m3_fl.merging.recalibrate.client_plan import Question, Role, norm_behind
-from c2m3_fl.merging.recalibrate.client_pool import outlying, pool_fits, pool_moments, shares_of
-from c2m3_fl.merging.recalibrate.client_sketch import SketchedFit
 from c2m3_fl.merging.recalibrate.correction import rescale, restate
-from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, MomentsAnswer
-from c2m3_fl.merging.recalibrate.folded_norm import effective
-from c2m3_fl.merging.recalibrate.regmean import assign_regression_mean, shrunk
+from c2m3_fl.merging.recalibrate.from_clients.fit import counting, fit_operator, restate_behind
+from c2m3_fl.merging.recalibrate.from_clients.folded_norm import effective
+from c2m3_fl.merging.recalibrate.from_clients.owners import of_inputs, owner_sets, take_over
+from c2m3_fl.merging.recalibrate.from_clients.plan import Question, Role, norm_behind
+from c2m3_fl.merging.recalibrate.from_clients.pool import outlying, pool_fits, pool_moments, shares_of
+from c2m3_fl.merging.recalibrate.from_clients.regmean import assign_regression_mean, shrunk
+from c2m3_fl.merging.recalibrate.from_clients.sketch import SketchedFit
+from c2m3_fl.merging.recalibrate.from_clients.sums import Answer, FitAnswer, GramAnswer, MomentsAnswer
 from c2m3_fl.merging.recalibrate.targets import Target
 from c2m3_fl.merging.reports import OperatorReport
 from c2m3_fl.network.operators import Operator

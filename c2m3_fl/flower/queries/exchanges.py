@@ -17,9 +17,9 @@ from c2m3_fl.flower.incoming.replies import only_arrays
 from c2m3_fl.flower.queries.networks import Sealed, is_stale, write_networks
 from c2m3_fl.flower.queries.refit_options import ClientRefit, RegMean
 from c2m3_fl.flower.queries.sums import ACTION
-from c2m3_fl.merging.recalibrate.client_packing import expected, expected_channels, unpack
-from c2m3_fl.merging.recalibrate.client_plan import Plan, Question
-from c2m3_fl.merging.recalibrate.fit_sums import Answer
+from c2m3_fl.merging.recalibrate.from_clients.packing import expected, expected_channels, unpack
+from c2m3_fl.merging.recalibrate.from_clients.plan import Plan, Question
+from c2m3_fl.merging.recalibrate.from_clients.sums import Answer
 from c2m3_fl.network.program import Program
 
 _NO_HOLDOUT = 5  # where all examples count alike

@@ -24,11 +24,11 @@ from c2m3_fl.flower.incoming.records import Entry, from_params, to_params
 from c2m3_fl.flower.incoming.replies import only_arrays
 from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.flower.queries.labels import ACTION, LAYERS, SIDES, SPARSEST
-from c2m3_fl.merging.recalibrate.head import METHOD, FitHead, fit_head, operator_report
-from c2m3_fl.merging.recalibrate.head_checks import check_label_sums, outlying
-from c2m3_fl.merging.recalibrate.label_sums import LabelSums, pool_sums, read_sums
-from c2m3_fl.merging.recalibrate.last_layer import last_layer, with_head
-from c2m3_fl.merging.recalibrate.reliability import BINS, Reliability, pool_reliability, quality
+from c2m3_fl.merging.recalibrate.head.checks import check_label_sums, outlying
+from c2m3_fl.merging.recalibrate.head.fit import METHOD, FitHead, fit_head, operator_report
+from c2m3_fl.merging.recalibrate.head.label_sums import LabelSums, pool_sums, read_sums
+from c2m3_fl.merging.recalibrate.head.last_layer import last_layer, with_head
+from c2m3_fl.merging.recalibrate.head.reliability import BINS, Reliability, pool_reliability, quality
 from c2m3_fl.merging.reports import HeadReport, Recalibrated, RecalibrationReport
 from c2m3_fl.network.program import Program
 from c2m3_fl.network.rows import weight_matrix

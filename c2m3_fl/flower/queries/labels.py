@@ -11,9 +11,9 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.queries.answers import read_data, read_network
-from c2m3_fl.merging.recalibrate.head import measure_labels, reliability
-from c2m3_fl.merging.recalibrate.label_sums import write_sums
-from c2m3_fl.merging.recalibrate.last_layer import last_layer, reads_input
+from c2m3_fl.merging.recalibrate.head.fit import measure_labels, reliability
+from c2m3_fl.merging.recalibrate.head.label_sums import write_sums
+from c2m3_fl.merging.recalibrate.head.last_layer import last_layer, reads_input
 from c2m3_fl.merging.recalibrate.softmax_fit import Layer
 from c2m3_fl.network.calibration import Batch, Calibration
 from c2m3_fl.network.program import Program, export_batches

@@ -21,8 +21,8 @@ from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower.queries.corrections import Corrections, Owners
 from c2m3_fl.flower.queries.exchanges import Exchanges
 from c2m3_fl.flower.queries.refit_options import ClientRefit, Price, RegMean, asks_clients, plan_of, price
-from c2m3_fl.merging.recalibrate.client_plan import Plan
-from c2m3_fl.merging.recalibrate.client_pool import far_networks
+from c2m3_fl.merging.recalibrate.from_clients.plan import Plan
+from c2m3_fl.merging.recalibrate.from_clients.pool import far_networks
 from c2m3_fl.merging.reports import OperatorReport, Recalibrated, RecalibrationReport
 from c2m3_fl.network.program import Program
 

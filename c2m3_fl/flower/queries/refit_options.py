@@ -10,7 +10,7 @@ import numpy as np
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.queries.sums import LARGEST_SKETCH, SPARSEST
-from c2m3_fl.merging.recalibrate.client_plan import Plan, Question, Role, norm_behind, plan_gram, plan_refit
+from c2m3_fl.merging.recalibrate.from_clients.plan import Plan, Question, Role, norm_behind, plan_gram, plan_refit
 from c2m3_fl.network.program import Program
 
 

@@ -23,9 +23,9 @@ from c2m3_fl.flower.incoming.admitted import fault_of, report_unanswered
 from c2m3_fl.flower.incoming.records import Entry, from_params, to_params
 from c2m3_fl.flower.incoming.replies import only_arrays
 from c2m3_fl.flower.queries.moments import ACTION
-from c2m3_fl.merging.recalibrate.client_packing import moments_shapes, read_moments
-from c2m3_fl.merging.recalibrate.client_pool import outlying
-from c2m3_fl.merging.recalibrate.fit_sums import MomentsAnswer
+from c2m3_fl.merging.recalibrate.from_clients.packing import moments_shapes, read_moments
+from c2m3_fl.merging.recalibrate.from_clients.pool import outlying
+from c2m3_fl.merging.recalibrate.from_clients.sums import MomentsAnswer
 from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, repair_measured
 from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.recalibrate.targets import Target, output_moments, pool, pooled_targets

@@ -13,10 +13,10 @@ from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.queries.answers import read_data
 from c2m3_fl.flower.queries.networks import receive_networks, stale
-from c2m3_fl.merging.recalibrate.client_packing import pack
-from c2m3_fl.merging.recalibrate.client_plan import Role
-from c2m3_fl.merging.recalibrate.fit_sums import Drawing, measure
-from c2m3_fl.merging.recalibrate.last_layer import reads_input
+from c2m3_fl.merging.recalibrate.from_clients.packing import pack
+from c2m3_fl.merging.recalibrate.from_clients.plan import Role
+from c2m3_fl.merging.recalibrate.from_clients.sums import Drawing, measure
+from c2m3_fl.merging.recalibrate.head.last_layer import reads_input
 from c2m3_fl.network.calibration import Batch, Calibration
 from c2m3_fl.network.program import Program
 

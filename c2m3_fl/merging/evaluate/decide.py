@@ -11,8 +11,8 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.merging.recalibrate.client_outliers import capped
-from c2m3_fl.merging.recalibrate.last_layer import class_labels
+from c2m3_fl.merging.recalibrate.head.last_layer import class_labels
+from c2m3_fl.merging.recalibrate.outliers import capped
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.program import Program, Walk
 

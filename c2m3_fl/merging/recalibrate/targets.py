@@ -10,7 +10,7 @@ from torch import Tensor
 from c2m3_fl.core.averaging import mean_from_first, normalise_weights
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.merging.recalibrate.client_outliers import capped
+from c2m3_fl.merging.recalibrate.outliers import capped
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator

@@ -14,9 +14,9 @@ from c2m3_fl.flower import C2M3, ClientRefit
 from c2m3_fl.flower.deploying import candidates
 from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.widths.padding import Padding, check_padding, computes_alike
-from c2m3_fl.merging.recalibrate.client_pool import outlying
-from c2m3_fl.merging.recalibrate.client_sketch import Centred, SketchedFit
-from c2m3_fl.merging.recalibrate.fit_sums import FitAnswer, MomentsAnswer
+from c2m3_fl.merging.recalibrate.from_clients.pool import outlying
+from c2m3_fl.merging.recalibrate.from_clients.sketch import Centred, SketchedFit
+from c2m3_fl.merging.recalibrate.from_clients.sums import FitAnswer, MomentsAnswer
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.merging.widths.injections import injection
 from c2m3_fl.merging.widths.networks import Widths

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.merging.recalibrate.last_layer import last_layer, reads_input, with_head
+from c2m3_fl.merging.recalibrate.head.last_layer import last_layer, reads_input, with_head
 from c2m3_fl.merging.recalibrate.softmax_fit import Layer
 from c2m3_fl.network.program import export_program
 

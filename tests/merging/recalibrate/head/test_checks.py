@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.merging.recalibrate.head_checks import check_label_sums, outlying
-from c2m3_fl.merging.recalibrate.label_sums import one_hot_sums
-from tests.merging.recalibrate.labelled import PARTITIONS, digits, partition, sums
+from c2m3_fl.merging.recalibrate.head.checks import check_label_sums, outlying
+from c2m3_fl.merging.recalibrate.head.label_sums import one_hot_sums
+from tests.merging.recalibrate.head.labelled import PARTITIONS, digits, partition, sums
 
 
 @pytest.mark.parametrize("kind", PARTITIONS)

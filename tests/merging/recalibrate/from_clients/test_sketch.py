@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.merging.recalibrate.client_packing import pack, unpack
-from c2m3_fl.merging.recalibrate.client_plan import Role
-from c2m3_fl.merging.recalibrate.client_pool import outlying, pool_fits
-from c2m3_fl.merging.recalibrate.client_sketch import Noise, Sketch, SketchAnswer
-from c2m3_fl.merging.recalibrate.fit_sums import Drawing, FitAnswer, measure
+from c2m3_fl.merging.recalibrate.from_clients.packing import pack, unpack
+from c2m3_fl.merging.recalibrate.from_clients.plan import Role
+from c2m3_fl.merging.recalibrate.from_clients.pool import outlying, pool_fits
+from c2m3_fl.merging.recalibrate.from_clients.sketch import Noise, Sketch, SketchAnswer
+from c2m3_fl.merging.recalibrate.from_clients.sums import Drawing, FitAnswer, measure
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.calibration import load_batches
 from c2m3_fl.network.program import export_batches

@@ -17,9 +17,9 @@ import torch
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import CalibrationError, ConfigError
-from c2m3_fl.merging.recalibrate.label_sums import LabelSums, one_hot_sums
-from c2m3_fl.merging.recalibrate.last_layer import NO_HEAD, labelled_inputs, last_layer, with_head
-from c2m3_fl.merging.recalibrate.reliability import Reliability, quality
+from c2m3_fl.merging.recalibrate.head.label_sums import LabelSums, one_hot_sums
+from c2m3_fl.merging.recalibrate.head.last_layer import NO_HEAD, labelled_inputs, last_layer, with_head
+from c2m3_fl.merging.recalibrate.head.reliability import Reliability, quality
 from c2m3_fl.merging.recalibrate.repair import recalibration_report
 from c2m3_fl.merging.recalibrate.ridge import Fit, Sums, choose
 from c2m3_fl.merging.recalibrate.setting import Setting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from c2m3_fl.merging.recalibrate.regmean import regression_mean, shrunk
+from c2m3_fl.merging.recalibrate.from_clients.regmean import regression_mean, shrunk
 
 
 def drawn(seed, *shape):

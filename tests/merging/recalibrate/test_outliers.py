@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from c2m3_fl.merging.recalibrate.client_outliers import capped, far_from_others
+from c2m3_fl.merging.recalibrate.outliers import capped, far_from_others
 
 
 def alike(count, seed=0):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.merging.recalibrate.client_plan import norm_behind
-from c2m3_fl.merging.recalibrate.fit_sums import FitAnswer
+from c2m3_fl.merging.recalibrate.from_clients.plan import norm_behind
+from c2m3_fl.merging.recalibrate.from_clients.sums import FitAnswer
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.operators import Operator
 from c2m3_fl.network.program import Program

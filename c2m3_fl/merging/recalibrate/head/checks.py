@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.merging.recalibrate.client_outliers import far_from_others
-from c2m3_fl.merging.recalibrate.client_pool import LIMITS
-from c2m3_fl.merging.recalibrate.label_sums import LabelSums
+from c2m3_fl.merging.recalibrate.head.label_sums import LabelSums
+from c2m3_fl.merging.recalibrate.outliers import LIMITS, far_from_others
 from c2m3_fl.merging.recalibrate.ridge import Sums
 
 MANY = 2**53  # examples: beyond it floats do not count any more

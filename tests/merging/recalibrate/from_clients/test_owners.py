@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from c2m3_fl.merging.recalibrate.client_owners import of_inputs, owner_sets, take_over
-from c2m3_fl.merging.recalibrate.client_plan import norm_behind
-from c2m3_fl.merging.recalibrate.fit_sums import FitAnswer
+from c2m3_fl.merging.recalibrate.from_clients.owners import of_inputs, owner_sets, take_over
+from c2m3_fl.merging.recalibrate.from_clients.plan import norm_behind
+from c2m3_fl.merging.recalibrate.from_clients.sums import FitAnswer
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.calibration import load_batches
 from c2m3_fl.network.program import Walk, export_program

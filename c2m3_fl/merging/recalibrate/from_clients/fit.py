@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.merging.recalibrate.client_plan import norm_behind
 from c2m3_fl.merging.recalibrate.correction import compared, rescale
-from c2m3_fl.merging.recalibrate.fit_sums import FitAnswer
-from c2m3_fl.merging.recalibrate.folded_norm import effective, epsilon, spread_of
+from c2m3_fl.merging.recalibrate.from_clients.folded_norm import effective, epsilon, spread_of
+from c2m3_fl.merging.recalibrate.from_clients.plan import norm_behind
+from c2m3_fl.merging.recalibrate.from_clients.sums import FitAnswer
 from c2m3_fl.merging.recalibrate.ridge import Fit, Sums, choose
 from c2m3_fl.merging.recalibrate.targets import Target
 from c2m3_fl.merging.reports import FitReport, OperatorReport

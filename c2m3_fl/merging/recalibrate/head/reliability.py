@@ -15,7 +15,7 @@ from torch import Tensor
 
 from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.merging.recalibrate.client_outliers import capped
+from c2m3_fl.merging.recalibrate.outliers import capped
 from c2m3_fl.merging.reports import ScoreQuality
 
 BINS = 15  # of confidence, equally wide, as in Guo et al.

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from c2m3_fl.merging.recalibrate.client_plan import Role
-from c2m3_fl.merging.recalibrate.fit_sums import Drawing, measure
+from c2m3_fl.merging.recalibrate.from_clients.plan import Role
+from c2m3_fl.merging.recalibrate.from_clients.sums import Drawing, measure
 from c2m3_fl.network.calibration_set import CalibrationSet
 
 NETWORKS = {

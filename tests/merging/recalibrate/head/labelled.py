@@ -9,8 +9,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from c2m3_fl.merging.recalibrate.head import measure_labels
-from c2m3_fl.merging.recalibrate.label_sums import LabelSums
+from c2m3_fl.merging.recalibrate.head.fit import measure_labels
+from c2m3_fl.merging.recalibrate.head.label_sums import LabelSums
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.program import Program, export_batches
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.merging.recalibrate.client_outliers import capped
+from c2m3_fl.merging.recalibrate.outliers import capped
 from c2m3_fl.merging.recalibrate.ridge import Sums
 
 

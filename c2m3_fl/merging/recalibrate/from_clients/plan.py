@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.merging.recalibrate.client_sketch import held_out_size
-from c2m3_fl.merging.recalibrate.last_layer import reads_input
+from c2m3_fl.merging.recalibrate.from_clients.sketch import held_out_size
+from c2m3_fl.merging.recalibrate.head.last_layer import reads_input
 from c2m3_fl.network.operators import Kind, Operator
 from c2m3_fl.network.program import Program
 from c2m3_fl.network.rows import weight_matrix

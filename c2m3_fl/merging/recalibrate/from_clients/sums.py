@@ -17,9 +17,9 @@ from torch import Tensor, fx
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import digest
 from c2m3_fl.errors import CalibrationError
-from c2m3_fl.merging.recalibrate.client_plan import Role, norm_behind, skip_beside
-from c2m3_fl.merging.recalibrate.client_sketch import Noise, Sketch, SketchAnswer, SketchedFit, held_out_size
-from c2m3_fl.merging.recalibrate.folded_norm import effective
+from c2m3_fl.merging.recalibrate.from_clients.folded_norm import effective
+from c2m3_fl.merging.recalibrate.from_clients.plan import Role, norm_behind, skip_beside
+from c2m3_fl.merging.recalibrate.from_clients.sketch import Noise, Sketch, SketchAnswer, SketchedFit, held_out_size
 from c2m3_fl.merging.recalibrate.held_out import digest_examples, held_out
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.calibration import Batch

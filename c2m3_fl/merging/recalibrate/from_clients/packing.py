@@ -13,9 +13,9 @@ from torch import Tensor
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.merging.recalibrate.client_plan import Question, Role, skip_beside, triangle
-from c2m3_fl.merging.recalibrate.client_sketch import Centred, SketchAnswer, SketchedFit, held_out_size
-from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer, Measured, MomentsAnswer
+from c2m3_fl.merging.recalibrate.from_clients.plan import Question, Role, skip_beside, triangle
+from c2m3_fl.merging.recalibrate.from_clients.sketch import Centred, SketchAnswer, SketchedFit, held_out_size
+from c2m3_fl.merging.recalibrate.from_clients.sums import Answer, FitAnswer, GramAnswer, Measured, MomentsAnswer
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator

@@ -8,10 +8,10 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 from c2m3_fl.errors import CalibrationError, ConfigError
-from c2m3_fl.merging.recalibrate.head import FitHead, fit_head
-from c2m3_fl.merging.recalibrate.label_sums import pool_sums, read_sums, write_sums
+from c2m3_fl.merging.recalibrate.head.fit import FitHead, fit_head
+from c2m3_fl.merging.recalibrate.head.label_sums import pool_sums, read_sums, write_sums
 from c2m3_fl.merging.recalibrate.setting import prepare
-from tests.merging.recalibrate.labelled import PARTITIONS, digits, features, network, partition, sums
+from tests.merging.recalibrate.head.labelled import PARTITIONS, digits, features, network, partition, sums
 
 STRENGTHS = (1e-4, 1e-2, 1.0)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.merging.recalibrate.client_packing import pack, unpack
-from c2m3_fl.merging.recalibrate.client_plan import Role
-from c2m3_fl.merging.recalibrate.client_pool import far_networks, outlying, pool_fits, pool_moments, shares_of
-from c2m3_fl.merging.recalibrate.fit_sums import Drawing, FitAnswer, measure
-from c2m3_fl.merging.recalibrate.folded_norm import effective
+from c2m3_fl.merging.recalibrate.from_clients.folded_norm import effective
+from c2m3_fl.merging.recalibrate.from_clients.packing import pack, unpack
+from c2m3_fl.merging.recalibrate.from_clients.plan import Role
+from c2m3_fl.merging.recalibrate.from_clients.pool import far_networks, outlying, pool_fits, pool_moments, shares_of
+from c2m3_fl.merging.recalibrate.from_clients.sums import Drawing, FitAnswer, measure
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.calibration import load_batches
 from c2m3_fl.network.moments import Moments

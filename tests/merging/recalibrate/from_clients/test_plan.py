@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from c2m3_fl.merging.recalibrate.client_plan import Role, norm_behind, plan_gram, plan_refit, skip_beside
+from c2m3_fl.merging.recalibrate.from_clients.plan import Role, norm_behind, plan_gram, plan_refit, skip_beside
 from c2m3_fl.network.program import export_program
 from tests.merging.networks import NETWORKS, images
 

@@ -13,17 +13,13 @@ from torch import Tensor
 
 from c2m3_fl.core.averaging import normalise_weights
 from c2m3_fl.core.spec import Params
-from c2m3_fl.merging.recalibrate.client_outliers import capped, far_from_others
-from c2m3_fl.merging.recalibrate.client_sketch import Centred, SketchedFit
-from c2m3_fl.merging.recalibrate.fit_sums import Answer, FitAnswer, GramAnswer
+from c2m3_fl.merging.recalibrate.from_clients.sketch import Centred, SketchedFit
+from c2m3_fl.merging.recalibrate.from_clients.sums import Answer, FitAnswer, GramAnswer
+from c2m3_fl.merging.recalibrate.outliers import LIMITS, capped, far_from_others
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.program import Program
 
-# Largest ratios of a mean square to the clients' median, and reciprocals of the smallest. Chosen on the wine and breast
-# cancer data of scikit-learn, which no table shows: perceptrons of honest clients, from alike to one class each, reach
-# 9 and 110 there, and at the other end 1/15.
-LIMITS = {"inputs": 30.0, "targets": 300.0, "outputs": 300.0}
 # Distance of a network's weights from the entrywise median, in median distances and in norms of the median: honest
 # clients of the same data reach 1.9 norms; a network that is scaled by -5 has 6, by 5 it has 4.
 _FAR, _FLOOR = 5.0, 3.0

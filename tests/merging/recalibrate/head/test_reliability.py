@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from c2m3_fl.errors import ParamsError
-from c2m3_fl.merging.recalibrate.head import TEMPERATURES
-from c2m3_fl.merging.recalibrate.reliability import Reliability, pool_reliability, quality
+from c2m3_fl.merging.recalibrate.head.fit import TEMPERATURES
+from c2m3_fl.merging.recalibrate.head.reliability import Reliability, pool_reliability, quality
 
 
 def scored(count=90, seed=0, sharpness=3.0):
