@@ -4,8 +4,8 @@ import pytest
 
 from c2m3_fl.flower.queries.refit import ClientRefit
 from simulations import pooled_refit
-from tests.flower.client_refits import NODES, WEIGHTS, convolutional, networks, outputs, refit
 from tests.flower.federation import digits, mlp, pooled
+from tests.flower.queries.refits import NODES, WEIGHTS, convolutional, networks, outputs, refit
 
 
 @pytest.mark.parametrize("make", [mlp, convolutional])

@@ -22,7 +22,7 @@ from c2m3_fl.merging.widths.injections import injection
 from c2m3_fl.merging.widths.networks import Widths
 from c2m3_fl.network.moments import Moments
 from tests.flower.federation import EXAMPLE, digits, mlp, share
-from tests.flower.server_solve import refit_on_a_server
+from tests.flower.queries.server_solve import refit_on_a_server
 from tests.flower.widths.federation import WIDTHS
 from tests.flower.widths.refits import ALL, answering, federation, normed, one_round
 from tests.merging.networks import ChannelNorm

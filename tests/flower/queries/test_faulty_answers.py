@@ -13,8 +13,8 @@ from c2m3_fl.flower.queries.refit import ClientRefit, RegMean
 from c2m3_fl.flower.queries.repair import ClientStatistics
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
-from tests.flower.faulty_answers import FAULTS, LIAR, Faulty
 from tests.flower.federation import EXAMPLE, answering, digits_app, mlp
+from tests.flower.queries.faulty_answers import FAULTS, LIAR, Faulty
 
 WAYS = {
     "refit": {"recalibrate": ClientRefit(first_layer=True)},

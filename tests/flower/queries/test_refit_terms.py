@@ -10,8 +10,8 @@ from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.queries.refit import ClientRefit, RegMean, asks_clients, price, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
-from tests.flower.client_refits import ALL, NODES, WEIGHTS, app_of, convolutional, networks, normed, refit
 from tests.flower.federation import EXAMPLE, mlp
+from tests.flower.queries.refits import ALL, NODES, WEIGHTS, app_of, convolutional, networks, normed, refit
 
 
 def test_regression_mean_of_identical_networks_is_that_network():

@@ -11,9 +11,9 @@ from torch import nn
 from c2m3_fl.flower.queries.refit import ClientRefit, RegMean, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
-from tests.flower.client_refits import ALL, NODES, WEIGHTS, app_of, convolutional, networks, normed, outputs, refit
 from tests.flower.federation import EXAMPLE, digits, mlp, pooled, train
-from tests.flower.server_solve import refit_on_a_server
+from tests.flower.queries.refits import ALL, NODES, WEIGHTS, app_of, convolutional, networks, normed, outputs, refit
+from tests.flower.queries.server_solve import refit_on_a_server
 
 
 @torch.no_grad()

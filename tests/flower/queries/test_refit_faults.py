@@ -15,8 +15,8 @@ from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.queries.refit import ClientRefit, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
-from tests.flower.client_refits import NODES, WEIGHTS, app_of, networks, refit
 from tests.flower.federation import EXAMPLE, answer, mlp
+from tests.flower.queries.refits import NODES, WEIGHTS, app_of, networks, refit
 
 FAULT = Error(0, "ValueError: no query")
 

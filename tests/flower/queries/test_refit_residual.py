@@ -10,8 +10,8 @@ from c2m3_fl.flower.queries.refit import ClientRefit, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.merging.recalibrate.from_clients import packing, plan, sums
 from c2m3_fl.network.program import export_program
-from tests.flower.client_refits import app_of
 from tests.flower.federation import EXAMPLE, digits, train
+from tests.flower.queries.refits import app_of
 
 CLIENTS = 5
 TO_THE_SUM = "refit to the own sum without the merged skip"

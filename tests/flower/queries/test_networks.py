@@ -11,8 +11,8 @@ from c2m3_fl.flower.queries.refit import ClientRefit, price, refit_by_clients
 from c2m3_fl.flower.queries.refit_options import RegMean
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
-from tests.flower.client_refits import NODES, WEIGHTS, app_of, networks, normed
 from tests.flower.federation import EXAMPLE, mlp
+from tests.flower.queries.refits import NODES, WEIGHTS, app_of, networks, normed
 
 
 class Weighing(SerialGrid):

@@ -8,8 +8,8 @@ from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.queries.refit import ClientRefit, price, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
-from tests.flower.client_refits import app_of, outputs
 from tests.flower.federation import EXAMPLE, digits, mlp, train
+from tests.flower.queries.refits import app_of, outputs
 
 CLIENTS = 5
 

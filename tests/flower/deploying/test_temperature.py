@@ -16,8 +16,8 @@ from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.merging.recalibrate.head.last_layer import with_temperature
 from c2m3_fl.network.program import export_program
+from tests.flower.deploying.test_candidates import deployed, played
 from tests.flower.federation import accuracy, calibration, digits, mlp, same
-from tests.flower.test_candidates import deployed, played
 
 ALONE = {"head": None, "calibration": calibration()}
 LABELLED = {"head": None, "calibration": [tuple(each[1200:] for each in digits())], "judge": "labels"}

@@ -17,8 +17,8 @@ from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.merging.recalibrate.repair import Repair
 from simulations.examples.own_network import Branching
 from simulations.examples.own_network import spec as by_hand
+from tests.flower.deploying.test_candidates import HELD, app, deployed, played
 from tests.flower.federation import EXAMPLE, accuracy, calibration, digits_app, mlp, same
-from tests.flower.test_candidates import HELD, app, deployed, played
 
 LABELS = f"query.{ACTION}"
 SAID = "no head from labels among the candidates"

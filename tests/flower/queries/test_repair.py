@@ -22,7 +22,6 @@ from c2m3_fl.merging.recalibrate.repair import BatchNormStatistics, Repair, repa
 from c2m3_fl.merging.recalibrate.setting import prepare
 from c2m3_fl.merging.recalibrate.shift import channel_moments
 from c2m3_fl.network.calibration_set import CalibrationSet
-from tests.flower.client_repairs import run
 from tests.flower.federation import (
     EXAMPLE,
     accuracy,
@@ -35,6 +34,7 @@ from tests.flower.federation import (
     same,
     share,
 )
+from tests.flower.queries.repairs import run
 
 NODES = 3
 

@@ -8,8 +8,8 @@ from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.queries.repair import ClientStatistics
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
-from tests.flower.client_repairs import run
 from tests.flower.federation import EXAMPLE, answering, digits, digits_app, mlp
+from tests.flower.queries.repairs import run
 
 
 def guarded(data, app=None, **options):

@@ -11,8 +11,8 @@ from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.queries.moments import ACTION
 from c2m3_fl.flower.queries.repair import ClientStatistics
 from c2m3_fl.flower.serial_grid import SerialGrid
-from tests.flower.client_repairs import run
 from tests.flower.federation import answering, digits_app, same
+from tests.flower.queries.repairs import run
 
 
 def of_another_subject(replies):
