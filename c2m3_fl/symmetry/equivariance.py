@@ -7,6 +7,7 @@ dimension; one with ``f(x * s, w) = f(x, w * s)`` reads it by an axis of `w`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -115,11 +116,46 @@ def run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:  # noqa: ANN401  #
 
 
 def parameter(node: fx.Node, names: Mapping[str, str]) -> tuple[fx.Node, ...]:
-    """The calls from a parameter's placeholder to a node, each of one argument and one user; () if it is not one."""
+    """The calls from a parameter, or from rows of one, to a node, each of one argument and one user; () if none."""
     path = [node]
-    while path[-1].op == "call_function" and len(path[-1].all_input_nodes) == 1 and len(path[-1].users) == 1:
+    while (
+        path[-1].op == "call_function"
+        and rows_of(path[-1], names) is None
+        and len(path[-1].all_input_nodes) == 1
+        and len(path[-1].users) == 1
+    ):
         path.append(path[-1].all_input_nodes[0])
-    return tuple(reversed(path)) if path[-1].name in names and shape(path[-1]) is not None else ()
+    return tuple(reversed(path)) if rows_of(path[-1], names) is not None and shape(path[-1]) is not None else ()
+
+
+def rows_of(node: fx.Node, names: Mapping[str, str]) -> tuple[fx.Node, range] | None:
+    """The placeholder of a parameter, and the rows of it that a node is: all, or those of a split; None if it is none.
+
+    Parameters
+    ----------
+    node : fx.Node
+        A placeholder, or a call that takes rows out of one.
+    names : mapping of str to str
+        Placeholders of parameters, with their names in the state dict.
+    """
+    cut = node.all_input_nodes[0] if node.target is operator.getitem else node
+    source = node if node.name in names else next(iter(cut.all_input_nodes), node)
+    size = shape(source)
+    if source.name not in names or not size:
+        return None
+    if source is node:
+        return node, range(size[0])
+    if cut.all_input_nodes != [source] or shape(node) is None or (shape(node) or ())[1:] != size[1:]:
+        return None
+    marker = along(torch.arange(size[0], dtype=torch.float64), 0, len(size)).expand(size)
+    try:
+        found = run(cut, {source: marker}) if cut is node else run(cut, {source: marker})[node.args[1]]
+    except (RuntimeError, TypeError, ValueError, IndexError):  # as above
+        return None
+    first = int(found.flatten()[0]) if found.numel() else 0
+    if not 0 < found.shape[0] < size[0] or not torch.equal(found, marker[first : first + found.shape[0]]):
+        return None
+    return source, range(first, first + found.shape[0])
 
 
 def reading(node: fx.Node, source: fx.Node, dim: int, names: Mapping[str, str]) -> tuple[fx.Node, int] | None:
@@ -130,7 +166,7 @@ def reading(node: fx.Node, source: fx.Node, dim: int, names: Mapping[str, str]) 
     node : fx.Node
         The call.
     source : fx.Node
-        One of its arguments; all others must be parameters.
+        One of its arguments; all others must be parameters, or rows of them.
     dim : int
         A dimension of `source`.
     names : mapping of str to str

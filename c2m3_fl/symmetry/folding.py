@@ -69,13 +69,14 @@ class Folding:
             scale = found[norm.scale].double()
             shift = found[norm.shift].double() if norm.shift else torch.zeros_like(scale)
             for reader in norm.readers:
-                weight = found[reader.weight].double()
+                weight = _rows(found[reader.weight], reader.rows).double()
                 if norm.folds_shift:
-                    self._assign(found, reader.bias, found[reader.bias].double() + _answer(weight, reader, shift))
+                    bias = _rows(found[reader.bias], reader.bias_rows).double() + _answer(weight, reader, shift)
+                    self._assign(found, reader.bias, bias, reader.bias_rows)
                 weight = weight * _along(scale, reader.axis, weight)
                 if norm.centres:
                     weight = _centred(weight, reader.axis)
-                self._assign(found, reader.weight, weight)
+                self._assign(found, reader.weight, weight, reader.rows)
             self._assign(found, norm.scale, torch.ones_like(scale))
             if norm.shift:
                 kept = torch.zeros_like(shift) if norm.folds_shift else _divided(shift, scale, norm.scale)
@@ -96,20 +97,25 @@ class Folding:
         for norm in self.norms:
             scale = like[norm.scale].double()
             for reader in norm.readers:
-                weight = found[reader.weight].double()
-                self._assign(found, reader.weight, _divided(weight, _along(scale, reader.axis, weight), norm.scale))
+                weight = _rows(found[reader.weight], reader.rows).double()
+                weight = _divided(weight, _along(scale, reader.axis, weight), norm.scale)
+                self._assign(found, reader.weight, weight, reader.rows)
                 if norm.folds_shift:
-                    answer = _answer(found[reader.weight].double(), reader, like[norm.shift].double())
-                    self._assign(found, reader.bias, found[reader.bias].double() - answer)
+                    answer = _answer(
+                        _rows(found[reader.weight], reader.rows).double(), reader, like[norm.shift].double()
+                    )
+                    bias = _rows(found[reader.bias], reader.bias_rows).double() - answer
+                    self._assign(found, reader.bias, bias, reader.bias_rows)
             self._assign(found, norm.scale, scale)
             if norm.shift:
                 own = like[norm.shift].double() if norm.folds_shift else found[norm.shift].double() * scale
                 self._assign(found, norm.shift, own)
         return found
 
-    def _assign(self, params: dict[str, Tensor], name: str, value: Tensor) -> None:
+    def _assign(self, params: dict[str, Tensor], name: str, value: Tensor, rows: range | None = None) -> None:
         for each in self.names[name]:
-            params[each] = value.to(params[each].dtype)
+            own, part = params[each], value.to(params[each].dtype)
+            params[each] = part if rows is None else torch.cat([own[: rows.start], part, own[rows.stop :]])
 
 
 def fold(
@@ -238,6 +244,10 @@ def _proven(folding: Folding, prover: Prover) -> Folding:
     numbers = list(map(str, range(len(folding.streams))))
     bad = guilty(fails(streams), numbers)
     return streams([number for number in numbers if number not in bad])
+
+
+def _rows(value: Tensor, rows: range | None) -> Tensor:
+    return value if rows is None else value[rows.start : rows.stop]
 
 
 def _along(values: Tensor, axis: int, whole: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ to keep the vector of ones. Operators that are not named here read all units one
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -30,7 +30,8 @@ _CARRY |= {f"aten.{name}" for name in _OTHERS.split()}
 _PADS = {name for name in _CARRY if "pad" in name}
 _CASTS = frozenset({"aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.detach"})
 _CONVOLUTIONS = frozenset(f"aten.conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3))
-_PRODUCTS = frozenset({"aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.addmm", "aten.einsum"})
+_PRODUCTS = frozenset({"aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.einsum"})
+_PRODUCTS_ADDED = frozenset({"aten.addmm", "aten.baddbmm"})
 
 Arguments = Sequence[Any]
 
@@ -123,10 +124,11 @@ def _sum(use: Use, _: Collection[str]) -> None:
 
 
 def _varying(x: Labels) -> set[int]:
-    """The dimensions, counted from the end, along which a tensor may have several values."""
+    """The dimensions, counted from the end, along which a tensor may have several values: units, or ordered content."""
     if x.content is not None and x.content.size and bool((x.content == x.content.flat[0]).all()):
         return set()
-    return {dim - x.ndim for dim, size in enumerate(x.shape) if size > 1}
+    dims = range(x.ndim) if x.content is not None else x.fixed.union(*map(support, x.factors))
+    return {dim - x.ndim for dim in dims if x.shape[dim] > 1}
 
 
 def _scaled(use: Use, folded: Collection[str]) -> None:
@@ -230,9 +232,20 @@ def _masked(use: Use, _: Collection[str]) -> None:
         use.everything()
 
 
+def _chosen(use: Use, _: Collection[str]) -> None:
+    """Entries of one tensor or another, by a condition that is the same for all units of a tensor."""
+    condition, *values = use.args
+    told = _varying(condition)
+    numbers = any(isinstance(value, int | float) and value != 0 for value in values)
+    if numbers or any(_from_end(x, support(factor)) & told for x in tensors(values) for factor in x.factors):
+        use.everything()
+    elif len(tensors(values)) > 1:
+        _sum(replace(use, args=values), frozenset())
+
+
 def _product(use: Use, _: Collection[str]) -> None:
     """Sums of products: units are summed over together with the same units of the other operand."""
-    bias = use.args[:1] if use.name == "aten.addmm" else ()
+    bias = use.args[:1] if use.name in _PRODUCTS_ADDED else ()
     operands = tensors(use.args[len(bias) :])[:2] if use.name != "aten.einsum" else tensors(use.args)
     terms, output = _terms(use, operands)
     for place, (term, x) in enumerate(zip(terms, operands, strict=True)):
@@ -270,9 +283,9 @@ def _short(node: fx.Node) -> str:
 _RULES: dict[str, Callable[[Use, Collection[str]], None]] = {
     **dict.fromkeys(_CARRY | _CASTS, _carry),
     **dict.fromkeys(_PADS, _padded),
-    **dict.fromkeys(_PRODUCTS, _product),
+    **dict.fromkeys(_PRODUCTS | _PRODUCTS_ADDED, _product),
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
-    **dict.fromkeys(("aten.add", "aten.sub"), _sum),
+    **dict.fromkeys(("aten.add", "aten.sub", "aten.rsub"), _sum),
     **dict.fromkeys(("aten.mul", "aten.div", "aten.true_divide"), _scaled),
     **dict.fromkeys(("aten.pow", "aten.square"), _square),
     **dict.fromkeys(("aten.mean", "aten.sum"), _pooled),
@@ -281,4 +294,5 @@ _RULES: dict[str, Callable[[Use, Collection[str]], None]] = {
     **dict.fromkeys(("aten.layer_norm", "aten.native_layer_norm", "aten.rms_norm", "aten._fused_rms_norm"), _norm),
     "aten.scaled_dot_product_attention": _attention,
     "aten.masked_fill": _masked,
+    "aten.where": _chosen,
 }

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from c2m3_fl.network.operators import LAYOUTS, Kind
-from c2m3_fl.symmetry.equivariance import carried, parameter, reading, shape, uses
+from c2m3_fl.symmetry.equivariance import carried, parameter, reading, rows_of, shape, uses
 from c2m3_fl.symmetry.traced_graph import TracedGraph
 
 _aten = torch.ops.aten
@@ -28,11 +28,20 @@ class Reader:
         The axis that runs along the norm's outputs.
     bias : str
         Name of the bias that takes the norm's shift, or "".
+    rows, bias_rows : range, optional
+        The rows of weight and bias that read, where one tensor is split among several operators; None for all.
     """
 
     weight: str
     axis: int
     bias: str = ""
+    rows: range | None = None
+    bias_rows: range | None = None
+
+    @property
+    def parts(self) -> tuple[tuple[str, range | None], ...]:
+        """The tensors, and the rows of them, that read."""
+        return tuple((name, rows) for name, rows in ((self.weight, self.rows), (self.bias, self.bias_rows)) if name)
 
 
 @dataclass(frozen=True)
@@ -171,10 +180,9 @@ def _norm(traced: TracedGraph, name: str, calls: list[_Call]) -> Norm:
     own = {node for call in calls for node in call.nodes}
     taken = {node for found in readers.values() for node in found}
     for tensor in (name, *filter(None, shifts)):
-        _require_alone(traced, tensor, own)
-    for reader in readers:
-        for tensor in filter(None, (reader.weight, reader.bias)):
-            _require_alone(traced, tensor, taken)
+        _require_alone(traced, tensor, None, own)
+    for tensor, rows in (part for reader in readers for part in reader.parts):
+        _require_alone(traced, tensor, rows, taken)
     return Norm(name, shifts.pop(), tuple(readers), all(call.mean_free for call in calls))
 
 
@@ -193,7 +201,11 @@ def _follow(traced: TracedGraph, node: fx.Node, dim: int, readers: dict[Reader, 
         if read is None:
             raise _Kept(f"no parameter of {_words(user)}, which reads it, takes the scale")
         weight, axis = read
-        reader = Reader(traced.names[weight.name], axis, _bias(traced, user, weight))
+        name, rows = _part(traced, weight)
+        if rows is not None and axis == 0:
+            raise _Kept(f"{_words(user)} reads a part of {name!r} that is split along the norm's outputs")
+        bias, bias_rows = _bias(traced, user, weight)
+        reader = Reader(name, axis, bias, rows, bias_rows)
         readers.setdefault(reader, set()).update({user, *_path(traced, user, weight)})
 
 
@@ -203,22 +215,39 @@ def _path(traced: TracedGraph, user: fx.Node, weight: fx.Node) -> set[fx.Node]:
     return {step for path in paths if path and path[0] is weight for step in path[1:]}
 
 
-def _bias(traced: TracedGraph, user: fx.Node, weight: fx.Node) -> str:
-    """The bias of a linear operator, to which it adds what arrives; "" where there is none."""
+def _bias(traced: TracedGraph, user: fx.Node, weight: fx.Node) -> tuple[str, range | None]:
+    """The bias of a linear operator, to which it adds what arrives, and the rows of it; "" where there is none."""
     layout = LAYOUTS.get(user.target)
     if layout is None or layout.kind not in (Kind.LINEAR, Kind.PRODUCT, Kind.CONVOLUTION):
-        return ""
+        return "", None
     padding = _argument(user, 4) if layout.kind is Kind.CONVOLUTION else None
     if padding not in (None, "valid") and padding != [0] * layout.spatial:
-        return ""  # the zeros around an image have no shift
-    bias = _vector(traced, _argument(user, layout.arguments[2]))
-    return "" if bias is None or bias is weight else traced.names[bias.name]
+        return "", None  # the zeros around an image have no shift
+    bias = _argument(user, layout.arguments[2])
+    size = shape(bias) if isinstance(bias, fx.Node) else None
+    if not isinstance(bias, fx.Node) or bias is weight or size is None or len(size) != 1 or size[0] < 2:
+        return "", None
+    return ("", None) if rows_of(bias, traced.names) is None else _part(traced, bias)
 
 
-def _require_alone(traced: TracedGraph, tensor: str, nodes: set[fx.Node]) -> None:
-    """Raise `_Kept` if a tensor is used by other calls than these, under any of its names."""
+def _part(traced: TracedGraph, node: fx.Node) -> tuple[str, range | None]:
+    """The name of the tensor that a node is or takes rows of, and these rows; None for all."""
+    found = rows_of(node, traced.names)
+    assert found is not None  # callers check
+    return traced.names[found[0].name], None if found[0] is node else found[1]
+
+
+def _require_alone(traced: TracedGraph, tensor: str, rows: range | None, nodes: set[fx.Node]) -> None:
+    """Raise `_Kept` if these rows of a tensor are used by other calls than these, under any of its names."""
     for user in sorted(traced.users(tensor) - nodes):
-        raise _Kept(f"{_words(user)} uses {tensor!r} as well")
+        parts = list(user.users) if isinstance(user.meta.get("val"), list | tuple) else [user]
+        cuts = [rows_of(part, traced.names) for part in parts]
+        if rows is None or not all(cuts):
+            raise _Kept(f"{_words(user)} uses {tensor!r} as well")
+        for part, cut in zip(parts, cuts, strict=True):
+            if cut is not None and set(cut[1]).intersection(rows):
+                for other in sorted(part.users.keys() - nodes):
+                    raise _Kept(f"{_words(other)} uses {tensor!r} as well")
 
 
 def _words(node: fx.Node) -> str:

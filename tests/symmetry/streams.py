@@ -49,6 +49,22 @@ class Bert(nn.Module):
         return self.head(torch.tanh(self.pooler(self.layers(x)[:, 0])))
 
 
+class EncoderDecoder(nn.Module):
+    """Pre-norm: the weight of the cross-attention is split among the decoder's stream and what the encoder returns."""
+
+    def __init__(self, width: int = 12, heads: int = 3):
+        super().__init__()
+        self.inward, self.more, self.outward = nn.Linear(5, width), nn.Linear(5, width), nn.Linear(width, 3)
+        options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        self.encoder = nn.TransformerEncoderLayer(width, heads, 20, **options)
+        self.encoded, self.decoded = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.decoder = nn.TransformerDecoderLayer(width, heads, 20, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.encoded(self.encoder(self.inward(x)))
+        return self.outward(self.decoded(self.decoder(self.more(x[:, 1:]), read)))
+
+
 class SpelledOut(nn.Module):
     """LayerNorm written by hand, in single precision inside, and one with a scale of its own."""
 
@@ -109,6 +125,7 @@ STREAMS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "gpt-without-biases": (partial(gpt, partial(former.Attention, 12, 3), tied=False), TEXT),
     "bert": (Bert, TEXT),
     "llama": (llama, TEXT),
+    "encoder-decoder": (EncoderDecoder, noise(2, 4, 5)),
     "spelled-out": (SpelledOut, noise(4, 5)),
     "twice": (Twice, noise(4, 5)),
     "channels-last": (partial(ChannelsLast, 0), noise(2, 3, 6, 6)),

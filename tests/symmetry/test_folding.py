@@ -23,6 +23,7 @@ EXPECTED: dict[str, tuple[int, list[int], dict[str, str]]] = {
     "gpt-without-biases": (3, [6], {}),
     "bert": (1, [2], {"layers.layers.0.norm1.weight": "no parameter of aten.add.Tensor in 'layers.layers.0'"}),
     "llama": (3, [], {}),
+    "encoder-decoder": (7, [6, 8], {}),
     "spelled-out": (2, [], {}),
     "twice": (1, [], {}),
     "channels-last": (1, [2], {}),
@@ -133,6 +134,36 @@ def test_what_is_not_read_by_a_linear_operator_keeps_its_scale(how: str) -> None
     assert not found.norms
     assert list(found.kept) == ["norm.weight"]
     assert "norm.weight is kept" in str(found)
+
+
+class Parts(nn.Module):
+    """A weight in two parts: one reads a norm, the other, or the same once more, reads the inputs."""
+
+    def __init__(self, second: slice):
+        super().__init__()
+        self.norm, self.second = nn.LayerNorm(6), second
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(self.norm(x), self.weight[:3], self.bias[:3])
+        return torch.cat([y, nn.functional.linear(x, self.weight[self.second], self.bias[self.second])], -1)
+
+
+def test_a_part_of_a_weight_takes_the_scale_unless_something_else_reads_it() -> None:
+    inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    network = Parts(slice(3, 8))
+    own = {name: value + 0.5 if name.startswith("norm") else value for name, value in network.state_dict().items()}
+    folded = fold(network, own, inputs)
+    assert torch.equal(folded["weight"][3:], own["weight"][3:])
+    assert bool((folded["norm.weight"] == 1).all())
+    torch.testing.assert_close(output(network, folded, inputs), output(network, own, inputs))
+    torch.testing.assert_close(
+        output(network, unfold(network, folded, inputs, like=own), inputs), output(network, own, inputs)
+    )
+    for overlapping in (slice(2, 8), slice(0, 8)):
+        found = find_folding(Parts(overlapping), inputs)
+        assert not found.norms
+        assert "uses 'weight' as well" in found.kept["norm.weight"]
 
 
 def test_the_public_functions_trace_and_fold() -> None:

@@ -30,6 +30,7 @@ EXPECTED = {
     "gpt-without-biases": "C POOP",
     "bert": "P POOP POOP P",  # the norms' outputs are the stream; the pooler has a tanh
     "llama": "O POP",  # rotary positions order the entries of queries and keys
+    "encoder-decoder": "CPOOPPOOPOOP",  # one stream: one weight reads queries from the one, keys from the other
     "spelled-out": "C",
     "twice": "C",
     "channels-last": "C",
@@ -103,6 +104,12 @@ BETWEEN: dict[str, tuple[Callable[[Middle, Tensor], Tensor], str]] = {
     "a length": (lambda net, x: x / x.norm(dim=-1, keepdim=True), "O"),
     "a length, spelled out": (lambda net, x: x * torch.rsqrt((x * x).sum(-1, keepdim=True)), "O"),
     "a length of their own dot products": (lambda net, x: torch.softmax(x @ x.T, -1) @ x, "O"),
+    "a length that torch spreads out": (lambda net, x: functional.normalize(x, dim=-1), "O"),
+    "products of batches": (lambda net, x: torch.baddbmm(torch.zeros(1, 4, 4), x[None], x.T[None])[0] @ x, "O"),
+    "rows chosen": (lambda net, x: torch.where(x.detach().norm(dim=-1, keepdim=True) > 2, x, 0.0), "O"),
+    "rows of ones chosen": (lambda net, x: torch.where(torch.arange(4)[:, None] > 1, x, 1.0), "P"),
+    "units chosen": (lambda net, x: torch.where(x > 0, x, 0.0), "P"),
+    "a number less the units": (lambda net, x: 1.0 - x, "C"),
     "a quadratic form": (lambda net, x: torch.einsum("bi,ij,bj->b", x, net.table, x)[:, None] * x, "O"),
     "the layer's own weight back": (lambda net, x: x @ net.table @ net.table.T, "OO"),
     "a cast": (lambda net, x: x.double().to(x.dtype), "O"),
