@@ -17,6 +17,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.network.calibration import ExampleInputs, Inputs, inputs_beside
 from c2m3_fl.network.calls import Outputs, choose_outputs
+from c2m3_fl.symmetry.derive import tensors
 from c2m3_fl.symmetry.differences import guilty
 from c2m3_fl.symmetry.norms import Norm, Reader, find_norms
 from c2m3_fl.symmetry.proof import Prover
@@ -143,7 +144,7 @@ def fold(
     Raises
     ------
     ParamsError
-        When a scale is zero in an entry whose shift no bias takes.
+        When a tensor is missing or of another shape, or a scale is zero in an entry whose shift no bias takes.
     TraceError
         When the network cannot be traced.
 
@@ -161,6 +162,7 @@ def fold(
     >>> torch.equal(back["1.weight"], own["1.weight"])
     True
     """
+    _check(model, params, "params")
     return find_folding(model, example_inputs, outputs=outputs).fold(params)
 
 
@@ -190,10 +192,12 @@ def unfold(
     Raises
     ------
     ParamsError
-        When a scale of `like` is zero in an entry.
+        When a tensor is missing or of another shape, or a scale of `like` is zero in an entry.
     TraceError
         When the network cannot be traced.
     """
+    _check(model, params, "params")
+    _check(model, like, "like")
     return find_folding(model, example_inputs, outputs=outputs).unfold(params, like)
 
 
@@ -244,6 +248,17 @@ def _proven(folding: Folding, prover: Prover) -> Folding:
     numbers = list(map(str, range(len(folding.streams))))
     bad = guilty(fails(streams), numbers)
     return streams([number for number in numbers if number not in bad])
+
+
+def _check(model: nn.Module, params: Params, where: str) -> None:
+    """Raise `ParamsError` unless params have the tensors of the model's state dict."""
+    for name, value in tensors(model).items():
+        shape = tuple(params[name].shape) if name in params else None
+        if shape != tuple(value.shape):
+            raise ParamsError(
+                f"{where}: {name!r} {'is missing' if shape is None else f'has shape {shape}'}, expected shape "
+                f"{tuple(value.shape)}; pass a state dict of this {type(model).__name__}"
+            )
 
 
 def _rows(value: Tensor, rows: range | None) -> Tensor:

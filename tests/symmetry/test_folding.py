@@ -172,3 +172,15 @@ def test_the_public_functions_trace_and_fold() -> None:
     folded = fold(network, own, inputs)
     assert bool((folded["scale"] == 1).all())
     assert torch.equal(unfold(network, folded, inputs, like=own)["scale"], own["scale"])
+
+
+def test_params_of_another_network_are_refused_by_name() -> None:
+    network, inputs = made("spelled-out"), STREAMS["spelled-out"][1]
+    own = dict(network.state_dict())
+    less = {name: value for name, value in own.items() if name != "scale"}
+    with pytest.raises(ParamsError, match=r"params: 'scale' is missing, expected shape \(8,\)"):
+        fold(network, less, inputs)
+    with pytest.raises(ParamsError, match=r"params: 'scale' has shape \(5,\), expected shape \(8,\)"):
+        fold(network, {**own, "scale": torch.ones(5)}, inputs)
+    with pytest.raises(ParamsError, match="like: 'scale' is missing"):
+        unfold(network, own, inputs, like=less)
