@@ -21,7 +21,7 @@ from c2m3_fl.core.permutation import Permutation
 from c2m3_fl.core.spec import Params, PermutationSpec
 
 _ROW = 1024  # elements, as in `mapped.inners`: sums over whole rows do not depend on the stretches
-_AT_A_TIME = 1 << 22  # elements of all nodes
+_AT_A_TIME = 1 << 18  # elements of all nodes
 
 
 def into_basis(

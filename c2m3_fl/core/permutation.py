@@ -10,7 +10,7 @@ An orthogonal group has the matrix itself instead of an index, in float64 and of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -162,6 +162,28 @@ def apply(spec: PermutationSpec, perm: Permutation, params: Params) -> dict[str,
     _check_keys("permutation", perm, spec.groups)
     _check_keys("state dict", params, spec.tensors)
     return {name: apply_to_tensor(spec.tensors[name], perm, value) for name, value in params.items()}
+
+
+class Moved(Mapping[str, Tensor]):
+    """The same as `apply`, with every tensor computed when it is asked for: of many networks one tensor at a time.
+
+    Parameters
+    ----------
+    spec, perm, params
+        See `apply`.
+    """
+
+    def __init__(self, spec: PermutationSpec, perm: Permutation, params: Params) -> None:
+        self._spec, self._perm, self._params = spec, perm, params
+
+    def __getitem__(self, name: str) -> Tensor:
+        return apply_to_tensor(self._spec.tensors[name], self._perm, self._params[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
 
 
 def _check_keys(what: str, given: object, expected: Mapping[str, object]) -> None:

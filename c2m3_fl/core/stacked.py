@@ -10,7 +10,7 @@ from torch import Tensor
 from c2m3_fl.core.spec import Params
 
 _AT_A_TIME = 1 << 17  # values of each node, so that many nodes of a large network take little memory
-_OF_ALL = 1 << 22  # values of all nodes
+_OF_ALL = 1 << 18  # values of all nodes
 
 
 def stacked(names: Iterable[str], params: Sequence[Params], origin: Params) -> Iterator[tuple[str, Tensor, Tensor]]:

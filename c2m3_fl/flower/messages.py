@@ -13,7 +13,7 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
 from c2m3_fl.flower.aligning.aligner import Aligner
 from c2m3_fl.flower.incoming.admitted import Reply
-from c2m3_fl.flower.incoming.records import from_params, to_average, to_params
+from c2m3_fl.flower.incoming.records import Carried, from_params, to_average, to_params
 from c2m3_fl.flower.incoming.replies import report_dropped, sort_evaluations
 from c2m3_fl.flower.metrics import EVALUATIONS_DROPPED, failure, without_ours
 from c2m3_fl.flower.private import with_arrays
@@ -87,8 +87,8 @@ def personal_messages(aligner: Aligner, messages: Iterable[Message]) -> Iterable
 
 def _arrays(reply: Reply[Message], params: Params) -> ArrayRecord:
     """The aligned arrays in the order of the model; those that did not change are the client's own."""
-    if params is reply.params and reply.outgoing is not None:
-        return reply.outgoing.copy()
+    if isinstance(params, Carried):
+        return params.record.copy()
     received = next(iter(reply.source.content.array_records.values()))
     kept = (name for name, value in params.items() if value is reply.params[name] and reply.as_it_came(name))
     return to_average(params, {name: received[name] for name in kept})

@@ -56,6 +56,12 @@ def test_the_action_is_a_group_action(spec, seed):
 
 
 @given(specs, seeds)
+def test_moved_is_the_action_tensor_by_tensor(spec, seed):
+    (perm,), params = drawn(spec, seed, 1), draw(spec, torch.Generator().manual_seed(seed))
+    assert same(dict(permutation.Moved(spec, perm, params)), permutation.apply(spec, perm, params))
+
+
+@given(specs, seeds)
 def test_between_goes_through_the_universe(spec, seed):
     a, b = drawn(spec, seed, 2)
     universe = draw(spec, torch.Generator().manual_seed(seed))

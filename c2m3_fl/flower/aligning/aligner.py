@@ -28,6 +28,7 @@ from c2m3_fl.flower.aligning.memory import Memory
 from c2m3_fl.flower.aligning.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.aligning.progress import MatchLog
 from c2m3_fl.flower.arriving.ahead import Seen
+from c2m3_fl.flower.incoming.records import carried
 from c2m3_fl.flower.round_match import RoundMatch
 
 Mode = Literal["joint", "separate"]
@@ -165,7 +166,8 @@ class Aligner:
         if stay:
             aligned = tuple(given)  # the replies as they were, bit for bit
         else:
-            aligned = tuple(_moved(self.spec, move, reply) for move, reply in zip(moves, params, strict=True))
+            each = zip(moves, params, given, strict=True)
+            aligned = tuple(carried(_moved(self.spec, move, reply), as_it_came) for move, reply, as_it_came in each)
             start = _moved(self.spec, origin, sent)
         products = seen.products() if seen is not None and stay else None
         agreed = consensus(self.spec, aligned, weights) if products is None else consensus_of(products, weights)
@@ -210,7 +212,7 @@ class Aligner:
         found = self._once_more(located, pulls, self._match(located, pulls))
         ends = found.objectives[0], found.objectives[-1]
         numbers = ends, found.gap, found.gain, found.steps, found.timed_out
-        universe = [_moved(self.spec, perm, reply) for perm, reply in zip(found.permutations, located, strict=True)]
+        universe = [permutation.Moved(self.spec, *pair) for pair in zip(found.permutations, located, strict=True)]
         mean = weighted_mean(universe, pulls)
         onto = into_basis(
             self.spec, sent, mean, max_steps=self.max_steps, tolerance=self.tolerance, max_seconds=self._seconds

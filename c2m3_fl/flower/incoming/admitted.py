@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from logging import WARNING
 from typing import Generic, TypeVar
 
-from flwr.app import ArrayRecord
 from flwr.supercore import log
 from torch import Tensor
 
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.incoming.client_text import shown
+from c2m3_fl.flower.incoming.records import Carried
 
 Source = TypeVar("Source")
 
@@ -25,23 +25,20 @@ class Decoded:
 
     Attributes
     ----------
-    params : dict of str to Tensor
-        The tensors, in the order of the model that was sent out; they may lie in the reply's own bytes.
+    params : Carried
+        The tensors, in the order of the model that was sent out.
     digest : str
         Of their content.
     size : float
         Their norm.
     cast : frozenset of str
         Tensors that came in another floating precision and were cast to the model's.
-    outgoing : ArrayRecord
-        The arrays as the wrapped strategy takes them where nothing moves.
     """
 
-    params: dict[str, Tensor]
+    params: Carried
     digest: str
     size: float
     cast: frozenset[str]
-    outgoing: ArrayRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +63,6 @@ class Reply(Generic[Source]):
         Tensors that are the model's own instead of what came.
     size : float, optional
         Its norm, where that is known.
-    outgoing : ArrayRecord, optional
-        The arrays of these very tensors as the wrapped strategy takes them, where they are known.
     """
 
     node: int
@@ -78,7 +73,6 @@ class Reply(Generic[Source]):
     cast: frozenset[str] = frozenset()
     replaced: frozenset[str] = frozenset()
     size: float | None = None
-    outgoing: ArrayRecord | None = None
 
     def as_it_came(self, name: str) -> bool:
         """Whether the array in `source` is this reply's tensor of that name."""

@@ -114,7 +114,7 @@ class Buffers:
         params = {name: sent[name] if name in differing else value for name, value in reply.params.items()}
         _, _, metrics = reply.content.partition(" ")
         content = f"{digest(params)} {metrics}"
-        return replace(reply, params=params, content=content, replaced=frozenset(differing), size=None, outgoing=None)
+        return replace(reply, params=params, content=content, replaced=frozenset(differing), size=None)
 
     def restore(self, params: Params, replies: Sequence[Params], sent: Params) -> dict[str, Tensor]:
         """An aggregate with the model's own tensors, and with variances that are not negative.

@@ -186,6 +186,43 @@ def to_average(params: Params, own: Mapping[str, Array]) -> ArrayRecord:
     )
 
 
+class Carried(dict[str, Tensor]):
+    """A state dict whose floating tensors lie in the bytes of a record, as a strategy that averages takes it.
+
+    Attributes
+    ----------
+    record : ArrayRecord
+        The arrays; see `to_average`.
+    """
+
+    def __init__(self, params: Params, record: ArrayRecord) -> None:
+        super().__init__(params)
+        self.record = record
+
+
+def carried(params: Params, like: Params) -> Params:
+    """The same values in the bytes of a record of their own, where those of `like` lie in one: one copy serves both.
+
+    Parameters
+    ----------
+    params : mapping of str to Tensor
+        On the CPU; not mutated.
+    like : mapping of str to Tensor
+        State dict of the same schema, of which some tensors may be the very same: these share its bytes.
+    """
+    if params is like or not isinstance(like, Carried):
+        return params
+    own = {name: like.record[name] for name, value in params.items() if value is like[name]}
+    record = to_average(params, own)
+    shared = {
+        name: value
+        if name in own or not value.is_floating_point()
+        else read_npy(name, record[name].data, Entry(record[name].dtype, tuple(value.shape)), share=True)
+        for name, value in params.items()
+    }
+    return Carried(shared, record)
+
+
 def _decode(who: str, array: Array, entry: Entry, *, share: bool) -> Tensor:
     """The tensor of one array, after everything that it claims has been compared with `entry`."""
     if array.stype != _NUMPY_STYPE:
