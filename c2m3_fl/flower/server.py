@@ -83,6 +83,7 @@ class Server:
         """Forget the trajectory of an earlier run; the last of `num_rounds` rounds deploys."""
         self.models.forget()
         self.total, self.idle, self._waiting = num_rounds, 0, (None, None)
+        self._said = self._unjudged = self._headless = self._unlike = False  # its clients may be others
 
     def next_start(self, incoming: Params) -> Params:
         """What clients train next: the trajectory, or `incoming` where it is a new start."""

@@ -15,7 +15,7 @@ from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.flower.aligning.activation_start import DEEP, ActivationStart
 from c2m3_fl.flower.aligning.aligner import Aligner
 from c2m3_fl.flower.generators import undisturbed
-from c2m3_fl.flower.judging.evidence import usable
+from c2m3_fl.flower.judging.evidence import usable, with_usable_labels
 from c2m3_fl.flower.judging.judge import ClientJudge
 from c2m3_fl.flower.judging.judge_options import check_moments, resolve_judge
 from c2m3_fl.flower.options import Options, brief, resolve_device
@@ -188,11 +188,11 @@ def build_setup(
         )
     given = None if isinstance(calibration, ClientStatistics) else calibration
     with undisturbed(seed=0):  # a shuffling loader gives the same batches when the server is started again
-        data = CalibrationSet.of(model, given, example_inputs=example_inputs, inputs=inputs, outputs=outputs)
-    data = data.to("cpu")  # where replies are
-    model = data.model
+        data = CalibrationSet.of(model, given, example_inputs=example_inputs, inputs=inputs, outputs=outputs).to("cpu")
+    model = data.model  # where replies are
     refit, chosen = _resolve_recalibration(recalibrate, calibration)
     data = usable(data, asked=chosen is not None)
+    data = data if chosen is not None or judge == "labels" else with_usable_labels(data)
     if spec is None:
         spec = permutation_spec(model, data.example_inputs, rotations=rotations)
     else:

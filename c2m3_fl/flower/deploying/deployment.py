@@ -125,6 +125,9 @@ def _at_best_temperature(setup: Setup, request: Request, params: Params) -> tupl
         return params, {}
     if verdict is None or not verdict.judged:
         return params, {}
+    voters = {each.name: each.voters for each in verdict.candidates}
+    if isinstance(setup.judge, ClientJudge) and voters[verdict.chosen] < _FEWEST:
+        return params, {}  # of the clients that were asked, too few answered
     log(INFO, "\t> judge: %s: %s", verdict.chosen, verdict.reason)
     chosen = {"temperature 1": params, **tempered}[verdict.chosen]
     return chosen, {"c2m3-temperature": float(verdict.chosen.removeprefix("temperature "))}

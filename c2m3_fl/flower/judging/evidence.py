@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from logging import WARNING
 
 import torch
 from flwr.supercore import log
 
-from c2m3_fl.errors import CalibrationError
+from c2m3_fl.errors import CalibrationError, TraceError
 from c2m3_fl.merging.recalibrate.auto import LIMIT
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.calibration_set import CalibrationSet
@@ -91,6 +92,39 @@ def usable(data: CalibrationSet, *, asked: bool) -> CalibrationSet:
         raise CalibrationError(f"{reason}: pass more, and more varied, inputs as calibration, or recalibrate='none'")
     log(WARNING, "%s: nothing is recalibrated with them", reason)
     return CalibrationSet(data.model, data.example_inputs)
+
+
+def with_usable_labels(data: CalibrationSet) -> CalibrationSet:
+    """The data, without labels that cannot be class indices of the network's outputs, which is logged.
+
+    Parameters
+    ----------
+    data : CalibrationSet
+        The server's.
+    """
+    reason = _foreign_labels(data) if data.labelled else None
+    if reason is None:
+        return data
+    log(WARNING, "%s: they decide nothing", reason)
+    return replace(data, batches=tuple(replace(batch, labels=None) for batch in data.batches))
+
+
+def _foreign_labels(data: CalibrationSet) -> str | None:
+    """Why labels say nothing about a network's outputs; None where they do, or it cannot be traced."""
+    try:
+        outputs = data.program.graph.output_node().all_input_nodes
+    except TraceError:
+        return None
+    shapes = [tuple(node.meta["val"].shape) for node in outputs]
+    if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] < 2:
+        return f"the calibration data have labels, and the network's outputs of shapes {shapes} are no class scores"
+    labels = torch.cat([batch.labels for batch in data.batches if batch.labels is not None])
+    if 0 <= int(labels.min()) <= int(labels.max()) < shapes[0][1]:
+        return None
+    return (
+        f"the calibration data have labels from {int(labels.min())} to {int(labels.max())}, expected class indices "
+        f"from 0 to {shapes[0][1] - 1}: the network gives {shapes[0][1]} scores"
+    )
 
 
 def _unusable(batches: Sequence[Batch]) -> str | None:

@@ -60,8 +60,11 @@ def _has_bias(operator: Operator) -> bool:
 
 
 def reads_input(program: Program, operator: Operator) -> bool:
-    """Whether an operator reads the network's inputs with no parameterised operator or recurrent layer in between."""
-    passed = {each.node for each in program.operators}
+    """Whether an operator reads the network's inputs with no layer of weights or recurrent layer in between.
+
+    BatchNorm does not count: in evaluation mode it gives the inputs, every channel shifted and scaled.
+    """
+    passed = {each.node for each in program.operators if each.kind is not Kind.BATCH_NORM}
     passed |= {node for node in program.graph.nodes if node.target in RECURRENT}
     reached, open_nodes = set(), [operator.input]
     while open_nodes:

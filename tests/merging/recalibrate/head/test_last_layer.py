@@ -96,6 +96,13 @@ def test_a_layer_reads_the_input_unless_an_operator_lies_between():
     assert not reads_input(deep, last_layer(deep))
 
 
+def test_batch_norm_of_the_input_is_the_input():
+    normed = program(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    assert reads_input(normed, last_layer(normed))
+    deep = program(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)))
+    assert not reads_input(deep, last_layer(deep))
+
+
 class Recurrent(nn.Module):
     """Reads a sequence, or tokens where `embedded`; a layer of scores on the last step."""
 
