@@ -15,13 +15,17 @@ from simulations.verdict import accuracies, at, cells, losses, methods, spread
 
 _ACROSS = 2  # the last axes, whose levels are columns; there is one table per cell of the others
 _LEVEL = 0.95  # of confidence intervals
+_OVERVIEW = ("start", "partition")  # axes that stay apart where an experiment has more of them
 
 Values = Callable[[Sequence[Measurement]], list[float]]
 
 
 def markdown(record: Record) -> str:
-    """Accuracy of every method on every federation, then gains and costs on average."""
-    parts = []
+    """Accuracy of every method on every federation, then gains and costs on average.
+
+    Where there are more axes than two, accuracies on average over all but start and partition come first.
+    """
+    parts = _overview(record)
     for group, where in groups(record).items():
         table = f"{_per_cell(record, where, lambda found: accuracies(tuple(found)), max)}\n{_clients(record, where)}"
         parts += [f"{_title(group)}Accuracy:", table]
@@ -29,6 +33,42 @@ def markdown(record: Record) -> str:
             parts += ["Perplexity of a character:", _per_cell(record, where, _perplexities, min)]
         parts += ["On average over these federations:", _averages(record, where)]
     return "\n\n".join(parts)
+
+
+def _overview(record: Record) -> list[str]:
+    """Accuracies averaged over all axes but `_OVERVIEW`, with their spread over the seeds that have all of them."""
+    pooled: dict[tuple[str, ...], list[Labels]] = {}
+    for cell in cells(record):
+        pooled.setdefault(tuple(cell[axis] for axis in _OVERVIEW if axis in cell), []).append(cell)
+    over = [axis for axis in cells(record)[0] if axis not in _OVERVIEW]
+    if len(cells(record)[0]) - len(over) < len(_OVERVIEW) or not over:
+        return []
+    first, *_ = methods(record)
+    read: dict[str, list[list[float]]] = {
+        TITLES.get(name, name): [_by_seed(record, where, name, _accuracy) for where in pooled.values()]
+        for name in methods(record)
+    }
+    tops = [
+        max((mean(values) for values in column if values), default=0.0) for column in zip(*read.values(), strict=True)
+    ]
+    rows = [["method", *(", ".join(levels) for levels in pooled)], ["---"] + ["---:"] * len(pooled)]
+    rows += [[title, *(_cell(*pair) for pair in zip(found, tops, strict=True))] for title, found in read.items()]
+    for title, alone in _ALONE.items():
+        rows.append([f"*{title}*", *(spread(_by_seed(record, where, first, alone)) for where in pooled.values())])
+    return [f"Accuracy on average over {' and '.join(over)}:", _lines(rows)]
+
+
+def _by_seed(record: Record, where: Sequence[Labels], name: str, read: Callable[[Measurement], float]) -> list[float]:
+    """A method's mean over some cells, for each seed that has all of them."""
+    found: dict[int, list[float]] = {}
+    for cell in where:
+        for each in at(record, cell, name):
+            found.setdefault(each.seed, []).append(read(each))
+    return [mean(values) for values in found.values() if len(values) == len(where)]
+
+
+def _accuracy(found: Measurement) -> float:
+    return accuracies((found,))[0]
 
 
 def groups(record: Record) -> dict[tuple[tuple[str, str], ...], list[Labels]]:

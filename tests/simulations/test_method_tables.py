@@ -47,6 +47,41 @@ def test_methods_are_rows_and_federations_columns_and_the_best_is_bold():
     assert "| C2M3 | **0.500 ± 0.141** | **0.500 ± 0.141** |" in OWN
 
 
+def _with_partitions(accuracies):
+    """A record of two seeds: by clients and partition, the accuracy of FedAvg; C2M3 has .1 more, the second seed .2."""
+    axes = {"start": {"own": {}}, "clients": {"5": {}, "10": {}}, "partition": {"IID": {}, "skewed": {}}}
+    return Record(
+        {**ABOUT, "design": {**ABOUT["design"], "axes": axes}},
+        tuple(
+            replace(
+                _measured("own", "", seed, method, accuracy + more + 0.2 * seed),
+                cell={"start": "own", "clients": clients, "partition": partition},
+            )
+            for (clients, partition), accuracy in accuracies.items()
+            for seed in (0, 1)
+            for method, more in (("fedavg", 0.0), ("c2m3", 0.1))
+            if (clients, seed, method) != ("10", 1, "c2m3")
+        ),
+    )
+
+
+def test_three_axes_begin_with_means_that_keep_start_and_partition_apart_from_seeds_that_are_whole():
+    found = {("5", "IID"): 0.1, ("5", "skewed"): 0.2, ("10", "IID"): 0.3, ("10", "skewed"): 0.6}
+    table = markdown(_with_partitions(found)).split("**start own**")[0]
+    assert "Accuracy on average over clients:\n\n| method | own, IID | own, skewed |\n" in table
+    assert "| FedAvg | **0.300 ± 0.141** | **0.500 ± 0.141** |" in table  # of .2 and .4, and of .4 and .6
+    assert "| C2M3 | **0.300** | **0.500** |" in table  # of the first seed alone: the second lacks ten clients
+    assert "| *ensemble* | 0.600 ± 0.000 | 0.600 ± 0.000 |" in table
+
+
+def test_two_axes_have_no_means_and_no_whole_seed_an_empty_one():
+    assert "on average over" not in markdown(RECORD).replace("On average over these federations", "")
+    record = _with_partitions({("5", "IID"): 0.1, ("10", "IID"): 0.6})
+    torn = tuple(each for each in record.measurements if (each.cell["clients"], each.seed) in {("5", 0), ("10", 1)})
+    table = markdown(Record(record.about, torn))
+    assert "| method | own, IID |\n| --- | ---: |\n| FedAvg |  |\n| C2M3 |  |\n| *mean client* |  |" in table
+
+
 def test_the_clients_alone_have_their_rows():
     assert "| *mean client* | 0.300 ± 0.000 |" in OWN
     assert "| *best client* | 0.400 ± 0.000 |" in OWN
