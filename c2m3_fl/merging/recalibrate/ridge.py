@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -86,13 +87,13 @@ class Sums:
         """No change, shape (groups, inputs, outputs)."""
         return torch.zeros_like(self.xr)
 
-    @property
+    @cached_property
     def gram(self) -> Tensor:
         """Mean of x xᵀ about the mean of x, shape (groups, inputs, inputs)."""
         mean = self.x / self.count
         return self.xx / self.count - mean[:, :, None] * mean[:, None, :]
 
-    @property
+    @cached_property
     def cross(self) -> Tensor:
         """Mean of x rᵀ about the means, shape (groups, inputs, outputs)."""
         return self.xr / self.count - (self.x / self.count)[:, :, None] * (self.r / self.count)[:, None, :]
@@ -232,7 +233,8 @@ def choose(train: Evidence, held_out: Evidence, strengths: Sequence[float], spre
 def _lifted_solve(matrix: Tensor, ridge: Tensor, right: Tensor) -> Tensor:
     """Solve ``(matrix + ridge) found = right`` for symmetric matrices; zeros if the factorisation fails."""
     ridge = ridge.clamp_min(torch.finfo(torch.float64).tiny)
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, failed = torch.linalg.cholesky_ex(matrix + ridge[:, None, None] * eye)
+    lifted = matrix.clone()
+    lifted.diagonal(dim1=-2, dim2=-1).add_(ridge[:, None])
+    factor, failed = torch.linalg.cholesky_ex(lifted)
     found = torch.cholesky_solve(right, factor)
     return torch.where((failed == 0)[:, None, None] & found.isfinite(), found, 0.0)
