@@ -10,7 +10,7 @@ from statistics import mean
 from simulations import method_tables
 from simulations.ledger import Measurement, Record
 from simulations.settings import TITLES
-from simulations.verdict import Pair, accuracies, at, cells, compare, losses, methods, one_round, spread
+from simulations.verdict import Pair, accuracies, at, cells, compare, losses, margin, methods, one_round, spread
 
 _SUMMARY = ("fedavg", "c2m3+default", "c2m3+judged", "feddf")  # methods of the README's table
 
@@ -29,7 +29,7 @@ def markdown(record: Record) -> str:
         _table(record, everywhere, _accuracy),
         f"{_title(record, 'judged')} against {_title(record, 'baseline')}, paired over seeds:",
         _rule(record),
-        "Gain over FedAvg, mean and least over seeds:",
+        "Gain over FedAvg, paired: mean over seeds ± its 95 % interval (least of all seeds):",
         _table(record, [name for name in everywhere if name != _named(record, "baseline")], _gains(record)),
         "Loss after the last round:",
         _table(record, everywhere, _loss),
@@ -92,7 +92,7 @@ def _clients(found: tuple[Measurement, ...]) -> str:
 def _gains(record: Record) -> Callable[[tuple[Measurement, ...]], str]:
     def write(found: tuple[Measurement, ...]) -> str:
         pair = compare(record, found[0].cell, found[0].method, _named(record, "baseline")) if found else None
-        return "" if pair is None else f"{pair.mean:+.3f} ({pair.least:+.3f})"
+        return "" if pair is None else f"{pair.mean:+.3f}{margin(pair.gains)} ({pair.least:+.3f})"
 
     return write
 

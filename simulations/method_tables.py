@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import exp, inf, isfinite
-from statistics import mean, stdev
-
-from scipy.stats import t as student
+from statistics import mean
 
 from simulations.design import Labels
 from simulations.ledger import Measurement, Record
 from simulations.settings import TITLES
-from simulations.verdict import accuracies, at, cells, losses, methods, spread
+from simulations.verdict import accuracies, at, cells, losses, margin, methods, spread
 
 _ACROSS = 2  # the last axes, whose levels are columns; there is one table per cell of the others
-_LEVEL = 0.95  # of confidence intervals
 _OVERVIEW = ("start", "partition")  # axes that stay apart where an experiment has more of them
 
 Values = Callable[[Sequence[Measurement]], list[float]]
@@ -170,15 +167,7 @@ def _gain(record: Record, where: Sequence[Labels], name: str, first: str) -> str
             if each.seed in base:
                 gains.setdefault(each.seed, []).append(accuracies([each])[0] - base[each.seed])
     means = [mean(each) for each in gains.values()]
-    return f"{mean(means):+.3f}{_margin(means)}" if means else ""
-
-
-def _margin(values: Sequence[float]) -> str:
-    """Half the width of Student's interval for the mean; nothing for a single value."""
-    if len(values) < 2:
-        return ""
-    half = float(student.ppf((1 + _LEVEL) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return f" ± {half:.3f}"
+    return f"{mean(means):+.3f}{margin(means)}" if means else ""
 
 
 def _mean(values: Sequence[float], form: str) -> str:

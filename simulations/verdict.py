@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from math import inf
 from statistics import mean, stdev
 
+from scipy.stats import t as student
+
 from simulations.ledger import Measurement, Number, Record
 
 # The rule: a default may lose one point of accuracy on average and three for any seed, and add 5 % to the loss.
 _ON_AVERAGE, _FOR_ANY_SEED, _LOSS = -0.01, -0.03, 1.05
+_LEVEL = 0.95  # of confidence intervals
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,14 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     if not values:
         return ""
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def margin(values: Sequence[float]) -> str:
+    """Half the width of Student's 95 % interval for the mean, after a " ± "; "" for a single value."""
+    if len(values) < 2:
+        return ""
+    half = float(student.ppf((1 + _LEVEL) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return f" ± {half:.3f}"
 
 
 def accuracies(measurements: Sequence[Measurement], number: int = -1) -> list[float]:

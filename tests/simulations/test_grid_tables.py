@@ -50,6 +50,17 @@ def test_the_rule_is_shown_cell_by_cell_with_what_breaks_it():
     assert "holds on 1 of 2" in markdown(RECORD)
 
 
+def test_gains_are_paired_with_their_interval_and_the_least():
+    _, table = markdown(RECORD).split(
+        "Gain over FedAvg, paired: mean over seeds ± its 95 % interval (least of all seeds):"
+    )
+    assert (
+        _rows("own", table)[0] == "| own | +0.300 ± 1.271 (+0.200) |"
+    )  # .2 and .4; Student's t with one degree: 12.71
+    single = tuple(each for each in RECORD.measurements if each.seed == 0)
+    assert "| own | +0.200 (+0.200) |" in markdown(replace(RECORD, measurements=single))
+
+
 def test_methods_of_some_cells_have_a_table_of_their_own():
     text = markdown(RECORD)
     assert "FedAdam" not in text.split("some cells only")[0]
