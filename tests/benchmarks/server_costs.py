@@ -5,8 +5,8 @@
 
 Both write the table into simulations/README.md, and the picture beside the record. The replies are random networks that
 resemble each other: one network plus noise of a tenth of every tensor's deviation, with its units in one order (nothing
-moves: C2M3 proves it and returns FedAvg's average) or in a random order of every client (all units move). Nothing is
-recalibrated. C2M3 exchanges the same messages as FedAvg.
+moves: C2M3 proves it and returns FedAvg's average), one of them in a random order (a newcomer), or each in one of its
+own (all units move). Nothing is recalibrated. C2M3 exchanges the same messages as FedAvg.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FOLDER = Path(simulations.__file__).parent
 RECORD, PICTURE, PAGE = _FOLDER / "results" / "costs.json", _FOLDER / "results" / "costs.png", _FOLDER / "README.md"
 COMMAND = "python -m tests.benchmarks.server_costs"
 CLIENTS = (3, 10, 30, 100)
-CASES = {False: "nothing moves", True: "all units move"}
+CASES = ("nothing moves", "one newcomer", "all units move")
 _NOISE = 0.1  # of a tensor's standard deviation
 
 
@@ -52,7 +52,7 @@ class Network:
 
     title: str
     shape: tuple[int, int, int]
-    settings: Settings | None = None  # None: torchvision's ResNet18
+    settings: Settings | None = None  # None: torchvision's network of that name
     at_most: int = CLIENTS[-1]
 
 
@@ -62,7 +62,8 @@ NETWORKS = {
     "lenet": Network("LeNet", (3, 32, 32), Settings(model="lenet")),
     "resnet8": Network("ResNet8, BatchNorm", (3, 32, 32), Settings(model="resnet8-bn")),
     "conv3": Network("three convolutions of 128", (3, 32, 32), Settings(model="conv3")),
-    "resnet18": Network("ResNet18", (3, 32, 32), at_most=3),
+    "resnet18": Network("ResNet18", (3, 32, 32), at_most=10),
+    "resnet50": Network("ResNet50", (3, 32, 32), at_most=3),
 }
 
 
@@ -73,7 +74,7 @@ class Row:
     Attributes
     ----------
     network, case : str
-        Keys of `NETWORKS`, values of `CASES`.
+        A key of `NETWORKS`, one of `CASES`.
     clients : int
         Number of replies.
     size : int
@@ -94,23 +95,25 @@ class Row:
     c2m3_memory: int
 
 
-def build(network: Network) -> nn.Module:
-    """The untrained network, in evaluation mode."""
+def build(name: str) -> nn.Module:
+    """The untrained network of that name, in evaluation mode."""
+    network = NETWORKS[name]
     if network.settings is not None:
         return build_model(network.settings, network.shape, 10, seed=0).eval()
-    from torchvision.models import resnet18
+    from torchvision.models import get_model
 
     torch.manual_seed(0)
-    return resnet18(num_classes=10).eval()
+    return get_model(name, num_classes=10).eval()
 
 
-def replies(spec: PermutationSpec, base: Mapping[str, Tensor], clients: int, *, moved: bool) -> list[dict[str, Tensor]]:
-    """Networks that resemble `base`."""
+def replies(spec: PermutationSpec, base: Mapping[str, Tensor], clients: int, moving: int) -> list[dict[str, Tensor]]:
+    """Networks that resemble `base`, the last `moving` of them in orders of their own."""
     generator = torch.Generator().manual_seed(1)
     found = []
-    for _ in range(clients):
+    for number in range(clients):
         node = {name: _near(value, generator) for name, value in base.items()}
-        found.append(permutation.apply(spec, permutation.random(spec, generator), node) if moved else node)
+        moves = number >= clients - moving
+        found.append(permutation.apply(spec, permutation.random(spec, generator), node) if moves else node)
     return found
 
 
@@ -121,20 +124,19 @@ def _near(value: Tensor, generator: torch.Generator) -> Tensor:
     return value + _NOISE * spread * torch.randn(value.shape, generator=generator)
 
 
-def measure(name: str, clients: int, *, moved: bool) -> Row:
+def measure(name: str, clients: int, case: str) -> Row:
     """Aggregate the same replies with both strategies."""
-    network = NETWORKS[name]
-    model = build(network)
-    base = dict(model.state_dict())
-    ours = C2M3(FedAvg(), model=model, example_inputs=torch.zeros(2, *network.shape), recalibrate="none", memory=0)
-    parties = replies(ours.setup.aligner.spec, base, clients, moved=moved)
+    model, moving = build(name), dict(zip(CASES, (0, 1, clients), strict=True))[case]
+    base, inputs = dict(model.state_dict()), torch.zeros(2, *NETWORKS[name].shape)
+    ours = C2M3(FedAvg(), model=model, example_inputs=inputs, recalibrate="none", memory=0)
+    parties = replies(ours.setup.aligner.spec, base, clients, moving)
     messages = [reply(node, own) for node, own in enumerate(parties)]
     size = sum(len(array.data) for array in messages[0].content.array_records["arrays"].values())
     del parties
     seconds, memory, shares = zip(*(_aggregate(each, base, messages) for each in (FedAvg(), ours)), strict=True)
-    if (shares[-1] > 0) != moved:
-        raise RuntimeError(f"{name}, {clients} clients: a share of {shares[-1]} moved, expected that {CASES[moved]}")
-    return Row(name, CASES[moved], clients, size, *seconds, *memory)
+    if (shares[-1] > 0) != (moving > 0):
+        raise RuntimeError(f"{name}, {clients} clients: a share of {shares[-1]} moved, expected that {case}")
+    return Row(name, case, clients, size, *seconds, *memory)
 
 
 def _aggregate(strategy: Strategy, base: Mapping[str, Tensor], messages: Sequence[Message]) -> tuple[float, int, float]:
@@ -159,20 +161,18 @@ def _taken(key: str) -> int:
 def table(rows: Sequence[Row]) -> str:
     """One row per network and number of clients."""
     columns = ["network", "MB", "clients", "FedAvg s"]
-    columns += [f"C2M3 s, {case}" for case in CASES.values()]
-    columns += ["FedAvg MB", *(f"C2M3 MB, {case}" for case in CASES.values())]
+    columns += [f"C2M3 s, {case}" for case in CASES]
+    columns += ["FedAvg MB", *(f"C2M3 MB, {case}" for case in CASES)]
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
     for name, network in NETWORKS.items():
         for clients in CLIENTS:
             found = {each.case: each for each in rows if (each.network, each.clients) == (name, clients)}
             if len(found) < len(CASES):
                 continue
-            still, moving = (found[case] for case in CASES.values())
-            memory = [still.fedavg_memory, still.c2m3_memory, moving.c2m3_memory]
-            numbers = [f"{still.fedavg:.3f}", *(f"{each.c2m3:.2f}" for each in (still, moving))] + [
-                f"{value / 1e6:.0f}" for value in memory
-            ]
-            lines.append([network.title, f"{still.size / 1e6:.2f}", str(clients), *numbers])
+            still, *_ = ordered = [found[case] for case in CASES]
+            seconds = [f"{still.fedavg:.3f}", *(f"{each.c2m3:.2f}" for each in ordered)]
+            memory = [f"{value / 1e6:.0f}" for value in (still.fedavg_memory, *(each.c2m3_memory for each in ordered))]
+            lines.append([network.title, f"{still.size / 1e6:.2f}", str(clients), *seconds, *memory])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -183,9 +183,9 @@ def draw(rows: Sequence[Row]) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")  # Okabe and Ito
-    figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True, layout="constrained")
-    for panel, case in zip(panels, CASES.values(), strict=True):
+    colours = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000", "#56B4E9")  # Okabe and Ito
+    figure, panels = plt.subplots(1, len(CASES), figsize=(9.6, 3.6), sharey=True, layout="constrained")
+    for panel, case in zip(panels, CASES, strict=True):
         for (name, network), colour in zip(NETWORKS.items(), colours, strict=True):
             found = [each for each in rows if (each.network, each.case) == (name, case)]
             clients = [each.clients for each in found]
@@ -198,7 +198,7 @@ def draw(rows: Sequence[Row]) -> None:
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     panels[0].set_ylabel("CPU seconds of one aggregation")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle("C2M3 (solid) and FedAvg (dashed) on the server", fontsize=9)
     figure.savefig(PICTURE, dpi=130)
     plt.close(figure)
@@ -216,7 +216,7 @@ def main() -> None:
     with flower_log(logging.ERROR):
         for name in () if options.draw else options.networks:
             for clients in (each for each in CLIENTS if each <= NETWORKS[name].at_most):
-                fresh = [measure(name, clients, moved=moved) for moved in CASES]
+                fresh = [measure(name, clients, case) for case in CASES]
                 rows = [each for each in rows if (each.network, each.clients) != (name, clients)] + fresh
                 rows.sort(key=lambda each: (list(NETWORKS).index(each.network), each.clients))
                 write_record(RECORD, COMMAND, {"noise": _NOISE, "threads": 1}, [asdict(each) for each in rows])
