@@ -60,7 +60,7 @@ flwr-newest: $(READY)
 bench: $(READY)
 	$(BIN)/pytest tests/benchmarks --benchmark-only
 	$(BENCH).solver
-	$(BENCH).solver --growth --out results
+	$(BENCH).growth
 	$(if $(OLDER),$(BENCH).before_after $(OLDER)) # make bench OLDER=FOLDER compares with an older checkout, in turns
 	$(BENCH).rounds --identity --many 100
 	$(BENCH).rounds --many 1000 --network mlp

@@ -2,7 +2,6 @@
 
     python -m tests.benchmarks.solver                   every case, table and c2m3_fl/core/results/solver.json
     python -m tests.benchmarks.solver --cases mlp-3     some of them
-    python -m tests.benchmarks.solver --growth          growth in nodes and width, with a picture
 
 Times are CPU seconds of one thread, so that a busy machine does not blur them. The published algorithm is run for
 `--steps` steps; where its whole match would take too long it is the measured seconds per step times the number of
@@ -12,7 +11,6 @@ steps that the same iteration, computed in O(nodes), needs to stall by the same 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -188,56 +186,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def growth() -> dict[str, list[tuple[int, float]]]:
-    """CPU seconds of one step against nodes and against width."""
-    curves: dict[str, list[tuple[int, float]]] = {"nodes": [], "width": []}
-    for axis, values in (("nodes", (2, 5, 10, 20, 40)), ("width", (1, 2, 4, 8))):
-        for value in values:
-            count, width = (value, 1) if axis == "nodes" else (3, value)
-            spec = resnet20(width)
-            problem = Problem.of(spec, related_nodes(spec, count), torch.full((count,), 1 / count, dtype=torch.float64))
-            universe = Universe(problem, start_point(problem, "identity", None))
-            curves[axis].append((value, min(one_pass(universe)[0] for _ in range(4))))
-    return curves
-
-
-def draw_growth(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """One panel per axis, both scales logarithmic, with a line of slope one."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    for panel, (axis, curve) in zip(panels, curves.items(), strict=True):
-        x, y = zip(*curve, strict=True)
-        panel.loglog(x, y, "o-", label="one pass")
-        panel.loglog(x, [y[0] * value / x[0] for value in x], ":", color="grey", label="linear")
-        panel.set(xlabel=axis, ylabel="CPU seconds", title=f"ResNet20, growth in {axis}")
-        panel.set_xticks(x, [str(value) for value in x])
-        panel.xaxis.minorticks_off()
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("")
-        panel.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--steps", type=int, default=1, help="steps of the published algorithm to time")
-    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("c2m3_fl/core/results"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.growth:
-        curves = growth()
-        draw_growth(curves, options.out / "solver-growth.png")
-        (options.out / "solver-growth.json").write_text(json.dumps(curves, indent=2))
-        print(json.dumps(curves, indent=2))
-        return
     rows = []
     for case in options.cases:
         rows.append(measure(case, options.steps))
