@@ -26,11 +26,10 @@ _QUICK = ("seeds", "methods", "settings", "where")
 
 @dataclass(frozen=True)
 class Also:
-    """Methods that run only on some cells, or only from some seeds; empty `seeds` mean all seeds."""
+    """Methods that run only on some cells."""
 
     methods: tuple[str, ...]
     where: Where
-    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,11 @@ class Cell:
         All its settings except the seed and the method.
     methods : tuple of str
         The strategies that run on it from every seed.
-    sometimes : mapping of str to tuple of int
-        The strategies that run on it only from some seeds.
     """
 
     labels: Labels
     settings: Settings
     methods: tuple[str, ...]
-    sometimes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def methods_from(self, seed: int) -> tuple[str, ...]:
-        """The strategies that run on it from a seed."""
-        return (*self.methods, *(name for name, seeds in self.sometimes.items() if seed in seeds))
 
 
 @dataclass(frozen=True)
@@ -125,11 +117,8 @@ class Design:
             changes = [self.axes[axis][level] for axis, level in labels.items()]
             merged = {key: value for part in (self.settings, *changes) for key, value in part.items()}
             settings = Settings.from_run_config(merged)
-            here = [each for each in self.also if _within(labels, each.where)]
-            more = [name for each in here if not each.seeds for name in each.methods]
-            methods = tuple(dict.fromkeys([*self.methods, *more]))
-            seldom = {name: each.seeds for each in here for name in each.methods if name not in methods}
-            found.append(Cell(labels, settings, methods, seldom))
+            more = [name for each in self.also if _within(labels, each.where) for name in each.methods]
+            found.append(Cell(labels, settings, tuple(dict.fromkeys([*self.methods, *more]))))
         return tuple(found)
 
 
@@ -206,9 +195,8 @@ def _reduced(design: Design, quick: _Reader) -> Design:
 
 
 def _also(who: str, entry: object) -> Also:
-    reader = _Reader(f"{who}: also", entry, ("methods", "where", "seeds"))
-    seeds = reader.integers("seeds") if "seeds" in reader.read else ()
-    return Also(reader.strings("methods"), _where(reader.who, reader.read.get("where", {})), seeds)
+    reader = _Reader(f"{who}: also", entry, ("methods", "where"))
+    return Also(reader.strings("methods"), _where(reader.who, reader.read.get("where", {})))
 
 
 def _where(who: str, read: object) -> Where:

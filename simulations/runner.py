@@ -113,7 +113,7 @@ def run_design(
 def _tasks(design: Design) -> list[Task]:
     """All tasks, seed by seed, so that an unfinished run has measured every cell early."""
     return [
-        Task(dict(cell.labels), replace(cell.settings, seed=seed), cell.methods_from(seed))
+        Task(dict(cell.labels), replace(cell.settings, seed=seed), cell.methods)
         for seed in design.seeds
         for cell in design.cells
     ]

@@ -101,23 +101,19 @@ def test_an_unknown_experiment_is_refused_with_the_nearest_one():
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_experiment_of_this_checkout_is_valid_and_its_methods_are_functions(name, quick):
     design = load_design(name, quick=quick)
-    assert {name for cell in design.cells for seed in design.seeds for name in cell.methods_from(seed)} <= set(
-        STRATEGIES
-    )
+    assert {name for cell in design.cells for name in cell.methods} <= set(STRATEGIES)
 
 
-def test_methods_may_run_from_some_seeds_only_and_be_drawn():
-    text = TEXT.replace('where = { start = ["own"] }', 'where = { start = ["own"] }\nseeds = [4]')
-    design = _read(text.replace('judged = "c2m3"', 'judged = "c2m3"\ndrawn = ["fedavg", "fedadam"]'))
-    assert [each.methods_from(3) for each in design.cells] == [("fedavg", "c2m3")] * 4
-    assert [each.methods_from(4)[2:] for each in design.cells] == [()] * 2 + [("fedadam",)] * 2
+def test_methods_of_some_cells_may_be_drawn():
+    text = TEXT.replace('judged = "c2m3"', 'judged = "c2m3"\ndrawn = ["fedavg", "fedadam"]')
+    assert _read(text).drawn == ("fedavg", "fedadam")
 
 
 def test_the_page_names_every_experiment_with_its_measurements_and_every_strategy():
     page = (Path(simulations.__file__).parent / "README.md").read_text()
     for name in names():
         design = load_design(name)
-        count = sum(len(cell.methods_from(seed)) for cell in design.cells for seed in design.seeds)
+        count = len(design.seeds) * sum(len(cell.methods) for cell in design.cells)
         row = next(line for line in page.splitlines() if line.startswith("| `") and f"`{name}`" in line)
         assert f"{count:,}" in row, name
     peers = ("fedavg", "git-rebasin", "mergemany", "activations", "cca")
