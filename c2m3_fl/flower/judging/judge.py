@@ -31,7 +31,8 @@ class ClientJudge:
     """Let clients compare the candidates for deployment with their own `@app.evaluate()`; pass it as `judge`.
 
     A candidate replaces the aggregate only if its pooled paired gain stays positive when any one client is left out:
-    one client that lies can veto, not install. With two clients both must gain; one client decides nothing.
+    one client that lies can veto, not install. With two clients both must gain; one client decides nothing. A metric
+    that is NaN or infinite is worse than any number.
 
     Attributes
     ----------
@@ -207,7 +208,7 @@ def _votes(
                 continue
             try:
                 weights.append(1.0 if weighted_by is None else check_weight(record.get(weighted_by), weighted_by))
-                losses[name] = sign * _number(record.get(key), key)
+                losses[name] = _loss(record.get(key), key, sign)
             except Exception as error:  # as above
                 reason = fault_of(node, error).reason
                 log(WARNING, "\t> the evaluation of %r by node %d is left out: %s", name, node, reason)
@@ -216,10 +217,11 @@ def _votes(
     return votes
 
 
-def _number(value: object, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ParamsError(f"metric {key!r} is {value!r}, expected a finite number")
-    return float(value)
+def _loss(value: object, key: str, sign: float) -> float:
+    """The metric as a loss; one that is NaN or infinite is worse than any other, of whichever sign."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ParamsError(f"metric {key!r} is {value!r}, expected a number")
+    return sign * value if math.isfinite(value) else math.inf
 
 
 def _unjudged(name: str) -> DeploymentCandidate:

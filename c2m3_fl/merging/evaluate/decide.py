@@ -33,8 +33,8 @@ class Vote:
     Attributes
     ----------
     losses : mapping of str to float
-        By candidate; smaller is better. Candidates that it did not answer for, or not with a finite number, are
-        missing.
+        By candidate; smaller is better, and infinite is worse than any number. Candidates that it did not answer for
+        are missing.
     weight : float
         Positive and finite.
     """
@@ -52,7 +52,7 @@ class DeploymentCandidate:
     name : str
         Short name.
     loss : float, optional
-        Weighted mean over the voters that answered; None if none did.
+        Weighted mean over the voters for which it is finite; None if there are none.
     gain : float, optional
         Weighted mean of aggregate's loss - own loss over the voters that answered for both; None for the aggregate.
     robust_gain : float, optional
@@ -107,8 +107,8 @@ def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> DeploymentD
     names : sequence of str
         Candidates, the aggregate first.
     votes : sequence of Vote
-        A vote counts in a comparison if it has both losses. Gains count up to ten times their median size, weights up
-        to ten times their median.
+        A vote counts in a comparison if it has both losses and one of them is finite. Gains count up to ten times the
+        median size of the finite ones (where there is none, all count the same), weights up to ten times their median.
     key : str
         Name of the metric, for the reason.
     """
@@ -130,14 +130,14 @@ def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> DeploymentD
 
 def _compared(name: str, aggregate: str, votes: Sequence[Vote]) -> DeploymentCandidate:
     heard = [vote for vote in votes if name in vote.losses]
-    told = sorted((vote.losses[name], vote.weight) for vote in heard)
+    told = sorted((vote.losses[name], vote.weight) for vote in heard if math.isfinite(vote.losses[name]))
     loss = _mean([each for each, _ in told], capped([weight for _, weight in told])) if told else None
     if name == aggregate:
         return DeploymentCandidate(name, loss, None, None, len(heard))
     pairs = sorted(
         (vote.losses[aggregate] - vote.losses[name], vote.weight) for vote in heard if aggregate in vote.losses
     )
-    pairs = [(gain, weight) for gain, weight in pairs if math.isfinite(gain)]
+    pairs = [(gain, weight) for gain, weight in pairs if not math.isnan(gain)]
     if not pairs:
         return DeploymentCandidate(name, loss, None, None, 0)
     gains, weights = _clipped([gain for gain, _ in pairs]), capped([weight for _, weight in pairs])
@@ -149,8 +149,8 @@ def _compared(name: str, aggregate: str, votes: Sequence[Vote]) -> DeploymentCan
 
 
 def _clipped(gains: Sequence[float]) -> list[float]:
-    sizes = sorted(abs(gain) for gain in gains if gain)
-    bound = _FAR * sizes[(len(sizes) - 1) // 2] if sizes else 0.0  # the lower median of an even number
+    sizes = sorted(abs(gain) for gain in gains if gain and math.isfinite(gain))
+    bound = _FAR * sizes[(len(sizes) - 1) // 2] if sizes else 1.0  # the lower median of an even number
     return [max(-bound, min(bound, gain)) for gain in gains]
 
 

@@ -122,6 +122,17 @@ def test_one_client_cannot_install_what_the_others_lose_by(lie, equally):
     assert judged(evaluating(liar=LIES[lie]), WORSE, equally=equally).chosen == "aggregate"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", [None, "accuracy"])
+def test_a_candidate_with_a_metric_that_is_not_finite_at_one_client_is_refused(value, key):
+    def fails(candidate):
+        return metrics(value, accuracy=value) if candidate == 1.0 else metrics(2.0, accuracy=0.5)
+
+    honest = evaluating(lambda candidate: metrics(candidate, accuracy=1 / candidate), liar=fails)
+    verdict = judged(honest, options=ClientJudge(key=key))
+    assert (verdict.chosen, verdict.candidates[1].voters) == ("aggregate", 3)
+
+
 @pytest.mark.parametrize("lie", ["infinities", "NaN", "no loss", "a list", "no weight", "negative weight"])
 def test_answers_that_cannot_be_read_are_left_out(lie):
     verdict = judged(evaluating(liar=LIES[lie]))

@@ -54,7 +54,7 @@ def test_one_of_three_voters_can_veto(weight):
 
 @given(
     honest=st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100), st.floats(0.1, 10)), min_size=1, max_size=6),
-    lie=st.tuples(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False)),
+    lie=st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)),
     weight=st.floats(min_value=1e-300, allow_infinity=False),
 )
 def test_whatever_one_voter_says_a_candidate_by_which_each_of_the_others_loses_is_not_installed(honest, lie, weight):
@@ -69,6 +69,25 @@ def test_two_voters_must_both_gain_and_one_decides_nothing():
     alone = decide(NAMES[:2], votes((2.0, 1.0)), "loss")
     assert (alone.chosen, alone.judged) == ("aggregate", False)
     assert "at least 2" in alone.reason
+
+
+@pytest.mark.parametrize("honest", [2, 3, 9])
+def test_a_candidate_whose_loss_is_infinite_at_one_voter_is_refused(honest):
+    verdict = decide(NAMES[:2], votes(*[(2.0, 1.0)] * honest, (2.0, math.inf)), "loss")
+    assert verdict.chosen == "aggregate"
+    head = verdict.candidates[1]
+    assert (head.voters, head.loss) == (honest + 1, pytest.approx(1.0))
+    assert head.gain == pytest.approx((honest - 10) / (honest + 1))  # ten times the median size of the others' gains
+
+
+def test_an_aggregate_whose_loss_is_infinite_is_replaced_if_no_single_voter_says_so():
+    assert decide(NAMES[:2], votes((math.inf, 1.0), (math.inf, 2.0), (math.inf, 3.0)), "loss").chosen == "head"
+    assert decide(NAMES[:2], votes((math.inf, 1.0), (1.0, 1.1), (1.0, 1.1)), "loss").chosen == "aggregate"
+
+
+def test_two_infinite_losses_say_nothing():
+    verdict = decide(NAMES[:2], votes((2.0, 1.0), (2.0, 1.0), (math.inf, math.inf)), "loss")
+    assert (verdict.chosen, verdict.candidates[1].voters) == ("head", 2)
 
 
 def test_a_voter_counts_only_where_it_answered_for_both():
