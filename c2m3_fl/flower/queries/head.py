@@ -107,21 +107,21 @@ def check_head(program: Program, params: Params, options: Head) -> None:
 def why_no_head(options: Head, grid: Grid, nodes: Sequence[int], program: Program, merged: Params) -> str | None:
     """Why the clients answer no query for label sums; None where one of the first three does.
 
-    They are asked one after another. The reply of a client whose app has no such query speaks for all of them.
-    See `head_by_clients` for the parameters.
+    They are asked one after another. See `head_by_clients` for the parameters.
     """
     wire = _Wire.of(program, merged, options)
-    query, reason = {"arrays": from_params(merged)}, "there is no client to ask"
+    query, reasons = {"arrays": from_params(merged)}, list[str]()
     for node in nodes[:_PROBED]:
         try:
             _ask(options, grid, [node], "sums", query, wire.read_sums)
         except CalibrationError as error:
-            reason = str(error)
-            if _UNKNOWN in reason:
-                return "the clients' app does not answer for labels; answer_statistics in it does"
+            reasons.append(str(error))
         else:
             return None
-    return reason
+    others = [reason for reason in reasons if _UNKNOWN not in reason]
+    if reasons and not others:
+        return "the clients' app does not answer for labels; answer_statistics in it does"
+    return others[0] if others else "there is no client to ask"
 
 
 def head_by_clients(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from flwr.clientapp import ClientApp
 from torch import nn
 
 from c2m3_fl.errors import TraceError
@@ -76,7 +77,7 @@ def test_without_calibration_data_clients_that_do_not_answer_are_asked_once_and_
     (line,) = [text for text in caplog.messages if "answer_statistics" in text]
     assert line == f"\t> {SAID}: the clients' app does not answer for labels; answer_statistics in it does"
     _, expected, draws = played({"head": None}, clients_app=silent)
-    assert [kind for kind, _ in seen if kind != "train"] == [LABELS]
+    assert [kind for kind, _ in seen if kind != "train"] == [LABELS] * 3  # one message to each of three clients
     assert same(found.arrays, expected.arrays)
     assert drawn == draws
     names = [list(each.train_metrics_clientapp[2]) for each in (found, expected)]
@@ -103,7 +104,7 @@ def test_clients_that_do_not_answer_are_asked_once_and_that_is_no_failure(deploy
     options = {"calibration": calibration(), "deploy": deploy}
     _, found, _ = played(options, clients_app=silent, seen=seen)
     _, expected, _ = played({**options, "head": None}, clients_app=silent)
-    assert queries(seen) == 1
+    assert queries(seen) == 3  # each client in the first deployment, and none later
     assert [text for text in caplog.messages if SAID in text and "answer_statistics" in text]
     assert sum(SAID in text for text in caplog.messages) == 1
     assert found.train_metrics_clientapp[2]["c2m3-failed-candidates"] == 0
@@ -124,6 +125,24 @@ def test_one_client_that_answers_garbage_does_not_disable_the_head():
     _, result, _ = played({"calibration": calibration()}, transit=garble)
     assert len(garbled) == 3  # when it is asked first, and for either base
     assert "head" in deployed(result, 2)
+
+
+@pytest.mark.parametrize("answers", [1, 2, 4])  # the last round's nodes
+def test_clients_without_the_query_beside_others_that_answer_do_not_disable_the_head(answers, caplog):
+    silent, loud, mixed = digits_app(epochs=1, rate=0.02, evaluates="loss"), app(), ClientApp()
+    for kind in ("train", "evaluate"):
+
+        @getattr(mixed, kind)()
+        def usual(message, context):
+            return loud(message, context)
+
+    @mixed.query(ACTION)
+    def query(message, context):
+        return (loud if context.node_id == answers else silent)(message, context)
+
+    _, result, _ = played({"calibration": calibration()}, clients_app=mixed)
+    assert "head" in deployed(result, 2)
+    assert not [text for text in caplog.messages if SAID in text]
 
 
 OFF = {
