@@ -61,8 +61,8 @@ def read_network(network: nn.Module, record: ArrayRecord) -> dict[str, Tensor]:
 class Traced:
     """Programs of earlier queries, because tracing takes longer than running.
 
-    They are looked up by the network's class, tensors and inputs, which do not say what a network does with them;
-    so one is used again only where it gives the outputs that the network gives.
+    They are looked up by the name of the network's class, tensors and inputs, which do not say what a network does with
+    them; so one is used again only where it gives the outputs that the network gives.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,12 @@ class Traced:
 
     def __call__(self, network: nn.Module, params: Params, batches: Sequence[Batch]) -> list[Program]:
         """The traced network for every batch."""
-        looks = (type(network), *((name, value.dtype, value.shape) for name, value in params.items()))
+        kind_of = type(network)  # a class of its own for every choice of outputs
+        looks = (
+            kind_of.__module__,
+            kind_of.__qualname__,
+            *((name, value.dtype, value.shape) for name, value in params.items()),
+        )
         proven: dict[Hashable, Program] = {}
         for batch in batches:
             kind = (batch.shapes, batch.types)

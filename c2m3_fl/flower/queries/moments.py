@@ -20,7 +20,8 @@ from c2m3_fl.flower.queries.labels import ACTION as LABELS
 from c2m3_fl.flower.queries.labels import answer_head
 from c2m3_fl.flower.queries.sums import ACTION as SUMS
 from c2m3_fl.flower.queries.sums import answer_sums
-from c2m3_fl.network.calibration import Batch, Calibration
+from c2m3_fl.network.calibration import Batch, Calibration, load_batches
+from c2m3_fl.network.calls import Outputs, choose_outputs
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator
 from c2m3_fl.network.program import Program, Walk
@@ -33,6 +34,8 @@ def answer_statistics(
     *,
     model: Callable[[Context], nn.Module],
     data: Callable[[Context], Calibration],
+    inputs: Sequence[str] | None = None,
+    outputs: Outputs | None = None,
     min_examples: int = 32,
     first_layer: bool = False,
 ) -> None:
@@ -62,6 +65,10 @@ def answer_statistics(
     data : callable
         From the context to batches of the client's own data, with labels if it has any; the same ones in every
         call, without random augmentation, in any order.
+    inputs : sequence of str, optional
+        Which keys of dict batches are the network's inputs, as for `C2M3`.
+    outputs : str, int or sequence of them, optional
+        Which of the network's outputs are read, by key, field or place, as for `C2M3`: the same ones there and here.
     min_examples : int
         With fewer examples the client does not answer. One example in five, as a rule, is held out, and its sums
         are apart.
@@ -77,9 +84,11 @@ def answer_statistics(
 
     def handler(answer: Callable[..., Message], **options: bool) -> Callable[[Message, Context], Message]:
         def reply(message: Message, context: Context) -> Message:
-            given = (message, model(context), data(context))
+            network, own = choose_outputs(model(context), outputs), data(context)
+            if inputs is not None:
+                own = list(load_batches(own, model=network, inputs=inputs))
             state = (context.state,) if answer is answer_sums else ()
-            return answer(*given, *state, min_examples=min_examples, programs=traced, **options)
+            return answer(message, network, own, *state, min_examples=min_examples, programs=traced, **options)
 
         return reply
 
