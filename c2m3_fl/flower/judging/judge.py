@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from logging import INFO, WARNING
+from logging import INFO
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -16,7 +16,7 @@ from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError, ParamsError
-from c2m3_fl.flower.incoming.admitted import fault_of
+from c2m3_fl.flower.incoming.admitted import fault_of, report_unanswered
 from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.incoming.replies import check_weight, only_metrics
 from c2m3_fl.flower.metrics import Numbers
@@ -123,11 +123,13 @@ def judge_candidates(
     key, sign = _metric(options.key, answers.values())
     if not key:
         wanted = "whose name contains 'loss'" if options.key is None else f"{options.key!r}"
+        _report(faults if answers else [])
         reason = f"no metric {wanted} in {len(answers)} evaluations"
         reason += f" (the first fault: {faults[0]})" if faults else ""
         reason += ": name one as judge_key"
         return DeploymentDecision(names[0], reason, "", tuple(_unjudged(name) for name in names), judged=False)
-    votes = _votes(answers, names, key, sign, None if equally else weighted_by)
+    votes, more = _votes(answers, names, key, sign, None if equally else weighted_by)
+    _report([*faults, *more])
     return decide(names, votes, key)
 
 
@@ -151,13 +153,32 @@ def report_verdict(verdict: DeploymentDecision) -> Numbers:
 Answers = dict[tuple[int, str], MetricRecord]  # by node and candidate
 
 
-def _answers(replies: Iterable[Message], asked: Sequence[int], names: Sequence[str]) -> tuple[Answers, list[str]]:
-    """The metrics of every readable reply, and what is wrong with the others; a second reply makes both unreadable.
+@dataclass(frozen=True)
+class _Fault:
+    """What is wrong with a node's evaluation of a candidate; None where it is not known which."""
 
-    The faults are logged where anything is readable; otherwise the first of them is the reason for all.
-    """
+    node: int
+    about: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"no evaluation of {self.about!r} from node {self.node}: {self.reason}"
+
+
+def _report(faults: Iterable[_Fault]) -> None:
+    """Log the faults, once for all candidates and nodes with one reason."""
+    about: dict[tuple[int, str], list[str]] = {}
+    for each in faults:
+        about.setdefault((each.node, each.reason), []).append(repr(each.about))
+    for names in dict.fromkeys(map(tuple, about.values())):
+        nodes = {node: reason for (node, reason), own in sorted(about.items()) if tuple(own) == names}
+        report_unanswered(f"evaluation of {', '.join(names)}", nodes)
+
+
+def _answers(replies: Iterable[Message], asked: Sequence[int], names: Sequence[str]) -> tuple[Answers, list[_Fault]]:
+    """The metrics of every readable reply, and what is wrong with the others; a second reply makes both unreadable."""
     found: Answers = {}
-    faults: list[str] = []
+    faults: list[_Fault] = []
     twice: set[tuple[int, str]] = set()
     places = {str(index): name for index, name in enumerate(names)}
     for reply in replies:
@@ -167,15 +188,12 @@ def _answers(replies: Iterable[Message], asked: Sequence[int], names: Sequence[s
                 raise ParamsError("nobody asked it")
             metrics = only_metrics(reply)
         except Exception as error:  # whatever one client sends must not end the judgement
-            faults.append(f"no evaluation of {about!r} from node {node}: {fault_of(node, error).reason}")
+            faults.append(_Fault(node, about, fault_of(node, error).reason))
             continue
         if (node, about) in found:
             twice.add((node, about))
         found[node, about] = metrics
-    known = {key: record for key, record in found.items() if key not in twice}
-    for fault in faults if known else []:
-        log(WARNING, "\t> %s", fault)
-    return known, faults
+    return {key: record for key, record in found.items() if key not in twice}, faults
 
 
 def _metric(key: str | None, records: Iterable[MetricRecord]) -> tuple[str, float]:
@@ -198,8 +216,9 @@ def _votes(
     key: str,
     sign: float,
     weighted_by: str | None,
-) -> list[Vote]:
-    votes = []
+) -> tuple[list[Vote], list[_Fault]]:
+    """The votes of all nodes that have any, and the metrics that cannot be used."""
+    votes, faults = [], []
     for node in sorted({node for node, _ in answers}):
         losses, weights = {}, []
         for name in names:
@@ -210,11 +229,10 @@ def _votes(
                 weights.append(1.0 if weighted_by is None else check_weight(record.get(weighted_by), weighted_by))
                 losses[name] = _loss(record.get(key), key, sign)
             except Exception as error:  # as above
-                reason = fault_of(node, error).reason
-                log(WARNING, "\t> the evaluation of %r by node %d is left out: %s", name, node, reason)
+                faults.append(_Fault(node, name, fault_of(node, error).reason))
         if losses:
             votes.append(Vote(losses, min(weights)))
-    return votes
+    return votes, faults
 
 
 def _loss(value: object, key: str, sign: float) -> float:

@@ -151,6 +151,24 @@ def test_a_client_that_fails_or_answers_for_one_candidate_alone_is_left_out():
     assert judged(evaluating(liar=lambda value: 1 / 0), nodes=3).candidates[1].voters == 2
 
 
+def test_faults_of_one_reason_are_one_line_for_all_candidates_and_clients(caplog):
+    def fails(candidate):
+        raise ValueError("no data here")
+
+    judged(evaluating(fails, liar=metrics), nodes=5)  # node 3 answers
+    (line,) = [text for text in caplog.messages if "no evaluation of" in text]
+    assert line.startswith("\t> no evaluation of 'aggregate', 'head' from nodes 1, 2, 4")
+    assert "no data here" in line
+
+
+def test_a_metric_that_is_no_number_is_one_line_for_both_candidates(caplog):
+    judged(evaluating(liar=lambda value: metrics([1.0])))
+    (line,) = [text for text in caplog.messages if "no evaluation of" in text]
+    assert (
+        line == "\t> no evaluation of 'aggregate', 'head' from node 3: metric 'eval_loss' is [1.0], expected a number"
+    )
+
+
 def test_two_answers_of_one_client_about_one_candidate_count_as_none():
     def doubled(replies):
         return [*replies, *(reply for reply in replies if reply.metadata.src_node_id == 1)]

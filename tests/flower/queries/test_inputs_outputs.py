@@ -70,9 +70,9 @@ def test_without_inputs_the_clients_say_which_keys_there_are(caplog):
     assert any("'id', 'img'" in text and "inputs=(" in text for text in caplog.messages)
 
 
-def test_a_network_with_chosen_outputs_is_traced_once(monkeypatch, _programs):
+def test_a_network_with_chosen_outputs_is_traced_once(monkeypatch, request):
     traced = []
-    _programs.clear()  # of this file's other tests
+    request.getfixturevalue("_programs").clear()  # of this file's other tests
     monkeypatch.setattr(answering_module, "export_program", lambda *given: traced.append(1) or export_program(*given))
     options = {"outputs": "scores", "recalibrate": ClientRefit(), "head": "labels"}
     played(clients(inputs=("img",), outputs="scores"), telling(), **options)
