@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 
 from c2m3_fl.core.problem import check_search
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.aligning.aligner import Basis, Mode
 from c2m3_fl.merging.recalibrate.setting import usable_device
+from c2m3_fl.ranges import check_number, check_whole
 
 Feedback = Literal["never", "moved", "always"]
 Deploy = Literal["last", "every"] | int
@@ -41,14 +41,14 @@ class Options:
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
-        _check_whole("min_replies", self.min_replies, 1)
-        _check_whole("memory", self.memory, 0)
-        _check_whole("max_steps", self.max_steps, 0)
-        _check_number("tolerance", self.tolerance)
+        check_whole("min_replies", self.min_replies, 1)
+        check_whole("memory", self.memory, 0)
+        check_whole("max_steps", self.max_steps, 0)
+        check_number("tolerance", self.tolerance, 0)
         if self.max_seconds is not None:
-            _check_number("max_seconds", self.max_seconds)
+            check_number("max_seconds", self.max_seconds, 0)
         if self.memory_limit is not None:
-            _check_whole("memory_limit", self.memory_limit, 1)
+            check_whole("memory_limit", self.memory_limit, 1)
         check_search(self.max_steps, self.tolerance, max_seconds=self.max_seconds)
         if self.outliers not in ("report", "drop"):
             raise ConfigError(f"outliers is {self.outliers!r}, expected 'report' or 'drop'")
@@ -57,7 +57,7 @@ class Options:
         if self.deploy not in ("last", "every"):
             if isinstance(self.deploy, str):
                 raise ConfigError(f"deploy is {self.deploy!r}, expected 'last', 'every' or a number of rounds")
-            _check_whole("deploy", self.deploy, 1)
+            check_whole("deploy", self.deploy, 1)
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
@@ -82,13 +82,3 @@ def brief(options: object) -> str:
         if repr(value) != repr(default):
             parts.append(f"{each.name}={brief(value)}")
     return f"{type(options).__name__}({', '.join(parts)})"
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ConfigError(f"{name} is {value!r}, expected a whole number, at least {least}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise ConfigError(f"{name} is {value!r}, expected a number")

@@ -21,6 +21,7 @@ from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.incoming.replies import check_weight, only_metrics
 from c2m3_fl.flower.metrics import Numbers
 from c2m3_fl.merging.evaluate.decide import DeploymentCandidate, DeploymentDecision, Vote, decide
+from c2m3_fl.ranges import check_number, check_positive, check_whole
 
 # words of a metric's name that say that less of it is better
 _LESS = re.compile(r"loss|error|nll|perplexity|(?:^|[^a-z])(?:r?mse|mae)(?:$|[^a-z])")
@@ -61,12 +62,14 @@ class ClientJudge:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.key is not None and not str(self.key).lstrip("+-"):
-            raise ConfigError(f"judge key is {self.key!r}, expected the name of a metric, or None")
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"judge fraction is {self.fraction!r}, expected a number above 0, at most 1")
-        if type(self.least) is not int or self.least < 1:
-            raise ConfigError(f"judge least is {self.least!r}, expected a whole number, at least 1")
+        key: object = self.key  # whatever was passed
+        if key is not None and not (isinstance(key, str) and key.lstrip("+-")):
+            raise ConfigError(f"judge key is {key!r}, expected the name of a metric, or None")
+        check_positive("judge fraction", self.fraction)
+        check_number("judge fraction", self.fraction, 0, 1)
+        check_whole("judge least", self.least, 1)
+        check_whole("judge seed", self.seed, 0)
+        check_positive("judge timeout", self.timeout)
 
     def sample(self, nodes: Sequence[int], round_number: int) -> list[int]:
         """Whom to ask in a round; the same nodes in any order give the same sample."""

@@ -32,6 +32,7 @@ from c2m3_fl.merging.recalibrate.head.reliability import BINS, Reliability, pool
 from c2m3_fl.merging.reports import HeadReport, Recalibrated, RecalibrationReport
 from c2m3_fl.network.program import Program
 from c2m3_fl.network.rows import weight_matrix
+from c2m3_fl.ranges import check_positive, check_whole
 
 Answer = TypeVar("Answer")
 
@@ -66,6 +67,8 @@ class Head(FitHead):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_positive("timeout", self.timeout)
+        check_whole("max_bytes", self.max_bytes, 1)
         if self.holdout > SPARSEST:
             raise ConfigError(
                 f"holdout is {self.holdout}, expected at most {SPARSEST}: clients refuse to hold out less"

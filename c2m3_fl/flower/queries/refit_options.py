@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.queries.sums import LARGEST_SKETCH, SPARSEST
 from c2m3_fl.merging.recalibrate.from_clients.plan import Plan, Question, Role, norm_behind, plan_gram, plan_refit
 from c2m3_fl.network.program import Program
+from c2m3_fl.ranges import check_all_positive, check_flag, check_number, check_positive, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,10 @@ class SumsQuery:
 
     def __post_init__(self) -> None:
         for name, least in (("positions", 32), ("max_bytes", 0), ("seed", 0)):
-            _check_whole(name, getattr(self, name), least)
+            check_whole(name, getattr(self, name), least)
+        for name in ("double", "first_layer"):
+            check_flag(name, getattr(self, name))
+        check_positive("timeout", self.timeout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +94,10 @@ class ClientRefit(SumsQuery):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.exchanges is not None:
-            _check_whole("exchanges", self.exchanges, 1)
-        if not self.strengths or any(strength <= 0 for strength in self.strengths):
-            raise ConfigError(f"strengths is {self.strengths!r}, expected at least one number, all above 0")
-        _check_whole("holdout", self.holdout, 2)
-        _check_whole("sketch", self.sketch, 0)
-        if self.sketch > LARGEST_SKETCH:
-            raise ConfigError(f"sketch is {self.sketch}, expected at most {LARGEST_SKETCH} rows")
+            check_whole("exchanges", self.exchanges, 1)
+        check_all_positive("strengths", self.strengths)
+        check_whole("holdout", self.holdout, 2)
+        check_whole("sketch", self.sketch, 0, LARGEST_SKETCH)
         if self.holdout > SPARSEST:
             raise ConfigError(
                 f"holdout is {self.holdout}, expected at most {SPARSEST}: clients refuse to hold out less"
@@ -124,8 +123,7 @@ class RegMean(SumsQuery):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.shrink <= 1:
-            raise ConfigError(f"shrink is {self.shrink!r}, expected a number from 0 to 1")
+        check_number("shrink", self.shrink, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -208,8 +206,3 @@ def plan_of(options: ClientRefit | RegMean, program: Program, params: Params) ->
         first_layer=options.first_layer,
         sketch=options.sketch,
     )
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ConfigError(f"{name} is {value!r}, expected a whole number, at least {least}")

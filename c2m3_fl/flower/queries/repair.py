@@ -33,6 +33,7 @@ from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 from c2m3_fl.network.calibration_set import CalibrationSet
 from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator
+from c2m3_fl.ranges import check_positive
 
 Ask = tuple[int, str, Params]  # whom, about what, and the network to measure
 
@@ -67,6 +68,7 @@ class ClientStatistics:
     def __post_init__(self) -> None:
         if self.endpoints not in ("own", "all"):
             raise ConfigError(f"endpoints is {self.endpoints!r}, expected 'own' or 'all'")
+        check_positive("timeout", self.timeout)
 
 
 def check_measurable(recalibration: Recalibration | None) -> None:

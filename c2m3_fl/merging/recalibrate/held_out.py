@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from c2m3_fl.errors import CalibrationError, ConfigError
+from c2m3_fl.errors import CalibrationError
 from c2m3_fl.network.calibration import Batch
+from c2m3_fl.ranges import check_whole
 
 
 def held_out(batches: Sequence[Batch], every: int) -> list[Tensor]:
@@ -34,8 +35,7 @@ def held_out(batches: Sequence[Batch], every: int) -> list[Tensor]:
     ConfigError
         When `every` is not a whole number of at least 2.
     """
-    if type(every) is not int or every < 2:
-        raise ConfigError(f"holdout is {every!r}, expected a whole number, at least 2: one example in so many")
+    check_whole("holdout", every, 2)
     names = [(name, place, row) for place, batch in enumerate(batches) for row, name in enumerate(_digests(batch))]
     masks = [torch.zeros(_size(batch), dtype=torch.bool) for batch in batches]
     for _, place, row in sorted(names)[every - 1 :: every]:

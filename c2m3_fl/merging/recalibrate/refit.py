@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.errors import CalibrationError, ConfigError
+from c2m3_fl.errors import CalibrationError
 from c2m3_fl.merging.recalibrate.correction import correct
 from c2m3_fl.merging.recalibrate.refit_targets import CHOOSE, FIT, FOLDS, MeanOutputs
 from c2m3_fl.merging.recalibrate.repair import recalibration_report
@@ -30,6 +30,7 @@ from c2m3_fl.merging.recalibrate.targets import Front
 from c2m3_fl.merging.reports import FitReport, OperatorReport, Recalibrated
 from c2m3_fl.network.operators import Kind, Operator
 from c2m3_fl.network.rows import from_matrix, input_rows, weight_matrix
+from c2m3_fl.ranges import check_all_positive, check_flag, check_number, check_whole
 
 _FITTED = (Kind.LINEAR, Kind.CONVOLUTION, Kind.PRODUCT)
 _CHUNK = 4096  # rows whose patches are in memory at once
@@ -82,10 +83,13 @@ class Refit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.strengths or any(strength <= 0 for strength in self.strengths):
-            raise ConfigError(f"strengths is {self.strengths!r}, expected at least one number, all above 0")
-        if self.positions < FOLDS:
-            raise ConfigError(f"positions is {self.positions!r}, expected at least {FOLDS}")
+        check_all_positive("strengths", self.strengths)
+        check_whole("positions", self.positions, FOLDS)
+        check_number("floor", self.floor, 0, 1)
+        check_whole("seed", self.seed, 0)
+        if self.scores is not None:
+            check_flag("scores", self.scores)
+        check_flag("final_only", self.final_only)
 
     def __call__(self, setting: Setting) -> Recalibrated:
         """Refit ``setting.merged``."""

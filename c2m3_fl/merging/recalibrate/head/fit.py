@@ -28,6 +28,7 @@ from c2m3_fl.merging.reports import FitReport, HeadReport, OperatorReport, Recal
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.operators import Operator
 from c2m3_fl.network.program import Program
+from c2m3_fl.ranges import check_all_positive, check_whole
 
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 TEMPERATURES = tuple(float(10 ** (step / 12)) for step in range(-24, 13))  # .01 to 10, each 1.21 times the one before
@@ -180,14 +181,11 @@ class FitHead:
     holdout: int = 5
 
     def __post_init__(self) -> None:
-        if not self.strengths or any(not strength > 0 for strength in self.strengths):
-            raise ConfigError(f"strengths is {self.strengths!r}, expected at least one number, all above 0")
-        if 1.0 not in self.temperatures or any(not temperature > 0 for temperature in self.temperatures):
-            raise ConfigError(f"temperatures is {self.temperatures!r}, expected numbers above 0, 1.0 among them")
-        if type(self.holdout) is not int or self.holdout < 2:
-            raise ConfigError(
-                f"holdout is {self.holdout!r}, expected a whole number, at least 2: one example in so many"
-            )
+        check_all_positive("strengths", self.strengths)
+        check_all_positive("temperatures", self.temperatures)
+        if 1.0 not in self.temperatures:
+            raise ConfigError(f"temperatures is {self.temperatures!r}, expected 1.0 among them")
+        check_whole("holdout", self.holdout, 2)
 
     def __call__(self, setting: Setting) -> Recalibrated:
         """Recalibrate ``setting.merged``."""
