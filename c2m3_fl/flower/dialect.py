@@ -81,6 +81,7 @@ class Dialect(Strategy):
         self._bases = bases_of(lora, self.setup)
         self.sent = from_params(self.setup.state_dict())
         self._grid: Grid | None = None
+        self._sampled: frozenset[int] = frozenset()  # whom a message of this round was sent to
         self._listening: Listening | None = None
         self._evaluate_config: ConfigRecord | None = None
         check_privacy(self.strategy, **self.setup.bounds, asks=self.setup.asks)
@@ -149,7 +150,8 @@ class Dialect(Strategy):
         self.sent = arrays.copy() if start is params else from_params(start)
         self._grid = grid
         continue_from(self.strategy, self.sent)
-        messages = self.strategy.configure_train(server_round, self.sent.copy(), config, grid)
+        messages = list(self.strategy.configure_train(server_round, self.sent.copy(), config, grid))
+        self._sampled = frozenset(each.metadata.dst_node_id for each in messages)
         if self.server.resizing is not None:
             return sized_messages(self.server.resizing, messages, grid, deployed=False)
         self._listen(grid)
@@ -278,4 +280,5 @@ class Dialect(Strategy):
         """Whom to ask in this round; None before anything was sent out."""
         if self._grid is None:
             return None
-        return Clients(self._grid, server_round, self._evaluate_config, *record_keys(self.strategy))
+        keys = record_keys(self.strategy)
+        return Clients(self._grid, server_round, self._evaluate_config, *keys, sampled=self._sampled)

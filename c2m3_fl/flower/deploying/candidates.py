@@ -52,6 +52,8 @@ class Clients:
         The user's evaluate_config.
     arrays_key, config_key, weighted_by : str
         Names of the records and of the weight, as the wrapped strategy has them.
+    sampled : frozenset of int
+        To whom the round sent its messages.
     """
 
     grid: Grid
@@ -60,6 +62,7 @@ class Clients:
     arrays_key: str = "arrays"
     config_key: str = "config"
     weighted_by: str = "num-examples"
+    sampled: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +74,7 @@ class Request:
     aggregate : mapping of str to Tensor
         The trajectory, as the wrapped strategy returned it.
     nodes : tuple of int
-        Whom to ask.
+        Whose replies were aggregated: they are asked, and others that are connected.
     aligned : AlignedReplies, optional
         What was aggregated; None where the trajectory is that of an earlier round.
     plain : mapping of str to Tensor, optional

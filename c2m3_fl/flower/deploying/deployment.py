@@ -5,8 +5,9 @@ No value that one client sends and no failure of a candidate disables the deploy
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import ERROR, INFO
 from time import perf_counter
 
@@ -26,6 +27,7 @@ from c2m3_fl.merging.recalibrate.head.last_layer import with_temperature
 __all__ = ["Clients", "Deployed", "Request", "deploy", "wants_plain"]
 
 _TEMPERATURES = (0.5, 0.7, 1.4, 2.0, 3.0)  # beside 1; the loss is smooth in them, and convex in 1 / temperature
+_ASKED = 100  # nodes at most, those of the round included, if they are not more
 _FEWEST = 3  # clients that choose one: two with few classes each do not know how sure of the others a model should be
 
 
@@ -64,7 +66,7 @@ def deploy(setup: Setup, request: Request) -> Deployed:
     request : Request
         What the round gave.
     """
-    started = perf_counter()
+    started, request = perf_counter(), _with_others(request)
     with undisturbed():
         found = Candidates(setup, request)
         chosen, numbers, unjudged, judged = _choose(setup, request, found)
@@ -87,6 +89,25 @@ def deploy(setup: Setup, request: Request) -> Deployed:
         "c2m3-repair-seconds": perf_counter() - started,
     }
     return Deployed(params, numbers, unjudged, found.headless, found.unlike, found.answered)
+
+
+def _with_others(request: Request) -> Request:
+    """Let clients that did not train in the round judge and answer for a head, too.
+
+    The clients of a round may know few of the classes: what is fitted to their data, and they judge better, can be
+    worse for all others. Nodes whose replies are missing or were left out are not asked.
+    """
+    if request.clients is None or not request.deploys:
+        return request
+    try:
+        connected = set(request.clients.grid.get_node_ids())
+    except Exception as error:  # those of the round are known
+        log(INFO, "\t> only the clients of this round are asked: %s: %s", type(error).__name__, error)
+        return request
+    others = sorted(connected - request.clients.sampled - {*request.nodes})
+    room = min(len(others), max(0, _ASKED - len(request.nodes)))
+    drawn = random.Random(request.clients.round_number).sample(others, room)
+    return replace(request, nodes=(*request.nodes, *sorted(drawn)))
 
 
 def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Numbers, str, bool]:

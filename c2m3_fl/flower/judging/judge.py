@@ -41,7 +41,7 @@ class ClientJudge:
         The metric. By default the one whose name contains "loss". Metrics named like losses and errors are
         minimised, others maximised; a leading "-" or "+" decides otherwise ("-distance" is minimised).
     fraction : float
-        Share of the nodes that are asked.
+        Share of the nodes that are asked: those of the round, and others that are connected, a hundred in all.
     least : int
         How many are asked at least, where there are so many.
     seed : int

@@ -47,7 +47,7 @@ def app(**options):
     return answering(app=digits_app(**{"epochs": 1, "rate": 0.02, "evaluates": "loss", **options}), first_layer=True)
 
 
-def played(options, *, rounds=2, clients_app=None, seen=None, transit=None):
+def played(options, *, rounds=2, clients_app=None, seen=None, transit=None, fraction=0.75):
     """A federation of three in four clients a round; the strategy, the result and the random numbers after it."""
 
     def heard(replies):
@@ -59,7 +59,7 @@ def played(options, *, rounds=2, clients_app=None, seen=None, transit=None):
     np.random.seed(5)  # noqa: NPY002  # the state that clients' code may draw from
     torch.manual_seed(5)
     strategy = C2M3(
-        FedAvg(fraction_train=0.75, fraction_evaluate=0.0),
+        FedAvg(fraction_train=fraction, fraction_evaluate=0.0),
         model=mlp(),
         diagnostics=True,
         **{"example_inputs": EXAMPLE, **options},
@@ -101,9 +101,9 @@ def test_the_head_is_fitted_to_what_the_refit_network_computes():
     both = {"recalibrate": REFIT, "judge": None}
     strategy, refit, _ = played(both, rounds=1)
     _, result, _ = played({**both, "head": "labels"}, rounds=1)
-    trained = sorted(refit.train_metrics_clientapp[1]["c2m3-nodes"])
-    grid = SerialGrid(app(), NODES)
-    found = head_by_clients(Head(), grid, trained, strategy.setup.data.program, to_params(refit.arrays))
+    assert len(refit.train_metrics_clientapp[1]["c2m3-nodes"]) == NODES - 1  # all of them answer for the head
+    grid, every = SerialGrid(app(), NODES), list(range(1, NODES + 1))
+    found = head_by_clients(Head(), grid, every, strategy.setup.data.program, to_params(refit.arrays))
     for name, value in found.state_dict.items():
         torch.testing.assert_close(to_params(result.arrays)[name], value, rtol=1e-4, atol=1e-5)
 
@@ -154,8 +154,8 @@ def test_where_the_last_round_keeps_the_previous_model_its_trajectory_is_deploye
         return [each for each in replies if current[0] < 2 or each.metadata.message_type != "train"]
 
     options, chosen = OPTIONS[name]
-    _, expected, _ = played(options, rounds=1)
-    strategy, result, _ = played(options, transit=last_round_lost)
+    _, expected, _ = played(options, rounds=1, fraction=1.0)
+    strategy, result, _ = played(options, transit=last_round_lost, fraction=1.0)
     assert result.train_metrics_clientapp[2]["c2m3-kept-previous"] == 1
     assert deployed(result, 2)[0].removeprefix("returned+") == chosen
     assert same(result.arrays, expected.arrays)
@@ -225,7 +225,7 @@ def test_by_default_the_clients_judge_once_what_the_server_made():
     assert set(deployed(result, 2)) == {"aggregate", "repair", "refit", "head", "refit+head", "previous"}
     asked = [key for key in metrics if key.startswith("c2m3-judge-voters/")]
     assert len(asked) >= 3
-    assert evaluations(seen) == 3 * len(asked) + 3 * 6  # the candidates, then the best at six temperatures
+    assert evaluations(seen) == NODES * len(asked) + NODES * 6  # the candidates, then the best at six temperatures
     assert not any(key.startswith("c2m3-judge") for key in result.train_metrics_clientapp[1])
     assert metrics[f"c2m3-judge-chosen/{deployed(result, 2)[0]}"] == 1
     assert same(strategy.trajectory, plain.trajectory)
@@ -270,8 +270,8 @@ def test_no_client_is_asked_to_judge_where_other_evidence_decides_or_nothing_is_
 def test_an_explicit_judge_compares_what_was_asked_for_by_name_with_the_aggregate():
     seen = []
     _, result, _ = played({"calibration": calibration(), "recalibrate": "repair", "judge": "clients"}, seen=seen)
-    assert evaluations(seen) >= 2 * 3
-    assert result.train_metrics_clientapp[2]["c2m3-judge-voters/repair"] == 3
+    assert evaluations(seen) >= 2 * NODES
+    assert result.train_metrics_clientapp[2]["c2m3-judge-voters/repair"] == NODES
 
 
 class Around(Strategy):

@@ -91,8 +91,8 @@ def test_where_the_last_round_is_lost_the_head_of_its_trajectory_is_still_a_cand
         current[0] += any(each.metadata.message_type == "train" for each in replies)
         return [each for each in replies if current[0] < 2 or each.metadata.message_type != "train"]
 
-    _, expected, _ = played({}, rounds=1)
-    _, result, _ = played({}, transit=last_round_lost)
+    _, expected, _ = played({}, rounds=1, fraction=1.0)
+    _, result, _ = played({}, transit=last_round_lost, fraction=1.0)
     assert deployed(result, 2)[0].endswith("head")
     assert same(result.arrays, expected.arrays)
 
