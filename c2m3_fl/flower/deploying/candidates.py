@@ -16,7 +16,6 @@ from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import check_finite, same
-from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower.acceptance import check_runs
 from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
 from c2m3_fl.flower.deploying.refit_widths import refit_by_replies
@@ -180,6 +179,9 @@ class Candidates:
             found = make()
             check_finite(found.state_dict)
             check_runs(self.setup.model, self.setup.data.example, found.state_dict, self.params[AGGREGATE])
+        except _UnsupportedError as reason:  # no failure
+            log(INFO, "\t> no candidate %r: %s", name, reason)
+            return
         except Exception as error:  # if recalibration fails, keep the aggregate
             reason = failure(_WHO.get(name, "recalibration"), error)
             if reason not in self._said:
@@ -252,6 +254,10 @@ class Candidates:
         return self.request.offers and not self.headless
 
 
+class _UnsupportedError(Exception):
+    """A candidate that the evidence does not support."""
+
+
 _WHO = {"client-refit": "refit by the clients", "head": "the head from labels"}
 
 
@@ -289,5 +295,5 @@ def _unless_repaired(make: Callable[[], Recalibrated]) -> Recalibrated:
     found = make()
     decision = found.report.decision
     if decision is not None and decision.chosen == "repair":
-        raise CalibrationError(f"no unit moved, and REPAIR alone is left: {decision.reason}")
+        raise _UnsupportedError(f"no unit moved, and REPAIR alone is left: {decision.reason}")
     return found
