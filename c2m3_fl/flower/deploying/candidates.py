@@ -179,8 +179,8 @@ class Candidates:
             found = make()
             check_finite(found.state_dict)
             check_runs(self.setup.model, self.setup.data.example, found.state_dict, self.params[AGGREGATE])
-        except _UnsupportedError as reason:  # no failure
-            log(INFO, "\t> no candidate %r: %s", name, reason)
+        except _UnsupportedError as unsupported:
+            log(INFO, "\t> no candidate %r: %s", name, unsupported)
             return
         except Exception as error:  # if recalibration fails, keep the aggregate
             reason = failure(_WHO.get(name, "recalibration"), error)
