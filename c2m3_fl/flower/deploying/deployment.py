@@ -77,7 +77,8 @@ def deploy(setup: Setup, request: Request) -> Deployed:
     tried = setup.calibrated or (request.deploys and bool(setup.asks))
     if not tried and len(found.params) == 1 and not found.failed:
         return Deployed(request.aggregate, {}, headless=found.headless)
-    changed = not same(found.params[AGGREGATE], params)
+    # the aggregate itself may be of another precision than the candidates: some strategies return float64
+    changed = params is not request.aggregate and not same(found.params[AGGREGATE], params)
     if len(found.params) > 1:
         log(INFO, "\t> deployed: %s", chosen)
     numbers = {
