@@ -247,7 +247,8 @@ class Dialect(Strategy):
     def state_dict(self) -> dict[str, Tensor]:
         """What is remembered between rounds: where each node was last found, the trajectory and its digest.
 
-        With `sizes` the nodes' widths, and the restrictions of the deployed model that clients have refit.
+        Also that clients did not answer for a head that nobody asked for, so that none is asked again. With `sizes` the
+        nodes' widths, and the restrictions of the deployed model that clients have refit.
         """
         return self.server.state_dict()
 

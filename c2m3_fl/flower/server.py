@@ -9,6 +9,7 @@ from logging import INFO, WARNING
 from time import perf_counter
 from typing import Any, TypeVar
 
+import torch
 from flwr.supercore import log
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from c2m3_fl.flower.wrapped import ignores_weights, typed_like
 
 Metrics = TypeVar("Metrics")
 Source = TypeVar("Source")
+_HEADLESS = "asking/headless"  # in a state: clients did not answer for a head that nobody asked for
 
 
 class Server:
@@ -267,7 +269,8 @@ class Server:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything remembered, as tensors."""
         widths = {} if self.resizing is None else self.resizing.state_dict()
-        return self.setup.aligner.memory.state_dict() | self.models.state_dict() | widths
+        headless = {_HEADLESS: torch.ones((), dtype=torch.uint8)} if self._headless else {}
+        return self.setup.aligner.memory.state_dict() | self.models.state_dict() | widths | headless
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Remember that instead; `SpecError` for widths where the strategy has one width.
@@ -283,10 +286,11 @@ class Server:
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
         ours = {prefix: {k: v for k, v in state.items() if k.startswith(prefix)} for prefix in (PREFIX, WIDTHS)}
-        rest = {key: value for key, value in state.items() if not key.startswith((PREFIX, WIDTHS))}
+        rest = {k: v for k, v in state.items() if k != _HEADLESS and not k.startswith((PREFIX, WIDTHS))}
         if self.resizing is not None:
             self.resizing.load_state_dict(ours[WIDTHS])
         elif ours[WIDTHS]:
             raise SpecError("the state is of clients of several widths: pass the same sizes=")
         self.setup.aligner.memory.load_state_dict(rest)
         self.models.load_state_dict(ours[PREFIX])
+        self._headless = _HEADLESS in state
