@@ -5,7 +5,7 @@
 #   make slow    the marked tests: slow ones, real Flower processes, data sets where they are found
 #   make flwr-newest   the adapters' tests with the newest release of Flower that they are known to pass with
 #   make bench   all benchmarks: tables on the terminal, JSON in results/ or beside the page that shows it; hours, most of them training for the last two
-#   make results   the README's table and pictures, measured again: the demo and the digits; about 28 minutes on two cores
+#   make results   the README's table and pictures, measured again: the demo and the digits; about eleven minutes on two cores
 #   make mnist   the MNIST comparison of simulations/README.md, three seeds (needs C2M3_DATA or a download)
 
 PYTHON ?= python3

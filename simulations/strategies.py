@@ -144,17 +144,17 @@ def c2m3_rotations_default(server: SimulatedServer) -> C2M3:
 
 def c2m3_batchnorm(server: SimulatedServer) -> C2M3:
     """BatchNorm's statistics measured on the server's images, deployed."""
-    return _deploying(server, recalibrate="batchnorm")
+    return _deploying(server, recalibrate="batchnorm", feedback="never")
 
 
 def c2m3_repair(server: SimulatedServer) -> C2M3:
     """REPAIR on the server's images, deployed."""
-    return _deploying(server, recalibrate="repair")
+    return _deploying(server, recalibrate="repair", feedback="never")
 
 
 def c2m3_refit(server: SimulatedServer) -> C2M3:
     """Refit on the server's images, deployed."""
-    return _deploying(server, recalibrate="refit")
+    return _deploying(server, recalibrate="refit", feedback="never")
 
 
 def c2m3_head(server: SimulatedServer) -> C2M3:

@@ -37,6 +37,22 @@ def test_methods_with_one_trajectory_train_once():
     assert first.accuracy == second.accuracy
 
 
+def test_methods_that_only_deploy_send_what_c2m3_sends_where_everything_moves():
+    methods = [
+        "c2m3",
+        "c2m3+batchnorm",
+        "c2m3+repair",
+        "c2m3+refit",
+        "c2m3+head",
+        "c2m3+client-refit",
+        "c2m3+repair-moved",
+    ]
+    first, *deploying, moved = _run(replace(SETTINGS, initialisation="independent"), methods)
+    assert first.moved[0] > 0.5
+    assert {each.method: each.trained for each in deploying} == dict.fromkeys(methods[1:-1], 0)
+    assert moved.trained == EVERY_TRAINING - SETTINGS.clients  # REPAIR of the first round is trained on
+
+
 def test_methods_that_send_other_models_train_for_themselves():
     first, second = _run(SETTINGS, ["fedavg", "fedadam"])
     assert first.trained == EVERY_TRAINING
