@@ -3,16 +3,15 @@
     python -m tests.benchmarks.merging_table [CASE ...] [--seeds 0 1 2] [--table recalibration|methods|shift|published]
 
 prints a markdown table, accuracy in percent (mean ± standard deviation over seeds) and CPU seconds, and writes
-``results/merging-TABLE.json``, where rows of other cases and seeds stay. With ``--validation`` it measures on training
-images that nothing has seen instead of the test images, and writes ``results/merging-TABLE-validation.json``: that is
-what the last layer's target and the limit of ``Auto`` were chosen by.
+``c2m3_fl/merging/results/merging-TABLE.json``, where rows of other cases and seeds stay; ``--redraw`` measures nothing.
+With ``--validation`` it measures on training images that nothing has seen instead of the test images, and writes
+``results/merging-TABLE-validation.json``: the last layer's target and the limit of ``Auto`` were chosen by that.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,10 +28,11 @@ from c2m3_fl.merging.recalibrate.refit import Refit
 from c2m3_fl.symmetry.discover import permutation_spec
 from tests.benchmarks.merging_cases import CASES, PUBLISHED, Case, Trained, accuracy, probabilities, trained, validated
 from tests.benchmarks.merging_rows import RECALIBRATIONS, Row, merged_setting, own_moments
-from tests.benchmarks.published_merges import published_rows
+from tests.benchmarks.published_merges import published_rows, published_tables
+from tests.benchmarks.records import read_record, write_record
 from tests.benchmarks.shifted_calibration import shift_rows
 
-RESULTS = Path("results")
+_ROOT = Path(__file__).parents[2]
 
 
 def ensemble(found: Trained, weights: list[float], inputs: Tensor) -> Tensor:
@@ -146,21 +146,23 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--table", choices=TABLES, default="recalibration")
     parser.add_argument("--validation", action="store_true", help="measure on unseen training images")
+    parser.add_argument("--redraw", action="store_true", help="print the record's table")
     arguments = parser.parse_args()
     cases = CASES | PUBLISHED
     standard = CASES if arguments.table != "published" else [name for name in PUBLISHED if not name.endswith("-full")]
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"merging-{arguments.table}{'-validation' if arguments.validation else ''}.json"
-    rows = [Row(**each) for each in json.loads(file.read_text())] if file.is_file() else []
-    for name in arguments.cases or standard:
+    name = f"merging-{arguments.table}{'-validation' if arguments.validation else ''}.json"
+    file = _ROOT / ("results" if arguments.validation else "c2m3_fl/merging/results") / name
+    rows = [Row(**each) for each in read_record(file)["rows"]] if file.is_file() else []
+    command = f"python -m tests.benchmarks.merging_table --table {arguments.table}"
+    for case_name in () if arguments.redraw else arguments.cases or standard:
         for seed in arguments.seeds:
-            case = cases[name].seeded(seed)
+            case = cases[case_name].seeded(seed)
             found = validated(trained(case)) if arguments.validation else trained(case)
             spec = permutation_spec(found.model, found.calibration[0][:4])
             rows = [row for row in rows if (row.case, row.seed) != (case.title, seed)]
             rows += TABLES[arguments.table](case, seed, found, spec)
-            file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    print(table(rows))
+            write_record(file, command, {"threads": torch.get_num_threads()}, [asdict(row) for row in rows])
+    print(published_tables(rows) if arguments.table == "published" else table(rows))
 
 
 if __name__ == "__main__":

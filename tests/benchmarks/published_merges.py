@@ -77,3 +77,39 @@ def _published_row(
     if len(scores) > 1:
         note += f"; {len(scores)} random orders: {', '.join(f'{each:.3f}' for each in scores)}"
     return Row(case.title, seed, f"{len(found.nodes)} nodes: {column}", score, seconds, note)
+
+
+def published_tables(rows: Sequence[Row]) -> str:
+    """Markdown: per number of nodes a row per method and recalibration and a column per case.
+
+    Accuracy in percent, mean ± standard deviation over seeds, and its share of the mean node's.
+    """
+    counts = sorted({int(row.column.split()[0]) for row in rows}, reverse=True)
+    return "\n\n".join(_table([row for row in rows if row.column.startswith(f"{count} nodes: ")]) for count in counts)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    cases = list(dict.fromkeys(row.case for row in rows))
+    columns = list(dict.fromkeys(row.column for row in rows))
+    count, _, first = columns[0].partition(": ")
+    means = {case: _mean(rows, case, columns[0]) for case in cases}
+    lines = [f"| {count} | {' | '.join(cases)} |", "| --- |" + " ---: |" * len(cases)]
+    for column in columns:
+        found = [[100 * row.accuracy for row in rows if (row.case, row.column) == (case, column)] for case in cases]
+        cells = [
+            f"{statistics.mean(values):.1f}{_spread(values)}"
+            + ("" if column.endswith(first) else f" ({_mean(rows, case, column) / means[case]:.2f})")
+            if values
+            else ""
+            for case, values in zip(cases, found, strict=True)
+        ]
+        lines.append(f"| {column.partition(': ')[2]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(rows: Sequence[Row], case: str, column: str) -> float:
+    return statistics.mean(row.accuracy for row in rows if (row.case, row.column) == (case, column))
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""

@@ -1,7 +1,9 @@
 """How high the agreement gets, and how well the mean then classifies: the solver, the yardstick and other matchers.
 
     python -m tests.benchmarks.quality [CASE ...] [--seeds 5] [--out FOLDER]        adds to FOLDER/quality.json
-    python -m tests.benchmarks.quality --draw c2m3_fl/core/results/quality.json     the table of a record
+    python -m tests.benchmarks.quality --draw c2m3_fl/core/results/quality.json     the tables of a record
+
+The second prints the tables and writes the paper's main table, scaled, into simulations/README.md.
 
 Networks trained on digits from different seeds, merged by their plain mean, so nothing after the match hides it, and
 with REPAIR. The objectives are relative to those of the published algorithm on the same nodes.
@@ -19,6 +21,7 @@ from statistics import fmean as mean
 
 import torch
 
+import simulations
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
 from c2m3_fl.core.match import match
@@ -29,10 +32,13 @@ from c2m3_fl.core.spec import Params, PermutationSpec
 from c2m3_fl.merging.recalibrate.repair import Repair
 from c2m3_fl.merging.recalibrate.setting import prepare
 from c2m3_fl.symmetry.discover import permutation_spec
+from simulations.grid_tables import page
 from simulations.settings import Settings, check_choice
 from tests.benchmarks.merging_cases import Case, accuracy, trained
 from tests.benchmarks.published import published_match
 from tests.benchmarks.records import read_record, write_record
+
+PAGE = Path(simulations.__file__).parent / "README.md"
 
 Matcher = Callable[[PermutationSpec, Sequence[Params]], Sequence[Permutation]]
 
@@ -117,6 +123,31 @@ def table(rows: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:
     return "\n".join(lines)
 
 
+_METHODS = {  # of the paper's main table
+    "unmatched": "plain mean",
+    "pairwise, to the first": "Git Re-Basin, to the first",
+    "MergeMany": "MergeMany",
+    "published": "C2M3, the published algorithm",
+    "C2M3 (default)": "C2M3",
+}
+
+
+def main_table(rows: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str:
+    """Markdown: accuracies of the mean network, and of every method's mean without and with REPAIR, by family."""
+
+    def cell(values: Sequence[Sequence[float]], place: int) -> str:
+        numbers = torch.tensor(values, dtype=torch.float64)[:, place]
+        return f"{float(numbers.mean()):.3f} ± {float(numbers.std()):.3f}"
+
+    titles = [CASES[name].title.removeprefix("digits, ") for name in rows]
+    lines = [f"| method | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
+    lines.append(f"| *mean network* | {' | '.join(cell(found['mean endpoint'], 1) for found in rows.values())} |")
+    for name, title in _METHODS.items():
+        for place, more in ((1, ""), (2, " + REPAIR")):
+            lines.append(f"| {title}{more} | {' | '.join(cell(found[name], place) for found in rows.values())} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES))
@@ -125,7 +156,9 @@ def main() -> None:
     parser.add_argument("--draw", type=Path, help="print the table of a quality.json instead of measuring")
     options = parser.parse_args()
     if options.draw is not None:
-        print(table(read_record(options.draw)["rows"]))
+        found = read_record(options.draw)["rows"]
+        print(table(found))
+        PAGE.write_text(page(PAGE.read_text(), "main-table", main_table(found)))
         return
     for name in options.cases:
         check_choice("case", name, tuple(CASES))
