@@ -19,7 +19,7 @@ from c2m3_fl.core.state_dicts import check_finite, same
 from c2m3_fl.flower.acceptance import check_runs
 from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
 from c2m3_fl.flower.deploying.refit_widths import refit_by_replies
-from c2m3_fl.flower.deploying.server_side import ServerSide
+from c2m3_fl.flower.deploying.server_side import ServerSide, UnsupportedError, unless_repaired
 from c2m3_fl.flower.judging.evidence import Means, choose_means
 from c2m3_fl.flower.judging.judge import ClientJudge
 from c2m3_fl.flower.metrics import Numbers, failure, report_candidate
@@ -179,7 +179,7 @@ class Candidates:
             found = make()
             check_finite(found.state_dict)
             check_runs(self.setup.model, self.setup.data.example, found.state_dict, self.params[AGGREGATE])
-        except _UnsupportedError as unsupported:
+        except UnsupportedError as unsupported:
             log(INFO, "\t> no candidate %r: %s", name, unsupported)
             return
         except Exception as error:  # if recalibration fails, keep the aggregate
@@ -211,7 +211,7 @@ class Candidates:
             make = partial(server.recalibrate, recalibration, insists=means is Means.ASKED)
             self._add(
                 name,
-                partial(_unless_repaired, make) if name == "auto" and not labels and not moved else make,
+                partial(unless_repaired, make) if name == "auto" and not labels and not moved else make,
                 step=means is not Means.JUDGED or name in steps,
             )
         self.unlike = server.unlike
@@ -244,18 +244,17 @@ class Candidates:
 
     def _offers(self, head: Head, clients: Clients) -> bool:
         """Whether clients answer for a head that nobody asked for; a client's refusal is no failure."""
-        if self.request.offers:
-            program, nodes = self.setup.data.program, list(self.request.nodes)
-            try:
-                reason = why_no_head(head, clients.grid, nodes, program, self.params[AGGREGATE])
-            except Exception as error:  # a network or a grid of an unforeseen kind leaves the aggregate
-                reason = str(error)
-            self.headless = reason or ""
-        return self.request.offers and not self.headless
-
-
-class _UnsupportedError(Exception):
-    """A candidate that the evidence does not support."""
+        if not self.request.offers:
+            return False
+        program, nodes = self.setup.data.program, list(self.request.nodes)
+        try:
+            reason, lasts = why_no_head(head, clients.grid, nodes, program, self.params[AGGREGATE])
+        except Exception as error:  # a network or a grid of an unforeseen kind leaves the aggregate
+            reason, lasts = str(error), True
+        self.headless = reason if lasts else ""
+        if reason and not lasts:
+            log(INFO, "\t> no head from labels in this round: %s", reason)
+        return not reason
 
 
 _WHO = {"client-refit": "refit by the clients", "head": "the head from labels"}
@@ -288,12 +287,3 @@ def _methods(setup: Setup, means: Means) -> Iterator[tuple[str, Recalibration]]:
             yield ("auto", Auto()) if setup.moments is not None else ("refit", Refit())
     elif means is Means.REPAIR:
         yield "repair", Repair()
-
-
-def _unless_repaired(make: Callable[[], Recalibrated]) -> Recalibrated:
-    """The guard's choice, unless it is REPAIR for want of anything better: nothing moved, so nothing has to be."""
-    found = make()
-    decision = found.report.decision
-    if decision is not None and decision.chosen == "repair":
-        raise _UnsupportedError(f"no unit moved, and REPAIR alone is left: {decision.reason}")
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from logging import WARNING
@@ -158,3 +158,16 @@ def _check_kind(setting: Setting, *, insists: bool) -> str:
 
 def _moved(moments: Moments, device: torch.device) -> Moments:
     return replace(moments, mean=moments.mean.to(device), deviation=moments.deviation.to(device))
+
+
+class UnsupportedError(Exception):
+    """A candidate that the evidence does not support."""
+
+
+def unless_repaired(make: Callable[[], Recalibrated]) -> Recalibrated:
+    """The guard's choice, unless it is REPAIR for want of anything better: nothing moved, so nothing has to be."""
+    found = make()
+    decision = found.report.decision
+    if decision is not None and decision.chosen == "repair":
+        raise UnsupportedError(f"no unit moved, and REPAIR alone is left: {decision.reason}")
+    return found

@@ -107,10 +107,10 @@ def check_head(program: Program, params: Params, options: Head) -> None:
     _Wire.of(program, params, options)
 
 
-def why_no_head(options: Head, grid: Grid, nodes: Sequence[int], program: Program, merged: Params) -> str | None:
-    """Why the clients answer no query for label sums; None where one of the first three does.
+def why_no_head(options: Head, grid: Grid, nodes: Sequence[int], program: Program, merged: Params) -> tuple[str, bool]:
+    """Why the first three clients answer no query for label sums ("" where one does), and whether it is so for good.
 
-    They are asked one after another. See `head_by_clients` for the parameters.
+    They are asked one after another. It is, where none of their apps has the query. See `head_by_clients`.
     """
     wire = _Wire.of(program, merged, options)
     query, reasons = {"arrays": from_params(merged)}, list[str]()
@@ -120,11 +120,11 @@ def why_no_head(options: Head, grid: Grid, nodes: Sequence[int], program: Progra
         except CalibrationError as error:
             reasons.append(str(error))
         else:
-            return None
+            return "", False
     others = [reason for reason in reasons if _UNKNOWN not in reason]
     if reasons and not others:
-        return "the clients' app does not answer for labels; answer_statistics in it does"
-    return others[0] if others else "there is no client to ask"
+        return "the clients' app does not answer for labels; answer_statistics in it does", True
+    return others[0] if others else "there is no client to ask", False
 
 
 def head_by_clients(

@@ -120,7 +120,7 @@ def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> DeploymentD
         reason = f"{most} voters answered for {aggregate!r} and another candidate, expected at least {_LEAST}"
         return DeploymentDecision(aggregate, reason, key, found, judged=False)
     best = max(gains, key=gains.__getitem__)
-    least = _MARGIN * abs(found[0].loss or 0.0)
+    least = _MARGIN * _robust_size(votes, aggregate)
     if not gains[best] > least:
         reason = f"no candidate lowers {key!r} of {aggregate!r} whichever voter is left out (best: {best!r}"
         return DeploymentDecision(aggregate, f"{reason}, {gains[best]:.3g})", key, found, judged=True)
@@ -146,6 +146,15 @@ def _compared(name: str, aggregate: str, votes: Sequence[Vote]) -> DeploymentCan
         rest = [[index for index in range(len(pairs)) if index != left_out] for left_out in range(len(pairs))]
         robust = min(_mean([gains[index] for index in kept], [weights[index] for index in kept]) for kept in rest)
     return DeploymentCandidate(name, loss, _mean(gains, weights), robust, len(pairs))
+
+
+def _robust_size(votes: Sequence[Vote], name: str) -> float:
+    """The largest size of a candidate's mean loss when any one voter is left out, so that none can make it small."""
+    told = sorted((vote.losses[name], vote.weight) for vote in votes if math.isfinite(vote.losses.get(name, math.inf)))
+    rests = [[*told[:left_out], *told[left_out + 1 :]] for left_out in range(len(told))] if len(told) > 1 else [told]
+    return max(
+        (abs(_mean([each for each, _ in rest], capped([w for _, w in rest]))) for rest in rests if rest), default=0.0
+    )
 
 
 def _clipped(gains: Sequence[float]) -> list[float]:

@@ -145,6 +145,30 @@ def test_clients_without_the_query_beside_others_that_answer_do_not_disable_the_
     assert not [text for text in caplog.messages if SAID in text]
 
 
+def test_clients_that_fail_in_one_round_are_asked_again_in_the_next(caplog):
+    """As where their data are not loaded yet."""
+    loud, late, rounds = app(), ClientApp(), [0]
+    for kind in ("train", "evaluate"):
+
+        @getattr(late, kind)()
+        def usual(message, context):
+            rounds[0] += message.metadata.message_type == "train"
+            return loud(message, context)
+
+    @late.query(ACTION)
+    def query(message, context):
+        if rounds[0] <= 3:
+            raise RuntimeError("the data are not loaded yet")
+        return loud(message, context)
+
+    _, result, _ = played({"calibration": calibration(), "deploy": "every"}, clients_app=late)
+    assert "head" not in deployed(result, 1)
+    assert "head" in deployed(result, 2)
+    assert not [text for text in caplog.messages if SAID in text]
+    (line,) = [text for text in caplog.messages if "no head from labels in this round" in text]
+    assert "the data are not loaded yet" in line
+
+
 OFF = {
     "a recalibration by name": {"calibration": calibration(), "recalibrate": "repair"},
     "no recalibration, by name": {"recalibrate": "none"},

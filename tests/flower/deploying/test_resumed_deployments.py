@@ -14,14 +14,19 @@ from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.deploying.test_candidates import app, deployed
-from tests.flower.federation import EXAMPLE, mlp, same
+from tests.flower.federation import EXAMPLE, digits_app, mlp, same
 from tests.flower.interrupted import Killed, comparable
 
 LABELS = f"query.{ACTION}"
 ROUNDS = 2
 
 
-def run(folder, options, *, done=0, killed_in=None, unheard=lambda current, kind: False):
+def silent():
+    """Clients whose app has no query."""
+    return digits_app(epochs=1, rate=0.02, evaluates="loss")
+
+
+def run(folder, options, *, done=0, killed_in=None, unheard=lambda current, kind: False, clients=app):
     """Rounds after `done`; the strategy, the result, and the round and kind of every answer that was on its way."""
     seen, current = [], [done]
 
@@ -34,25 +39,22 @@ def run(folder, options, *, done=0, killed_in=None, unheard=lambda current, kind
         return [each for each in replies if not unheard(current[0], each.metadata.message_type)]
 
     inside = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, **options)
-    grid = SerialGrid(app(), 3, transit=transit)
+    grid = SerialGrid(clients(), 3, transit=transit)
     random.seed(0)
     strategy = Resumable(inside, folder)
     return inside, strategy.start(grid, from_params(mlp().state_dict()), num_rounds=ROUNDS), seen
 
 
-def killed_and_resumed(folder, options, unheard):
+def killed_and_resumed(folder, options, **more):
     with pytest.raises(Killed):
-        run(folder, options, killed_in=ROUNDS, unheard=unheard)
-    return run(folder, options, done=ROUNDS - 1, unheard=unheard)
+        run(folder, options, killed_in=ROUNDS, **more)
+    return run(folder, options, done=ROUNDS - 1, **more)
 
 
 def test_a_head_that_was_given_up_is_not_asked_for_again_by_a_resumed_run(tmp_path):
-    def unheard(current, kind):
-        return current == 1 and kind == LABELS
-
     options = {"deploy": "every"}
-    _, whole, seen = run(tmp_path / "whole", options, unheard=unheard)
-    _, resumed, later = killed_and_resumed(tmp_path / "halves", options, unheard)
+    _, whole, seen = run(tmp_path / "whole", options, clients=silent)
+    _, resumed, later = killed_and_resumed(tmp_path / "halves", options, clients=silent)
     assert {current for current, kind in seen if kind == LABELS} == {1}
     assert not [kind for _, kind in later if kind == LABELS]
     assert same(resumed.arrays, whole.arrays)
@@ -62,8 +64,7 @@ def test_a_head_that_was_given_up_is_not_asked_for_again_by_a_resumed_run(tmp_pa
 def test_a_run_that_begins_anew_asks_for_a_head_that_an_earlier_one_gave_up():
     strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE)
     start = from_params(mlp().state_dict())
-    silent = SerialGrid(app(), 3, transit=lambda replies: [m for m in replies if m.metadata.message_type != LABELS])
-    strategy.start(silent, start, num_rounds=1)
+    strategy.start(SerialGrid(silent(), 3), start, num_rounds=1)
     given_up = strategy.state_dict()
     result = strategy.start(SerialGrid(app(), 3), start, num_rounds=1)
     assert deployed(result, 1)[0] == "head"
@@ -79,7 +80,7 @@ def test_of_a_killed_run_whose_last_round_is_lost_no_refit_is_left_and_the_log_s
     options = {"recalibrate": ClientRefit(first_layer=True), "head": None, "judge": None}
     _, whole, _ = run(tmp_path / "whole", options, unheard=unheard)
     assert deployed(whole, ROUNDS)[0] == "client-refit"
-    inside, resumed, _ = killed_and_resumed(tmp_path / "halves", options, unheard)
+    inside, resumed, _ = killed_and_resumed(tmp_path / "halves", options, unheard=unheard)
     assert (
         "\t> no refit by the clients: the replies that the trajectory was aggregated from are gone" in caplog.messages
     )

@@ -85,6 +85,14 @@ def test_an_aggregate_whose_loss_is_infinite_is_replaced_if_no_single_voter_says
     assert decide(NAMES[:2], votes((math.inf, 1.0), (1.0, 1.1), (1.0, 1.1)), "loss").chosen == "aggregate"
 
 
+@pytest.mark.parametrize("honest", [2, 3, 4, 9])
+@pytest.mark.parametrize("lie", [(0.0, -1e300), (-1e300, -1e301), (1e-9, -1.0)])
+def test_one_voter_cannot_make_the_least_gain_smaller(honest, lie):
+    """Half a hundredth of the loss is not enough."""
+    verdict = decide(NAMES[:2], votes(*[(1.0, 0.995)] * honest, lie), "loss")
+    assert verdict.chosen == "aggregate"
+
+
 def test_two_infinite_losses_say_nothing():
     verdict = decide(NAMES[:2], votes((2.0, 1.0), (2.0, 1.0), (math.inf, math.inf)), "loss")
     assert (verdict.chosen, verdict.candidates[1].voters) == ("head", 2)
