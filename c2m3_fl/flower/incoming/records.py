@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -176,14 +177,20 @@ def to_average(params: Params, own: Mapping[str, Array]) -> ArrayRecord:
     own : mapping of str to Array
         Arrays that some of them came as, which are taken where they are floating.
     """
-    return ArrayRecord(
-        {
-            name: Array(np.asarray(value.double().numpy()))
-            if not value.is_floating_point()
-            else own.get(name) or Array(np.asarray(value.numpy()))
-            for name, value in params.items()
-        }
-    )
+    record = ArrayRecord()  # made of a dict, it would copy the arrays
+    for name, value in params.items():
+        if value.is_floating_point():
+            record[name] = own.get(name) or Array(np.asarray(value.numpy()))
+        else:
+            data = _as_float64(float(value)) if value.ndim == 0 else Array(np.asarray(value.double().numpy())).data
+            record[name] = Array("float64", tuple(value.shape), _NUMPY_STYPE, data)
+    return record
+
+
+@lru_cache(maxsize=256)  # the counters of a round's replies are much the same
+def _as_float64(number: float) -> bytes:
+    """The bytes of an array of this one number."""
+    return Array(np.asarray(number)).data
 
 
 class Carried(dict[str, Tensor]):
@@ -278,7 +285,7 @@ def read_npy(who: str, data: bytes, entry: Entry | None = None, *, share: bool =
         elements = elements != 0
     if header.fortran:
         return elements.view(entry.shape[::-1]).permute(*reversed(range(len(entry.shape)))).contiguous().to(own)
-    return elements.view(entry.shape).to(own)
+    return elements.resize_(entry.shape).to(own)  # in place: torch keeps what a view was taken of, too
 
 
 def received_type(data: bytes) -> str:
