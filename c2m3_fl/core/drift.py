@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -86,9 +86,10 @@ class Drifts:
         self._squares = torch.tensor(squares, dtype=torch.float64)  # squared norms of the start's tensors
         self._sum = self._zeros()
         self._given: list[Params] = []
-        self._nodes: list[Parts] = []
-        self._numbers: dict[bytes, int] = {}
+        self._numbers: dict[int | bytes, int] = {}
         self._weights: list[float] = []
+        self._beyond: list[frozenset[str]] = []  # the groups of which some unit is not within reach
+        self._nodes: list[Parts] = []  # these and their lengths are only kept while the products are complete
         self._lengths: list[Tensor] = []  # shape (units,)
         self._rows: list[Tensor] = []  # shape (tensors, nodes): its products with those up to itself, and the start
         self._multiplier = Multiplier(self._layout, self._start)
@@ -112,40 +113,49 @@ class Drifts:
         weight : float
             Its averaging weight, on any scale, positive.
         """
-        parts = self._layout.parts(node)
+        held = {name: node[name] for name in self.names}
+        parts = self._layout.parts(held)
         lengths = self._layout.lengths(parts, self._start, self._sum, weight)
-        of = self._layout.of_group
-        far = (bool((of(lengths, name) > _HOPELESS * reach).any()) for name, reach in self._reach.items())
+        of, reaches = self._layout.of_group, self._reach.items()
+        beyond = frozenset(name for name, reach in reaches if not bool((of(lengths, name) < reach).all()))
+        far = (name for name in beyond if bool((of(lengths, name) > _HOPELESS * self._reach[name]).any()))
         self.hopeful = self.hopeful and not any(far)
-        self._numbers[self._identity(node)] = len(self._nodes)
+        self._numbers[id(node)] = self._numbers[_memory(held)] = len(self._given)
         self._given.append(node)
-        self._nodes.append(parts)
         self._weights.append(weight)
-        self._lengths.append(lengths)
-        if len(self._nodes) - len(self._rows) >= WAITING:
+        self._beyond.append(beyond)
+        if self.complete:
+            self._nodes.append(parts)
+            self._lengths.append(lengths)
+        else:  # of every node no more is kept than its products with itself and with the start
+            self._rows = [row if row.shape[1] == 2 else row[:, -2:].clone() for row in self._rows]
+            self._nodes, self._lengths = [], []
+        if not self.complete or len(self._nodes) - len(self._rows) >= WAITING:
             self.multiply()
-        return len(self._nodes) - 1
+        return len(self._given) - 1
 
     def multiply(self) -> None:
-        """Multiply the nodes that wait for it with each other and with those before them, where products are kept.
+        """Multiply the nodes that wait for it with each other and with those before them.
 
         Whatever needs the products does it first; when nothing else is to be done, it may be done earlier.
         """
-        first, count = len(self._rows), len(self._nodes)
-        if self.complete:
-            for low in range(first, count, WAITING):
-                self._rows += self._multiplier.rows(self._nodes[: low + WAITING], low)
-        else:
-            self._rows = [row[:, -2:].clone() if row.shape[1] > 2 else row for row in self._rows]
-            for node in self._nodes[first:]:
-                self._rows += self._multiplier.rows([node], 0)
+        first, count = len(self._rows), len(self._given)
+        for low in range(first, count, WAITING) if self._nodes else ():
+            self._rows += self._multiplier.rows(self._nodes[: low + WAITING], low)
+        for number in () if self._nodes else range(first, count):
+            self._rows += self._multiplier.rows([self._node(number)], 0)
+
+    def _node(self, number: int) -> Parts:
+        return self._nodes[number] if self._nodes else self._layout.parts(self._given[number])
+
+    def _drifted(self, number: int) -> Tensor:
+        """How far the units of a node drifted, shape (units,)."""
+        return self._lengths[number] if self._nodes else self._layout.lengths(self._node(number), self._start)
 
     def number_of(self, node: Params) -> int | None:
-        """The number of a node that was added: of the same tensors; None for others."""
-        return self._numbers.get(self._identity(node))
-
-    def _identity(self, node: Params) -> bytes:
-        return struct.pack(f"{len(self.names)}q", *(id(node[name]) for name in self.names))
+        """The number of a node that was added: the same, or of tensors in the same memory; None for others."""
+        number = self._numbers.get(id(node))
+        return self._numbers.get(_memory({name: node[name] for name in self.names})) if number is None else number
 
     def still(self, numbers: Sequence[int], weights: Sequence[float], *, apart: bool = False) -> bool:
         """Whether the identity is stationary for these nodes, and for the start next to their mean.
@@ -161,12 +171,11 @@ class Drifts:
         """
         if not self.hopeful:
             return False
-        known = [self._lengths[number] for number in numbers]
         rest = [name for name in self._reach if not self._within_reach(name, numbers)]
         if not rest or not all(name in self._apart for name in rest):
             return not rest
         if apart:
-            return all(self._still_halfway(rest, lengths) for lengths in known)
+            return all(self._still_halfway(rest, self._drifted(number)) for number in numbers)
         mean = self._mean(numbers, weights)
         moved = self._layout.lengths(mean, self._start)
         if not self._still_halfway(rest, moved):
@@ -175,7 +184,7 @@ class Drifts:
             return True
         share = torch.tensor(list(weights), dtype=torch.float64)
         share = share / share.sum()
-        lengths = torch.stack([self._layout.lengths(self._nodes[number], mean) for number in numbers])
+        lengths = torch.stack([self._layout.lengths(self._node(number), mean) for number in numbers])
         of = self._layout.of_group
         return all(still_around(self._apart[name], of(moved, name), of(lengths, name), share) for name in rest)
 
@@ -188,7 +197,7 @@ class Drifts:
         """The weighted sum of drifts, added in this order."""
         sums = self._zeros()
         for number, weight in zip(numbers, weights, strict=True):
-            self._layout.lengths(self._nodes[number], self._start, sums, weight)
+            self._layout.lengths(self._node(number), self._start, sums, weight)
         return sums
 
     def _around(self, sums: Parts, weights: Sequence[float]) -> Parts:
@@ -227,13 +236,12 @@ class Drifts:
 
     def _within_reach(self, group: str, numbers: Sequence[int]) -> bool:
         """Whether a group's units stay within reach, or where they are: units of the start may coincide."""
-        lengths = [self._layout.of_group(self._lengths[number], group) for number in numbers]
-        if all(bool((length < self._reach[group]).all()) for length in lengths):
+        if not any(group in self._beyond[number] for number in numbers):
             return True
-        if any(bool(length.any()) for length in lengths):
+        if any(bool(self._layout.of_group(self._drifted(number), group).any()) for number in numbers):
             return False
         carriers = self._layout.carriers(group)
-        start, nodes = self._start, [self._nodes[number] for number in numbers]
+        start, nodes = self._start, map(self._node, numbers)
         of = self._layout.tensor
         return all(torch.equal(of(node, n).to(of(start, n)), of(start, n)) for node in nodes for n in carriers)
 
@@ -246,7 +254,7 @@ class Drifts:
     @property
     def complete(self) -> bool:
         """Whether the products of all nodes are known: there are few, and none has moved far."""
-        return self.hopeful and len(self._nodes) <= MOST
+        return self.hopeful and len(self._given) <= MOST
 
     def products(self, numbers: Sequence[int]) -> Products:
         """The products of some of the nodes, where they are complete.
@@ -266,3 +274,8 @@ class Drifts:
             drifts[:, earlier, place] = own
         along = torch.stack([self._rows[number][:, -1] for number in numbers], 1)
         return Products(self.names, drifts, along, self._squares)
+
+
+def _memory(tensors: Mapping[str, Tensor]) -> bytes:
+    """Where tensors are, which tells them from others that are alive."""
+    return struct.pack(f"{len(tensors)}Q", *(value.data_ptr() for value in tensors.values()))

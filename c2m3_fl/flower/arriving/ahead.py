@@ -90,7 +90,7 @@ class Ahead:
 
     def __init__(self, spec: PermutationSpec, sent: Callable[[], Params]) -> None:
         self._pool = ThreadPoolExecutor(1, "c2m3-replies")
-        self._decoded: dict[Key, tuple[Decoded, list[bytes]]] = {}
+        self._decoded: dict[Key, Decoded] = {}
         self._kinds: dict[Kind, Kind] = {}  # of all replies but odd ones it is the same object
         self._schema: Schema = {}
         self._heard = self._done = 0
@@ -108,9 +108,10 @@ class Ahead:
         weighted_by : str, optional
             Key of the averaging weight; None where all count the same.
         """
-        self._schema = schema
+        if schema != self._schema:  # all replies keep the same object
+            self._schema = schema
         self._heard += 1
-        self._pool.submit(self._read, message, schema, weighted_by)
+        self._pool.submit(self._read, message, self._schema, weighted_by)
 
     def _read(self, message: Message, schema: Schema, weighted_by: str | None) -> None:
         try:
@@ -120,7 +121,7 @@ class Ahead:
             if key in self._decoded:
                 return  # heard twice: of a grid, and of the grid that it holds
             found = decoded(arrays, schema)
-            self._decoded[key] = found, [array.data for array in arrays.values()]
+            self._decoded[key] = found  # which keeps the bytes, so that they stay what they are
             weight = 1.0 if weighted_by is None else check_weight(only_metrics(message)[weighted_by], weighted_by)
             drifts = self._drifts.result()
             if drifts is not None:
@@ -156,7 +157,7 @@ class Ahead:
         if schema is not self._schema and schema == self._schema:
             self._schema = schema  # so that the next reply's need not be compared
         found = self._decoded.get(self._key(record)) if schema is self._schema else None
-        return decoded(record, schema) if found is None else found[0]
+        return decoded(record, schema) if found is None else found
 
     def _key(self, record: ArrayRecord) -> Key:
         """What tells records apart: bytes are the same where they are the same object."""
