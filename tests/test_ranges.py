@@ -68,6 +68,7 @@ def test_numbers_of_numpy_and_lists_of_strengths_are_taken():
     assert (found.positions, found.timeout, list(found.strengths)) == (64, 5.0, [0.5, 1])
     assert ClientJudge(fraction=1, least=np.int32(2)).sample(range(9), 1)
     assert Refit(strengths=(1,), floor=0).floor == 0
+    assert ClientRefit(seed=10**400).seed == 10**400
 
 
 def quoted(value):

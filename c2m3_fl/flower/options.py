@@ -7,7 +7,6 @@ from typing import Literal, get_args
 
 import torch
 
-from c2m3_fl.core.problem import check_search
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.aligning.aligner import Basis, Mode
 from c2m3_fl.merging.recalibrate.setting import usable_device
@@ -49,7 +48,6 @@ class Options:
             check_number("max_seconds", self.max_seconds, 0)
         if self.memory_limit is not None:
             check_whole("memory_limit", self.memory_limit, 1)
-        check_search(self.max_steps, self.tolerance, max_seconds=self.max_seconds)
         if self.outliers not in ("report", "drop"):
             raise ConfigError(f"outliers is {self.outliers!r}, expected 'report' or 'drop'")
         if self.feedback not in get_args(Feedback):

@@ -143,18 +143,21 @@ def _compared(name: str, aggregate: str, votes: Sequence[Vote]) -> DeploymentCan
     gains, weights = _clipped([gain for gain, _ in pairs]), capped([weight for _, weight in pairs])
     robust = None
     if len(pairs) >= _LEAST:
-        rest = [[index for index in range(len(pairs)) if index != left_out] for left_out in range(len(pairs))]
-        robust = min(_mean([gains[index] for index in kept], [weights[index] for index in kept]) for kept in rest)
+        robust = min(_means_without_one(gains, weights))
     return DeploymentCandidate(name, loss, _mean(gains, weights), robust, len(pairs))
 
 
 def _robust_size(votes: Sequence[Vote], name: str) -> float:
     """The largest size of a candidate's mean loss when any one voter is left out, so that none can make it small."""
     told = sorted((vote.losses[name], vote.weight) for vote in votes if math.isfinite(vote.losses.get(name, math.inf)))
-    rests = [[*told[:left_out], *told[left_out + 1 :]] for left_out in range(len(told))] if len(told) > 1 else [told]
-    return max(
-        (abs(_mean([each for each, _ in rest], capped([w for _, w in rest]))) for rest in rests if rest), default=0.0
-    )
+    means = _means_without_one([loss for loss, _ in told], capped([weight for _, weight in told])) if told else []
+    return max(map(abs, means), default=0.0)
+
+
+def _means_without_one(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The weighted means when each value in turn is left out; none of fewer than two."""
+    rests = [[each for each in range(len(values)) if each != left_out] for left_out in range(len(values))]
+    return [_mean([values[each] for each in rest], [weights[each] for each in rest]) for rest in rests if rest]
 
 
 def _clipped(gains: Sequence[float]) -> list[float]:
