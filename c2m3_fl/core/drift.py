@@ -2,12 +2,14 @@
 
 Of the network that all nodes started from everything is computed once; of every node, when it comes, how far each unit
 drifted (`identity_proof`), and the products of its drift with those of the nodes before it. The agreement, the
-consensus and the outliers of nodes of which none has to move follow from the products alone.
+consensus and the outliers of nodes of which none has to move follow from the products alone. Nodes that come faster
+than they are multiplied are multiplied together (`Drifts.multiply`), each pair as if it came alone.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +19,12 @@ from torch import Tensor
 
 from c2m3_fl.core.identity_proof import distances, reach, still_around
 from c2m3_fl.core.mapped import inner
-from c2m3_fl.core.parts import ROW, Layout, Parts
+from c2m3_fl.core.multiplier import Multiplier
+from c2m3_fl.core.parts import Layout, Parts
 from c2m3_fl.core.spec import Params, PermutationSpec
 
 MOST = 100  # nodes whose products with each other are kept
-_AT_A_TIME = 1 << 18  # elements of all nodes, so that temporaries stay in cache
+WAITING = 16  # nodes that are multiplied together: all nodes are read once for them
 _ROOM = 1 << 22  # distances that are kept, beside one for every parameter
 _HOPELESS = 10.5  # reaches: one and a half distances to the nearest unit
 
@@ -50,7 +53,8 @@ class Products:
     @property
     def nodes(self) -> Tensor:
         """Products of the nodes themselves, shape (tensors, nodes, nodes)."""
-        return self.drifts + self.along[:, :, None] + self.along[:, None, :] + self.start[:, None, None]
+        found = self.drifts + self.along[:, :, None]
+        return found.add_(self.along[:, None, :]).add_(self.start[:, None, None])
 
 
 class Drifts:
@@ -82,12 +86,13 @@ class Drifts:
         self._squares = torch.tensor(squares, dtype=torch.float64)  # squared norms of the start's tensors
         self._sum = self._zeros()
         self._given: list[Params] = []
-        self._nodes: list[Parts] = []
-        self._numbers: dict[tuple[int, ...], int] = {}
+        self._numbers: dict[int | bytes, int] = {}
         self._weights: list[float] = []
-        self._lengths: list[dict[str, Tensor]] = []
+        self._beyond: list[frozenset[str]] = []  # the groups of which some unit is not within reach
+        self._nodes: list[Parts] = []  # these and their lengths are only kept while the products are complete
+        self._lengths: list[Tensor] = []  # shape (units,)
         self._rows: list[Tensor] = []  # shape (tensors, nodes): its products with those up to itself, and the start
-        self._scratch = torch.empty(0, dtype=self._layout.dtype, device=self._layout.device)
+        self._multiplier = Multiplier(self._layout, self._start)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -99,7 +104,7 @@ class Drifts:
         return Parts(torch.zeros_like(self._start.small), large)
 
     def add(self, node: Params, weight: float) -> int:
-        """Take in one more node, and multiply it with those before it; its number, from 0.
+        """Take in one more node; its number, from 0.
 
         Parameters
         ----------
@@ -108,25 +113,49 @@ class Drifts:
         weight : float
             Its averaging weight, on any scale, positive.
         """
-        parts = self._layout.parts(node)
+        held = {name: node[name] for name in self.names}
+        parts = self._layout.parts(held)
         lengths = self._layout.lengths(parts, self._start, self._sum, weight)
-        far = (bool((lengths[name] > _HOPELESS * reach).any()) for name, reach in self._reach.items())
+        of, reaches = self._layout.of_group, self._reach.items()
+        beyond = frozenset(name for name, reach in reaches if not bool((of(lengths, name) < reach).all()))
+        far = (name for name in beyond if bool((of(lengths, name) > _HOPELESS * self._reach[name]).any()))
         self.hopeful = self.hopeful and not any(far)
-        self._numbers[self._identity(node)] = len(self._nodes)
+        self._numbers[id(node)] = self._numbers[_memory(held)] = len(self._given)
         self._given.append(node)
-        self._nodes.append(parts)
         self._weights.append(weight)
-        self._lengths.append(lengths)
-        nodes = self._nodes if self.complete else self._nodes[-1:]
-        self._rows.append(self._products(nodes))
-        return len(self._nodes) - 1
+        self._beyond.append(beyond)
+        if self.complete:
+            self._nodes.append(parts)
+            self._lengths.append(lengths)
+        else:  # of every node no more is kept than its products with itself and with the start
+            self._rows = [row if row.shape[1] == 2 else row[:, -2:].clone() for row in self._rows]
+            self._nodes, self._lengths = [], []
+        if not self.complete or len(self._nodes) - len(self._rows) >= WAITING:
+            self.multiply()
+        return len(self._given) - 1
+
+    def multiply(self) -> None:
+        """Multiply the nodes that wait for it with each other and with those before them.
+
+        Whatever needs the products does it first; when nothing else is to be done, it may be done earlier.
+        """
+        first, count = len(self._rows), len(self._given)
+        for low in range(first, count, WAITING) if self._nodes else ():
+            self._rows += self._multiplier.rows(self._nodes[: low + WAITING], low)
+        for number in () if self._nodes else range(first, count):
+            self._rows += self._multiplier.rows([self._node(number)], 0)
+
+    def _node(self, number: int) -> Parts:
+        return self._nodes[number] if self._nodes else self._layout.parts(self._given[number])
+
+    def _drifted(self, number: int) -> Tensor:
+        """How far the units of a node drifted, shape (units,)."""
+        return self._lengths[number] if self._nodes else self._layout.lengths(self._node(number), self._start)
 
     def number_of(self, node: Params) -> int | None:
-        """The number of a node that was added: of the same tensors; None for others."""
-        return self._numbers.get(self._identity(node))
-
-    def _identity(self, node: Params) -> tuple[int, ...]:
-        return tuple(id(node[name]) for name in self.names)
+        """The number of a node that was added: the same, or of tensors in the same memory; None for others."""
+        number = self._numbers.get(id(node))
+        return self._numbers.get(_memory({name: node[name] for name in self.names})) if number is None else number
 
     def still(self, numbers: Sequence[int], weights: Sequence[float], *, apart: bool = False) -> bool:
         """Whether the identity is stationary for these nodes, and for the start next to their mean.
@@ -142,12 +171,11 @@ class Drifts:
         """
         if not self.hopeful:
             return False
-        known = [self._lengths[number] for number in numbers]
         rest = [name for name in self._reach if not self._within_reach(name, numbers)]
         if not rest or not all(name in self._apart for name in rest):
             return not rest
         if apart:
-            return all(self._still_halfway(rest, lengths) for lengths in known)
+            return all(self._still_halfway(rest, self._drifted(number)) for number in numbers)
         mean = self._mean(numbers, weights)
         moved = self._layout.lengths(mean, self._start)
         if not self._still_halfway(rest, moved):
@@ -156,9 +184,9 @@ class Drifts:
             return True
         share = torch.tensor(list(weights), dtype=torch.float64)
         share = share / share.sum()
-        around = [self._layout.lengths(self._nodes[number], mean) for number in numbers]
-        lengths = {name: torch.stack([each[name] for each in around]) for name in rest}
-        return all(still_around(self._apart[name], moved[name], lengths[name], share) for name in rest)
+        lengths = torch.stack([self._layout.lengths(self._node(number), mean) for number in numbers])
+        of = self._layout.of_group
+        return all(still_around(self._apart[name], of(moved, name), of(lengths, name), share) for name in rest)
 
     def _mean(self, numbers: Sequence[int], weights: Sequence[float]) -> Parts:
         """The weighted mean of some nodes: from the sum where that is of these nodes and weights."""
@@ -169,7 +197,7 @@ class Drifts:
         """The weighted sum of drifts, added in this order."""
         sums = self._zeros()
         for number, weight in zip(numbers, weights, strict=True):
-            self._layout.lengths(self._nodes[number], self._start, sums, weight)
+            self._layout.lengths(self._node(number), self._start, sums, weight)
         return sums
 
     def _around(self, sums: Parts, weights: Sequence[float]) -> Parts:
@@ -188,80 +216,45 @@ class Drifts:
         """
         share = torch.tensor(list(weights), dtype=torch.float64)
         share = share / share.sum()
+        self.multiply()
         if apart:
             along = torch.stack([self._rows[number][:, -1].sum() for number in numbers])
             return float((along + self._squares.sum()).sum()) / 4
         if self.complete:
             return 0.5 * float(share @ self.products(numbers).nodes.sum(0).fill_diagonal_(0) @ share)
         mean = self._around(self._total(numbers, weights), weights)  # in this order, whatever that of arrival
-        values = [mean.small, *mean.large.values()]
+        values = [self._layout.rows(mean), *mean.large.values()]
         return 0.5 * (
             sum(inner(value, value) for value in values) - float(share.square() @ self.norms(numbers).square())
         )
 
     def norms(self, numbers: Sequence[int]) -> Tensor:
         """Norms of some nodes, in float64, shape (nodes,)."""
+        self.multiply()
         sums = torch.stack([self._rows[number][:, -2:].sum(0) for number in numbers])
         return (sums[:, 0] + 2 * sums[:, 1] + self._squares.sum()).clamp(min=0).sqrt()
 
     def _within_reach(self, group: str, numbers: Sequence[int]) -> bool:
         """Whether a group's units stay within reach, or where they are: units of the start may coincide."""
-        lengths = [self._lengths[number][group] for number in numbers]
-        if all(bool((length < self._reach[group]).all()) for length in lengths):
+        if not any(group in self._beyond[number] for number in numbers):
             return True
-        if any(bool(length.any()) for length in lengths):
+        if any(bool(self._layout.of_group(self._drifted(number), group).any()) for number in numbers):
             return False
         carriers = self._layout.carriers(group)
-        start, nodes = self._start, [self._nodes[number] for number in numbers]
+        start, nodes = self._start, map(self._node, numbers)
         of = self._layout.tensor
         return all(torch.equal(of(node, n).to(of(start, n)), of(start, n)) for node in nodes for n in carriers)
 
-    def _still_halfway(self, groups: Sequence[str], lengths: Mapping[str, Tensor]) -> bool:
+    def _still_halfway(self, groups: Sequence[str], lengths: Tensor) -> bool:
         """Whether the bound holds for the start and one other network: their mean is half-way."""
         half = torch.full((2,), 0.5, dtype=torch.float64)
-        halves = {name: lengths[name] / 2 for name in groups}
+        halves = {name: self._layout.of_group(lengths, name) / 2 for name in groups}
         return all(still_around(self._apart[name], each, each.expand(2, -1), half) for name, each in halves.items())
 
     @property
     def complete(self) -> bool:
         """Whether the products of all nodes are known: there are few, and none has moved far."""
-        return self.hopeful and len(self._nodes) <= MOST
-
-    def _products(self, nodes: Sequence[Parts]) -> Tensor:
-        """Products of the last drift with all of them and with the start, shape (tensors, nodes + 1).
-
-        A product does not depend on which other nodes there are.
-        """
-        rows = torch.empty(len(self.names), len(nodes) + 1, dtype=torch.float64)
-        places = {name: place for place, name in enumerate(self.names)}
-        small = torch.stack([*(node.small for node in nodes), self._start.small])
-        small[:-1] -= self._start.small
-        small *= small[-2].clone()
-        rows[[places[name] for name in self._layout.small]] = small.sum(2, dtype=torch.float64).T.cpu()
-        for name, start in self._start.large.items():
-            flat = [node.large[name].reshape(-1) for node in nodes]
-            rows[places[name]] = self._products_of(flat, start.view(-1))
-        return rows
-
-    def _products_of(self, values: Sequence[Tensor], start: Tensor) -> Tensor:
-        """The same of one tensor, stretch by stretch."""
-        count, width = len(values) + 1, max(ROW, _AT_A_TIME // len(values) // ROW * ROW)
-        if self._scratch.numel() < (count + 1) * width:
-            self._scratch = self._scratch.new_empty((count + 1) * width)
-        total = torch.zeros(count, dtype=torch.float64)
-        blocks = start.new_empty(count, len(start) // ROW)
-        for low in range(0, len(start), width):
-            length = min(width, len(start) - low)
-            cut, whole = slice(low, low + length), length // ROW
-            part = self._scratch[: count * length].view(count, length)
-            own = self._scratch[count * length : (count + 1) * length]
-            torch.stack([value[cut].to(self._layout.dtype) for value in (*values, start)], out=part)
-            part[:-1].sub_(part[-1])
-            part.mul_(own.copy_(part[-2]))
-            rows = part[:, : whole * ROW].view(count, whole, ROW)
-            torch.sum(rows, 2, out=blocks[:, low // ROW : low // ROW + whole])
-            total += part[:, whole * ROW :].sum(1, dtype=torch.float64).cpu()
-        return total + blocks.sum(1, dtype=torch.float64).cpu()
+        return self.hopeful and len(self._given) <= MOST
 
     def products(self, numbers: Sequence[int]) -> Products:
         """The products of some of the nodes, where they are complete.
@@ -271,7 +264,18 @@ class Drifts:
         numbers : sequence of int
             Which ones, in the order that is wanted.
         """
-        rows = self._rows
-        drifts = [torch.stack([rows[max(i, j)][:, min(i, j)] for j in numbers], 1) for i in numbers]
-        along = torch.stack([rows[i][:, -1] for i in numbers], 1)
-        return Products(self.names, torch.stack(drifts, 1), along, self._squares)
+        self.multiply()
+        drifts = torch.empty(len(self.names), len(numbers), len(numbers), dtype=torch.float64)
+        order = torch.tensor(numbers)
+        for place, number in enumerate(numbers):
+            earlier = order <= number
+            own = self._rows[number][:, order[earlier]]
+            drifts[:, place, earlier] = own
+            drifts[:, earlier, place] = own
+        along = torch.stack([self._rows[number][:, -1] for number in numbers], 1)
+        return Products(self.names, drifts, along, self._squares)
+
+
+def _memory(tensors: Mapping[str, Tensor]) -> bytes:
+    """Where tensors are, which tells them from others that are alive."""
+    return struct.pack(f"{len(tensors)}Q", *(value.data_ptr() for value in tensors.values()))

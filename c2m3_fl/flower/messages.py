@@ -13,7 +13,8 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
 from c2m3_fl.flower.aligning.aligner import Aligner
 from c2m3_fl.flower.incoming.admitted import Reply
-from c2m3_fl.flower.incoming.records import Carried, from_params, to_average, to_params
+from c2m3_fl.flower.incoming.carried import Carried, to_average
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.incoming.replies import report_dropped, sort_evaluations
 from c2m3_fl.flower.metrics import EVALUATIONS_DROPPED, failure, without_ours
 from c2m3_fl.flower.private import with_arrays
@@ -88,7 +89,7 @@ def personal_messages(aligner: Aligner, messages: Iterable[Message]) -> Iterable
 def _arrays(reply: Reply[Message], params: Params) -> ArrayRecord:
     """The aligned arrays in the order of the model; those that did not change are the client's own."""
     if isinstance(params, Carried):
-        return params.record.copy()
+        return params.record
     received = next(iter(reply.source.content.array_records.values()))
     kept = (name for name, value in params.items() if value is reply.params[name] and reply.as_it_came(name))
     return to_average(params, {name: received[name] for name in kept})

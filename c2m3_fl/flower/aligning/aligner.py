@@ -28,7 +28,7 @@ from c2m3_fl.flower.aligning.memory import Memory
 from c2m3_fl.flower.aligning.out_of_memory import with_cpu_fallback
 from c2m3_fl.flower.aligning.progress import MatchLog
 from c2m3_fl.flower.arriving.ahead import Seen
-from c2m3_fl.flower.incoming.records import carried
+from c2m3_fl.flower.incoming.carried import carried
 from c2m3_fl.flower.round_match import RoundMatch
 
 Mode = Literal["joint", "separate"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from c2m3_fl.flower.incoming.replies import check_weight, decoded, only_arrays, 
 
 _UNUSED = "replies are not compared with the model that was sent: %s"
 
-Key = tuple[tuple[str, int, str, tuple[int, ...], str], ...]
+Kind = tuple[tuple[str, str, tuple[int, ...], str], ...]  # name, element type, shape and serialisation of every array
+Key = tuple[Kind, bytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +90,10 @@ class Ahead:
 
     def __init__(self, spec: PermutationSpec, sent: Callable[[], Params]) -> None:
         self._pool = ThreadPoolExecutor(1, "c2m3-replies")
-        self._decoded: dict[Key, tuple[Decoded, list[bytes]]] = {}
+        self._decoded: dict[Key, Decoded] = {}
+        self._kinds: dict[Kind, Kind] = {}  # of all replies but odd ones it is the same object
         self._schema: Schema = {}
+        self._heard = self._done = 0
         self._drifts: Future[Drifts | None] = self._pool.submit(_drifts, spec, sent)
 
     def hear(self, message: Message, schema: Schema, weighted_by: str | None) -> None:
@@ -104,23 +108,39 @@ class Ahead:
         weighted_by : str, optional
             Key of the averaging weight; None where all count the same.
         """
-        self._schema = schema
-        self._pool.submit(self._read, message, schema, weighted_by)
+        if schema != self._schema:  # all replies keep the same object
+            self._schema = schema
+        self._heard += 1
+        self._pool.submit(self._read, message, self._schema, weighted_by)
 
     def _read(self, message: Message, schema: Schema, weighted_by: str | None) -> None:
         try:
             record = only_arrays(message)
             arrays = renamed(record, schema)
-            if _key(arrays) in self._decoded:
+            key = self._key(arrays)
+            if key in self._decoded:
                 return  # heard twice: of a grid, and of the grid that it holds
             found = decoded(arrays, schema)
-            self._decoded[_key(arrays)] = found, [array.data for array in arrays.values()]
+            self._decoded[key] = found  # which keeps the bytes, so that they stay what they are
             weight = 1.0 if weighted_by is None else check_weight(only_metrics(message)[weighted_by], weighted_by)
             drifts = self._drifts.result()
             if drifts is not None:
                 _add(drifts, found.params, weight)
         except Exception as error:  # the reply is read again when all have arrived, and its fault is named then
             log(DEBUG, "a reply was not read as it arrived: %s", error)
+        finally:
+            self._done += 1
+            self._multiply()
+
+    def _multiply(self) -> None:
+        """Use the time until the next reply."""
+        try:
+            drifts = self._drifts.result() if self._done == self._heard else None
+            if drifts is not None:
+                with torch.no_grad():
+                    drifts.multiply()
+        except Exception as error:  # it is done when the products are needed
+            log(DEBUG, _UNUSED, error)
 
     def finished(self) -> Ahead:
         """Itself, once everything that has arrived is read."""
@@ -136,8 +156,15 @@ class Ahead:
         """What `replies.decoded` gives, remembered where these very bytes have been read."""
         if schema is not self._schema and schema == self._schema:
             self._schema = schema  # so that the next reply's need not be compared
-        found = self._decoded.get(_key(record)) if schema is self._schema else None
-        return decoded(record, schema) if found is None else found[0]
+        found = self._decoded.get(self._key(record)) if schema is self._schema else None
+        return decoded(record, schema) if found is None else found
+
+    def _key(self, record: ArrayRecord) -> Key:
+        """What tells records apart: bytes are the same where they are the same object."""
+        kind = tuple((name, each.dtype, tuple(each.shape), each.stype) for name, each in record.items())
+        return self._kinds.setdefault(kind, kind), struct.pack(
+            f"{len(kind)}q", *(id(each.data) for each in record.values())
+        )
 
     def seen(self, replies: Sequence[Reply[Any]], weights: Sequence[float]) -> Seen | None:
         """The replies next to the model that was sent; those that were not heard of are compared now.
@@ -179,8 +206,3 @@ def _add(drifts: Drifts, params: Params, weight: float) -> int:
         return -1
     with torch.no_grad():
         return drifts.add(params, weight) if number is None else number
-
-
-def _key(record: ArrayRecord) -> Key:
-    """What tells records apart: bytes are the same where they are the same object."""
-    return tuple((name, id(each.data), each.dtype, tuple(each.shape), each.stype) for name, each in record.items())

@@ -8,11 +8,11 @@ from logging import WARNING
 from typing import Generic, TypeVar
 
 from flwr.supercore import log
-from torch import Tensor
 
+from c2m3_fl.core.spec import Params
 from c2m3_fl.errors import ParamsError
+from c2m3_fl.flower.incoming.carried import Carried
 from c2m3_fl.flower.incoming.client_text import shown
-from c2m3_fl.flower.incoming.records import Carried
 
 Source = TypeVar("Source")
 
@@ -49,7 +49,7 @@ class Reply(Generic[Source]):
     ----------
     node : int
         Who sent it.
-    params : dict of str to Tensor
+    params : mapping of str to Tensor
         Its tensors, in the order of the model that was sent out.
     weight : float
         Its averaging weight, positive.
@@ -66,7 +66,7 @@ class Reply(Generic[Source]):
     """
 
     node: int
-    params: dict[str, Tensor]
+    params: Params
     weight: float
     content: str
     source: Source

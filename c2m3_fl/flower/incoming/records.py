@@ -22,7 +22,7 @@ from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.incoming.npy import Header, read_header
 
 _WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DataParallel put before the names of a state dict
-_NUMPY_STYPE = "numpy.ndarray"  # the one serialisation that Flower's own strategies read
+NUMPY_STYPE = "numpy.ndarray"  # the one serialisation that Flower's own strategies read
 
 with warnings.catch_warnings():  # once per process torch warns of tensors in bytes, which nobody may write into
     warnings.simplefilter("ignore")
@@ -52,6 +52,11 @@ class Entry:
     shape: tuple[int, ...]
     also: str | None = None
     casts: bool = False
+
+    @property
+    def floating(self) -> bool:
+        """Whether the elements are floating."""
+        return self.dtype in _FLOATS
 
     def takes(self, dtype: str) -> bool:
         """Whether an array of this element type is taken."""
@@ -164,69 +169,10 @@ def from_params(params: Params) -> ArrayRecord:
     return ArrayRecord({name: Array(np.asarray(value.detach().cpu().numpy())) for name, value in params.items()})
 
 
-def to_average(params: Params, own: Mapping[str, Array]) -> ArrayRecord:
-    """Arrays for a strategy that averages: integers go as float64, which every strategy's arithmetic takes.
-
-    The results are the same in floating tensors.
-
-    Parameters
-    ----------
-    params : mapping of str to Tensor
-        The tensors; not mutated.
-    own : mapping of str to Array
-        Arrays that some of them came as, which are taken where they are floating.
-    """
-    return ArrayRecord(
-        {
-            name: Array(np.asarray(value.double().numpy()))
-            if not value.is_floating_point()
-            else own.get(name) or Array(np.asarray(value.numpy()))
-            for name, value in params.items()
-        }
-    )
-
-
-class Carried(dict[str, Tensor]):
-    """A state dict whose floating tensors lie in the bytes of a record, as a strategy that averages takes it.
-
-    Attributes
-    ----------
-    record : ArrayRecord
-        The arrays; see `to_average`.
-    """
-
-    def __init__(self, params: Params, record: ArrayRecord) -> None:
-        super().__init__(params)
-        self.record = record
-
-
-def carried(params: Params, like: Params) -> Params:
-    """The same values in the bytes of a record of their own, where those of `like` lie in one: one copy serves both.
-
-    Parameters
-    ----------
-    params : mapping of str to Tensor
-        On the CPU; not mutated.
-    like : mapping of str to Tensor
-        State dict of the same schema, of which some tensors may be the very same: these share its bytes.
-    """
-    if params is like or not isinstance(like, Carried):
-        return params
-    own = {name: like.record[name] for name, value in params.items() if value is like[name]}
-    record = to_average(params, own)
-    shared = {
-        name: value
-        if name in own or not value.is_floating_point()
-        else read_npy(name, record[name].data, Entry(record[name].dtype, tuple(value.shape)), share=True)
-        for name, value in params.items()
-    }
-    return Carried(shared, record)
-
-
 def _decode(who: str, array: Array, entry: Entry, *, share: bool) -> Tensor:
     """The tensor of one array, after everything that it claims has been compared with `entry`."""
-    if array.stype != _NUMPY_STYPE:
-        raise ParamsError(f"{who} is serialised as {array.stype!r}, expected {_NUMPY_STYPE!r}")
+    if array.stype != NUMPY_STYPE:
+        raise ParamsError(f"{who} is serialised as {array.stype!r}, expected {NUMPY_STYPE!r}")
     if tuple(array.shape) != entry.shape:
         raise ParamsError(f"{who} has shape {tuple(array.shape)}, expected {entry.shape}")
     if not entry.takes(array.dtype):
@@ -278,7 +224,7 @@ def read_npy(who: str, data: bytes, entry: Entry | None = None, *, share: bool =
         elements = elements != 0
     if header.fortran:
         return elements.view(entry.shape[::-1]).permute(*reversed(range(len(entry.shape)))).contiguous().to(own)
-    return elements.view(entry.shape).to(own)
+    return elements.resize_(entry.shape).to(own)  # in place: torch keeps what a view was taken of, too
 
 
 def received_type(data: bytes) -> str:

@@ -23,8 +23,9 @@ from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import check_finite, digest, norm
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.incoming.admitted import Decoded, Dropped, Reply, Sorted, TransientError, fault_of, report_dropped
+from c2m3_fl.flower.incoming.carried import Carried
 from c2m3_fl.flower.incoming.consistency import averageable, consistent, finite, plausible_losses
-from c2m3_fl.flower.incoming.records import Carried, Schema, bare_name, to_average, to_params
+from c2m3_fl.flower.incoming.records import Schema, bare_name, to_params
 from c2m3_fl.flower.private import with_arrays
 
 __all__ = [
@@ -96,7 +97,7 @@ def decoded(record: ArrayRecord, schema: Schema) -> Decoded:
     size = check_values(params)
     cast = frozenset(name for name, entry in schema.items() if not entry.as_sent(record[name].dtype))
     own = {name: record[name] for name in params.keys() - cast}
-    return Decoded(Carried(params, to_average(params, own)), digest(params), size, cast)
+    return Decoded(Carried(schema, params, own), digest(params), size, cast)
 
 
 def sort_evaluations(messages: Iterable[Message], *, weighted_by: str) -> Sorted[Message]:

@@ -224,7 +224,7 @@ def test_a_faulty_reply_has_the_same_consequences_whenever_it_is_read(kind, monk
         alike(metrics, others)
 
 
-@pytest.mark.parametrize("method", ["add", "still", "products", "agreement", "__init__"])
+@pytest.mark.parametrize("method", ["add", "multiply", "still", "products", "agreement", "__init__"])
 def test_a_failure_of_what_is_computed_ahead_changes_nothing(method, monkeypatch, caplog):
     sent, drifted = near()
     messages = [reply(node, params) for node, params in enumerate(drifted)]

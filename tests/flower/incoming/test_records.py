@@ -9,13 +9,10 @@ from flwr.app import Array, ArrayRecord
 
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.incoming.records import (
-    Carried,
     Entry,
-    carried,
     from_params,
     schema_of,
     schema_of_params,
-    to_average,
     to_params,
 )
 
@@ -43,21 +40,6 @@ def test_arrays_are_those_that_flower_itself_makes():
     assert {name: array.data for name, array in from_params(PARAMS).items()} == {
         name: array.data for name, array in ArrayRecord(dict(PARAMS)).items()
     }
-
-
-def test_moved_tensors_lie_in_the_arrays_that_are_averaged():
-    record = from_params(PARAMS)
-    reply = Carried(to_params(record, share=True), to_average(to_params(record), dict(record)))
-    moved = carried({**reply, "single": reply["single"].flip(0)}, reply)
-    assert torch.equal(moved["single"], PARAMS["single"].flip(0))
-    data = moved.record["single"].data
-    assert moved["single"].data_ptr() == np.frombuffer(data, dtype=np.uint8)[-moved["single"].nbytes :].ctypes.data
-    for name, value in to_params(moved.record).items():
-        assert torch.equal(value.to(moved[name].dtype), moved[name])
-    assert moved["double"] is reply["double"]
-    assert moved.record["double"].data is record["double"].data
-    assert carried(reply, reply) is reply
-    assert carried(PARAMS, PARAMS) is PARAMS
 
 
 def test_column_major_arrays_are_read_as_what_they_say():
