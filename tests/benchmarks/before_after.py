@@ -39,7 +39,7 @@ import json, sys, time
 import torch
 torch.set_num_threads(1)
 from c2m3_fl.core.match import match
-from tests.benchmarks.networks import mlp, related_nodes, resnet20
+from tests.benchmarks.networks import mlp, related_nodes, resnet20, vgg16
 match(mlp(8, 6, 4), related_nodes(mlp(8, 6, 4), 2))
 for name, (network, count, seeds, *noise) in json.loads(sys.argv[1]).items():
     for seed in range(seeds):

@@ -1,22 +1,26 @@
-"""The solver against the published algorithm, measured side by side in one run.
+"""The solver against the published algorithm and an older checkout, measured side by side in one run.
 
-    python -m tests.benchmarks.solver                   every case, table and c2m3_fl/core/results/solver.json
-    python -m tests.benchmarks.solver --cases mlp-3     some of them
+    python -m tests.benchmarks.solver ../older            every case, record and tables in c2m3_fl/core/README.md
+    python -m tests.benchmarks.solver --cases mlp256-3    some of them, as tables only
+    python -m tests.benchmarks.solver --draw              the tables of the record
 
 Times are CPU seconds of one thread, so that a busy machine does not blur them. The published algorithm is run for
 `--steps` steps; where its whole match would take too long it is the measured seconds per step times the number of
-steps that the same iteration, computed in O(nodes), needs to stall by the same rule.
+steps that the same iteration, computed in O(nodes), needs to stall by the same rule. Whole matches are those of
+`before_after`: on the same nodes, in processes that take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,27 +28,42 @@ from torch import Tensor
 from c2m3_fl.core.assignment import assignment_pool, oracle
 from c2m3_fl.core.frank_wolfe import frank_wolfe
 from c2m3_fl.core.line_search import best_step
-from c2m3_fl.core.match import match
 from c2m3_fl.core.problem import Problem
 from c2m3_fl.core.result import Limits
 from c2m3_fl.core.spec import PermutationSpec
 from c2m3_fl.core.starts import start_point
 from c2m3_fl.core.universe import Universe
+from simulations.grid_tables import page
+from tests.benchmarks.before_after import run
 from tests.benchmarks.networks import mlp, related_nodes, resnet20, vgg16
 from tests.benchmarks.published import frank_wolfe_step, objective, published_match
 from tests.benchmarks.published import gradient as published_gradient
-from tests.benchmarks.records import write_record
+from tests.benchmarks.records import read_record, revision, write_record
 
 _WHOLE = 60.0  # CPU seconds up to which the published algorithm is run to its end
 
-CASES: dict[str, tuple[Callable[[], PermutationSpec], int]] = {
-    "mlp256-3": (lambda: mlp(784, 256, 256, 10), 3),
-    "mlp256-10": (lambda: mlp(784, 256, 256, 10), 10),
-    "mlp512-3": (lambda: mlp(784, 512, 512, 512, 10), 3),
-    "mlp512-10": (lambda: mlp(784, 512, 512, 512, 10), 10),
-    "resnet20-3": (lambda: resnet20(2), 3),
-    "resnet20-10": (lambda: resnet20(2), 10),
-    "vgg16-3": (vgg16, 3),
+_FOLDER = Path("c2m3_fl/core")
+RECORD, PAGE = _FOLDER / "results" / "solver.json", _FOLDER / "README.md"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, as `before_after` writes it too, and how many nodes."""
+
+    title: str
+    spec: Callable[[], PermutationSpec]
+    expression: str
+    nodes: int
+
+
+CASES = {
+    "mlp256-3": Case("MLP 784-256-256-10", lambda: mlp(784, 256, 256, 10), "mlp(784, 256, 256, 10)", 3),
+    "mlp256-10": Case("MLP 784-256-256-10", lambda: mlp(784, 256, 256, 10), "mlp(784, 256, 256, 10)", 10),
+    "mlp512-3": Case("MLP 784-512³-10", lambda: mlp(784, 512, 512, 512, 10), "mlp(784, 512, 512, 512, 10)", 3),
+    "mlp512-10": Case("MLP 784-512³-10", lambda: mlp(784, 512, 512, 512, 10), "mlp(784, 512, 512, 512, 10)", 10),
+    "resnet20-3": Case("ResNet20 width 2", lambda: resnet20(2), "resnet20(2)", 3),
+    "resnet20-10": Case("ResNet20 width 2", lambda: resnet20(2), "resnet20(2)", 10),
+    "vgg16-3": Case("VGG16", vgg16, "vgg16()", 3),
 }
 
 
@@ -53,8 +72,6 @@ class Row:
     """One line of the table; seconds are CPU seconds of one thread."""
 
     case: str
-    step_ratio: float
-    match_ratio: float
     published_step: float
     step_min: float
     step_median: float
@@ -62,8 +79,10 @@ class Row:
     limit_share: float
     published_match: float
     published_measured: bool
-    match: float
+    before: tuple[float, ...]  # whole matches of the older checkout, turn by turn
+    now: tuple[float, ...]
     published_objective: float
+    objective_before: float
     objective: float
     objective_difference: float
     gradient_difference: float
@@ -102,10 +121,18 @@ def stalled(objectives: tuple[float, ...], tolerance: float = 1e-4, patience: in
     return len(objectives) - 1
 
 
-def measure(case: str, steps: int) -> Row:
+def whole_matches(case: str, trees: Mapping[str, Path], turns: int) -> dict[str, list[dict[str, float]]]:
+    """Matches of one case by the code of each checkout, turn by turn."""
+    found: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
+    for _ in range(turns):
+        for code, tree in trees.items():
+            found[code] += run(tree, {case: (CASES[case].expression, CASES[case].nodes, 1)})
+    return found
+
+
+def measure(case: str, steps: int, trees: Mapping[str, Path], turns: int) -> Row:
     """Measure one case."""
-    build, count = CASES[case]
-    spec = build()
+    spec, count = CASES[case].spec(), CASES[case].nodes
     nodes = related_nodes(spec, count)
     weights = torch.full((count,), 1 / count, dtype=torch.float64)
     problem = Problem.of(spec, nodes, weights)
@@ -134,14 +161,13 @@ def measure(case: str, steps: int) -> Row:
         published_seconds, published_value = time.process_time() - start, yardstick.objectives[-1]
     else:
         published_seconds, published_value = per_step * needed, _course(problem, needed)[1]
-    found = []
-    seconds = cpu(lambda: found.append(match(spec, nodes)))
+    matches = whole_matches(case, trees, turns)
+    seconds = {code: tuple(each["cpu"] for each in rows) for code, rows in matches.items()}
+    reached = {code: min((each["agreement"] for each in rows), default=math.nan) for code, rows in matches.items()}
     own = [second for second, _ in timed]
     size = float(sum(value.double().square().sum() for node in nodes for value in node.values())) / count**2
     return Row(
         case=case,
-        step_ratio=per_step / statistics.median(own),
-        match_ratio=published_seconds / seconds,
         published_step=per_step,
         step_min=min(own),
         step_median=statistics.median(own),
@@ -149,9 +175,11 @@ def measure(case: str, steps: int) -> Row:
         limit_share=statistics.median(limit / whole for whole, limit in timed),
         published_match=published_seconds,
         published_measured=measured,
-        match=seconds,
+        before=seconds["before"],
+        now=seconds["now"],
         published_objective=published_value,
-        objective=found[0].objectives[-1],
+        objective_before=reached["before"],
+        objective=reached["now"],
         objective_difference=abs(here - ours) / size,
         gradient_difference=max(differences, default=float("nan")),
     )
@@ -168,40 +196,68 @@ def _course(problem: Problem, steps: int) -> tuple[tuple[float, ...], float]:
         return course.objectives, universe.add_up()
 
 
-def table(rows: list[Row]) -> str:
-    """The table, ratio first."""
-    head = "case          step x  match x | published step    ours min / med / max   limit | "
-    head += "published match    ours | f/f_pub"
-    lines = [head, "-" * len(head)]
-    lines += [
-        f"{row.case:12s} {row.step_ratio:7.0f} {row.match_ratio:8.0f} | {row.published_step:14.2f} "
-        f"{row.step_min:8.3f} {row.step_median:6.3f} {row.step_max:6.3f} {row.limit_share:7.0%} | "
-        f"{row.published_match:14.1f}{' ' if row.published_measured else '*'} {row.match:7.2f} | "
-        f"{row.objective / row.published_objective:.4f}"
-        for row in rows
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: whole matches, and below them one step or pass."""
+    heads = ["case", "published", "before, min / median / max", "now", "published / now", "now / before"]
+    whole = [f"| {' | '.join([*heads, 'f / published', 'f / before'])} |", "| --- |" + " ---: |" * (len(heads) + 1)]
+    passes = [
+        "| case | published step | our pass, min / median / max | published / ours | limit |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
-    lines.append(
-        "CPU seconds of one thread; limit: share of a step that is products and assignments; * steps x seconds"
-    )
-    return "\n".join(lines)
+    for row in rows:
+        case, now = CASES[row["case"]], statistics.median(row["now"])
+        title = f"{case.title}, {case.nodes} nodes"
+        starred = "" if row["published_measured"] else "*"
+        older = f"{min(row['now']) / min(row['before']):.2f}" if row["before"] else ""
+        cells = [
+            title,
+            f"{row['published_match']:.3g}{starred}",
+            _spread(row["before"]),
+            _spread(row["now"]),
+            f"**{row['published_match'] / now:.0f}×**",
+            older,
+            f"{row['objective'] / row['published_objective']:.4f}",
+            f"{row['objective'] / row['objective_before']:.5f}" if row["before"] else "",
+        ]
+        whole.append(f"| {' | '.join(cells)} |")
+        steps = row["step_min"], row["step_median"], row["step_max"]
+        cells = [
+            title,
+            f"{row['published_step']:.2f}",
+            " / ".join(f"{step:.3f}" for step in steps),
+            f"{row['published_step'] / row['step_median']:.0f}×",
+            f"{100 * row['limit_share']:.0f} %",
+        ]
+        passes.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*whole, "", *passes]) + "\n"
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    return " / ".join(f"{of(seconds):.2f}" for of in (min, statistics.median, max)) if seconds else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path, nargs="?", help="an older checkout")
+    parser.add_argument("--draw", action="store_true")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--steps", type=int, default=1, help="steps of the published algorithm to time")
-    parser.add_argument("--out", type=Path, default=Path("c2m3_fl/core/results"))
+    parser.add_argument("--turns", type=int, default=3, help="whole matches of each checkout")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for case in options.cases:
-        rows.append(measure(case, options.steps))
-        print(table(rows).splitlines()[-2], flush=True)
-    print(table(rows))
-    configuration = {"cases": options.cases, "steps": options.steps}
-    command = "python -m tests.benchmarks.solver"
-    write_record(options.out / "solver.json", command, configuration, [asdict(row) for row in rows])
+    if not options.draw:
+        torch.set_num_threads(1)
+        trees = {"before": options.before, "now": Path()} if options.before is not None else {"now": Path()}
+        rows = []
+        for case in options.cases:
+            rows.append(asdict(measure(case, options.steps, trees, options.turns)))
+            print(table(rows), flush=True)
+        if options.cases != list(CASES):
+            return
+        configuration = {"steps": options.steps, "turns": options.turns, "before": revision(options.before)}
+        write_record(RECORD, "python -m tests.benchmarks.solver OLDER", configuration, rows)
+    text = table(read_record(RECORD)["rows"])
+    print(text)
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), "solver", text), encoding="utf-8")
 
 
 if __name__ == "__main__":
