@@ -96,6 +96,11 @@ def join(
     return Match(in_order, (*passed, *found.objectives), gap, found.gain, gap <= tolerance, found.steps, order)
 
 
+# Of a bounded match. Each pass of single nodes costs .3 to .4 of a whole match. Agreement lost to a whole match, batches
+# of six among 60 MLPs and 24 ResNet20: 1.8 and 1.1 % after one pass, .9 and .5, .6 and .3, .4 and .1 % after four.
+PASSES = 4
+
+
 @dataclass(frozen=True)
 class BatchMatch:
     """The result of `match_in_batches`.
@@ -128,7 +133,7 @@ def match_in_batches(
     """Match any number of nodes, `batch` of them in memory at a time.
 
     The first batch is matched by itself; every further one joins the universe of those before it. In each further pass
-    every batch joins again, against the universe of all the others. Besides a batch (and what `match` needs for it) two
+    every node joins again, by itself, the universe of all the others. Besides a batch (and what `match` needs for it) two
     models are held: the running sum and the running mean. The nodes are taken in the given order.
 
     Parameters
@@ -164,7 +169,7 @@ def match_in_batches(
     total = RunningUniverse(spec)
     perms: list[Permutation] = [permutation.identity(spec)] * len(nodes)
     for turn in range(passes):
-        for places in _batches(len(nodes), batch):
+        for places in _batches(len(nodes), batch if turn == 0 else 1):
             some, own = [nodes[i] for i in places], [share[i] for i in places]
             if turn > 0:
                 for node, i in zip(some, places, strict=True):
@@ -207,7 +212,7 @@ def match_bounded(
         still = tuple(permutation.identity(spec) for _ in nodes)
         return Match(still, (here, here), 0.0, 0.0, True, 0, order)
     found = match_in_batches(
-        spec, ordered, batch=batch, weights=own, passes=2, max_steps=max_steps, tolerance=tolerance
+        spec, ordered, batch=batch, weights=own, passes=PASSES, max_steps=max_steps, tolerance=tolerance
     )
     before = RunningUniverse(spec)
     for node, weight in zip(ordered, own.tolist(), strict=True):

@@ -18,7 +18,7 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from c2m3_fl.core.joining import match_in_batches
+from c2m3_fl.core.joining import PASSES, match_in_batches
 from c2m3_fl.core.match import match
 from tests.benchmarks.networks import mlp, related_nodes, resnet20, resnet50, vgg16
 
@@ -63,7 +63,7 @@ def many(network: str, count: int, batch: int) -> list[dict[str, float]]:
     spec = resnet20(1) if network == "resnet20" else mlp(64, 32, 32, 10)
     nodes = related_nodes(spec, count)
     rows: list[dict[str, float]] = []
-    for size, passes in ((count, 1), (batch, 1), (batch, 2)):
+    for size, passes in ((count, 1), (batch, 1), (batch, 2), (batch, PASSES)):
         start, wall = time.process_time(), time.perf_counter()
         if size == count:
             objective = match(spec, nodes).objectives[-1]
