@@ -96,8 +96,9 @@ def join(
     return Match(in_order, (*passed, *found.objectives), gap, found.gain, gap <= tolerance, found.steps, order)
 
 
-# Of a bounded match. Each pass of single nodes costs .3 to .4 of a whole match. Agreement lost to a whole match, batches
-# of six among 60 MLPs and 24 ResNet20: 1.8 and 1.1 % after one pass, .9 and .5, .6 and .3, .4 and .1 % after four.
+# Of a bounded match. Each pass of single nodes costs .3 to .4 of a whole match. Agreement lost to a whole match, in
+# batches of six of 60 MLPs and of 24 ResNet20: 1.8 and 1.1 % after one pass, .9 and .5, .6 and .3, .4 and .1 % after
+# four.
 PASSES = 4
 
 
@@ -133,8 +134,8 @@ def match_in_batches(
     """Match any number of nodes, `batch` of them in memory at a time.
 
     The first batch is matched by itself; every further one joins the universe of those before it. In each further pass
-    every node joins again, by itself, the universe of all the others. Besides a batch (and what `match` needs for it) two
-    models are held: the running sum and the running mean. The nodes are taken in the given order.
+    every node joins again, by itself, the universe of all the others. Besides a batch (and what `match` needs for it)
+    two models are held: the running sum and the running mean. The nodes are taken in the given order.
 
     Parameters
     ----------
