@@ -59,9 +59,9 @@ flwr-newest: $(READY)
 
 bench: $(READY)
 	$(BIN)/pytest tests/benchmarks --benchmark-only
-	$(BENCH).solver
+	$(BENCH).solver $(OLDER)         # make bench OLDER=FOLDER compares with an older checkout, in turns, and writes the page
 	$(BENCH).growth
-	$(if $(OLDER),$(BENCH).before_after $(OLDER)) # make bench OLDER=FOLDER compares with an older checkout, in turns
+	$(if $(OLDER),$(BENCH).before_after $(OLDER))
 	$(BENCH).rounds --identity --many 100
 	$(BENCH).rounds --many 1000 --network mlp
 	$(BENCH).recovery

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.quality [CASE ...] [--seeds N] [--out FOLDER]        adds to FOLDER/quality.json
     python -m tests.benchmarks.quality --draw c2m3_fl/core/results/quality.json     the tables of a record
 
-The second prints the tables and writes the paper's main table, scaled, into simulations/README.md.
+The second writes the tables into c2m3_fl/core/README.md, and the paper's main table into simulations/README.md.
 
 Networks trained on digits from different seeds, merged by their plain mean, so nothing after the match hides it, and
 with REPAIR. The objectives are relative to those of the published algorithm on the same nodes.
@@ -21,6 +21,7 @@ from statistics import fmean as mean
 
 import torch
 
+import c2m3_fl.core
 import simulations
 from c2m3_fl.core import permutation
 from c2m3_fl.core.averaging import weighted_mean
@@ -39,6 +40,7 @@ from tests.benchmarks.published import published_match
 from tests.benchmarks.records import read_record, write_record
 
 PAGE = Path(simulations.__file__).parent / "README.md"
+CORE_PAGE = Path(c2m3_fl.core.__file__).parent / "README.md"
 
 Matcher = Callable[[PermutationSpec, Sequence[Params]], Sequence[Permutation]]
 
@@ -164,6 +166,7 @@ def main() -> None:
     if options.draw is not None:
         found = read_record(options.draw)["rows"]
         print(table(found))
+        CORE_PAGE.write_text(page(CORE_PAGE.read_text(), "other-matchers", table(found)))
         PAGE.write_text(page(PAGE.read_text(), "main-table", main_table(found)))
         return
     for name in options.cases:

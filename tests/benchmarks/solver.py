@@ -1,7 +1,7 @@
 """The solver against the published algorithm and an older checkout, measured side by side in one run.
 
     python -m tests.benchmarks.solver ../older            every case, record and tables in c2m3_fl/core/README.md
-    python -m tests.benchmarks.solver --cases mlp256-3    some of them, as tables only
+    python -m tests.benchmarks.solver                     the same without it, as tables only
     python -m tests.benchmarks.solver --draw              the tables of the record
 
 Times are CPU seconds of one thread, so that a busy machine does not blur them. The published algorithm is run for
@@ -251,7 +251,7 @@ def main() -> None:
         for case in options.cases:
             rows.append(asdict(measure(case, options.steps, trees, options.turns)))
             print(table(rows), flush=True)
-        if options.cases != list(CASES):
+        if options.before is None or options.cases != list(CASES):
             return
         configuration = {"steps": options.steps, "turns": options.turns, "before": revision(options.before)}
         write_record(RECORD, "python -m tests.benchmarks.solver OLDER", configuration, rows)

@@ -9,7 +9,7 @@ from statistics import fmean
 import torch
 
 from c2m3_fl import core
-from tests.benchmarks import before_after, gpu
+from tests.benchmarks import before_after, gpu, solver
 from tests.benchmarks.quality import table
 from tests.benchmarks.records import read_record
 from tests.core.networks import mlp, planted
@@ -49,4 +49,12 @@ def test_times_on_a_gpu_are_those_of_the_record() -> None:
 
 
 def test_times_before_and_after_are_those_of_the_record() -> None:
-    assert before_after.table(read_record(ROOM / "results" / "before_after_alike.json")["rows"]) in PAGE
+    assert before_after.tables(read_record(ROOM / "results" / "before_after.json")["rows"]) in PAGE
+
+
+def test_times_next_to_the_published_algorithm_are_those_of_the_record() -> None:
+    rows = read_record(ROOM / "results" / "solver.json")["rows"]
+    assert solver.table(rows) in PAGE
+    assert all(row["objective"] >= row["published_objective"] for row in rows)
+    assert all(row["objective"] >= row["objective_before"] * (1 - 1e-5) for row in rows)
+    assert all(min(row["now"]) <= min(row["before"]) for row in rows)
