@@ -211,7 +211,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         older = f"{min(row['now']) / min(row['before']):.2f}" if row["before"] else ""
         cells = [
             title,
-            f"{row['published_match']:.3g}{starred}",
+            f"{row['published_match']:.{0 if row['published_match'] >= 100 else 1}f}{starred}",
             _spread(row["before"]),
             _spread(row["now"]),
             f"**{row['published_match'] / now:.0f}×**",
