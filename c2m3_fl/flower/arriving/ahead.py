@@ -90,7 +90,7 @@ class Ahead:
 
     def __init__(self, spec: PermutationSpec, sent: Callable[[], Params]) -> None:
         self._pool = ThreadPoolExecutor(1, "c2m3-replies")
-        self._decoded: dict[Key, Decoded] = {}
+        self._decoded: dict[Key, tuple[Decoded, list[bytes]]] = {}  # the bytes, so that no others come to lie there
         self._kinds: dict[Kind, Kind] = {}  # of all replies but odd ones it is the same object
         self._schema: Schema = {}
         self._heard = self._done = 0
@@ -115,13 +115,12 @@ class Ahead:
 
     def _read(self, message: Message, schema: Schema, weighted_by: str | None) -> None:
         try:
-            record = only_arrays(message)
-            arrays = renamed(record, schema)
+            arrays = ArrayRecord(dict(renamed(only_arrays(message), schema)))  # copies: others may change theirs
             key = self._key(arrays)
             if key in self._decoded:
                 return  # heard twice: of a grid, and of the grid that it holds
             found = decoded(arrays, schema)
-            self._decoded[key] = found  # which keeps the bytes, so that they stay what they are
+            self._decoded[key] = found, [array.data for array in arrays.values()]
             weight = 1.0 if weighted_by is None else check_weight(only_metrics(message)[weighted_by], weighted_by)
             drifts = self._drifts.result()
             if drifts is not None:
@@ -157,7 +156,7 @@ class Ahead:
         if schema is not self._schema and schema == self._schema:
             self._schema = schema  # so that the next reply's need not be compared
         found = self._decoded.get(self._key(record)) if schema is self._schema else None
-        return decoded(record, schema) if found is None else found
+        return decoded(record, schema) if found is None else found[0]
 
     def _key(self, record: ArrayRecord) -> Key:
         """What tells records apart: bytes are the same where they are the same object."""

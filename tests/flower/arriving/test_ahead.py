@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from logging import DEBUG
+from sys import getrefcount
 
 import numpy as np
 import pytest
@@ -154,6 +155,40 @@ def test_a_reply_that_is_changed_after_it_arrived_counts_as_it_is_then():
     expected, _ = strategy.aggregate_train(1, messages)
     assert not arrays["4.bias"].numpy().any()
     assert same(arrays, expected)
+
+
+def test_the_bytes_of_what_was_read_are_kept_or_others_could_come_to_lie_there():
+    """Records are told apart by where their bytes are; in half precision no tensor lies in the bytes that came."""
+    sent, drifted = near(1)
+    strategy, message = patient(), reply(1, {name: value.half() for name, value in drifted[0].items()})
+    send(strategy, sent)
+    arrays = [array.data for array in message.content["arrays"].values()]
+    before = list(map(getrefcount, arrays))
+    strategy.server.ahead.hear(message, strategy._expected, "num-examples")
+    assert strategy.server.ahead.finished()._decoded
+    assert all(now > count for now, count in zip(map(getrefcount, arrays), before, strict=True))
+
+
+def test_what_was_read_of_a_reply_is_not_of_arrays_that_were_put_there_meanwhile(monkeypatch):
+    sent, (before, after, _) = near()
+    strategy, message = patient(), reply(1, before)
+    send(strategy, sent)
+    arrays = message.content["arrays"]
+    kept = [array.data for array in arrays.values()]
+
+    def late(record, schema):
+        for array, other in zip(arrays.values(), reply(1, after).content["arrays"].values(), strict=True):
+            array.data = other.data
+        return reading.decoded(record, schema)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ahead, "decoded", late)
+        strategy.server.ahead.hear(message, strategy._expected, "num-examples")
+        strategy.server.ahead.finished()
+    for array, data in zip(arrays.values(), kept, strict=True):
+        array.data = data
+    found = strategy.server.ahead.decoded(arrays, strategy._expected)
+    assert all(torch.equal(found.params[name], value) for name, value in before.items())
 
 
 def faulty(kind, sent, drifted):
