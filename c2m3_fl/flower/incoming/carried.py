@@ -37,7 +37,7 @@ class Carried(Mapping[str, Tensor]):
         Arrays that tensors came as, in whatever precision; of the others new ones are made.
     """
 
-    __slots__ = ("_arrays", "_data", "_made", "_places", "schema")
+    __slots__ = ("_data", "_made", "_places", "schema")
 
     def __init__(self, schema: Schema, params: Params, arrays: Mapping[str, Array]) -> None:
         self.schema = schema
@@ -48,9 +48,8 @@ class Carried(Mapping[str, Tensor]):
             if array is None or not _lies_in(array.data, entry):
                 made[name] = params[name]
                 array = array if array is not None and entry.floating else average_of(params[name])
-            found.append(array)
-        self._made, self._arrays = made, tuple(found)
-        self._data = tuple(array.data for array in found)  # whatever becomes of the arrays
+            found.append(array.data)  # whatever becomes of the array
+        self._made, self._data = made, tuple(found)
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._made:
@@ -68,16 +67,16 @@ class Carried(Mapping[str, Tensor]):
         return len(self.schema)
 
     def array(self, name: str) -> Array:
-        """The array of one tensor: as it came, or of a tensor that is kept as a strategy averages it."""
-        return self._arrays[self._places[name]]
+        """An array of one tensor: as it came, or of a tensor that is kept as a strategy averages it."""
+        return _array_of(self._data[self._places[name]])
 
     @property
     def record(self) -> ArrayRecord:
-        """The arrays as a strategy averages them, see `to_average`, in a record of their own."""
+        """Arrays as a strategy averages them, see `to_average`; it may change them, other records have their own."""
         record = ArrayRecord()
-        for name, array in zip(self._places, self._arrays, strict=True):
+        for name in self.schema:
             as_it_is = name in self._made or self.schema[name].floating
-            record[name] = array if as_it_is else average_of(self[name])
+            record[name] = self.array(name) if as_it_is else average_of(self[name])
         return record
 
 
@@ -111,11 +110,12 @@ def to_average(params: Params, own: Mapping[str, Array]) -> ArrayRecord:
     params : mapping of str to Tensor
         The tensors; not mutated.
     own : mapping of str to Array
-        Arrays that some of them came as, which are taken where they are floating.
+        Arrays that some of them came as, whose bytes are taken where they are floating.
     """
-    record = ArrayRecord()  # made of a dict, it would copy the arrays
+    record = ArrayRecord()
     for name, value in params.items():
-        record[name] = (own.get(name) if value.is_floating_point() else None) or average_of(value)
+        array = own.get(name) if value.is_floating_point() else None
+        record[name] = average_of(value) if array is None else _array_of(array.data)
     return record
 
 
@@ -144,6 +144,12 @@ def _lies_in(data: bytes, entry: Entry) -> bool:
     if header.dtype != entry.dtype or header.dtype == "bool" or header.fortran or header.shape != entry.shape:
         return False
     return count > 0 and header.start % getattr(torch, header.dtype).itemsize == 0
+
+
+def _array_of(data: bytes) -> Array:
+    """An array of bytes that were checked."""
+    header = read_header(data)
+    return Array(header.dtype, header.shape, NUMPY_STYPE, data)
 
 
 def _tensor_in(data: bytes) -> Tensor:

@@ -92,6 +92,18 @@ def test_the_arrays_to_average_are_those_that_came_and_integers_as_floats():
     assert list(reply.record) == list(PARAMS)
 
 
+def test_a_strategy_that_changes_its_arrays_changes_no_others():
+    """A round with a guard aggregates twice, and one that failed once more."""
+    reply, record = replied()
+    kept = {name: array.data for name, array in record.items()}
+    for give in (lambda: reply.record, lambda: to_average(reply, dict(record))):
+        for array in give().values():
+            array.data = Array(np.asarray(array.numpy() / 2)).data
+        assert {name: array.data for name, array in record.items()} == kept
+        again = to_params(give())
+        assert all(torch.equal(again[name].to(value.dtype), value) for name, value in PARAMS.items())
+
+
 def test_an_array_of_another_precision_is_averaged_as_it_came():
     record = ArrayRecord({"a": Array(np.array([1.0, 1 / 3]))})
     schema = {"a": Entry("float32", (2,), also="float64")}
