@@ -101,6 +101,8 @@ def join(
 # four.
 PASSES = 4
 
+_LEAST = 1e-9  # of the largest weight: nodes count as much at least, or sums in double precision lose them
+
 
 @dataclass(frozen=True)
 class BatchMatch:
@@ -146,7 +148,7 @@ def match_in_batches(
     batch : int
         How many nodes are matched together.
     weights : sequence of float, optional
-        Averaging weights, all positive; equal by default.
+        Averaging weights, all positive; equal by default. Below a billionth of the largest they count as that.
     passes : int
         How often every node is matched.
     max_steps, tolerance : int, float
@@ -166,6 +168,7 @@ def match_in_batches(
     share = normalise_weights(weights, len(nodes)).tolist()
     if min(share) <= 0:
         raise WeightsError("weights: every node of a match in batches needs a positive weight")
+    share = [max(each, _LEAST * max(share)) for each in share]
     limits = Limits(max_steps, tolerance, polish=True)
     total = RunningUniverse(spec)
     perms: list[Permutation] = [permutation.identity(spec)] * len(nodes)
@@ -205,6 +208,7 @@ def match_bounded(
         Its gap is infinite, because nothing measures that of all nodes together.
     """
     share = normalise_weights(weights, len(nodes))
+    share = share.clamp(min=_LEAST * float(share.max()))  # of weights that are zero beside the largest, too
     order = order_by_units(spec, nodes, share)
     ordered, own = [nodes[i] for i in order], share[list(order)]
     with torch.no_grad():

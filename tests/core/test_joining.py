@@ -131,6 +131,19 @@ def test_a_match_in_bounded_memory_does_not_depend_on_the_order_of_the_nodes():
     assert here.objectives[-1] > 0.9 * match(spec, nodes, weights=weights).objectives[-1] > here.objectives[0]
 
 
+@pytest.mark.parametrize("weights", [[0.1, 0.1, 2.0**53, 0.1], [1e-9, 1e9, 1e-9, 1e-9], [5e-324, 1.0, 1.0, 100.0]])
+def test_in_bounded_memory_weights_may_be_of_any_scale(weights):
+    spec = mlp(12, 24, 24, 6)
+    nodes, perms = planted(spec, 4, 0.1, 0)
+    found = match_bounded(spec, nodes, weights, batch=2)
+    equal = [0.25] * 4
+    expected = pairwise_agreement(spec, nodes, perms, equal)
+    assert pairwise_agreement(spec, nodes, found.permutations, equal) == pytest.approx(expected)
+    share = [max(weight / max(weights), 1e-9) for weight in weights]
+    share = [each / sum(share) for each in share]
+    assert found.objectives[-1] == pytest.approx(pairwise_agreement(spec, nodes, perms, share), rel=1e-5)
+
+
 def test_in_bounded_memory_nothing_moves_either_where_that_is_proven():
     spec = mlp(12, 24, 24, 6)
     (node,) = draws(spec, 1)
