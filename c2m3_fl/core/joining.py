@@ -168,7 +168,8 @@ def match_in_batches(
     share = normalise_weights(weights, len(nodes)).tolist()
     if min(share) <= 0:
         raise WeightsError("weights: every node of a match in batches needs a positive weight")
-    share = [max(each, _LEAST * max(share)) for each in share]
+    least = _LEAST * max(share)
+    share = [max(each, least) for each in share]
     limits = Limits(max_steps, tolerance, polish=True)
     total = RunningUniverse(spec)
     perms: list[Permutation] = [permutation.identity(spec)] * len(nodes)
