@@ -7,6 +7,7 @@ Joining costs as much as a match of the new nodes alone, and leaves the others' 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ def join(
     polish: bool = True,
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
+    max_seconds: float | None = None,
 ) -> Match:
     """Bring new nodes into a known universe, which stays where it is.
 
@@ -58,7 +60,7 @@ def join(
         The known nodes' weight together, on the scale of `weights`; by default that of all joining nodes.
     weights : sequence of float, optional
         The joining nodes' weights, all positive; one each by default.
-    start, max_steps, tolerance, polish, generator, callback
+    start, max_steps, tolerance, polish, generator, callback, max_seconds
         See `match`; a start of permutations has one for every joining node.
 
     Returns
@@ -74,7 +76,8 @@ def join(
     check_nodes(spec, nodes)
     check_nodes(spec, [universe])
     check_start(spec, start, len(nodes))
-    check_search(max_steps, tolerance)
+    check_search(max_steps, tolerance, max_seconds=max_seconds)
+    limits = Limits(max_steps, tolerance, polish, deadline=_deadline(max_seconds))
     own = [1.0] * len(nodes) if weights is None else [float(weight) for weight in weights]
     together = sum(own) if universe_weight is None else universe_weight
     share = normalise_weights([together, *own], len(nodes) + 1)
@@ -89,11 +92,16 @@ def join(
             still = (permutation.identity(spec),) * len(nodes)
             return Match(still, (problem.objective(),) * 2, gap, 0.0, True, 0, order)
         point, passed = begin(problem, first, generator, pool)
-        found = search(problem, point, pool, Limits(max_steps, tolerance, polish), callback)
-        gap = duality_gap(problem, found.permutations, pool)
+        found = search(problem, point, pool, limits, callback)
+        late = limits.over
+        gap = math.inf if late else duality_gap(problem, found.permutations, pool)
     perms = dict(zip(order, found.permutations[1:], strict=True))
     in_order = tuple(perms[i] for i in range(len(nodes)))
-    return Match(in_order, (*passed, *found.objectives), gap, found.gain, gap <= tolerance, found.steps, order)
+    return Match(in_order, (*passed, *found.objectives), gap, found.gain, gap <= tolerance, found.steps, order, late)
+
+
+def _deadline(max_seconds: float | None) -> float:
+    return math.inf if max_seconds is None else time.monotonic() + max_seconds
 
 
 # Of a bounded match. Each pass of single nodes costs .3 to .4 of a whole match. Agreement lost to a whole match, in
@@ -116,11 +124,14 @@ class BatchMatch:
         The nodes' weighted mean there.
     objective : float
         The weighted agreement over all pairs of nodes.
+    timed_out : bool
+        Whether `max_seconds` ended it.
     """
 
     permutations: tuple[Permutation, ...]
     universe: dict[str, Tensor]
     objective: float
+    timed_out: bool = False
 
 
 def match_in_batches(
@@ -132,6 +143,7 @@ def match_in_batches(
     passes: int = 1,
     max_steps: int = 100,
     tolerance: float = 1e-4,
+    max_seconds: float | None = None,
 ) -> BatchMatch:
     """Match any number of nodes, `batch` of them in memory at a time.
 
@@ -151,8 +163,8 @@ def match_in_batches(
         Averaging weights, all positive; equal by default. Below a billionth of the largest they count as that.
     passes : int
         How often every node is matched.
-    max_steps, tolerance : int, float
-        See `match`.
+    max_steps, tolerance, max_seconds : int, float, float
+        See `match`. Nodes that have not been matched when the time is up stay as they are.
 
     Raises
     ------
@@ -170,21 +182,25 @@ def match_in_batches(
         raise WeightsError("weights: every node of a match in batches needs a positive weight")
     least = _LEAST * max(share)
     share = [max(each, least) for each in share]
-    limits = Limits(max_steps, tolerance, polish=True)
+    check_search(max_steps, tolerance, max_seconds=max_seconds)
+    limits = Limits(max_steps, tolerance, polish=True, deadline=_deadline(max_seconds))
     total = RunningUniverse(spec)
     perms: list[Permutation] = [permutation.identity(spec)] * len(nodes)
     for turn in range(passes):
         for places in _batches(len(nodes), batch if turn == 0 else 1):
             some, own = [nodes[i] for i in places], [share[i] for i in places]
+            if turn > 0 and limits.over:
+                break
             if turn > 0:
                 for node, i in zip(some, places, strict=True):
                     total.add(node, perms[i], -share[i])
             alone = len(places) == len(nodes) or (turn == 0 and places.start == 0)
-            found = _match_batch(spec, None if alone else total, some, own, [perms[i] for i in places], limits)
-            for node, i, perm in zip(some, places, found.permutations, strict=True):
-                perms[i] = perm
-                total.add(node, perm, share[i])
-    return BatchMatch(tuple(perms), total.mean(nodes[0]), total.agreement(nodes, share))
+            if not limits.over:
+                found = _match_batch(spec, None if alone else total, some, own, [perms[i] for i in places], limits)
+                perms[places.start : places.stop] = found.permutations
+            for node, i in zip(some, places, strict=True):
+                total.add(node, perms[i], share[i])
+    return BatchMatch(tuple(perms), total.mean(nodes[0]), total.agreement(nodes, share), limits.over)
 
 
 def match_bounded(
@@ -195,12 +211,13 @@ def match_bounded(
     *,
     max_steps: int = 100,
     tolerance: float = 1e-4,
+    max_seconds: float | None = None,
 ) -> Match:
     """`match_in_batches` as a match: the nodes in an order of their own, none of them moved where that is proven.
 
     Parameters
     ----------
-    spec, nodes, weights, batch, max_steps, tolerance
+    spec, nodes, weights, batch, max_steps, tolerance, max_seconds
         See `match_in_batches`.
 
     Returns
@@ -218,14 +235,23 @@ def match_bounded(
         still = tuple(permutation.identity(spec) for _ in nodes)
         return Match(still, (here, here), 0.0, 0.0, True, 0, order)
     found = match_in_batches(
-        spec, ordered, batch=batch, weights=own, passes=PASSES, max_steps=max_steps, tolerance=tolerance
+        spec,
+        ordered,
+        batch=batch,
+        weights=own,
+        passes=PASSES,
+        max_steps=max_steps,
+        tolerance=tolerance,
+        max_seconds=max_seconds,
     )
     before = RunningUniverse(spec)
     for node, weight in zip(ordered, own.tolist(), strict=True):
         before.add(node, permutation.identity(spec), weight)
     perms = dict(zip(order, found.permutations, strict=True))
     objectives = before.agreement(ordered, own.tolist()), found.objective
-    return Match(tuple(perms[i] for i in range(len(nodes))), objectives, math.inf, 0.0, False, 0, order)
+    return Match(
+        tuple(perms[i] for i in range(len(nodes))), objectives, math.inf, 0.0, False, 0, order, found.timed_out
+    )
 
 
 def _match_batch(
@@ -238,8 +264,10 @@ def _match_batch(
 ) -> Match:
     """Match a batch by itself, or into a known universe."""
     first: Start = "auto" if all(permutation.is_identity(perm) for perm in start) else start
+    rest = None if limits.deadline == math.inf else max(limits.deadline - time.monotonic(), 0.0)
+    steps, tolerance = limits.max_steps, limits.tolerance
     if known is None:
-        return match(spec, nodes, weights=weights, start=first, max_steps=limits.max_steps, tolerance=limits.tolerance)
+        return match(spec, nodes, weights=weights, start=first, max_steps=steps, tolerance=tolerance, max_seconds=rest)
     return join(
         spec,
         known.mean(nodes[0]),
@@ -247,8 +275,9 @@ def _match_batch(
         universe_weight=known.weight,
         weights=weights,
         start=first,
-        max_steps=limits.max_steps,
-        tolerance=limits.tolerance,
+        max_steps=steps,
+        tolerance=tolerance,
+        max_seconds=rest,
     )
 
 

@@ -249,7 +249,15 @@ class Aligner:
     def _match(self, nodes: Sequence[Params], weights: Sequence[float] | None, start: Start = "auto") -> Match:
         batch = self._batch(nodes)
         if weights is not None and batch < len(nodes):
-            return match_bounded(self.spec, nodes, weights, batch, max_steps=self.max_steps, tolerance=self.tolerance)
+            return match_bounded(
+                self.spec,
+                nodes,
+                weights,
+                batch,
+                max_steps=self.max_steps,
+                tolerance=self.tolerance,
+                max_seconds=self._seconds,
+            )
         return match(
             self.spec,
             nodes,

@@ -48,6 +48,16 @@ def test_a_round_that_the_clock_ends_says_so_and_is_aligned_as_far_as_it_came(mo
     assert found.objectives[0] < found.objectives[1] <= free.objectives[1] * (1 + 1e-6)
 
 
+def test_the_clock_ends_a_match_in_batches_too():
+    replies = clients(5)
+    found = aligner(max_seconds=0.0, memory_limit=1).align(list(range(5)), replies, [1.0] * 5, replies[0])
+    assert found.timed_out
+    assert not any(found.share_moved)
+    free = aligner(max_seconds=1e6, memory_limit=1).align(list(range(5)), replies, [1.0] * 5, replies[0])
+    assert not free.timed_out
+    assert free.objectives[1] > found.objectives[1]
+
+
 @pytest.mark.parametrize("make", [C2M3, LegacyC2M3])
 def test_both_strategies_pass_the_bounds_on_and_refuse_what_makes_no_sense(make):
     bounded = make(model=mlp(), example_inputs=EXAMPLE, max_seconds=2.5, memory_limit=10**6).setup.aligner
