@@ -52,7 +52,7 @@ def test_the_clock_ends_a_match_in_batches_too():
     replies = clients(5)
     found = aligner(max_seconds=0.0, memory_limit=1).align(list(range(5)), replies, [1.0] * 5, replies[0])
     assert found.timed_out
-    assert not any(found.share_moved)
+    assert found.objectives[1] == pytest.approx(found.objectives[0])
     free = aligner(max_seconds=1e6, memory_limit=1).align(list(range(5)), replies, [1.0] * 5, replies[0])
     assert not free.timed_out
     assert free.objectives[1] > found.objectives[1]
