@@ -249,14 +249,9 @@ class Aligner:
     def _match(self, nodes: Sequence[Params], weights: Sequence[float] | None, start: Start = "auto") -> Match:
         batch = self._batch(nodes)
         if weights is not None and batch < len(nodes):
+            steps, tolerance, seconds = self.max_steps, self.tolerance, self._seconds
             return match_bounded(
-                self.spec,
-                nodes,
-                weights,
-                batch,
-                max_steps=self.max_steps,
-                tolerance=self.tolerance,
-                max_seconds=self._seconds,
+                self.spec, nodes, weights, batch, max_steps=steps, tolerance=tolerance, max_seconds=seconds
             )
         return match(
             self.spec,
