@@ -86,9 +86,9 @@ def test_another_pass_never_loses():
 
 
 def test_the_passes_of_a_bounded_match_gain():
-    # Seeds 0 to 4: of 24 unrelated networks the third and the fourth pass find more in all five.
+    # Of 24 unrelated networks the third and the fourth pass find more, from all of seeds 0 to 4; two are tried here.
     spec = mlp(12, 24, 24, 6)
-    for seed in range(5):
+    for seed in (0, 4):
         nodes = [draw(spec, 100 * seed + index) for index in range(24)]
         second, last = (match_in_batches(spec, nodes, batch=4, passes=passes).objective for passes in (2, PASSES))
         assert last > second * (1 + 1e-5)
