@@ -12,17 +12,7 @@ from flwr.app import Array, ArrayRecord
 from c2m3_fl.flower.incoming import carried as module
 from c2m3_fl.flower.incoming.carried import Carried, carried, to_average
 from c2m3_fl.flower.incoming.records import Entry, from_params, schema_of, to_params
-
-PARAMS = {
-    "half": torch.randn(3, 2).half(),
-    "single": torch.randn(2, 3, 4),
-    "double": torch.randn(5).double(),
-    "counter": torch.tensor(7),
-    "mask": torch.tensor([True, False]),
-    "bytes": torch.arange(4, dtype=torch.uint8),
-    "none": torch.zeros(0, 3),
-    "scalar": torch.tensor(1.5),
-}
+from tests.flower.incoming.tensors import PARAMS
 
 
 def replied(params=PARAMS):

@@ -15,17 +15,7 @@ from c2m3_fl.flower.incoming.records import (
     schema_of_params,
     to_params,
 )
-
-PARAMS = {
-    "half": torch.randn(3, 2).half(),
-    "single": torch.randn(2, 3, 4),
-    "double": torch.randn(5).double(),
-    "counter": torch.tensor(7),
-    "mask": torch.tensor([True, False]),
-    "bytes": torch.arange(4, dtype=torch.uint8),
-    "none": torch.zeros(0, 3),
-    "scalar": torch.tensor(1.5),
-}
+from tests.flower.incoming.tensors import PARAMS
 
 
 def test_state_dicts_survive_the_round_trip_bit_for_bit():
