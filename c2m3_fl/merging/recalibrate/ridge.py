@@ -78,6 +78,14 @@ class Sums:
             rr=rr,
         )
 
+    def beside(self, others: Sequence[Sums]) -> Sums:
+        """The sums of the same rows with the residuals of others beside the own ones."""
+        every = (self, *others)
+        r, xr, rr = (
+            torch.cat(list(each), -1) for each in zip(*((one.r, one.xr, one.rr) for one in every), strict=True)
+        )
+        return replace(self, r=r, xr=xr, rr=rr)
+
     def through_origin(self) -> Sums:
         """The sums for a fit without intercept: nothing is centred."""
         return replace(self, x=torch.zeros_like(self.x), r=torch.zeros_like(self.r))
@@ -146,6 +154,10 @@ class Rows:
         """Both sets of rows."""
         return Rows(torch.cat([self.x, other.x], 1), torch.cat([self.r, other.r], 1), self.centred)
 
+    def beside(self, others: Sequence[Rows]) -> Rows:
+        """The same rows with the residuals of others beside the own ones."""
+        return replace(self, r=torch.cat([self.r, *(other.r for other in others)], -1))
+
     def through_origin(self) -> Rows:
         """The rows for a fit without intercept: nothing is centred."""
         return replace(self, centred=False)
@@ -183,6 +195,31 @@ Evidence = TypeVar("Evidence", Sums, Rows)
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The strength that predicts held-out rows best.
+
+    Attributes
+    ----------
+    trained : Tensor, shape (groups, inputs, outputs)
+        What to add to the weights by the rows to fit alone.
+    strength : float
+        The chosen ridge strength, relative to the mean variance of the inputs; infinite for "keep the weights".
+    error_before, error : float
+        Held-out error with the weights kept and with the chosen strength, relative to the targets' variance: mean over
+        the targets that vary.
+    """
+
+    trained: Tensor
+    strength: float
+    error_before: float
+    error: float
+
+    def change(self, train: Evidence, held_out: Evidence) -> Tensor:
+        """What to add to the weights by all rows, with this strength."""
+        return self.trained if self.strength == float("inf") else train.combine(held_out).solve(self.strength)
+
+
+@dataclass(frozen=True)
 class Fit:
     """A change of weights.
 
@@ -190,11 +227,8 @@ class Fit:
     ----------
     change : Tensor, shape (groups, inputs, outputs)
         What to add to the weights.
-    strength : float
-        The chosen ridge strength, relative to the mean variance of the inputs; infinite for "keep the weights".
-    error_before, error : float
-        Held-out error with the weights kept and with the chosen strength, relative to the targets' variance: mean over
-        the targets that vary.
+    strength, error_before, error : float
+        As of `Choice`.
     """
 
     change: Tensor
@@ -215,19 +249,44 @@ def choose(train: Evidence, held_out: Evidence, strengths: Sequence[float], spre
     spread : Tensor, shape (groups, outputs)
         Standard deviation of every target: errors count relative to it.
     """
+    (found,) = choose_each([(train, held_out, spread)], strengths)
+    return Fit(found.change(train, held_out), found.strength, found.error_before, found.error)
+
+
+def choose_each(problems: Sequence[tuple[Evidence, Evidence, Tensor]], strengths: Sequence[float]) -> list[Choice]:
+    """`choose` for several kinds of residuals of the same rows: one factorisation per strength serves all of them.
+
+    Parameters
+    ----------
+    problems : sequence of (Sums or Rows, Sums or Rows, Tensor)
+        Rows to fit, held-out rows and the targets' spread, as for `choose`; the inputs are those of the first problem.
+    strengths : sequence of float
+        As for `choose`.
+    """
+    weights = [_relative_to(spread) for _, _, spread in problems]
+    first = problems[0][0]
+    together = first.beside([train for train, _, _ in problems[1:]])
+    found = []
+    for (train, held_out, _), weight in zip(problems, weights, strict=True):
+        kept = _mean_error(train, held_out, train.nothing, weight)
+        found.append(Choice(train.nothing, float("inf"), kept, kept))
+    for strength in strengths:
+        changes = torch.split(together.solve(strength), [spread.shape[1] for _, _, spread in problems], dim=2)
+        for at, (change, (train, held_out, _)) in enumerate(zip(changes, problems, strict=True)):
+            kept, error = found[at].error_before, _mean_error(train, held_out, change, weights[at])
+            if kept >= _EXACT and error < kept * (1 - _GAIN) and error < found[at].error:
+                found[at] = Choice(change, strength, kept, error)
+    return found
+
+
+def _relative_to(spread: Tensor) -> Tensor:
+    """The weight of every target's squared error; targets that do not vary have none."""
     weight = torch.where(spread > 0, 1 / spread.square().clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-    weight = weight * (weight.numel() / max(1, int((spread > 0).sum())))
+    return weight * (weight.numel() / max(1, int((spread > 0).sum())))
 
-    def held_out_error(change: Tensor) -> float:
-        return float((held_out.error(change, train.offset(change)) * weight).mean())
 
-    nothing = train.nothing
-    kept = held_out_error(nothing)
-    errors = {strength: held_out_error(train.solve(strength)) for strength in strengths}
-    best = min(errors, key=errors.__getitem__)
-    if kept < _EXACT or not errors[best] < kept * (1 - _GAIN):
-        return Fit(nothing, float("inf"), kept, kept)
-    return Fit(train.combine(held_out).solve(best), best, kept, errors[best])
+def _mean_error(train: Evidence, held_out: Evidence, change: Tensor, weight: Tensor) -> float:
+    return float((held_out.error(change, train.offset(change)) * weight).mean())
 
 
 def _lifted_solve(matrix: Tensor, ridge: Tensor, right: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from c2m3_fl.merging.recalibrate.ridge import Rows, Sums, choose
+from c2m3_fl.merging.recalibrate.ridge import Rows, Sums, choose, choose_each
 
 
 def _data(count: int, seed: int, noise: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,3 +99,27 @@ def test_errors_are_means_over_the_targets_that_count() -> None:
     assert (found.strength, found.error_before, found.error) == pytest.approx(
         (alone.strength, alone.error_before, alone.error)
     )
+
+
+@pytest.mark.parametrize("kind", [Sums, Rows])
+def test_several_residuals_of_the_same_rows_are_chosen_as_each_alone_with_one_factorisation_per_strength(
+    kind: type[Sums] | type[Rows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, residuals, _ = _data(40, 0, noise=2.0)
+    spread = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).expand(2, 3)
+    noise = torch.randn(residuals.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    targets = [residuals, noise, residuals.square()]
+    problems = [tuple(kind.of(rows[:, part], r[:, part]) for part in (slice(0, 30), slice(30, 40))) for r in targets]
+    strengths = (1e-6, 0.1, 10.0)
+    factorise, counted = torch.linalg.cholesky_ex, []
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: counted.append(1) or factorise(matrix))
+    found = choose_each([(train, held, spread) for train, held in problems], strengths)
+    assert len(counted) == len(strengths)
+    for choice, (train, held) in zip(found, problems, strict=True):
+        alone = choose(train, held, strengths, spread)
+        assert (choice.strength, choice.error_before) == (alone.strength, alone.error_before)
+        assert choice.error == pytest.approx(alone.error, rel=1e-9)
+        torch.testing.assert_close(choice.change(train, held), alone.change)
+        by_training = 0 * alone.change if choice.strength == float("inf") else train.solve(choice.strength)
+        torch.testing.assert_close(choice.trained, by_training)
+    assert found[1].strength == float("inf") > found[0].strength

@@ -18,7 +18,7 @@ from c2m3_fl.merging.recalibrate.correction import compared, rescale
 from c2m3_fl.merging.recalibrate.from_clients.folded_norm import effective, epsilon, spread_of
 from c2m3_fl.merging.recalibrate.from_clients.plan import norm_behind
 from c2m3_fl.merging.recalibrate.from_clients.sums import FitAnswer
-from c2m3_fl.merging.recalibrate.ridge import Fit, Sums, choose
+from c2m3_fl.merging.recalibrate.ridge import Choice, Sums, choose_each
 from c2m3_fl.merging.recalibrate.targets import Target
 from c2m3_fl.merging.reports import FitReport, OperatorReport
 from c2m3_fl.network.moments import Moments
@@ -31,7 +31,7 @@ _DEAD = 1e-7  # spread below which, relative to the target's, a channel varies b
 
 @dataclass(frozen=True)
 class Solution:
-    """One way to fit an operator.
+    """The best way to fit an operator.
 
     Attributes
     ----------
@@ -39,18 +39,15 @@ class Solution:
         What was aimed at, for the report.
     matrix : Tensor, shape (groups, inputs, outputs)
         The new weights, with the gain of the BatchNorm behind them.
-    fit : Fit
+    fit : Choice
         How they were found.
-    error : float
-        Held-out error by which solutions compare.
     target : Target
         What the channels' moments should be.
     """
 
     name: str
     matrix: Tensor
-    fit: Fit
-    error: float
+    fit: Choice
     target: Target
 
 
@@ -81,8 +78,7 @@ def fit_operator(
     """
     norm = norm_behind(program, operator)
     centred = bool(operator.bias) or operator.feeds_norm
-    found = _solutions(operator, norm, params, pooled, strengths, channels, centred=centred)
-    best = min(found, key=lambda each: each.error)
+    best = _solution(operator, norm, params, pooled, strengths, channels, centred=centred)
     action = "refit" if best.name == "own output" else f"refit to the {best.name}"
     quality = FitReport(best.fit.strength, best.fit.error_before, best.fit.error)
     reports = [OperatorReport(operator.name, operator.module, action, 0.0, 1.0, fit=quality)]
@@ -125,7 +121,7 @@ def restate_behind(
         program.assign(params, name, torch.where(kept, params[name].double(), value))
 
 
-def _solutions(
+def _solution(
     operator: Operator,
     norm: Operator | None,
     params: Params,
@@ -134,8 +130,8 @@ def _solutions(
     channels: Tensor | None,
     *,
     centred: bool,
-) -> list[Solution]:
-    """A fit to each target: the own output, and before a residual addition the own sum without the merged skip.
+) -> Solution:
+    """The best fit to the own output and, before a residual addition, to the own sum without the merged skip.
 
     Behind a convolution, BatchNorm with the statistics of all clients' data is one more network to start from. All
     are compared by the held-out error of what the next operator reads: of the sum where there is one.
@@ -154,26 +150,30 @@ def _solutions(
     if pooled.sum_train is not None and pooled.sum_held_out is not None:
         goals["own sum without the merged skip"] = (pooled.sum_train, pooled.sum_held_out)
     judge = pooled.sum_held_out or pooled.held_out
-    found = []
+    sides, about = [], []
     for name, (train, held_out) in goals.items():
         target = counting(_target(train.combine(held_out).against(-matrix, -offset)), channels)
         for base, shift in starts:
             change, moved = base - matrix, shift - offset
-            sides = [each.against(change, moved) for each in (train, held_out, judge)]
-            if not centred:
-                sides = [each.through_origin() for each in sides]
-            fit = choose(sides[0], sides[1], strengths, target.std.reshape(len(matrix), -1))
-            error = _error(fit, sides[0], sides[2], target)
-            found.append(Solution(name, base + fit.change, fit, error, target))
-    return found
+            moved_on = [each.against(change, moved) for each in (train, held_out, judge)]
+            sides.append(moved_on if centred else [each.through_origin() for each in moved_on])
+            about.append((name, base, target))
+    spreads = [target.std.reshape(len(matrix), -1) for _, _, target in about]
+    problems = [(train, held_out, spread) for (train, held_out, _), spread in zip(sides, spreads, strict=True)]
+    found = choose_each(problems, strengths)
+    errors = [
+        _error(fit, train, judging, spread)
+        for fit, (train, _, judging), spread in zip(found, sides, spreads, strict=True)
+    ]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    name, base, target = about[best]
+    return Solution(name, base + found[best].change(*sides[best][:2]), found[best], target)
 
 
-def _error(fit: Fit, train: Sums, judge: Sums, target: Target) -> float:
+def _error(fit: Choice, train: Sums, judge: Sums, spread: Tensor) -> float:
     """Held-out error of what the examples to fit alone give, relative to the targets' variance."""
-    change = torch.zeros_like(fit.change) if fit.strength == float("inf") else train.solve(fit.strength)
-    spread = target.std.reshape(judge.rr.shape)
     weight = torch.where(spread > 0, 1 / spread.square().clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-    return float((judge.error(change, train.offset(change)) * weight).mean())
+    return float((judge.error(fit.trained, train.offset(fit.trained)) * weight).mean())
 
 
 def _fold_norm(
