@@ -4,7 +4,8 @@
 #   make test    lint, types, floors and the fast tests
 #   make slow    the marked tests: slow ones, real Flower processes, data sets where they are found
 #   make flwr-newest   the adapters' tests with the newest release of Flower that they are known to pass with
-#   make bench   all benchmarks: tables on the terminal, JSON in results/ or beside the page that shows it; hours, most of them training for the last two
+#   make bench   all benchmarks: tables on the terminal, records and pages written again; hours, most of them training for the last two
+#   make bench-solver OLDER=FOLDER   its first half: the solver and the round beside an older checkout, and one page of them all
 #   make results   the README's table and pictures, measured again: the demo and the digits; about eleven minutes on two cores
 #   make mnist   the MNIST comparison of simulations/README.md, three seeds (needs C2M3_DATA or a download)
 
@@ -19,7 +20,7 @@ PARALLEL := -n auto --dist loadfile # a process per core, with one thread each; 
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types floors fast slow flwr-newest bench results mnist wheel clean
+.PHONY: demo test lint types floors fast slow flwr-newest bench bench-solver bench-merging results mnist wheel clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml .ci/constraints.txt
@@ -57,20 +58,26 @@ flwr-newest: $(READY)
 	PYTHONPATH=$(VENV)/newest $(BIN)/python -c 'import flwr; assert flwr.__version__ == "$(NEWEST_FLWR)"'
 	PYTHONPATH=$(VENV)/newest $(BIN)/pytest $(PARALLEL) tests/flower -m 'not slow and not data and not process'
 
-bench: $(READY)
+bench: bench-solver bench-merging
+
+# The solver and the round, in results/bench.json and on one page, results/bench.md; OLDER=FOLDER is an older checkout.
+bench-solver: $(READY)
 	$(BIN)/pytest tests/benchmarks --benchmark-only
-	$(BENCH).solver $(OLDER)         # make bench OLDER=FOLDER compares with an older checkout, in turns, and writes the page
+	$(BENCH).solver $(OLDER)
 	$(BENCH).growth
 	$(if $(OLDER),$(BENCH).before_after $(OLDER))
-	$(BENCH).rounds --identity --many 100
-	$(BENCH).rounds --many 1000 --network mlp
-	$(BENCH).recovery
+	$(BENCH).rounds
 	$(BENCH).reheating
+	$(BENCH).quality                # trains on scikit-learn's digits
+	$(if $(OLDER),$(BENCH).still_rounds $(OLDER))
+	$(BENCH).server_costs
+	$(BENCH).report
+
+bench-merging: $(READY)
+	$(BENCH).recovery
 	$(BENCH).exchanges              # random weights and images
-	$(BENCH).quality                # from here on networks are trained, on scikit-learn's digits
-	$(BENCH).sequences
+	$(BENCH).sequences              # from here on networks are trained, on scikit-learn's digits
 	$(BENCH).adapters
-	$(BENCH).server_costs           # random weights
 	$(BENCH).attacks
 	$(BENCH).merging_gallery results/gallery
 	$(BENCH).activation_start       # needs C2M3_DATA

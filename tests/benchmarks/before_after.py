@@ -117,27 +117,38 @@ def measure(trees: dict[str, Path], cases: Mapping[str, tuple[Any, ...]], turns:
     return rows
 
 
+def sums(rows: list[dict[str, Any]], code: str) -> list[float]:
+    """CPU seconds of one case, per turn: the sum over its seeds."""
+    turns = sorted({row["turn"] for row in rows})
+    return [sum(row["cpu"] for row in rows if (row["code"], row["turn"]) == (code, turn)) for turn in turns]
+
+
+def by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every case."""
+    return {case: [row for row in rows if row["case"] == case] for case in dict.fromkeys(row["case"] for row in rows)}
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Per case, the least time after relative to the least time before."""
+    return {case: min(sums(own, "after")) / min(sums(own, "before")) for case, own in by_case(rows).items()}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; seconds of a case are the sum over its seeds, and the agreement the mean of their ratios."""
     lines = [
         "| match | before, min / median / max | after | ratio | agreement |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        own = [row for row in rows if row["case"] == case]
-        sums = {
-            code: [
-                sum(row["cpu"] for row in own if (row["code"], row["turn"]) == (code, turn))
-                for turn in sorted({row["turn"] for row in own})
-            ]
-            for code in ("before", "after")
-        }
+    shares = ratios(rows)
+    for case, own in by_case(rows).items():
         reached = {(row["code"], row["seed"]): row["agreement"] for row in own}
         seeds = sorted({row["seed"] for row in own})
-        ratio = sum(reached["after", seed] / reached["before", seed] for seed in seeds) / len(seeds)
-        before, after = (" / ".join(f"{f(sums[code]):.2f}" for f in (min, median, max)) for code in ("before", "after"))
+        kept = sum(reached["after", seed] / reached["before", seed] for seed in seeds) / len(seeds)
+        before, after = (
+            " / ".join(f"{f(sums(own, code)):.2f}" for f in (min, median, max)) for code in ("before", "after")
+        )
         label = case if len(seeds) == 1 else f"{case} ({len(seeds)} seeds)"
-        lines.append(f"| {label} | {before} | {after} | {min(sums['after']) / min(sums['before']):.2f} | {ratio:.5f} |")
+        lines.append(f"| {label} | {before} | {after} | {shares[case]:.2f} | {kept:.5f} |")
     return "\n".join(lines)
 
 

@@ -41,6 +41,7 @@ from tests.benchmarks.records import read_record, write_record
 
 PAGE = Path(simulations.__file__).parent / "README.md"
 CORE_PAGE = Path(c2m3_fl.core.__file__).parent / "README.md"
+RECORD = CORE_PAGE.parent / "results" / "quality.json"
 
 Matcher = Callable[[PermutationSpec, Sequence[Params]], Sequence[Permutation]]
 
@@ -160,31 +161,25 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, help="sets of every case; by default 15 of the small networks, 5 of deep ones"
     )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of quality.json")
-    parser.add_argument("--draw", type=Path, help="print the table of a quality.json instead of measuring")
+    parser.add_argument("--draw", action="store_true", help="write the tables of the record instead of measuring")
     options = parser.parse_args()
-    if options.draw is not None:
-        found = read_record(options.draw)["rows"]
-        print(table(found))
-        CORE_PAGE.write_text(page(CORE_PAGE.read_text(), "other-matchers", table(found)))
-        PAGE.write_text(page(PAGE.read_text(), "main-table", main_table(found)))
-        return
     for name in options.cases:
         check_choice("case", name, tuple(CASES))
     torch.set_num_threads(1)
-    file = options.out / "quality.json"
-    rows: dict[str, dict[str, list[tuple[float, ...]]]] = read_record(file)["rows"] if file.exists() else {}
+    rows: dict[str, dict[str, list[tuple[float, ...]]]] = read_record(RECORD)["rows"] if RECORD.exists() else {}
     configuration = {
         "columns": ["agreement / published", "accuracy of the mean", "with REPAIR", "CPU seconds of one thread"],
         "cases": {name: {"title": case.title, "settings": asdict(case.settings)} for name, case in CASES.items()},
     }
-    for name in options.cases:
+    for name in () if options.draw else options.cases:
         sets = options.seeds or (15 if name in _SMALL else 5)
         seeds = [measure(CASES[name].seeded(seed)) for seed in range(sets)]
         rows[name] = {matcher: [found[matcher] for found in seeds] for matcher in seeds[0]}
         rows = {known: rows[known] for known in CASES if known in rows}
-        write_record(file, "python -m tests.benchmarks.quality", configuration, rows)
+        write_record(RECORD, "python -m tests.benchmarks.quality", configuration, rows)
     print(table(rows))
+    CORE_PAGE.write_text(page(CORE_PAGE.read_text(), "other-matchers", table(rows)))
+    PAGE.write_text(page(PAGE.read_text(), "main-table", main_table(rows)))
 
 
 if __name__ == "__main__":

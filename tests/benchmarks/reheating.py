@@ -1,6 +1,6 @@
 """What every reheating gains and costs, for networks of many sizes and for 4 to 20 nodes.
 
-    python -m tests.benchmarks.reheating                table and results/reheating.json
+    python -m tests.benchmarks.reheating                what it gained, and the record that c2m3_fl/core/README.md cites
 
 Why `c2m3_fl.core.search.BUDGET` is what it is. Gains are shares of the agreement that the first ascent reached, works
 are shares of the first ascent's counted work; every reheating starts from the best end so far.
@@ -23,6 +23,7 @@ from c2m3_fl.core.starts import begin, soften
 from tests.benchmarks.networks import mlp, related_nodes, resnet20
 from tests.benchmarks.records import write_record
 
+RECORD = Path("c2m3_fl/core/results/reheating.json")
 CASES = {
     "MLP 64-48-40-10": (mlp(64, 48, 40, 10), (4, 5, 6, 8, 10, 16, 20), 3),
     "MLP 784-256-256-10": (mlp(784, 256, 256, 10), (4, 5, 6, 8, 10), 1),
@@ -48,8 +49,7 @@ def measure(spec: PermutationSpec, count: int, seed: int) -> list[tuple[float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    options = parser.parse_args()
+    parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for name, (spec, counts, seeds) in CASES.items():
@@ -64,7 +64,7 @@ def main() -> None:
             f"reheating {number + 1}, warmth {warmth}: gained in {sum(gain > 0 for gain in gains)} of {len(gains)}, "
             f"{fmean(max(gain, 0.0) for gain in gains):.3%} on average, for {median(works):.2f} of the work (median)"
         )
-    write_record(options.out / "reheating.json", "python -m tests.benchmarks.reheating", {"warmths": WARMTHS}, rows)
+    write_record(RECORD, "python -m tests.benchmarks.reheating", {"warmths": WARMTHS}, rows)
 
 
 if __name__ == "__main__":

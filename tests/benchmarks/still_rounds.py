@@ -30,6 +30,7 @@ CASES = [  # network, clients, noise, repeats
     ("mlp", 10, 0.25, 5),
     ("resnet20", 10, 0.02, 4),
     ("resnet20", 10, 0.25, 4),
+    ("resnet20", 1000, 0.02, 1),
     ("vgg16", 10, 0.02, 4),
     ("vgg16", 10, 0.25, 4),
     ("resnet50", 3, 0.02, 2),
