@@ -62,7 +62,6 @@ bench: bench-solver bench-merging
 
 # The solver and the round, in results/bench.json and on one page, results/bench.md; OLDER=FOLDER is an older checkout.
 bench-solver: $(READY)
-	$(BIN)/pytest tests/benchmarks --benchmark-only
 	$(BENCH).solver $(OLDER)
 	$(BENCH).growth
 	$(if $(OLDER),$(BENCH).before_after $(OLDER))
@@ -102,5 +101,5 @@ wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf $(VENV) build dist results .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist results .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
