@@ -29,6 +29,8 @@ CASES = {  # network, nodes, seeds, and how unlike the nodes are where that is n
     "MLP 784-256-256-10, 3 nodes": ("mlp(784, 256, 256, 10)", 3, 3),
     "MLP 784-256-256-10, 10 nodes": ("mlp(784, 256, 256, 10)", 10, 1),
     "MLP 784-512-512-512-10, 3 nodes": ("mlp(784, 512, 512, 512, 10)", 3, 2),
+    "MLP 30000-64-128-2, 3 nodes": ("mlp(30000, 64, 128, 2)", 3, 1),
+    "MLP 30000-64-128-2, 10 nodes": ("mlp(30000, 64, 128, 2)", 10, 1),
     "ResNet20 width 2, 3 nodes": ("resnet20(2)", 3, 3),
     "ResNet20 width 2, 5 nodes": ("resnet20(2)", 5, 1),
     "ResNet20 width 4, 3 nodes": ("resnet20(4)", 3, 1),
