@@ -11,7 +11,6 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from c2m3_fl.core.condensed import condensed
 from c2m3_fl.core.mapped import agreement, dot, moved
 from c2m3_fl.core.rotation import identity_matrix
 from c2m3_fl.core.spec import Group, Params, PermutationSpec
@@ -93,8 +92,6 @@ class Problem:
             else torch.arange(group.size, device=device).repeat(len(nodes), 1)
             for name, group in spec.groups.items()
         }
-        if not frozen:  # of a node that joins others few passes are made
-            moving = tuple(map(condensed, moving))
         return cls(spec, moving, frames, weights, constant, max(scale, 0.0), like, frozen)
 
     @property

@@ -23,7 +23,6 @@ from tests.standin import DEVICE, standin
 
 EXACT, SINGLE = 1e-9, 1e-5  # of the largest entry, and of the agreement
 LARGE = mlp(20, 120, 110, 10)  # so many units that potentials are used
-WIDE = mlp(100, 6, 5, 3)  # so many inputs that they are condensed
 
 
 def there(nodes: Sequence[Params], device: torch.device) -> list[dict[str, Tensor]]:
@@ -64,11 +63,6 @@ def test_a_match_is_the_same_one(network: str, device: torch.device) -> None:
 def test_so_are_reheatings(device: torch.device) -> None:
     nodes = draws(ALL["mlp"], 4)
     assert_same_match(match(ALL["mlp"], there(nodes, device)), match(ALL["mlp"], nodes))
-
-
-def test_so_are_matches_of_many_inputs(device: torch.device) -> None:
-    nodes = draws(WIDE, 3)
-    assert_same_match(match(WIDE, there(nodes, device)), match(WIDE, nodes))
 
 
 @pytest.mark.slow
