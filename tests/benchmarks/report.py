@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.report [--out FOLDER]
 
-reads the records that `make bench` writes and puts them into one JSON file, ``bench.json``, and all their tables on one
-page, ``bench.md``; the table of aims goes into tests/README.md, too. Measures nothing.
+reads the records that `make bench-solver` writes and puts them into one JSON file, ``bench.json``, and all their tables
+on one page, ``bench.md``; the table of aims goes into tests/README.md, too. Measures nothing.
 """
 
 from __future__ import annotations
@@ -123,18 +123,13 @@ def _of_rounds(found: Found) -> list[tuple[str, str, bool]]:
         if (row["network"], row["clients"], row["case"]) == ("resnet18", 10, "all units move")
     )
     lines = [("ten ResNet18 that all move in 15 CPU s", f"{ten['c2m3']:.1f}", ten["c2m3"] <= 15)]
-    still, memories = [], []
-    for case in dict.fromkeys((row["network"], row["clients"], row["noise"]) for row in found["still_rounds"]):
-        own = [
-            row
-            for row in found["still_rounds"]
-            if (row["network"], row["clients"], row["noise"]) == case and row["code"] == "now"
-        ]
-        ours, theirs = ([row for row in own if row["kind"] == kind] for kind in ("c2m3", "fedavg"))
-        if case[1] == _THOUSAND:
-            memories.append(max(row["memory"] for row in ours) / own[0]["size"])
+    still: list[float] = []
+    memories: list[float] = []
+    for (_, clients, _), own in still_rounds.by_case(found["still_rounds"]).items():
+        if clients == _THOUSAND:
+            memories.append(still_rounds.memory(own, "now") / own[0]["size"])
         else:
-            still.append(median(one["cpu"] / other["cpu"] for one, other in zip(ours, theirs, strict=True)))
+            still.append(median(still_rounds.ratios(own, "now")))
     measured = f"{min(still):.1f} to {max(still):.1f} times"
     lines.append(
         ("still rounds at most 1.2 times FedAvg's aggregation after the last reply", measured, max(still) <= 1.2)

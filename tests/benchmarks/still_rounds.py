@@ -120,27 +120,41 @@ def run(tree: Path, cases: list[tuple[str, int, float, int]]) -> list[dict[str, 
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def by_case(rows: list[dict[str, Any]]) -> dict[tuple[str, int, float], list[dict[str, Any]]]:
+    """The rows of every network, number of clients and noise."""
+    found: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["network"], row["clients"], row["noise"]), []).append(row)
+    return found
+
+
+def ratios(rows: list[dict[str, Any]], code: str) -> list[float]:
+    """Of one case, C2M3's seconds relative to FedAvg's in the same process; none where the code was not measured."""
+    ours, theirs = ([row for row in rows if (row["code"], row["kind"]) == (code, kind)] for kind in ("c2m3", "fedavg"))
+    return [one["cpu"] / other["cpu"] for one, other in zip(ours, theirs, strict=True)]
+
+
+def memory(rows: list[dict[str, Any]], code: str) -> int:
+    """Of one case, the most bytes beside the replies that C2M3 took; 0 where the code was not measured."""
+    return max((row["memory"] for row in rows if (row["code"], row["kind"]) == (code, "c2m3")), default=0)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: per case FedAvg's seconds, and the ratios of C2M3's to those of its own process."""
     lines = [
         "| network | clients | noise | FedAvg, s | before, min / median / max | now | FedAvg, models | before | now |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for case in dict.fromkeys((row["network"], row["clients"], row["noise"]) for row in rows):
-        own = [row for row in rows if (row["network"], row["clients"], row["noise"]) == case]
+    for (name, clients, noise), own in by_case(rows).items():
         cells, memories = [], []
         for code in ("before", "now"):
-            pairs = {
-                kind: [row for row in own if (row["code"], row["kind"]) == (code, kind)] for kind in ("fedavg", "c2m3")
-            }
-            ratios = [ours["cpu"] / theirs["cpu"] for ours, theirs in zip(pairs["c2m3"], pairs["fedavg"], strict=True)]
-            cells.append(" / ".join(f"{f(ratios):.1f}" for f in (min, median, max)) if ratios else "")
-            memories.append(max((row["memory"] for row in pairs["c2m3"]), default=None))
+            found = ratios(own, code)
+            cells.append(" / ".join(f"{f(found):.1f}" for f in (min, median, max)) if found else "")
+            memories.append(memory(own, code))
         fedavg = [row for row in own if row["kind"] == "fedavg"]
         seconds = min(row["cpu"] for row in fedavg)
         taken = [max(row["memory"] for row in fedavg), *memories]
-        models = ["" if each is None else f"{each / own[0]['size']:.1f}" for each in taken]
-        name, clients, noise = case
+        models = [f"{each / own[0]['size']:.1f}" if each else "" for each in taken]
         shown = [TITLES[name], str(clients), f"{noise:g}", f"{seconds:.3f}", *cells, *models]
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
