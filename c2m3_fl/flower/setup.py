@@ -10,14 +10,14 @@ import torch
 from flwr.supercore import log
 from torch import Tensor, nn
 
-from c2m3_fl.core.spec import PermutationSpec, check_rotations, refuse_rotations
+from c2m3_fl.core.spec import PermutationSpec, check_rotations
 from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.flower.aligning.activation_start import DEEP, ActivationStart
 from c2m3_fl.flower.aligning.aligner import Aligner
 from c2m3_fl.flower.generators import undisturbed
 from c2m3_fl.flower.judging.evidence import usable, with_usable_labels
 from c2m3_fl.flower.judging.judge import ClientJudge
-from c2m3_fl.flower.judging.judge_options import check_moments, resolve_judge
+from c2m3_fl.flower.judging.judge_options import check_measured, check_moments, resolve_judge
 from c2m3_fl.flower.options import Options, brief, resolve_device
 from c2m3_fl.flower.privacy import Bounds
 from c2m3_fl.flower.queries.head import Head, check_head, resolve_head
@@ -205,7 +205,7 @@ def build_setup(
         judging = None  # a recalibration that was asked for by name is what is deployed
     check_moments(moments, fitted, chosen, decides=decides)
     if moments is not None or statistics is not None:
-        refuse_rotations(spec, "clients' own moments")
+        check_measured(spec, data)
     last, offered = _resolve_last(head, data, offers=decides and isinstance(judging, ClientJudge), options=options)
     return Setup(
         model,

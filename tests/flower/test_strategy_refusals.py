@@ -13,6 +13,18 @@ from c2m3_fl.flower.queries.repair import ClientStatistics
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.federation import EXAMPLE, calibration, mlp, reply, send
 
+
+class Raw(torch.nn.Module):
+    """A layer of its own making, which no rule measures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(10, 64))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ self.weight.T
+
+
 BAD_OPTIONS = {
     "model": ({"model": torch.nn.Linear}, ConfigError, r"expected a module such as Net\(\)"),
     "state dict": (
@@ -30,6 +42,16 @@ BAD_OPTIONS = {
         {"moments": ClientStatistics(), "calibration": calibration(), "recalibrate": "repair"},
         ConfigError,
         r'moments serve recalibrate="auto" and None, not Repair',
+    ),
+    "moments of nothing": (
+        {"model": Raw(), "moments": ClientStatistics(), "calibration": calibration()},
+        ConfigError,
+        r"none that can be measured \(weight: used by .*\): leave ClientStatistics out",
+    ),
+    "statistics of nothing": (
+        {"model": Raw(), "calibration": ClientStatistics(), "example_inputs": EXAMPLE},
+        ConfigError,
+        r"none that can be measured \(weight: used by .*\): leave ClientStatistics out",
     ),
     "unknown": ({"colour": "red"}, ConfigError, "C2M3 has no option 'colour'$"),
     "misspelt": ({"recalibrat": "repair"}, ConfigError, r"no option 'recalibrat'; did you mean 'recalibrate'\?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from c2m3_fl.core.spec import PermutationSpec, refuse_rotations
 from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.flower.judging.judge import ClientJudge
 from c2m3_fl.flower.queries.repair import ClientStatistics
@@ -76,3 +77,14 @@ def check_moments(moments: object, data: CalibrationSet, chosen: Recalibration |
         raise ConfigError("moments tell whether the server's calibration data are like the clients': pass calibration")
     if not decides and not isinstance(chosen, Auto):
         raise ConfigError(f'moments serve recalibrate="auto" and None, not {chosen!r}: leave one of them out')
+
+
+def check_measured(spec: PermutationSpec, data: CalibrationSet) -> None:
+    """Raise `ConfigError` where clients' own moments serve nothing: units rotate, or no operator can be measured."""
+    refuse_rotations(spec, "clients' own moments")
+    if not data.program.operators:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in data.program.skipped.items())
+        raise ConfigError(
+            "clients are asked for the moments of linear operators and norms (ClientStatistics), and the network has "
+            f"none that can be measured{f' ({reasons})' if reasons else ''}: leave ClientStatistics out"
+        )
