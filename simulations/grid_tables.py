@@ -13,31 +13,45 @@ from simulations.settings import TITLES
 from simulations.verdict import Pair, accuracies, at, cells, compare, losses, margin, methods, one_round, spread
 
 _SUMMARY = ("fedavg", "c2m3+default", "c2m3+judged", "feddf")  # methods of the README's table
+_AROUND = "c2m3-"  # before a strategy's name: the default around that strategy
+_PAIRED = "paired: mean over seeds ± its 95 % interval (least of all seeds):"
 
 
 def markdown(record: Record) -> str:
     """Accuracy and loss of every method on every cell, the acceptance rule, and the source of the numbers.
 
-    An experiment of one round has the tables of `method_tables`.
+    Where methods run on some cells only, tables of their own follow; where C2M3 runs around strategies of the record,
+    its gain over each of these. An experiment of one round has the tables of `method_tables`.
     """
     if one_round(record):
         return f"{_caption(record)}\n\n{method_tables.markdown(record)}\n"
     everywhere, somewhere = _split(record)
+    baseline, around = _named(record, "baseline"), _around(record)
     parts = [
         _caption(record),
         "Accuracy after the last round:",
         _table(record, everywhere, _accuracy),
         f"{_title(record, 'judged')} against {_title(record, 'baseline')}, paired over seeds:",
         _rule(record),
-        "Gain over FedAvg, paired: mean over seeds ± its 95 % interval (least of all seeds):",
-        _table(record, [name for name in everywhere if name != _named(record, "baseline")], _gains(record)),
+        f"Gain over {_title(record, 'baseline')}, {_PAIRED}",
+        _table(record, [name for name in everywhere if name != baseline], _gains(record, lambda _method: baseline)),
         "Loss after the last round:",
         _table(record, everywhere, _loss),
         "The last round's clients:",
-        _table(record, [_named(record, "baseline")], _clients),
+        _table(record, [baseline], _clients),
     ]
     if somewhere:
-        parts += ["Strategies that run on some cells only, accuracy:", _table(record, somewhere, _accuracy)]
+        parts += [
+            "Strategies that run on some cells only, accuracy:",
+            _table(record, somewhere, _accuracy),
+            f"Their gain over {_title(record, 'baseline')}, {_PAIRED}",
+            _table(record, somewhere, _gains(record, lambda _method: baseline)),
+        ]
+    if around:
+        parts += [
+            f"Gain of C2M3 over the strategy that it wraps, {_PAIRED}",
+            _table(record, list(around), _gains(record, around.__getitem__)),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -61,6 +75,13 @@ def _split(record: Record) -> tuple[list[str], list[str]]:
     everything, where = methods(record), cells(record)
     full = [name for name in everything if all(at(record, cell, name) for cell in where)]
     return full, [name for name in everything if name not in full]
+
+
+def _around(record: Record) -> dict[str, str]:
+    """By every method that is C2M3 around another one of the record, the name of that one."""
+    names = methods(record)
+    inner = {name: name.removeprefix(_AROUND) for name in names if name.startswith(_AROUND)}
+    return {name: wrapped for name, wrapped in inner.items() if wrapped in names}
 
 
 def _table(record: Record, names: Sequence[str], write: Callable[[tuple[Measurement, ...]], str]) -> str:
@@ -89,9 +110,11 @@ def _clients(found: tuple[Measurement, ...]) -> str:
     )
 
 
-def _gains(record: Record) -> Callable[[tuple[Measurement, ...]], str]:
+def _gains(record: Record, reference: Callable[[str], str]) -> Callable[[tuple[Measurement, ...]], str]:
+    """Writes the paired gain of measurements over the method that `reference` names for theirs."""
+
     def write(found: tuple[Measurement, ...]) -> str:
-        pair = compare(record, found[0].cell, found[0].method, _named(record, "baseline")) if found else None
+        pair = compare(record, found[0].cell, found[0].method, reference(found[0].method)) if found else None
         return "" if pair is None else f"{pair.mean:+.3f}{margin(pair.gains)} ({pair.least:+.3f})"
 
     return write

@@ -64,7 +64,39 @@ def test_gains_are_paired_with_their_interval_and_the_least():
 def test_methods_of_some_cells_have_a_table_of_their_own():
     text = markdown(RECORD)
     assert "FedAdam" not in text.split("some cells only")[0]
-    assert _rows("own", text.split("some cells only")[1]) == ["| own | 0.550 ± 0.000 |"]
+    accuracy, gain = _rows("own", text.split("some cells only")[1])
+    assert accuracy == "| own | 0.550 ± 0.000 |"
+    assert gain == "| own | +0.150 ± 0.000 (+0.150) |"  # .55 against FedAvg's .4, from both seeds
+
+
+def test_gains_of_methods_of_some_cells_are_paired_with_the_seeds_that_both_have():
+    single = tuple(each for each in RECORD.measurements if (each.method, each.seed) != ("fedadam", 1))
+    _, text = markdown(replace(RECORD, measurements=single)).split(
+        "Their gain over FedAvg, paired: mean over seeds ± its 95 % interval (least of all seeds):"
+    )
+    assert _rows("own", text) == ["| own | +0.150 (+0.150) |"]
+    assert not _rows("shared", text)
+
+
+AROUND = (
+    "Gain of C2M3 over the strategy that it wraps, paired: mean over seeds ± its 95 % interval (least of all seeds):"
+)
+
+
+def test_c2m3_around_a_strategy_is_paired_with_that_strategy():
+    around = tuple(_measured("own", seed, "c2m3-fedadam", 0.5 - 0.02 * seed) for seed in (0, 1))
+    text = markdown(replace(RECORD, measurements=RECORD.measurements + around))
+    before, table = text.split(AROUND)
+    # .50 and .48 against FedAdam's .55, and against FedAvg's .4; Student's t with one degree of freedom: 12.71
+    assert table.strip().splitlines()[0] == "| start | C2M3 (FedAdam) |"
+    assert _rows("own", table) == ["| own | -0.060 ± 0.127 (-0.070) |"]
+    assert _rows("own", before)[-1] == "| own | +0.150 ± 0.000 (+0.150) | +0.090 ± 0.127 (+0.080) |"
+
+
+def test_without_c2m3_around_a_strategy_of_the_record_there_is_no_such_table():
+    rotating = _measured("own", 0, "c2m3-rotations", 0.5)
+    assert AROUND not in markdown(RECORD)
+    assert AROUND not in markdown(replace(RECORD, measurements=(*RECORD.measurements, rotating)))
 
 
 def test_a_table_says_seeds_date_cores_and_command():
