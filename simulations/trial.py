@@ -1,8 +1,10 @@
 """One cell of an experiment: all its methods, run as the real strategies on clients whose trainings are cached.
 
-A strategy that only deploys a corrected model sends its clients the same models as FedAvg, so most methods of a cell
-need the same local trainings. A training depends only on the client, the round and the model that was sent: it is done
-once for all methods that need it.
+Strategies that only deploy a corrected model send their clients the same models, FedAvg's where nothing moves, so most
+methods of a cell need the same local trainings. (From starts of their own, networks of four groups of units or more are
+matched from activations as well where the server has data: methods with data then share one trajectory, methods without
+another.) A training depends only on the client, the round and the model that was sent: it is done once for all methods
+that need it.
 """
 
 from __future__ import annotations

@@ -53,6 +53,17 @@ def test_methods_that_only_deploy_send_what_c2m3_sends_where_everything_moves():
     assert moved.trained == EVERY_TRAINING - SETTINGS.clients  # REPAIR of the first round is trained on
 
 
+def test_in_deep_networks_data_on_the_server_begin_a_second_trajectory_that_all_methods_with_them_share():
+    """From four groups of units on, calibration data let the match start from activations, too."""
+    deep = replace(SETTINGS, initialisation="independent", hidden_widths="16,16,16,16", rounds=2)
+    without, data = ["c2m3", "c2m3+head", "c2m3+client-refit"], ["c2m3+batchnorm", "c2m3+repair", "c2m3+refit"]
+    found = {each.method: each for each in _run(deep, [*without, *data])}
+    second = deep.clients  # trainings of the second round; those of the first are from the clients' own starts
+    assert [found[method].trained for method in without] == [2 * second, 0, 0]
+    assert [found[method].trained for method in data] == [second, 0, 0]
+    assert len({found[method].moved for method in without}) == len({found[method].moved for method in data}) == 1
+
+
 def test_methods_that_send_other_models_train_for_themselves():
     first, second = _run(SETTINGS, ["fedavg", "fedadam"])
     assert first.trained == EVERY_TRAINING
