@@ -1,12 +1,13 @@
-"""Bytes and seconds of a refit from clients, per exchange.
+"""Bytes and seconds of a refit from clients: over all exchanges, of a mean one and of the largest.
 
     python -m tests.benchmarks.exchanges [NETWORK ...] [--methods METHOD ...] [--price] [--redraw]
 
 asks three clients with 128 random images each and writes ``c2m3_fl/flower/results/exchanges.json``; rows of networks
-and methods that are not named stay. ``--price`` asks nobody: bytes follow from the shapes. ``--redraw`` prints that
-file's table.
-Seconds are CPU seconds of one thread: a client's from a query to its answer, in the exchange that takes longest; the
-server's over all exchanges, for reading, pooling and solving.
+and methods that are not named stay. ``--price`` asks nobody: bytes follow from the shapes, and what that file has
+measured of the same exchanges stays. ``--redraw`` prints that file's table.
+Bytes are those of the arrays of one client. Seconds are CPU seconds of one thread: a client's from a query to its
+answer, mean over clients, in the exchange that takes longest; the server's for reading, pooling and solving, over all
+exchanges and of a mean one.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context, Message
@@ -26,6 +28,7 @@ from c2m3_fl import flower
 from c2m3_fl.flower.incoming.records import to_params
 from c2m3_fl.flower.queries.moments import answer_statistics
 from c2m3_fl.flower.queries.refit import ClientRefit, RegMean, price, refit_by_clients
+from c2m3_fl.flower.queries.refit_options import plan_of
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
 from simulations.models import ResNet, lenet
@@ -58,9 +61,11 @@ class Row:
         Bytes that a client would be sent if networks were sent whole in every exchange.
     sent, answered : int
         Bytes of arrays that a client is sent and answers with, over all exchanges.
+    largest_sent, largest_answered : int
+        The same of the exchange with most of them.
     client, server : float, optional
         CPU seconds: of a client in the exchange that takes longest, of the server over all exchanges. None where nobody
-        was asked; `sent` is then the largest number.
+        was asked; `sent` is then the largest number: all operators are corrected.
     sketched, left_out : int
         Number of operators that are answered about by sketches, and that are not fitted because of their size.
     """
@@ -72,6 +77,8 @@ class Row:
     whole: int
     sent: int
     answered: int
+    largest_sent: int
+    largest_answered: int
     client: float | None
     server: float | None
     sketched: int
@@ -79,17 +86,18 @@ class Row:
 
 
 class Timed(SerialGrid):
-    """Adds up bytes and CPU seconds of the clients."""
+    """Bytes and CPU seconds of all clients together, exchange by exchange."""
 
     def __init__(self, app: ClientApp) -> None:
         super().__init__(app, CLIENTS)
-        self.sent = self.answered = 0
+        self.sent: list[int] = []
+        self.answered: list[int] = []
         self.seconds: list[float] = []
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Let the nodes answer, with the clock running."""
         messages = list(messages)
-        self.sent += sum(map(_size, messages))
+        self.sent.append(sum(map(_size, messages)))
         start = time.process_time()
         found = list(super().push_messages(messages))
         self.seconds.append(time.process_time() - start)
@@ -98,7 +106,7 @@ class Timed(SerialGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The answers, weighed."""
         found = list(super().pull_messages(message_ids))
-        self.answered += sum(map(_size, found))
+        self.answered.append(sum(map(_size, found)))
         return found
 
 
@@ -136,21 +144,25 @@ def measure(network: str, method: str, *, asks: bool) -> Row:
         for _ in range(CLIENTS)
     ]
     program, grid, options = export_program(model, torch.zeros(2, 3, side, side)), Timed(app), METHODS[method]
-    expected = price(options, program, average)
+    expected, plan = price(options, program, average), plan_of(options, program, average)
     start = time.process_time()
     if asks:
         nodes = list(range(1, CLIENTS + 1))
         refit_by_clients(options, grid, nodes, program, average, endpoints, [1.0] * CLIENTS)
     total = time.process_time() - start
     size = sum(value.numel() * value.element_size() for value in average.values())
+    first = size * (1 if isinstance(options, RegMean) else 2)  # networks are sent whole in the first exchange alone
+    answers = [sum(step.size for step in exchange) for exchange in plan.exchanges]
     return Row(
         network,
         method,
         size,
         expected.exchanges,
-        expected.exchanges * size * (1 if isinstance(options, RegMean) else 2),
-        grid.sent // CLIENTS if asks else expected.sent,
-        grid.answered // CLIENTS if asks else expected.answered,
+        expected.exchanges * first,
+        sum(grid.sent) // CLIENTS if asks else expected.sent,
+        sum(grid.answered) // CLIENTS if asks else expected.answered,
+        max(grid.sent) // CLIENTS if asks else first,
+        max(grid.answered) // CLIENTS if asks else max(answers),
         max(grid.seconds) / CLIENTS if asks else None,
         total - sum(grid.seconds) if asks else None,
         len(expected.sketched),
@@ -158,18 +170,40 @@ def measure(network: str, method: str, *, asks: bool) -> Row:
     )
 
 
-def table(rows: Iterable[Mapping[str, object]]) -> str:
-    """The rows as a markdown table."""
-    columns = "network, MB, recalibrate, exchanges, MB down, whole every time, MB up, client s, server s, by sketches"
-    names = columns.split(", ")
+def priced(row: Row, known: Mapping[str, Any] | None) -> Row:
+    """A row of which nobody was asked, with what is known of the same exchanges: seconds, and the bytes that were sent.
+
+    Parameters
+    ----------
+    row : Row
+        From the shapes alone.
+    known : mapping, optional
+        The row of the record.
+    """
+    same = ("exchanges", "answered", "sketched", "left_out")
+    if known is None or any(known[name] != getattr(row, name) for name in same):
+        return row
+    return replace(row, **{name: known[name] for name in ("sent", "client", "server")})
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows as a markdown table; of an exchange the mean, and in brackets the largest."""
+    names = (
+        *("network", "MB", "recalibrate", "exchanges", "MB down", "MB down per exchange", "whole every time"),
+        *("MB up", "MB up per exchange", "client s per exchange", "server s", "server s per exchange", "by sketches"),
+    )
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for each in rows:
-        row = Row(**each)  # type: ignore[arg-type]  # as it was written
-        down, whole, up = (f"{value / 1e6:.1f}" for value in (row.sent, row.whole, row.answered))
-        seconds = " | ".join("–" if value is None else f"{value:.1f}" for value in (row.client, row.server))
+        row = Row(**each)
+        sent, answered = (
+            f"{total / 1e6:.1f} | {total / 1e6 / row.exchanges:.2f} ({largest / 1e6:.2f})"
+            for total, largest in ((row.sent, row.largest_sent), (row.answered, row.largest_answered))
+        )
+        client = "–" if row.client is None else f"{row.client:.2f}"
+        server = "– | –" if row.server is None else f"{row.server:.1f} | {row.server / row.exchanges:.2f}"
         lines.append(
-            f"| {row.network} | {row.size / 1e6:.1f} | `{row.method}` | {row.exchanges} | {down} | {whole} | {up} | "
-            f"{seconds} | {row.sketched} |"
+            f"| {row.network} | {row.size / 1e6:.1f} | `{row.method}` | {row.exchanges} | {sent} | "
+            f"{row.whole / 1e6:.1f} | {answered} | {client} | {server} | {row.sketched} |"
         )
     return "\n".join(lines)
 
@@ -193,7 +227,9 @@ def main() -> None:
     known = read_record(RESULTS)["rows"] if RESULTS.exists() else []
     for network in () if options.redraw else options.networks:
         for method in options.methods:
-            fresh = asdict(measure(network, method, asks=not options.price))
+            row = measure(network, method, asks=not options.price)
+            older = next((each for each in known if (each["network"], each["method"]) == (network, method)), None)
+            fresh = asdict(priced(row, older) if options.price else row)
             known = [row for row in known if (row["network"], row["method"]) != (network, method)] + [fresh]
             known.sort(key=lambda row: (NETWORKS.index(row["network"]), list(METHODS).index(row["method"])))
             write_record(RESULTS, COMMAND, {"clients": CLIENTS, "images": IMAGES, "threads": 1}, known)
