@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from matplotlib.figure import Figure
 
 from c2m3_fl.cli import drawing
 from c2m3_fl.cli.tables import markdown, rounds_table
+from simulations.presets import PRESETS
 from simulations.results import Comparison, Round
 from simulations.settings import TITLES, Settings
 
@@ -52,6 +55,22 @@ def test_a_single_round_is_drawn_as_bars():
     drawing._bars(axes, _comparison(rounds=1, seeds=(0, 1)))
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.11, 0.11])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["FedAvg", "C2M3"]
+
+
+def test_make_demo_shows_fedavg_c2m3_the_deployed_model_and_the_ensemble():
+    """As the preset has them: nothing is run."""
+    recipe = (Path(__file__).parents[2] / "Makefile").read_text().split("\ndemo:")[1].splitlines()[1]
+    assert "c2m3-fl compare --preset demo " in recipe
+    assert "--strategy" not in recipe
+    settings = Settings(**PRESETS["demo"])
+    comparison = _comparison(settings.strategies, rounds=settings.rounds)
+    shown = {"FedAvg", "C2M3", "C2M3, judged by clients"}  # the last is what clients choose to deploy
+    axes = Figure().subplots()
+    (drawing._lines if comparison.last_round > 1 else drawing._bars)(axes, comparison)
+    assert shown | {"ensemble of the clients"} <= {line.get_label() for line in axes.lines}
+    header, _, *rows = markdown(comparison).splitlines()
+    assert shown <= {row.split(" | ")[0].removeprefix("| ") for row in rows}
+    assert "ensemble" in header
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
