@@ -21,12 +21,24 @@ from c2m3_fl.flower.queries.refit import ClientRefit
 from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
-from tests.flower.federation import EXAMPLE, accuracy, calibration, clients, digits_app, mlp, reply, send, shuffled
+from tests.flower.federation import (
+    EXAMPLE,
+    accuracy,
+    answering,
+    calibration,
+    clients,
+    digits_app,
+    mlp,
+    reply,
+    same,
+    send,
+    shuffled,
+)
 
 WRAPPERS = {
     "server, fixed": lambda inner: DifferentialPrivacyServerSideFixedClipping(inner, 0.01, 10.0, 5),
     "client, fixed": lambda inner: DifferentialPrivacyClientSideFixedClipping(inner, 0.01, 10.0, 5),
-    "server, adaptive": lambda inner: DifferentialPrivacyServerSideAdaptiveClipping(inner, 0.01, 5),
+    "server, adaptive": lambda inner: DifferentialPrivacyServerSideAdaptiveClipping(inner, 0.01, 5, 20.0),
     "client, adaptive": lambda inner: DifferentialPrivacyClientSideAdaptiveClipping(inner, 0.01, 5),
 }
 each_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
@@ -83,6 +95,46 @@ def test_what_asks_the_clients_is_refused_by_name_inside_and_outside(wrap, name,
 def test_with_separate_alignment_both_orders_are_accepted(wrap, outside):
     strategy = wrap(c2m3(alignment="separate")) if outside else c2m3(wrap(FedAvg()), alignment="separate")
     assert len(sending(strategy)) == 5
+
+
+class Noting(C2M3):
+    """Notes, for every round, what it returns, its trajectory, and what the wrapped strategy aggregated."""
+
+    def __init__(self):
+        self.rounds = []
+        super().__init__(Aggregating(self.rounds), model=mlp(), example_inputs=EXAMPLE, alignment="separate")
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        self.rounds[-1] |= {"deployed": arrays.copy(), "trajectory": self.trajectory, "moved": metrics}
+        return arrays, metrics
+
+
+class Aggregating(FedAvg):
+    def __init__(self, rounds):
+        super().__init__(fraction_evaluate=0.0)
+        self.rounds = rounds
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        self.rounds.append({"aggregate": arrays.copy()})
+        return arrays, metrics
+
+
+@pytest.mark.parametrize("name", ["server, fixed", "client, fixed", "server, adaptive"])
+def test_inside_a_wrapper_for_privacy_what_is_deployed_is_the_trajectory_bit_for_bit(name):
+    """Though units move, and clients would answer for a head and judge it."""
+    asked = []
+    app = answering(app=digits_app(independent=True, epochs=1, evaluates="loss"), first_layer=True)
+    grid = SerialGrid(app, 5, transit=lambda replies: asked.extend(m.metadata.message_type for m in replies) or replies)
+    inside = Noting()
+    WRAPPERS[name](inside).start(grid, from_params(mlp().state_dict()), num_rounds=2)
+    assert asked == ["train"] * 10
+    assert inside.rounds[0]["moved"]["c2m3-share-moved"] > 0.5
+    assert len(inside.rounds) == 2
+    for found in inside.rounds:
+        assert same(found["deployed"], found["trajectory"])
+        assert same(found["deployed"], found["aggregate"])
 
 
 def test_separate_alignment_learns_from_independent_starts_with_clipping_and_noise():

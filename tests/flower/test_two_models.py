@@ -9,6 +9,7 @@ import torch
 from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, QFedAvg
 
+from c2m3_fl.core import permutation
 from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower import legacy as dialect
 from c2m3_fl.flower.incoming.records import from_params, to_params
@@ -107,6 +108,19 @@ def test_feedback_says_when_the_deployed_model_is_trained(feedback):
         send(strategy, to_params(arrays), round_number=current + 1)
         fed.append(metrics["c2m3-fed-back"])
     assert fed == {"never": [0, 0], "moved": [1, 0], "always": [1, 1]}[feedback]
+
+
+@pytest.mark.parametrize(("units", "fed"), [(2, 0), (12, 0), (14, 1)])
+def test_the_deployed_model_is_trained_only_where_more_than_two_fifths_of_the_units_moved(units, fed):
+    """Of two layers of 32: .06, .38 and .44 of all units."""
+    strategy = repairing(feedback="moved")
+    spec, order = strategy.setup.spec, torch.cat([torch.arange(units).roll(1), torch.arange(units, 32)])
+    moved = [permutation.apply(spec, dict.fromkeys(spec.groups, order), each) for each in clients(3, independent=False)]
+    send(strategy, mlp().state_dict())
+    arrays, metrics = strategy.aggregate_train(1, [reply(node, params) for node, params in enumerate(moved)])
+    assert metrics["c2m3-share-moved"] == pytest.approx(units / 32)
+    assert metrics["c2m3-fed-back"] == fed
+    assert same(strategy.trajectory, arrays) == bool(fed)
 
 
 def test_a_deployed_model_larger_than_all_replies_is_not_trained_any_more(caplog):

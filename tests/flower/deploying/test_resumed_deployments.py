@@ -10,11 +10,13 @@ from flwr.serverapp.strategy import FedAvg
 from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.queries.labels import ACTION
 from c2m3_fl.flower.queries.refit import ClientRefit
+from c2m3_fl.flower.resuming.checkpoint import Folder
 from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
+from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 from tests.flower.deploying.test_candidates import app, deployed
-from tests.flower.federation import EXAMPLE, digits_app, mlp, same
+from tests.flower.federation import EXAMPLE, calibration, digits_app, mlp, same
 from tests.flower.interrupted import Killed, comparable
 
 LABELS = f"query.{ACTION}"
@@ -85,3 +87,40 @@ def test_of_a_killed_run_whose_last_round_is_lost_no_refit_is_left_and_the_log_s
         "\t> no refit by the clients: the replies that the trajectory was aggregated from are gone" in caplog.messages
     )
     assert same(resumed.arrays, inside.trajectory)
+
+
+def scaled(factor):
+    """A recalibration that makes every weight so many times as large."""
+    return lambda setting: Recalibrated(
+        {name: factor * value for name, value in setting.merged.items()}, RecalibrationReport("scaled")
+    )
+
+
+def test_feedback_that_a_growing_norm_has_stopped_stays_stopped_in_a_resumed_run(tmp_path):
+    start = from_params(mlp().state_dict())
+
+    def fed(factor, folder, rounds):
+        grown = {"calibration": calibration(), "recalibrate": scaled(factor), "feedback": "always"}
+        strategy = Resumable(C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), **grown), folder)
+        result = strategy.start(SerialGrid(digits_app(epochs=1), 2), start, num_rounds=rounds)
+        return [metrics["c2m3-fed-back"] for metrics in result.train_metrics_clientapp.values()]
+
+    assert fed(9.0, tmp_path / "stopped", 1) == [0]
+    assert fed(1.1, tmp_path / "stopped", 3) == [0, 0, 0]
+    assert fed(1.1, tmp_path / "fresh", 2) == [1, 1]
+
+
+def test_the_losses_that_clients_judged_and_what_they_chose_are_in_the_checkpoint(tmp_path):
+    options = {"diagnostics": True}
+    _, result, _ = run(tmp_path, options)
+    saved = Folder(tmp_path).load().metrics["train_metrics_clientapp"]
+    told = saved[str(ROUNDS)]
+    losses = {name: told[f"c2m3-judge-loss/{name}"] for name in ("aggregate", "head", "previous")}
+    assert min(losses, key=losses.__getitem__) == "head"
+    assert {name: told[f"c2m3-deployed/{name}"] for name in losses} == {"aggregate": 0, "head": 1, "previous": 0}
+    assert told["c2m3-judge-voters/head"] == 3
+    assert told["c2m3-judge-robust-gain/head"] > 0
+    assert saved == {str(current): dict(each) for current, each in result.train_metrics_clientapp.items()}
+    _, again, _ = run(tmp_path, options, killed_in=ROUNDS, done=ROUNDS - 1)  # nothing is left to be done
+    assert again.train_metrics_clientapp == result.train_metrics_clientapp
+    assert same(again.arrays, result.arrays)

@@ -10,12 +10,14 @@ import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from c2m3_fl.flower.incoming.records import from_params
+from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.queries.refit import ClientRefit
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
+from c2m3_fl.merging.recalibrate.repair import Repair
+from c2m3_fl.merging.recalibrate.setting import prepare
 from tests.flower.deploying.test_candidates import app
-from tests.flower.federation import EXAMPLE, answering, digits_app, mlp, own_loss, same
+from tests.flower.federation import EXAMPLE, answering, calibration, digits_app, mlp, own_loss, same
 
 ROUNDS = 4
 REFIT = {"recalibrate": ClientRefit(first_layer=True), "head": None, "judge": None}
@@ -26,13 +28,15 @@ class Noting(FedAvg):
 
     def __init__(self):
         super().__init__()
-        self.sent, self.evaluated, self.aggregated = {}, {}, {}
+        self.sent, self.evaluated, self.aggregated, self.aligned = {}, {}, {}, {}
 
     def configure_train(self, server_round, arrays, config, grid):
         self.sent[server_round] = arrays.copy()
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        self.aligned[server_round] = [each.content["arrays"].copy() for each in replies]
         arrays, metrics = super().aggregate_train(server_round, replies)
         self.aggregated[server_round] = arrays.copy()
         return arrays, metrics
@@ -75,6 +79,29 @@ def test_what_is_returned_is_evaluated_and_what_is_trained_is_the_aggregate_unle
         assert current == ROUNDS or same(inside.sent[current + 1], trajectories[current])
     assert (changed, fed) == expected
     assert same(result.arrays, returned[ROUNDS])
+
+
+@pytest.mark.parametrize("judge", [None, "auto"])
+def test_before_the_round_that_deploys_repair_is_returned_after_units_moved_and_then_the_aggregate(judge):
+    inside, returned = Noting(), {}
+    strategy = C2M3(inside, model=mlp(), calibration=calibration(), deploy="last", judge=judge)
+
+    def evaluate(current, arrays):
+        returned[current] = arrays.copy()
+
+    asked = []
+    grid = SerialGrid(app(independent=True), 3, transit=lambda replies: asked.append(len(replies)) or replies)
+    result = strategy.start(grid, from_params(mlp().state_dict()), num_rounds=3, evaluate_fn=evaluate)
+    first, second, _ = result.train_metrics_clientapp.values()
+    assert (first["c2m3-deployed/repair"], "c2m3-deployed/repair" in second) == (1, False)
+    merged, endpoints = to_params(inside.aggregated[1]), [to_params(each) for each in inside.aligned[1]]
+    expected = Repair()(prepare(mlp(), merged, endpoints, calibration())).state_dict  # of clients of equal weight
+    for name, value in to_params(returned[1]).items():
+        torch.testing.assert_close(value, expected[name])
+    assert not same(returned[1], inside.aggregated[1])
+    assert same(returned[2], inside.aggregated[2])
+    assert same(returned[3], inside.aggregated[3]) == (judge is None)
+    assert (len(asked) == 6) == (judge is None)  # to train and to evaluate, three times each
 
 
 def drawing():
