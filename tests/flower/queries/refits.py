@@ -50,6 +50,48 @@ def normed(seed=0):
     return model
 
 
+def statistical(seed=0):
+    """BatchNorms that read the network's input, and behind an activation."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _with_own_statistics(
+            nn.Sequential(
+                *(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 24), nn.ReLU()),
+                *(nn.BatchNorm1d(24), nn.Linear(24, 10)),
+            )
+        )
+
+
+def pooling(seed=0):
+    """A BatchNorm behind pooled channels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _with_own_statistics(
+            nn.Sequential(
+                *(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2)),
+                *(nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(54, 10)),
+            )
+        )
+
+
+def _with_own_statistics(model):
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.running_mean.uniform_(-0.2, 0.2)
+            layer.running_var.uniform_(0.5, 2)
+    return model
+
+
+def dropping(seed=0):
+    """With dropout, and in training mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            *(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 32), nn.Dropout(0.3), nn.ReLU()),
+            nn.Linear(32, 10),
+        )
+
+
 def networks(make, alike=False):
     endpoints = [dict(make(0 if alike else seed).state_dict()) for seed in range(NODES)]
     share_of = [weight / sum(WEIGHTS) for weight in WEIGHTS]

@@ -18,6 +18,7 @@ def refit_on_a_server(model, own, shares, weights, strengths, places=None):
 
     `places` says, by client and number of a layer, which of the client's channels each channel of the layer is, or -1;
     None: they are the same. Channels are fitted by the clients that have them, one set of clients after the other.
+    A BatchNorm, which must not be behind one of these layers, takes the statistics of its inputs on all shares.
     """
     masks = [held_out(load_batches([share]), 5)[0] for share in shares]
     ours, theirs = ([x.double() for x, *_ in shares] for _ in range(2))
@@ -34,6 +35,8 @@ def refit_on_a_server(model, own, shares, weights, strengths, places=None):
                 goals = [theirs[each].index_select(1, here[each][channels]) for each in clients]
                 _solve(part, *sides, goals, [weights[each] for each in clients], strengths)
                 layer.weight.data[channels], layer.bias.data[channels] = part.weight.data, part.bias.data
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.running_mean, layer.running_var = _statistics([_flat(each) for each in ours], weights)
         ours = [layer(x) for x in ours]
     return model
 
@@ -45,6 +48,15 @@ def _owners(places):
         if any(pattern):
             same = owned.T.eq(torch.tensor(pattern)).all(1)
             yield [client for client, has in enumerate(pattern) if has], torch.nonzero(same)[:, 0]
+
+
+def _statistics(rows, weights):
+    """Mean and variance of all rows, every client's share of its weight; the latter unbiased, as BatchNorm has it."""
+    counts = [len(each) for each in rows]
+    mass = torch.cat([torch.full((n,), w / sum(weights) / n).double() for n, w in zip(counts, weights, strict=True)])
+    x, n = torch.cat(rows), sum(counts)
+    mean = mass @ x
+    return mean, mass @ (x - mean).square() * n / (n - 1)
 
 
 def _rows_of(layer, inputs):

@@ -12,7 +12,20 @@ from c2m3_fl.flower.queries.refit import ClientRefit, RegMean, refit_by_clients
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.network.program import export_program
 from tests.flower.federation import EXAMPLE, digits, mlp, pooled, train
-from tests.flower.queries.refits import ALL, NODES, WEIGHTS, app_of, convolutional, networks, normed, outputs, refit
+from tests.flower.queries.refits import (
+    ALL,
+    NODES,
+    WEIGHTS,
+    app_of,
+    convolutional,
+    dropping,
+    networks,
+    normed,
+    outputs,
+    pooling,
+    refit,
+    statistical,
+)
 from tests.flower.queries.server_solve import refit_on_a_server
 
 
@@ -43,6 +56,30 @@ def test_it_is_the_solve_of_a_server_that_runs_each_network_on_its_clients_share
     assert (one - other).norm() <= 1e-5 * other.norm()
     assert (before - other).norm() > 0.1 * other.norm()
     assert {report.fit.strength for report in found.report.operators if report.fit} != {math.inf}
+
+
+@pytest.mark.parametrize("make", [statistical, pooling])
+def test_a_batch_norm_behind_no_linear_operator_takes_the_statistics_of_a_server_with_all_data(make):
+    found, merged = refit(make)
+    expected = by_a_server_with_all_data(make, *networks(make), ALL.strengths)
+    names = [name for name in merged if "running" in name]
+    for name in names:
+        torch.testing.assert_close(found.state_dict[name], expected[name], rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(merged[name], expected[name], rtol=0.1)
+    data = torch.cat(pooled(NODES))
+    one, other = (outputs(make, each, data) for each in (found.state_dict, expected))
+    assert (one - other).norm() <= 1e-5 * other.norm()
+    restated = [report for report in found.report.operators if report.action == "running statistics"]
+    assert len(restated) == len(names) / 2
+
+
+def test_both_networks_run_without_dropout():
+    assert dropping().training
+    found, merged = refit(dropping)
+    expected = by_a_server_with_all_data(dropping, *networks(dropping), ALL.strengths)
+    one, other, before = (outputs(dropping, each, digits()[0]) for each in (found.state_dict, expected, merged))
+    assert (one - other).norm() <= 1e-5 * other.norm()
+    assert (before - other).norm() > 0.1 * other.norm()
 
 
 @pytest.mark.parametrize("make", [mlp, convolutional, normed])

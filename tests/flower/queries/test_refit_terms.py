@@ -94,3 +94,22 @@ def test_options_out_of_range_are_refused_at_once():
     assert asks_clients(ClientRefit())
     assert asks_clients(RegMean())
     assert not asks_clients("repair")
+
+
+def test_the_log_states_the_sizes_before_anything_is_asked(caplog):
+    said = []
+
+    class Grid(SerialGrid):
+        def push_messages(self, messages):
+            said.append([text for text in caplog.messages if "every client is sent" in text])
+            return super().push_messages(messages)
+
+    endpoints, merged = networks(mlp)
+    program = export_program(mlp(), EXAMPLE)
+    options = ClientRefit(first_layer=True, max_bytes=20_000, sketch=4)
+    refit_by_clients(options, Grid(app_of(), 3), [1, 2, 3], program, merged, endpoints, WEIGHTS)
+    found = price(options, program, merged)
+    (line,) = said[0]
+    assert len(said) == found.exchanges == 3
+    assert f"3 exchanges; every client is sent {found.sent / 1e6:.1f} MB" in line
+    assert f"answers {found.answered / 1e6:.1f} MB; by sketches: linear, linear_1" in line
