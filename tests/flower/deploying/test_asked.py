@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from c2m3_fl.flower.deploying import deployment
 from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.queries.labels import ACTION
+from c2m3_fl.flower.resuming.resumable import Resumable
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
 from tests.flower.deploying.test_candidates import app, deployed
-from tests.flower.federation import EXAMPLE, mlp
+from tests.flower.federation import EXAMPLE, answering, digits_app, mlp, own_loss
 
 NODES = 9
 ROUND = {1, 2, 3}
@@ -100,3 +102,25 @@ def test_in_rounds_that_do_not_deploy_nobody_is_asked(deploy):
     strategy.start(grid, from_params(mlp().state_dict()), num_rounds=2)
     before, _ = "".join("t" if kind == "train" else "q" for kind in seen).rsplit("t", 1)
     assert before == "t" * (2 * len(ROUND) - 1)
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_clients_that_judge_are_sent_the_users_evaluate_config(resumable, tmp_path):
+    told, found = [], digits_app(epochs=1, rate=0.02, evaluates="")
+
+    @found.evaluate()
+    def evaluate(message, context):
+        told.append(dict(message.content["config"]))
+        metrics = MetricRecord({"num-examples": 1, "loss": own_loss(mlp, message, context)})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    config = ConfigRecord({"batch-size": 8, "split": "held out"})
+    strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, deploy="every")
+    outer = Resumable(strategy, tmp_path) if resumable else strategy
+    grid, start = SerialGrid(answering(app=found), 3), from_params(mlp().state_dict())
+    result = outer.start(grid, start, num_rounds=2, evaluate_config=config)
+    assert deployed(result, 1)[0] == deployed(result, 2)[0] == "head"
+    expected = [{**config, "server-round": current} for current in (1, 2)]
+    assert [each for each in expected if each in told] == expected
+    assert all(each in expected for each in told)
+    assert dict(config) == {"batch-size": 8, "split": "held out"}

@@ -39,7 +39,7 @@ OPTIONS = {
     "refit": ({"recalibrate": REFIT, "judge": None}, "client-refit"),
     "both": ({"recalibrate": REFIT, "head": "labels", "judge": None}, "client-refit+head"),
     "judged by clients": ({"head": "labels", "judge": "clients"}, "head"),
-    "judged by labels": ({"head": "labels", "judge": "labels", "calibration": HELD}, None),
+    "judged by labels": ({"head": "labels", "judge": "labels", "calibration": HELD}, "head"),
 }
 
 
@@ -90,10 +90,9 @@ def test_whatever_is_deployed_the_trajectory_and_every_draw_are_those_without(op
     assert same(plain.trajectory, before.arrays)
     assert drawn == draws
     chosen, *others = deployed(result, 2)
-    if expected is not None:
-        assert chosen == expected
-        assert not same(result.arrays, plain.trajectory)
-    assert "aggregate" in (chosen, *others)
+    assert chosen == expected
+    assert not same(result.arrays, plain.trajectory)
+    assert "aggregate" in others
     assert accuracy(mlp, result.arrays) >= accuracy(mlp, before.arrays) - 0.01
 
 
@@ -189,8 +188,7 @@ def test_a_run_that_asks_clients_and_was_killed_ends_like_one_that_was_not(optio
     resumed = interrupted(make("halves"), mlp, rounds=3, app=app(independent=True))
     assert same(resumed.arrays, whole.arrays)
     assert comparable(resumed.train_metrics_clientapp) == comparable(whole.train_metrics_clientapp)
-    last = whole.train_metrics_clientapp[3]
-    assert last["c2m3-repaired"] == 1 or any(key.startswith("c2m3-judge-voters/") for key in last)
+    assert any(key.startswith("c2m3-judge-loss/") for key in whole.train_metrics_clientapp[3])
 
 
 @pytest.mark.parametrize(

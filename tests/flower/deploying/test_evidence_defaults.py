@@ -10,7 +10,7 @@ from torch import nn
 
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
-from tests.flower.deploying.test_candidates import app, played
+from tests.flower.deploying.test_candidates import HELD, app, deployed, played
 from tests.flower.federation import EXAMPLE, answering, calibration, digits_app, mlp
 
 
@@ -30,6 +30,15 @@ def test_labels_that_are_no_classes_of_the_outputs_decide_nothing(model, shift, 
 def test_labels_that_are_classes_decide():
     data = [(each, torch.arange(len(each)) % 10) for each in calibration()]
     assert C2M3(model=mlp(), calibration=data).setup.data.labelled
+
+
+def test_where_labels_judge_a_head_that_contradicts_them_is_not_deployed():
+    inputs, labels = HELD[0]
+    data = [(inputs, labels.roll(1))]  # every example has its neighbour's
+    _, result, _ = played({"head": "labels", "judge": "labels", "calibration": data}, rounds=1)
+    metrics = result.train_metrics_clientapp[1]
+    assert deployed(result, 1)[0] == "aggregate"
+    assert metrics["c2m3-judge-loss/head"] > metrics["c2m3-judge-loss/aggregate"]
 
 
 def test_two_clients_that_answer_choose_no_temperature_however_many_were_asked():

@@ -135,6 +135,16 @@ def test_labelled_data_choose_the_better_network_and_keep_the_aggregate_where_th
     assert judge_by_labels(programs, {"aggregate": good, "head": good}, batches).chosen == "aggregate"
 
 
+def test_of_two_candidates_that_lower_the_loss_on_labelled_data_the_one_that_lowers_it_more_is_chosen():
+    batches, model = labelled(), nn.Linear(4, 2)
+    good = {"weight": torch.tensor([[-3.0, 0, 0, 0], [3.0, 0, 0, 0]]), "bias": torch.zeros(2)}
+    blind, mild = ({name: factor * value for name, value in good.items()} for factor in (0, 1 / 3))
+    for found in ({"mild": mild, "good": good}, {"good": good, "mild": mild}):
+        verdict = judge_by_labels(export_batches(model, batches), {"aggregate": blind, **found}, batches)
+        assert all(each.robust_gain > 0 for each in verdict.candidates[1:])
+        assert verdict.chosen == "good"
+
+
 def test_data_without_labels_cannot_judge():
     model, batches = nn.Linear(4, 2), load_batches([torch.zeros(8, 4)])
     with pytest.raises(CalibrationError, match="has no labels"):
