@@ -118,6 +118,7 @@ class Dialect(Strategy):
         finally:
             self._stop_listening()
             self.server.drop_ahead()
+            self.server.over = True
         report_idle(result, num_rounds)
         return result
 

@@ -54,6 +54,8 @@ class Server:
         The model that was sent out.
     total : int, optional
         Number of rounds of the run, where it is known.
+    over : bool
+        Whether the run has ended: the next round begins another one.
     idle : int
         Rounds in a row in which nothing was aggregated.
     resizing : Resizing, optional
@@ -66,29 +68,29 @@ class Server:
         self.setup = setup
         self.models = TwoModels(setup.options.feedback)
         self.sent: Params | None = None
-        self.total: int | None = None
-        self.idle = 0
         self.ahead: Ahead | None = None
         self.resizing = None if setup.sizes is None else Resizing(setup.sizes, setup.options.memory)
         self._gate = Gate(setup)
         self._incoming: Params = {}
         self._places: Mapping[int, int] = {}  # widths of this round's replies
-        # to the pending deployment, for a refit
-        self._waiting: tuple[AlignedReplies | None, RoundWidths | None] = (None, None)
-        self._said = self._unjudged = self._headless = self._unlike = False
+        self.begin_run(None)
 
     def rebuild(self, setup: Setup) -> None:
         """Go on with another setup of the same model: clients exchange other tensors of it."""
         self.setup, self._gate = setup, Gate(setup)
 
-    def begin_run(self, num_rounds: int) -> None:
-        """Forget the trajectory of an earlier run; the last of `num_rounds` rounds deploys."""
+    def begin_run(self, num_rounds: int | None) -> None:
+        """Forget the trajectory of an earlier run; the last of `num_rounds` rounds deploys, each where it is None."""
         self.models.forget()
-        self.total, self.idle, self._waiting = num_rounds, 0, (None, None)
+        self.total, self.over, self.idle = num_rounds, False, 0
+        # to the pending deployment, for a refit
+        self._waiting: tuple[AlignedReplies | None, RoundWidths | None] = (None, None)
         self._said = self._unjudged = self._headless = self._unlike = False  # its clients may be others
 
     def next_start(self, incoming: Params) -> Params:
         """What clients train next: the trajectory, or `incoming` where it is a new start."""
+        if self.over:  # a run that nobody announced, as by a wrapper that knows nothing of this strategy
+            self.begin_run(None)
         self._incoming = incoming
         self.sent = self.models.next_start(incoming)
         self.drop_ahead()
@@ -181,6 +183,7 @@ class Server:
         outcome = run_round(start, found, aggregate)
         outcome = replace(outcome, numbers={**entry_numbers(found), **outcome.numbers})
         deploys, equally = self._deploys(server_round), ignores_weights(strategy)
+        self.over = server_round == self.total
         if outcome.params is None or outcome.aligned is None:
             params, numbers = self._keep(outcome, clients, deploys=deploys, equally=equally)
             return params, outcome.metrics, {**outcome.numbers, **numbers, KEPT: 1}
@@ -192,7 +195,7 @@ class Server:
         pending = not deploys and (bool(self.setup.asks) or self.setup.offered)
         self._waiting = (aligned, widths) if pending and self.setup.refit is not None else (None, None)
         further = self._refit_widths(deployed, aligned, clients, equally=equally)
-        fed = self.models.record(outcome.params, deployed.params, aligned, pending=pending)
+        fed = self.models.record(outcome.params, deployed.params, aligned, pending=pending, finite=deployed.finite)
         numbers = {**further, **({} if deployed.params is outcome.params else {"c2m3-fed-back": fed})}
         return deployed.params, outcome.metrics, {**outcome.numbers, **numbers, KEPT: 0}
 
@@ -293,4 +296,5 @@ class Server:
             raise SpecError("the state is of clients of several widths: pass the same sizes=")
         self.setup.aligner.memory.load_state_dict(rest)
         self.models.load_state_dict(ours[PREFIX])
+        self.over = False
         self._headless = _HEADLESS in state

@@ -79,7 +79,9 @@ class TwoModels:
         """Whether the model that was sent last is a trajectory, and not a new start."""
         return self.trajectory is not None
 
-    def record(self, trajectory: Params, deployed: Params, aligned: AlignedReplies, *, pending: bool) -> int:
+    def record(
+        self, trajectory: Params, deployed: Params, aligned: AlignedReplies, *, pending: bool, finite: bool = True
+    ) -> int:
         """Remember both models of a round; 1 where the deployed model is what clients train next.
 
         Parameters
@@ -90,7 +92,11 @@ class TwoModels:
             What was aggregated.
         pending : bool
             Whether clients are still to be asked for the deployment of this trajectory.
+        finite : bool
+            Whether all recalibrated models of the round are finite.
         """
+        if not finite:
+            self.stop("a recalibrated model is not finite")
         feeds = deployed is not trajectory and self._feeds(deployed, aligned)
         self.trajectory = deployed if feeds else trajectory
         self._deployed, self._digest = deployed, ""
@@ -113,12 +119,16 @@ class TwoModels:
             if fresh <= MOVED:
                 return False
         found, largest = norm(deployed), max(norm(params) for params in aligned.params)
-        if not found <= GROWTH * largest:  # NaN is refused, too
-            self.stopped = True
-            text = "\t> the deployed model's norm %.3g exceeds the replies' %.3g: clients do not train it any more"
-            log(WARNING, text, found, largest)
+        if not found <= GROWTH * largest:
+            self.stop(f"the deployed model's norm {found:.3g} exceeds the replies' {largest:.3g}")
             return False
         return True
+
+    def stop(self, reason: str) -> None:
+        """Let clients train the trajectory alone from now on."""
+        if self.feedback != "never" and not self.stopped:
+            log(WARNING, "\t> %s: clients do not train it any more", reason)
+        self.stopped = True
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything remembered, as tensors whose names start with ``two-models/``."""

@@ -37,15 +37,17 @@ _TAKERS = ((Strategy, "C2M3"), (legacy.Strategy, "LegacyC2M3 of c2m3_fl.flower")
 _TREES = (FedXgbBagging, FedXgbCyclic, legacy.FedXgbBagging, legacy.FedXgbCyclic, legacy.FedXgbNnAvg)
 LARGEST = float(np.sqrt(np.finfo(np.float32).max))  # 1.8e19: the square of anything larger overflows float32
 
-_ROBUST = (
+_UNWEIGHTED = (
     Bulyan,
     FedMedian,
     FedTrimmedAvg,
     MultiKrum,  # Krum derives from it
+    QFedAvg,  # weighs by losses
     legacy.Bulyan,
     legacy.FedMedian,
     legacy.FedTrimmedAvg,
     legacy.Krum,
+    legacy.QFedAvg,
 )
 
 
@@ -129,7 +131,7 @@ def ignores_weights(strategy: object) -> bool:
 
     Then the match must do so too, or one hostile client's claim decides where all the others go.
     """
-    return any(isinstance(each, _ROBUST) for each in chain(strategy))
+    return any(isinstance(each, _UNWEIGHTED) for each in chain(strategy))
 
 
 def remembers_squares(strategy: object) -> bool:

@@ -6,19 +6,18 @@ A candidate that fails is logged and left out: the aggregate is always there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from logging import ERROR, INFO
 
-from flwr.app import ConfigRecord
-from flwr.serverapp import Grid
 from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import check_finite, same
+from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.acceptance import check_runs
 from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
 from c2m3_fl.flower.deploying.refit_widths import refit_by_replies
+from c2m3_fl.flower.deploying.request import Clients, Request
 from c2m3_fl.flower.deploying.server_side import ServerSide, UnsupportedError, unless_repaired
 from c2m3_fl.flower.judging.evidence import Means, choose_means
 from c2m3_fl.flower.judging.judge import ClientJudge
@@ -26,7 +25,6 @@ from c2m3_fl.flower.metrics import Numbers, failure, report_candidate
 from c2m3_fl.flower.queries.head import Head, head_by_clients, report_head, why_no_head
 from c2m3_fl.flower.queries.refit import refit_by_clients
 from c2m3_fl.flower.setup import Setup
-from c2m3_fl.flower.widths.rounds import RoundWidths
 from c2m3_fl.flower.wrapped import typed_like
 from c2m3_fl.merging.recalibrate.auto import Auto
 from c2m3_fl.merging.recalibrate.refit import Refit
@@ -35,73 +33,6 @@ from c2m3_fl.merging.recalibrate.short_names import Recalibration
 from c2m3_fl.merging.reports import Recalibrated
 
 AGGREGATE = "aggregate"
-
-
-@dataclass(frozen=True)
-class Clients:
-    """The clients, as they are asked in a round.
-
-    Attributes
-    ----------
-    grid : Grid
-        Where they are.
-    round_number : int
-        The round.
-    config : ConfigRecord, optional
-        The user's evaluate_config.
-    arrays_key, config_key, weighted_by : str
-        Names of the records and of the weight, as the wrapped strategy has them.
-    sampled : frozenset of int
-        To whom the round sent its messages.
-    """
-
-    grid: Grid
-    round_number: int
-    config: ConfigRecord | None = None
-    arrays_key: str = "arrays"
-    config_key: str = "config"
-    weighted_by: str = "num-examples"
-    sampled: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What a deployment starts from.
-
-    Attributes
-    ----------
-    aggregate : mapping of str to Tensor
-        The trajectory, as the wrapped strategy returned it.
-    nodes : tuple of int
-        Whose replies were aggregated: they are asked, and others that are connected.
-    aligned : AlignedReplies, optional
-        What was aggregated; None where the trajectory is that of an earlier round.
-    plain : mapping of str to Tensor, optional
-        The aggregate without alignment, for a guard.
-    returned : mapping of str to Tensor, optional
-        The model that was returned before: a candidate for the judge, and what an earlier trajectory was made into.
-    clients : Clients, optional
-        None where there is no grid.
-    deploys : bool
-        Whether clients are asked for candidates, and to judge them, in this round.
-    equally : bool
-        Whether the wrapped strategy ignores weights.
-    offers : bool
-        Whether to ask for a head that nobody asked for: not where clients did not answer before.
-    widths : RoundWidths, optional
-        Of the replies, where clients may have other widths than the model's.
-    """
-
-    aggregate: Params
-    nodes: tuple[int, ...]
-    aligned: AlignedReplies | None = None
-    plain: Params | None = None
-    returned: Params | None = None
-    clients: Clients | None = None
-    deploys: bool = True
-    equally: bool = False
-    offers: bool = True
-    widths: RoundWidths | None = None
 
 
 class Candidates:
@@ -122,6 +53,8 @@ class Candidates:
         What was measured while making them.
     failed : int
         How many could not be made.
+    finite : bool
+        Whether all that were made are finite.
     last : str
         The candidate in which every step was taken that the evidence supports without a judge.
     headless : str
@@ -137,6 +70,7 @@ class Candidates:
         self.params: dict[str, Params] = {AGGREGATE: typed_like(setup.state_dict(), request.aggregate)}
         self.numbers: Numbers = {}
         self.failed = 0
+        self.finite = True
         self._said: set[str] = set()  # failures, which candidates may share
         self.headless = self.unlike = ""
         self.answered: tuple[int, ...] = ()
@@ -153,14 +87,23 @@ class Candidates:
 
     @property
     def judged(self) -> dict[str, Params]:
-        """The candidates to compare, each network once; the aggregate alone where nobody is to judge."""
-        if self.setup.tentative and not self._open():
-            return {AGGREGATE: self.params[AGGREGATE]}
+        """The candidates to compare, each network once; the first is deployed unless another one is better.
+
+        Where the server's labels chose, the clients may refuse: the aggregate has to be better than the choice. The
+        aggregate alone where nobody is to judge.
+        """
         distinct: dict[str, Params] = {}
-        for name, params in self.params.items():
+        chosen = [self.last] if self.request.deploys else []
+        for name in self.params if self.compares_all else [*chosen, AGGREGATE]:
+            params = self.params[name]
             if not any(same(params, known) for known in distinct.values()):
                 distinct[name] = params
         return distinct
+
+    @property
+    def compares_all(self) -> bool:
+        """Whether whoever judges compares all candidates: not where the server's labels chose one of them."""
+        return not self.setup.tentative or self._open()
 
     def _open(self) -> bool:
         """Whether clients judge by default: of what the server makes, its labels are the stronger evidence."""
@@ -177,7 +120,7 @@ class Candidates:
     def _add(self, name: str, make: Callable[[], Recalibrated], *, step: bool = True) -> None:
         try:
             found = make()
-            check_finite(found.state_dict)
+            self._check_finite(found.state_dict)
             check_runs(self.setup.model, self.setup.data.example, found.state_dict, self.params[AGGREGATE])
         except UnsupportedError as unsupported:
             log(INFO, "\t> no candidate %r: %s", name, unsupported)
@@ -195,18 +138,32 @@ class Candidates:
         if step:
             self.last = name
 
+    def _check_finite(self, params: Params) -> None:
+        try:
+            check_finite(params)
+        except ParamsError:
+            self.finite = False
+            raise
+
     def _add_server_side(self, aligned: AlignedReplies) -> None:
         setup, request = self.setup, self.request
-        means = _means(setup, request, aligned)
-        if setup.calibrated and setup.decides:
-            log(INFO, "\t> the evidence supports: %s", means.value)
-        moved, labels = any(share > 0 for share in aligned.shares), means is Means.LABELS
-        unjudged = _means(setup, request, aligned, judge=False)
-        steps = {name for name, _ in _methods(setup, unjudged)}
         grid = request.clients.grid if request.clients is not None else None
         server = ServerSide(
-            setup, self.params[AGGREGATE], aligned, plain=request.plain, grid=grid, widths=request.widths
+            setup,
+            self.params[AGGREGATE],
+            aligned,
+            plain=request.plain,
+            grid=grid,
+            widths=request.widths,
+            equally=request.equally,
         )
+        moved = server.moved()
+        means = _means(setup, request, moved=moved)
+        if setup.calibrated and setup.decides:
+            log(INFO, "\t> the evidence supports: %s", means.value)
+        labels = means is Means.LABELS
+        unjudged = _means(setup, request, moved=moved, judge=False)
+        steps = {name for name, _ in _methods(setup, unjudged)}
         for name, recalibration in _methods(setup, means):
             make = partial(server.recalibrate, recalibration, insists=means is Means.ASKED)
             self._add(
@@ -260,7 +217,7 @@ class Candidates:
 _WHO = {"client-refit": "refit by the clients", "head": "the head from labels"}
 
 
-def _means(setup: Setup, request: Request, aligned: AlignedReplies, *, judge: bool = True) -> Means:
+def _means(setup: Setup, request: Request, *, moved: bool, judge: bool = True) -> Means:
     return choose_means(
         asked=setup.recalibration is not None,
         decides=setup.decides,
@@ -268,7 +225,7 @@ def _means(setup: Setup, request: Request, aligned: AlignedReplies, *, judge: bo
         labels=setup.data.labelled,
         judge=judge and isinstance(setup.judge, ClientJudge) and request.deploys and request.clients is not None,
         moments=setup.moments is not None,
-        moved=any(share > 0 for share in aligned.shares),
+        moved=moved,
     )
 
 

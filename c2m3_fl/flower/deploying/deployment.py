@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from logging import ERROR, INFO
 from time import perf_counter
 
@@ -15,9 +16,11 @@ from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
 from c2m3_fl.core.state_dicts import same
-from c2m3_fl.flower.deploying.candidates import AGGREGATE, Candidates, Clients, Request
+from c2m3_fl.flower.deploying.candidates import AGGREGATE, Candidates
+from c2m3_fl.flower.deploying.request import Clients, Request
 from c2m3_fl.flower.generators import undisturbed
 from c2m3_fl.flower.judging.judge import ClientJudge, judge_candidates, report_verdict
+from c2m3_fl.flower.messages import personal_messages
 from c2m3_fl.flower.metrics import Numbers, failure
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.merging.evaluate.decide import DeploymentDecision, judge_by_labels
@@ -37,7 +40,7 @@ class Deployed:
 
     `unjudged` says why clients were to judge and did not, `headless` why they did not answer for a head that nobody
     asked for, `unlike` what shows that the calibration inputs are unlike the clients' data; "" otherwise. `answered`
-    are the nodes by whose answers a refit was made.
+    are the nodes by whose answers a refit was made. `finite`: whether all candidates were.
     """
 
     params: Params
@@ -46,6 +49,7 @@ class Deployed:
     headless: str = ""
     unlike: str = ""
     answered: tuple[int, ...] = ()
+    finite: bool = True
 
 
 def wants_plain(setup: Setup) -> bool:
@@ -89,7 +93,7 @@ def deploy(setup: Setup, request: Request) -> Deployed:
         "c2m3-repaired": int(changed),
         "c2m3-repair-seconds": perf_counter() - started,
     }
-    return Deployed(params, numbers, unjudged, found.headless, found.unlike, found.answered)
+    return Deployed(params, numbers, unjudged, found.headless, found.unlike, found.answered, found.finite)
 
 
 def _with_others(request: Request) -> Request:
@@ -112,9 +116,10 @@ def _with_others(request: Request) -> Request:
 
 
 def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Numbers, str, bool]:
-    """The judge's choice, its numbers, why there was no judgement, and whether there was one.
+    """The judge's choice, its numbers, why there was no judgement, and whether there was one of all candidates.
 
-    Without a judgement the candidate in which every step was taken.
+    Where there is no metric to judge by, the candidate in which every step was taken; where too few clients judged,
+    the one that the others would have to be better than.
     """
     candidates = found.judged
     if len(candidates) < 2:
@@ -124,13 +129,18 @@ def _choose(setup: Setup, request: Request, found: Candidates) -> tuple[str, Num
     except Exception as error:  # if a judge fails that was asked for, keep the aggregate
         reason = failure("the judge", error)
         if setup.tentative:
-            return found.last, {}, reason, False
+            return found.last, {}, reason if found.compares_all else "", False
         log(ERROR, "\t> %s: the aggregate is deployed", reason)
         return AGGREGATE, {}, "", False
     if verdict is None:
         return found.last, {}, "", False
     numbers = report_verdict(verdict)
-    return (verdict.chosen, numbers, "", True) if verdict.judged else (found.last, numbers, verdict.reason, False)
+    if verdict.judged:
+        return verdict.chosen, numbers, "", found.compares_all
+    if verdict.key:
+        log(INFO, "\t> judge: %r is deployed: %s", verdict.chosen, verdict.reason)
+        return verdict.chosen, numbers, "", False
+    return found.last, numbers, verdict.reason if found.compares_all else "", False
 
 
 def _at_best_temperature(setup: Setup, request: Request, params: Params) -> tuple[Params, Numbers]:
@@ -175,4 +185,5 @@ def _judge(setup: Setup, request: Request, candidates: Mapping[str, Params]) -> 
         config_key=clients.config_key,
         weighted_by=clients.weighted_by,
         equally=request.equally,
+        personal=partial(personal_messages, setup.aligner),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from logging import WARNING
@@ -20,6 +20,7 @@ from c2m3_fl.flower.judging.evidence import FAR, UNLIKE
 from c2m3_fl.flower.queries.repair import own_moments, repair_by_clients
 from c2m3_fl.flower.setup import Setup
 from c2m3_fl.flower.widths.rounds import RoundWidths
+from c2m3_fl.merging.recalibrate.from_clients.pool import far_statistics
 from c2m3_fl.merging.recalibrate.setting import Setting, prepare
 from c2m3_fl.merging.recalibrate.shift import OwnMoments, shift, with_own_moments
 from c2m3_fl.merging.recalibrate.short_names import Recalibration, recalibrate
@@ -44,6 +45,9 @@ class ServerSide:
         Where clients can be asked.
     widths : RoundWidths, optional
         Of the replies, where they may differ.
+    equally : bool
+        Whether the strategy ignores weights: then it may leave out replies that do not fit the others, and so does a
+        recalibration.
 
     Attributes
     ----------
@@ -60,11 +64,22 @@ class ServerSide:
         plain: Params | None = None,
         grid: Grid | None = None,
         widths: RoundWidths | None = None,
+        equally: bool = False,
     ) -> None:
-        self.setup, self.merged, self.aligned, self.plain, self.grid = setup, merged, aligned, plain, grid
+        self.setup, self.merged, self.plain, self.grid = setup, merged, plain, grid
+        self._replies, self.equally = aligned, equally
         self.widths = widths
         self.unlike = ""
         self._settings: dict[torch.device, Setting] = {}
+
+    @cached_property
+    def aligned(self) -> AlignedReplies:
+        """The replies that count: statistics fit the others', and weights where the strategy ignores examples."""
+        return self._replies.only(_sound(self.setup, self._replies, equally=self.equally))
+
+    def moved(self) -> bool:
+        """Whether units of a reply that counts moved."""
+        return any(self._replies.shares) and any(self.aligned.shares)
 
     def recalibrate(self, recalibration: Recalibration, *, insists: bool = False) -> Recalibrated:
         """Recalibrate with the server's data, or with what clients measure where it holds none.
@@ -85,10 +100,8 @@ class ServerSide:
         if setup.statistics is not None:
             if self.grid is None:
                 raise CalibrationError("there is no grid to ask clients for moments: send out a model first")
-            nodes, weights = aligned.nodes, aligned.weights
-            return repair_by_clients(
-                setup.statistics, recalibration, self.grid, nodes, setup.data, self.merged, aligned.params, weights
-            )
+            where = setup.statistics, recalibration, self.grid, aligned.nodes, setup.data
+            return repair_by_clients(*where, self.merged, aligned.params, aligned.weights, equally=self.equally)
 
         def compute(device: torch.device) -> Recalibrated:
             setting = self._setting(device)
@@ -99,16 +112,16 @@ class ServerSide:
         return with_cpu_fallback(compute, setup.device, "recalibration")[0]
 
     @cached_property
-    def _own(self) -> Sequence[OwnMoments]:
-        """Each client's moments of its own reply on its own data; empty where they are not known."""
+    def _own(self) -> Mapping[int, OwnMoments]:
+        """By node, its moments of its own reply on its own data; empty where those of most are not known."""
         setup, aligned = self.setup, self.aligned
         if setup.moments is None or self.grid is None:
-            return []
+            return {}
         try:
             return own_moments(setup.moments, self.grid, aligned.nodes, setup.data, aligned.params)
         except CalibrationError as error:
             log(WARNING, "\t> the clients' own moments are not known, so nothing shows a shift: %s", error)
-            return []
+            return {}
 
     def _setting(self, device: torch.device) -> Setting:
         if device not in self._settings:
@@ -116,11 +129,12 @@ class ServerSide:
         return self._settings[device]
 
     def _prepared(self, device: torch.device) -> Setting:
-        setup, weights = self.setup, self.aligned.weights
+        setup, aligned = self.setup, self.aligned
+        weights = aligned.weights
         setting = prepare(
             setup.model,
             self.merged,
-            self.aligned.params,
+            aligned.params,
             setup.data,
             weights=weights,
             device=device,
@@ -128,12 +142,22 @@ class ServerSide:
             # the replies are in order of their content already, so that nothing is digested again
             order=sorted(range(len(weights)), key=lambda index: -weights[index]),
         )
-        if self.widths is not None and any(self.aligned.narrow):
-            return self.widths.at_own_widths(setting, self.aligned)
+        if self.widths is not None and any(aligned.narrow):
+            return self.widths.at_own_widths(setting, aligned)
         if not self._own:
             return setting
-        here = [{name: _moved(each, device) for name, each in moments.items()} for moments in self._own]
+        known = [self._own.get(node, {}) for node in aligned.nodes]
+        here = [{name: _moved(each, device) for name, each in moments.items()} for moments in known]
         return with_own_moments(setting, setup.spec, [identity(setup.spec)] * len(here), here)
+
+
+def _sound(setup: Setup, aligned: AlignedReplies, *, equally: bool) -> list[bool]:
+    """Which replies count; all of them where no two do."""
+    kept = list(aligned.fits) if equally else [True] * len(aligned.params)
+    if setup.calibrated and not any(aligned.narrow):  # the statistics of others are padded
+        far = far_statistics(setup.data.program, aligned.params)
+        kept = [fits and index not in far for index, fits in enumerate(kept)]
+    return kept if sum(kept) > 1 else [True] * len(kept)
 
 
 def _check_kind(setting: Setting, *, insists: bool) -> str:

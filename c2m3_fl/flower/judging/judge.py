@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO
 
@@ -89,6 +89,7 @@ def judge_candidates(
     config_key: str = "config",
     weighted_by: str = "num-examples",
     equally: bool = False,
+    personal: Callable[[Iterable[Message]], Iterable[Message]] = iter,
 ) -> DeploymentDecision:
     """Send every candidate to a sample of clients and decide by their metrics; see `merging.evaluate.decide.decide`.
 
@@ -112,6 +113,8 @@ def judge_candidates(
         Metric that clients are weighted by.
     equally : bool
         Whether every client counts the same, for strategies that ignore weights.
+    personal : callable
+        From messages to those that are sent: with every client's model in its own basis, where that was asked for.
     """
     names = list(candidates)
     asked = options.sample(nodes, round_number)
@@ -122,7 +125,7 @@ def judge_candidates(
         for node in asked:
             content = RecordDict({arrays_key: arrays, config_key: ConfigRecord(dict(sent))})
             messages.append(Message(content, node, MessageType.EVALUATE, group_id=str(index)))
-    answers, faults = _answers(grid.send_and_receive(messages, timeout=options.timeout), asked, names)
+    answers, faults = _answers(grid.send_and_receive(personal(messages), timeout=options.timeout), asked, names)
     key, sign = _metric(options.key, answers.values())
     if not key:
         wanted = "whose name contains 'loss'" if options.key is None else f"{options.key!r}"

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
 from torch import nn
 
 from c2m3_fl.core.spec import Params
+from c2m3_fl.errors import ConfigError
 from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.queries.answers import Traced, read_data, read_network
 from c2m3_fl.flower.queries.labels import ACTION as LABELS
@@ -27,6 +29,7 @@ from c2m3_fl.network.operators import Operator
 from c2m3_fl.network.program import Program, Walk
 
 ACTION = "c2m3_statistics"
+_CLIPPING = (fixedclipping_mod, adaptiveclipping_mod)
 
 
 def answer_statistics(
@@ -75,11 +78,24 @@ def answer_statistics(
     first_layer : bool
         Whether to answer with second moments of the network's input itself.
 
+    Raises
+    ------
+    ConfigError
+        For an app with Flower's mods of differential privacy. Those of a single function, as in
+        ``@app.train(mods=[...])``, cannot be seen from here.
+
     Examples
     --------
     >>> app = ClientApp()
     >>> answer_statistics(app, model=lambda context: Net(), data=lambda context: load_data(context))
     """
+    mods = [each for each in getattr(app, "_mods", ()) if isinstance(each, LocalDpMod) or each in _CLIPPING]
+    private = [getattr(each, "__name__", type(each).__name__) for each in mods]
+    if private:
+        raise ConfigError(
+            f"the client app has {', '.join(private)}, which bounds what its updates reveal, and answers are exact, "
+            "outside that bound: leave answer_statistics out, or the mods"
+        )
     traced = Traced()
 
     def handler(answer: Callable[..., Message], **options: bool) -> Callable[[Message, Context], Message]:

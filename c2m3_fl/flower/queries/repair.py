@@ -35,6 +35,7 @@ from c2m3_fl.network.moments import Moments
 from c2m3_fl.network.operators import Operator
 from c2m3_fl.ranges import check_positive
 
+_VALUES = 2**20  # that every client counts for, under strategies that ignore weights
 Ask = tuple[int, str, Params]  # whom, about what, and the network to measure
 
 
@@ -86,6 +87,8 @@ def repair_by_clients(
     merged: Params,
     endpoints: Sequence[Params],
     weights: Sequence[float],
+    *,
+    equally: bool = False,
 ) -> Recalibrated:
     """Repair a merged network with the moments that clients measure.
 
@@ -107,6 +110,8 @@ def repair_by_clients(
         The aligned replies.
     weights : sequence of float
         Their averaging weights.
+    equally : bool
+        Whether every client counts the same, whatever number of values it claims.
 
     Raises
     ------
@@ -119,7 +124,7 @@ def repair_by_clients(
     assert isinstance(recalibration, Repair | BatchNormStatistics)
     program = calibration.program
     params = dict(merged)
-    survey = _Survey(grid, statistics.timeout, calibration, params)
+    survey = _Survey(grid, statistics.timeout, calibration, params, equally=equally)
     targets: Mapping[str, Target] = {}
     if isinstance(recalibration, Repair):
         targets = _targets(survey, statistics.endpoints == "all", nodes, endpoints, weights)
@@ -134,8 +139,8 @@ def own_moments(
     nodes: Sequence[int],
     calibration: CalibrationSet,
     endpoints: Sequence[Params],
-) -> list[dict[str, Moments]]:
-    """Channel moments of every aligned reply on its own client's data; they show a shift of the server's data.
+) -> dict[int, dict[str, Moments]]:
+    """By node, channel moments of its aligned reply on its own data; they show a shift of the server's data.
 
     Parameters
     ----------
@@ -153,22 +158,26 @@ def own_moments(
     Raises
     ------
     CalibrationError
-        When a client gives no usable answer: the others' moments do not describe its data.
+        When fewer than half of the clients give a usable answer.
     """
     survey = _Survey(grid, statistics.timeout, calibration, endpoints[0])
     asks = [(node, str(index), endpoint) for index, (node, endpoint) in enumerate(zip(nodes, endpoints, strict=True))]
     answers = survey.ask(asks)
-    silent = [node for node, about, _ in asks if (node, about) not in answers]
-    if silent:
-        raise CalibrationError(f"no usable channel moments from nodes {silent}")
-    return [answers[node, about] for node, about, _ in asks]
+    found = {node: answers[node, about] for node, about, _ in asks if (node, about) in answers}
+    if 2 * len(found) < len(asks):
+        silent = [node for node, *_ in asks if node not in found]
+        raise CalibrationError(f"no usable channel moments from nodes {silent}, more than half of them")
+    return found
 
 
 class _Survey:
     """Asks clients for moments, and refuses answers that are not of the expected form."""
 
-    def __init__(self, grid: Grid, timeout: float, calibration: CalibrationSet, params: Params) -> None:
+    def __init__(
+        self, grid: Grid, timeout: float, calibration: CalibrationSet, params: Params, *, equally: bool = False
+    ) -> None:
         self._grid = grid
+        self._equally = equally
         self._timeout = timeout
         self._operators = calibration.program.operators
         with torch.no_grad():  # one pass over the example inputs, to know how many channels to expect
@@ -223,7 +232,8 @@ class _Survey:
             for part, entry in moments_shapes(self._channels[name]).items()
         }
         arrays = to_params(record, schema, "moments")
-        return {name: read_moments(arrays, name) for name in names}
+        found = {name: read_moments(arrays, name) for name in names}
+        return {name: _alike(each) for name, each in found.items()} if self._equally else found
 
     def _odd(self, found: Mapping[tuple[int, str], Mapping[str, Moments]]) -> dict[tuple[int, str], str]:
         """Answers of another size than the others', and why they do not fit."""
@@ -233,6 +243,11 @@ class _Survey:
             for key, reason in outlying(about).items():
                 reasons.setdefault(key, f"of {operator.module or operator.name} {reason}")
         return reasons
+
+
+def _alike(moments: Moments) -> Moments:
+    """The same mean and spread, of as many values as every client's."""
+    return Moments(_VALUES, moments.mean, moments.variance * _VALUES)
 
 
 def _targets(

@@ -100,7 +100,8 @@ def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> DeploymentD
 
     A candidate's pooled paired gain must stay that large when any one voter is left out. One dishonest voter can
     therefore veto a candidate but not install it: the pooled gain of the others alone must be large enough. With two
-    voters, each must have a gain. With one voter the aggregate is kept.
+    voters, each must have a gain. With one voter the aggregate is kept. What bounds gains and weights is computed
+    without the voter that is left out, too.
 
     Parameters
     ----------
@@ -140,24 +141,27 @@ def _compared(name: str, aggregate: str, votes: Sequence[Vote]) -> DeploymentCan
     pairs = [(gain, weight) for gain, weight in pairs if not math.isnan(gain)]
     if not pairs:
         return DeploymentCandidate(name, loss, None, None, 0)
-    gains, weights = _clipped([gain for gain, _ in pairs]), capped([weight for _, weight in pairs])
-    robust = None
-    if len(pairs) >= _LEAST:
-        robust = min(_means_without_one(gains, weights))
-    return DeploymentCandidate(name, loss, _mean(gains, weights), robust, len(pairs))
+    robust = min(map(_pooled, _without_one(pairs))) if len(pairs) >= _LEAST else None
+    return DeploymentCandidate(name, loss, _pooled(pairs), robust, len(pairs))
 
 
 def _robust_size(votes: Sequence[Vote], name: str) -> float:
     """The largest size of a candidate's mean loss when any one voter is left out, so that none can make it small."""
     told = sorted((vote.losses[name], vote.weight) for vote in votes if math.isfinite(vote.losses.get(name, math.inf)))
-    means = _means_without_one([loss for loss, _ in told], capped([weight for _, weight in told])) if told else []
+    rests = _without_one(told)
+    means = [_mean([loss for loss, _ in rest], capped([weight for _, weight in rest])) for rest in rests]
     return max(map(abs, means), default=0.0)
 
 
-def _means_without_one(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """The weighted means when each value in turn is left out; none of fewer than two."""
-    rests = [[each for each in range(len(values)) if each != left_out] for left_out in range(len(values))]
-    return [_mean([values[each] for each in rest], [weights[each] for each in rest]) for rest in rests if rest]
+def _without_one(pairs: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """The values and weights without each one in turn; nothing of fewer than two."""
+    rests = [[*pairs[:left_out], *pairs[left_out + 1 :]] for left_out in range(len(pairs))]
+    return [rest for rest in rests if rest]
+
+
+def _pooled(pairs: Sequence[tuple[float, float]]) -> float:
+    """Weighted mean gain, of gains and weights that are bounded by these alone."""
+    return _mean(_clipped([gain for gain, _ in pairs]), capped([weight for _, weight in pairs]))
 
 
 def _clipped(gains: Sequence[float]) -> list[float]:

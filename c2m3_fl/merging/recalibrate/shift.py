@@ -83,7 +83,7 @@ def with_own_moments(
     moves : sequence of Permutation
         Each node's map into the basis, in the order in which the nodes were given.
     moments : sequence of mappings of str to Moments
-        The `channel_moments` of each node, in the same order.
+        The `channel_moments` of each node, in the same order; empty for a node of which they are not known.
 
     Raises
     ------
@@ -99,6 +99,8 @@ def with_own_moments(
         for operator in setting.programs[0].operators:
             if operator.kind not in (Kind.LINEAR, Kind.CONVOLUTION):
                 continue  # their channels are not the rows of a weight
+            if not moments[index]:
+                break
             if operator.name not in moments[index]:
                 raise CalibrationError(f"moments of node {index} lack operator {operator.name!r}")
             given = moments[index][operator.name]
@@ -127,14 +129,18 @@ def shift(setting: Setting) -> float | None:
     """
     aligned = all(view is as_it_is for view in setting.views)  # linear maps would need covariances
     own = setting.own or (_buffered(setting) if aligned else ())
-    if not own or not own[0]:
+    known = [index for index, kept in enumerate(own) if kept]
+    if not known:
         return None
-    weights = setting.weights.to(setting.device)[:, None]
+    own = tuple(own[index] for index in known)
+    weights = setting.weights.to(setting.device)[known, None]
+    if len(known) < len(setting.weights):
+        weights = weights / weights.sum().clamp_min(_SINGLE)
     final = {operator.name for operator in setting.programs[0].operators if operator.final}
     hidden = [name for name in own[0] if name not in final] or list(own[0])
     distances = []
     for name in hidden:
-        pairs = [_compared(found[name], kept[name]) for found, kept in zip(setting.moments, own, strict=True)]
+        pairs = [_compared(setting.moments[index][name], kept[name]) for index, kept in zip(known, own, strict=True)]
         # clamped, since opposite offsets, as under label skew, must not cancel a stretch that all nodes share
         shared = sum(max(0.0, _shared(torch.stack(part), weights)) for part in zip(*pairs, strict=True))
         distances.append(math.sqrt(shared))

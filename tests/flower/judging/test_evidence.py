@@ -7,8 +7,9 @@ from functools import cache
 import pytest
 import torch
 
+from c2m3_fl.errors import CalibrationError
 from c2m3_fl.flower.strategy import C2M3
-from tests.flower.federation import EXAMPLE, aggregate, digits, normed, reply, same, train
+from tests.flower.federation import EXAMPLE, aggregate, clients, digits, mlp, normed, reply, same, train
 
 HELD = slice(1200, None)
 REFUSED, TOLD = "are not of the clients' kind", "are unlike the clients' data"
@@ -77,3 +78,38 @@ def test_other_data_of_the_same_range_are_told_once_and_used(change, caplog):
     metrics, plain = deployed(change(digits()[0][HELD]), epochs=5, rounds=2)
     assert (metrics["c2m3-repaired"], plain) == (1, False)
     assert sum(TOLD in text for text in caplog.messages) == 1
+
+
+FEW = {
+    "two inputs": lambda data: data[:2],
+    "five inputs": lambda data: data[:5],
+    "all but one the same": lambda data: torch.cat([data[:1].expand(49, 64), data[1:2]]),
+    "one a million times as large": lambda data: torch.cat([data, 1e6 * data[:1]]),
+}
+
+
+@pytest.mark.parametrize("choose", FEW.values(), ids=FEW.keys())
+def test_nothing_is_recalibrated_with_inputs_that_hardly_vary(choose, caplog):
+    """No shift shows it: the network has no BatchNorm."""
+    inputs = choose(digits()[0][HELD])
+    found = C2M3(model=mlp(), calibration=[inputs[:20], inputs[20:]] if len(inputs) > 20 else [inputs], judge=None)
+    messages = [reply(node, params) for node, params in enumerate(clients(4))]
+    arrays, _ = aggregate(messages, found, mlp().state_dict())
+    plain, _ = aggregate(messages, C2M3(model=mlp(), example_inputs=EXAMPLE, judge=None), mlp().state_dict())
+    assert same(arrays, plain)
+    assert f"the spread of the {len(inputs)} calibration inputs is that of" in caplog.text
+    with pytest.raises(CalibrationError, match="all but few are the same: pass more, and more varied, inputs"):
+        C2M3(model=mlp(), calibration=[inputs], recalibrate="repair")
+
+
+def test_inputs_of_several_tensors_vary_where_one_of_them_does():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(64, 10)
+
+        def forward(self, inputs, bias):
+            return self.layer(inputs) + bias
+
+    batch = digits()[0][HELD][:40], torch.ones(40, 10)
+    assert C2M3(model=Two(), calibration=[batch], example_inputs=(batch[0][:2], batch[1][:2])).setup.data.batches

@@ -6,9 +6,10 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod, message_size_mod
 from torch import nn
 
-from c2m3_fl.errors import CalibrationError
+from c2m3_fl.errors import CalibrationError, ConfigError
 from c2m3_fl.flower.incoming.records import from_params, to_params
 from c2m3_fl.flower.queries import answers as answering_module
 from c2m3_fl.flower.queries.moments import ACTION, answer_statistics
@@ -33,6 +34,14 @@ def test_clients_return_moments_and_nothing_else():
     arrays = to_params(answer.content["moments"])
     assert {name.rsplit("/", 1)[1] for name in arrays} == {"count", "mean", "deviation"}
     assert {tuple(value.shape) for value in arrays.values()} == {(), (32,), (10,)}
+
+
+@pytest.mark.parametrize("mod", [LocalDpMod(1.0, 1.0, 1.0, 1e-5), fixedclipping_mod, adaptiveclipping_mod])
+def test_a_client_with_differential_privacy_gives_no_exact_answers(mod):
+    name = getattr(mod, "__name__", "LocalDpMod")
+    with pytest.raises(ConfigError, match=f"the client app has {name}, which bounds what its updates reveal"):
+        answering(app=ClientApp(mods=[message_size_mod, mod]))
+    answering(app=ClientApp(mods=[message_size_mod]))
 
 
 class Switching(nn.Module):

@@ -33,6 +33,18 @@ def test_the_candidate_of_largest_robust_gain_replaces_the_aggregate():
     assert gains["refit"] == pytest.approx((2.9 / 3, 0.55))
 
 
+def test_a_voter_moves_no_bound_of_the_others_gains_or_weights():
+    """Else a tiny gain, or a tiny weight, makes a large loss of another voter count less."""
+    gains = [0.1, 0.1, 1.0, 1.0, -4.0]
+    for more, weights in (([], None), ([1e-6], None), ([0.1], [1.0] * 5 + [1e-6])):
+        verdict = decide(NAMES[:2], votes(*((2.0, 2.0 - gain) for gain in [*gains, *more]), weights=weights), "loss")
+        assert verdict.chosen == "aggregate", more
+    losses, weights = [(2.0, 1.9), (2.0, 1.9), (2.0, 2.1)], [1.0, 1.0, 15.0]
+    for more in ([], [1e-6]):
+        cast = votes(*losses, *((2.0, 1.9) for _ in more), weights=[*weights, *more])
+        assert decide(NAMES[:2], cast, "loss").chosen == "aggregate"
+
+
 def test_without_a_gain_the_aggregate_stays():
     verdict = decide(NAMES, votes((1.0, 1.1, 1.0), (1.0, 0.9, 1.0), (1.0, 1.0, 1.0)), "loss")
     assert (verdict.chosen, verdict.judged) == ("aggregate", True)

@@ -25,6 +25,7 @@ from c2m3_fl.network.program import Program
 _FAR, _FLOOR = 5.0, 3.0
 _FEW = 3  # clients, of which the median is a majority's
 _TINY = 1e-30  # power that counts as none
+_EPSILON = 1e-5  # BatchNorm adds it to variances by default: below it they all do the same
 Affine = tuple[Tensor, Tensor]
 Client = TypeVar("Client")
 
@@ -34,7 +35,8 @@ def outlying(
 ) -> dict[Client, str]:
     """Which clients' answers about one operator are too large or too small to fit the others', and why.
 
-    Mean squares per row are compared: of inputs, and of targets or outputs. Of two clients the smaller counts.
+    Mean squares per row are compared: of inputs, and of targets or outputs. Where half of the clients differ from the
+    other half, as one of two may, nobody knows which half is wrong, and all are odd.
 
     Parameters
     ----------
@@ -50,15 +52,16 @@ def outlying(
     }
     found: dict[Client, str] = {}
     for name in next(iter(sizes.values()), {}):
-        limit, middle = LIMITS[name], max(_TINY, _median([each[name] for each in sizes.values()]))
-        least = 1 / limit if middle > _TINY else 0.0  # where most have no power, that is not odd
+        limit, middles = LIMITS[name], _medians([each[name] for each in sizes.values()])
         for client, each in sizes.items():
-            ratio = each[name] / middle
-            if not least <= ratio <= limit:
-                found[client] = (
-                    f"the mean square of its {name} is {ratio:.3g} times the median, "
-                    f"expected from 1/{limit:g} to {limit:g}"
-                )
+            for middle in middles:
+                ratio = each[name] / max(_TINY, middle)
+                least = 1 / limit if middle > _TINY else 0.0  # where most have no power, that is not odd
+                if not least <= ratio <= limit:
+                    found[client] = (
+                        f"the mean square of its {name} is {ratio:.3g} times the median, "
+                        f"expected from 1/{limit:g} to {limit:g}"
+                    )
     return found
 
 
@@ -82,6 +85,33 @@ def far_networks(program: Program, endpoints: Sequence[Params]) -> list[int]:
             for index in far_from_others([each[name] for each in endpoints], limit=_FAR, floor=_FLOOR)
         }
     )
+
+
+def far_statistics(program: Program, endpoints: Sequence[Params]) -> list[int]:
+    """Indices of the aligned networks whose running statistics are far from the others', from three networks on.
+
+    Means are compared in spreads, and spreads by their logarithms.
+
+    Parameters
+    ----------
+    program : Program
+        The traced network.
+    endpoints : sequence of mappings of str to Tensor
+        The aligned networks.
+    """
+    if len(endpoints) < _FEW:
+        return []
+    found: set[int] = set()
+    for norm in {each.mean: each for each in program.operators if each.mean}.values():
+        means = torch.stack([each[norm.mean].double() for each in endpoints])
+        spreads = torch.stack([each[norm.variance].double() for each in endpoints])
+        spreads = (spreads.clamp_min(0) + _EPSILON).sqrt()
+        middle = spreads.median(0).values
+        values = torch.stack([(means - means.median(0).values) / middle, (spreads / middle).log()], 1)
+        distance = values.square().mean(2).sqrt().amax(1)
+        far = distance > (_FAR * distance.median()).clamp_min(_FLOOR)
+        found |= set(far.nonzero()[:, 0].tolist())
+    return sorted(found)
 
 
 def shares_of(weights: Sequence[float], *, equally: bool) -> list[float]:
@@ -199,6 +229,7 @@ def _summed(powers: Tensor, owned: Tensor | None) -> float:
     return float(powers.flatten()[owned].sum()) * owned.numel() / max(1, int(owned.sum()))
 
 
-def _median(values: Sequence[float]) -> float:
-    """The lower median: of two clients the smaller counts, because values that are too large do the harm."""
-    return sorted(values)[(len(values) - 1) // 2]
+def _medians(values: Sequence[float]) -> tuple[float, float]:
+    """The lower and the upper median: the same one of an odd number."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]

@@ -62,9 +62,9 @@ def _has_bias(operator: Operator) -> bool:
 def reads_input(program: Program, operator: Operator) -> bool:
     """Whether an operator reads the network's inputs with no layer of weights or recurrent layer in between.
 
-    BatchNorm does not count: in evaluation mode it gives the inputs, every channel shifted and scaled.
+    Norms do not count: what they give are the inputs, shifted and scaled.
     """
-    passed = {each.node for each in program.operators if each.kind is not Kind.BATCH_NORM}
+    passed = {each.node for each in program.operators if each.kind not in (Kind.BATCH_NORM, Kind.NORM)}
     passed |= {node for node in program.graph.nodes if node.target in RECURRENT}
     reached, open_nodes = set(), [operator.input]
     while open_nodes:

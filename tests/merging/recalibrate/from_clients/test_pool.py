@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.merging.recalibrate.from_clients.folded_norm import effective
 from c2m3_fl.merging.recalibrate.from_clients.packing import pack, unpack
 from c2m3_fl.merging.recalibrate.from_clients.plan import Role
-from c2m3_fl.merging.recalibrate.from_clients.pool import far_networks, outlying, pool_fits, pool_moments, shares_of
+from c2m3_fl.merging.recalibrate.from_clients.pool import (
+    far_networks,
+    far_statistics,
+    outlying,
+    pool_fits,
+    pool_moments,
+    shares_of,
+)
 from c2m3_fl.merging.recalibrate.from_clients.sums import Drawing, FitAnswer, measure
 from c2m3_fl.merging.recalibrate.ridge import Sums
 from c2m3_fl.network.calibration import load_batches
@@ -95,7 +103,46 @@ def test_answers_that_are_too_large_are_named_and_the_others_are_not():
     found = outlying({7: answer(0, 40), 8: answer(1, 40, 1.5), 9: answer(2, 40, 100.0)})
     assert list(found) == [9]
     assert "times the median" in found[9]
-    assert list(outlying({1: answer(0, 40), 2: answer(1, 40, 1e15)})) == [2], "of two the larger"
+
+
+@pytest.mark.parametrize("scale", [1e15, 1e-3, 1e-37])
+def test_where_half_differ_from_the_other_half_nobody_knows_which_is_wrong(scale):
+    assert sorted(outlying({1: answer(0, 40), 2: answer(1, 40, scale)})) == [1, 2]
+    halves = {client: answer(client, 40, scale if client > 2 else 1.0) for client in (1, 2, 3, 4)}
+    assert sorted(outlying(halves)) == [1, 2, 3, 4]
+    assert list(outlying({**halves, 3: answer(3, 40)})) == [4]
+
+
+def statistics(count, change):
+    """The state dicts of a network with BatchNorm that were trained on different data, the last one's changed."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    found = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        model.load_state_dict({**model.state_dict(), "1.running_mean": torch.zeros(8), "1.running_var": torch.ones(8)})
+        for _ in range(40):
+            model.train()(torch.randn(30, 6, generator=generator) * (1 + seed / 2) + seed / 4)
+        found.append({name: value.clone() for name, value in model.state_dict().items()})
+    change(found[-1])
+    return load_batches([torch.zeros(2, 6)]), model, found
+
+
+@pytest.mark.parametrize(
+    ("change", "far"),
+    [
+        (lambda params: None, []),
+        (lambda params: params["1.running_mean"].add_(100), [3]),
+        (lambda params: params["1.running_mean"].sub_(100), [3]),
+        (lambda params: params["1.running_var"].mul_(1e-12), [3]),
+        (lambda params: params["1.running_var"].mul_(1e12), [3]),
+        (lambda params: params["1.running_var"][:1].zero_(), []),  # a dead channel
+    ],
+)
+def test_running_statistics_are_far_where_all_channels_are_spreads_away_from_the_others(change, far):
+    batches, model, params = statistics(4, change)
+    (program,) = export_batches(model.eval(), batches)
+    assert far_statistics(program, params) == far
+    assert far_statistics(program, params[2:]) == [], "of two, none is known to be right"
 
 
 def test_a_scaled_network_is_far_and_networks_that_were_trained_apart_are_not():

@@ -103,6 +103,14 @@ def test_batch_norm_of_the_input_is_the_input():
     assert not reads_input(deep, last_layer(deep))
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(4)])
+def test_any_other_norm_of_the_input_is_the_input_too(norm):
+    normed = program(nn.Sequential(nn.Flatten(), norm, nn.Linear(4, 3)))
+    assert reads_input(normed, last_layer(normed))
+    deep = program(nn.Sequential(nn.Flatten(), norm, nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3)))
+    assert not reads_input(deep, last_layer(deep))
+
+
 class Recurrent(nn.Module):
     """Reads a sequence, or tokens where `embedded`; a layer of scores on the last step."""
 
