@@ -45,7 +45,8 @@ class Head(FitHead):
     """Fit the last layer to the clients' labels, in closed form; pass it, or "labels", as `head`.
 
     The result is the ridge classifier on the features that the deployed model gives all clients' examples, however
-    the labels are spread over the clients, with a temperature folded in. Every client needs `answer_statistics`.
+    the labels are spread over the clients, with a temperature folded in. A client counts at most ten times the median
+    client's number of examples, so that no claim outweighs all others. Every client needs `answer_statistics`.
 
     Attributes
     ----------
