@@ -146,8 +146,10 @@ class ServerSide:
             return self.widths.at_own_widths(setting, aligned)
         if not self._own:
             return setting
-        known = [self._own.get(node, {}) for node in aligned.nodes]
-        here = [{name: _moved(each, device) for name, each in moments.items()} for moments in known]
+        own = {
+            node: {name: _moved(each, device) for name, each in moments.items()} for node, moments in self._own.items()
+        }
+        here = [own.get(node) for node in aligned.nodes]
         return with_own_moments(setting, setup.spec, [identity(setup.spec)] * len(here), here)
 
 

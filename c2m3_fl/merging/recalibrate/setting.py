@@ -47,7 +47,8 @@ class Setting:
         View of each endpoint's outputs in the basis of the average: `as_it_is`, unless a linear map of the endpoint
         was averaged, because the mapped network does not compute the endpoint's function.
     own : tuple of mappings of str to Moments
-        Each endpoint's channel moments on its own training data, aligned; empty if they are not known.
+        Each endpoint's channel moments on its own training data, aligned; empty if they are not known, and for an
+        endpoint of which they are not.
     plain : mapping of str to Tensor, optional
         The average without any alignment: one more candidate for a guard.
     left_out : tuple of Tensor of bool

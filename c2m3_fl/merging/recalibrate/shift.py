@@ -70,7 +70,7 @@ def channel_moments(
 
 
 def with_own_moments(
-    setting: Setting, spec: PermutationSpec, moves: Sequence[Permutation], moments: Sequence[OwnMoments]
+    setting: Setting, spec: PermutationSpec, moves: Sequence[Permutation], moments: Sequence[OwnMoments | None]
 ) -> Setting:
     """Return the setting with each node's own moments, mapped into the basis like the nodes.
 
@@ -82,8 +82,8 @@ def with_own_moments(
         The network's symmetries.
     moves : sequence of Permutation
         Each node's map into the basis, in the order in which the nodes were given.
-    moments : sequence of mappings of str to Moments
-        The `channel_moments` of each node, in the same order; empty for a node of which they are not known.
+    moments : sequence of mappings of str to Moments, or None
+        The `channel_moments` of each node, in the same order; None for a node of which they are not known.
 
     Raises
     ------
@@ -93,17 +93,17 @@ def with_own_moments(
     refuse_rotations(spec, "own moments, which are of single channels")
     if len(moments) != len(setting.endpoints):
         raise CalibrationError(f"moments: got {len(moments)}, expected one for each of {len(setting.endpoints)} nodes")
-    own = []
-    for index in setting.order:
-        found: dict[str, Moments] = {}
-        for operator in setting.programs[0].operators:
-            if operator.kind not in (Kind.LINEAR, Kind.CONVOLUTION):
-                continue  # their channels are not the rows of a weight
-            if not moments[index]:
-                break
-            if operator.name not in moments[index]:
+    linear = [each for each in setting.programs[0].operators if each.kind in (Kind.LINEAR, Kind.CONVOLUTION)]
+    own: list[OwnMoments] = []
+    for index in setting.order:  # of linear operators alone: others' channels are not the rows of a weight
+        told, found = moments[index], dict[str, Moments]()
+        if told is None:
+            own.append(found)
+            continue
+        for operator in linear:
+            if operator.name not in told:
                 raise CalibrationError(f"moments of node {index} lack operator {operator.name!r}")
-            given = moments[index][operator.name]
+            given = told[operator.name]
             tensor = spec.tensors[operator.weight]
             rows = TensorSpec(tensor.shape[:1], tensor.axes[:1])
             parts = (part.to(setting.device) for part in (given.mean, given.deviation))
