@@ -133,9 +133,9 @@ def shift(setting: Setting) -> float | None:
     if not known:
         return None
     own = tuple(own[index] for index in known)
-    weights = setting.weights.to(setting.device)[known, None]
-    if len(known) < len(setting.weights):
-        weights = weights / weights.sum().clamp_min(_SINGLE)
+    share = setting.weights.tolist()
+    total = math.fsum(share[index] for index in known) or 1.0
+    weights = torch.tensor([[share[index] / total] for index in known], dtype=torch.float64, device=setting.device)
     final = {operator.name for operator in setting.programs[0].operators if operator.final}
     hidden = [name for name in own[0] if name not in final] or list(own[0])
     distances = []
