@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from logging import WARNING
 
 import torch
 from flwr.supercore import log
+from torch import Tensor
 
 from c2m3_fl.errors import CalibrationError, TraceError
 from c2m3_fl.merging.recalibrate.auto import LIMIT
@@ -142,10 +144,9 @@ def _unusable(batches: Sequence[Batch]) -> str | None:
     count = sum(len(batch.inputs[0]) for batch in batches)
     if count < 2:
         return f"the calibration data are {count} input, which shows no spread of any channel"
-    first = [value[:1] for value in batches[0].inputs]
-    if all(_constant(batch, first) for batch in batches):
-        return f"all {count} calibration inputs are the same, which shows no spread of any channel"
     spread = _spread_over(batches)
+    if not spread:
+        return f"all {count} calibration inputs are the same, which shows no spread of any channel"
     if spread < FEW:
         return (
             f"the spread of the {count} calibration inputs is that of {spread:.1f}, expected at least {FEW:g}: "
@@ -154,27 +155,30 @@ def _unusable(batches: Sequence[Batch]) -> str | None:
     return None
 
 
-def _constant(batch: Batch, first: Sequence[torch.Tensor]) -> bool:
-    return all(
-        value[:1].shape == like.shape and bool((value == like).all())
-        for value, like in zip(batch.inputs, first, strict=True)
-    )
-
-
 def _spread_over(batches: Sequence[Batch]) -> float:
     """Over how many inputs their variance is spread: Kish's effective number of the squared distances from the mean.
 
-    The largest of all tensors of inputs, where inputs of one tensor have one shape; without bound otherwise.
+    Zero where all are the same. The largest of all tensors of inputs; without bound where those of one tensor differ in
+    shape.
     """
     found = []
-    for place in range(len(batches[0].inputs)):
+    for place, example in enumerate(batches[0].inputs):
         values = [batch.inputs[place] for batch in batches]
-        if len({value.shape[1:] for value in values}) > 1 or not all(value[0].numel() for value in values):
+        if any(value.shape[1:] != example.shape[1:] for value in values):
             return math.inf
-        largest = max(float(value.abs().max()) for value in values) or 1.0  # squares must not overflow
-        rows = [value.flatten(1).double() / largest for value in values]
-        count = sum(len(each) for each in rows)
-        mean = sum(each.sum(0) for each in rows) / count
-        squares = torch.cat([(each - mean).square().sum(1) for each in rows])
-        found.append(float(squares.sum().square() / squares.square().sum().clamp_min(torch.finfo(squares.dtype).tiny)))
+        # from the first one, so that inputs which are the same have no distance at all; squares must not overflow
+        first = example[:1].double()
+        largest = max(float((value.double() - first).abs().max()) if value.numel() else 0.0 for value in values)
+        if not largest:
+            found.append(0.0)
+            continue
+        scaled = partial(_apart, first, largest)
+        mean = sum(scaled(value).sum(0) for value in values) / sum(map(len, values))
+        squares = torch.cat([(scaled(value) - mean).square().sum(1) for value in values])
+        found.append(float(squares.sum().square() / squares.square().sum()))
     return max(found)
+
+
+def _apart(origin: Tensor, scale: float, values: Tensor) -> Tensor:
+    """Rows of distances from an origin; one batch at a time, because they take double precision."""
+    return ((values.double() - origin) / scale).flatten(1)

@@ -92,26 +92,25 @@ def test_running_statistics_of_one_client_neither_refuse_the_calibration_data_no
     assert accuracy(normed, found) > accuracy(normed, honest) - 0.05
 
 
-def guarded(transit=None):
+def asked(inner, nodes, transit, **options):
+    """The result of one round with starts of their own in which clients answer for moments."""
     app = answering(app=digits_app(independent=True, evaluates=""))
-    strategy = C2M3(
-        FedAvg(fraction_evaluate=0.0),
-        model=mlp(),
-        calibration=DATA,
-        moments=ClientStatistics(),
-        feedback="never",
-        head=None,
-        judge=None,
-        diagnostics=True,
-    )
-    run = strategy.start(SerialGrid(app, 4, transit=transit), from_params(mlp().state_dict()), num_rounds=1)
+    strategy = C2M3(inner, model=mlp(), feedback="never", **options)
+    return strategy.start(SerialGrid(app, nodes, transit=transit), from_params(mlp().state_dict()), num_rounds=1)
+
+
+def guarded(transit=None):
+    options = {"calibration": DATA, "moments": ClientStatistics(), "head": None, "judge": None, "diagnostics": True}
+    run = asked(FedAvg(fraction_evaluate=0.0), 4, transit, **options)
     return run.arrays, run.train_metrics_clientapp[1]
 
 
 @pytest.mark.parametrize("fault", ["NaN", None], ids=["NaN", "silent"])
-def test_where_one_client_gives_no_moments_those_of_the_others_show_a_shift(fault):
+def test_where_one_client_gives_no_moments_those_of_the_others_show_a_shift(fault, caplog):
     honest, told = guarded()
+    assert f"no moments from node {LIAR}" not in caplog.text
     found, metrics = guarded(Faulty(None if fault is None else FAULTS[fault]))
+    assert (f"no moments from node {LIAR}" in caplog.text) == (fault is not None)
     for each in (told, metrics):
         assert each["c2m3-guard-shift"] < 0.5
         assert each["c2m3-deployed/auto"] == 1
@@ -121,17 +120,8 @@ def test_where_one_client_gives_no_moments_those_of_the_others_show_a_shift(faul
 @pytest.mark.parametrize("endpoints", ["own", "all"])
 def test_under_a_median_no_claimed_number_of_values_counts(endpoints):
     def repaired(transit=None):
-        app = answering(app=digits_app(independent=True, evaluates=""))
-        strategy = C2M3(
-            FedMedian(fraction_evaluate=0.0),
-            model=mlp(),
-            example_inputs=EXAMPLE,
-            calibration=ClientStatistics(endpoints),
-            recalibrate="repair",
-            feedback="never",
-        )
-        grid = SerialGrid(app, 3, transit=transit)
-        return to_params(strategy.start(grid, from_params(mlp().state_dict()), num_rounds=1).arrays)
+        options = {"example_inputs": EXAMPLE, "calibration": ClientStatistics(endpoints), "recalibrate": "repair"}
+        return to_params(asked(FedMedian(fraction_evaluate=0.0), 3, transit, **options).arrays)
 
     def spoil(message):
         counts = {name: value for name, value in to_params(message.content["moments"]).items() if "count" in name}
@@ -162,7 +152,3 @@ def test_under_qfedavg_which_weighs_by_losses_claimed_examples_change_no_refit()
         return aggregate(replies, strategy, mlp().state_dict())[0]
 
     assert same(refit([10, 10, 10]), refit([10, 10, 2**40]))
-
-
-def test_the_liar_of_these_tests_is_a_client_of_these_federations():
-    assert LIAR in SerialGrid(answering(), 3).get_node_ids()

@@ -10,8 +10,20 @@ from flwr.serverapp.strategy import FedAvg
 from c2m3_fl.flower.incoming.records import from_params
 from c2m3_fl.flower.serial_grid import SerialGrid
 from c2m3_fl.flower.strategy import C2M3
+from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
 from tests.flower.deploying.test_candidates import Around, app, deployed
-from tests.flower.federation import EXAMPLE, accuracy, answering, digits, digits_app, mlp, same
+from tests.flower.federation import (
+    EXAMPLE,
+    accuracy,
+    answering,
+    calibration,
+    digits,
+    digits_app,
+    good,
+    mlp,
+    same,
+    send,
+)
 
 START = from_params(mlp().state_dict())
 
@@ -26,13 +38,12 @@ def test_one_client_that_judges_alone_installs_nothing(silent, judge):
     def evaluate(message, context):
         if context.node_id in silent:
             raise RuntimeError("no evaluation today")
-        trained = strategy.server.models.trajectory is not None
         found = message.content["arrays"]["4.weight"].numpy()
-        aggregates.setdefault("first", found)
-        loss = 1.0 if (found == aggregates["first"]).all() and not trained else 9.0
+        aggregate = first.setdefault("aggregate", found)  # it is sent before the others
+        loss = 1.0 if (found == aggregate).all() else 9.0
         return Message(RecordDict({"metrics": MetricRecord({"num-examples": 10, "loss": loss})}), reply_to=message)
 
-    aggregates = {}
+    first = {}
     strategy = C2M3(FedAvg(fraction_evaluate=0.0), model=mlp(), example_inputs=EXAMPLE, judge=judge)
     result = strategy.start(SerialGrid(own, 2), START, num_rounds=1)
     assert deployed(result, 1)[0] == "aggregate"
@@ -99,9 +110,6 @@ def test_a_run_that_nobody_announces_after_one_that_was_is_another_one():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_recalibrated_model_that_is_not_finite_ends_the_feedback(value, caplog):
-    from c2m3_fl.merging.reports import Recalibrated, RecalibrationReport
-    from tests.flower.federation import calibration, good, send
-
     def spoiled(setting):
         params = {name: tensor + value for name, tensor in setting.merged.items()}
         return Recalibrated(params, RecalibrationReport("spoiled"))

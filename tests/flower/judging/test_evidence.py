@@ -103,13 +103,20 @@ def test_nothing_is_recalibrated_with_inputs_that_hardly_vary(choose, caplog):
 
 
 def test_inputs_of_several_tensors_vary_where_one_of_them_does():
-    class Two(torch.nn.Module):
+    class Masked(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = torch.nn.Linear(64, 10)
 
-        def forward(self, inputs, bias):
-            return self.layer(inputs) + bias
+        def forward(self, inputs, mask, bias):
+            return self.layer(inputs * mask) + bias
 
-    batch = digits()[0][HELD][:40], torch.ones(40, 10)
-    assert C2M3(model=Two(), calibration=[batch], example_inputs=(batch[0][:2], batch[1][:2])).setup.data.batches
+    def batches(inputs):
+        count = len(inputs)
+        batch = inputs, torch.ones(count, 64, dtype=torch.bool), torch.full((count, 10), 0.1)
+        example = tuple(each[:2] for each in batch)
+        return C2M3(model=Masked(), calibration=[batch], example_inputs=example, judge=None).setup.data.batches
+
+    varied = digits()[0][HELD][:40]
+    assert batches(varied)
+    assert not batches(torch.cat([varied[:1].expand(49, 64), varied[1:2]])), "rounding of a mean is no variance"
