@@ -27,14 +27,20 @@ def markdown(record: Record) -> str:
         return f"{_caption(record)}\n\n{method_tables.markdown(record)}\n"
     everywhere, somewhere = _split(record)
     baseline, around = _named(record, "baseline"), _around(record)
+    others = [name for name in everywhere if name != baseline]
     parts = [
         _caption(record),
         "Accuracy after the last round:",
         _table(record, everywhere, _accuracy),
         f"{_title(record, 'judged')} against {_title(record, 'baseline')}, paired over seeds:",
         _rule(record),
-        f"Gain over {_title(record, 'baseline')}, {_PAIRED}",
-        _table(record, [name for name in everywhere if name != baseline], _gains(record, lambda _method: baseline)),
+    ]
+    if others:
+        parts += [
+            f"Gain over {_title(record, 'baseline')}, {_PAIRED}",
+            _table(record, others, _gains(record, lambda _method: baseline)),
+        ]
+    parts += [
         "Loss after the last round:",
         _table(record, everywhere, _loss),
         "The last round's clients:",

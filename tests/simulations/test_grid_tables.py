@@ -69,6 +69,13 @@ def test_methods_of_some_cells_have_a_table_of_their_own():
     assert gain == "| own | +0.150 ± 0.000 (+0.150) |"  # .55 against FedAvg's .4, from both seeds
 
 
+def test_an_experiment_of_the_baseline_alone_has_no_gains():
+    alone = tuple(each for each in RECORD.measurements if each.method == "fedavg")
+    text = markdown(replace(RECORD, measurements=alone))
+    assert "Gain over" not in text
+    assert _rows("own", text)[0] == "| own | 0.400 ± 0.000 |"
+
+
 def test_gains_of_methods_of_some_cells_are_paired_with_the_seeds_that_both_have():
     single = tuple(each for each in RECORD.measurements if (each.method, each.seed) != ("fedadam", 1))
     _, text = markdown(replace(RECORD, measurements=single)).split(
