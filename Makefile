@@ -4,7 +4,7 @@
 #   make test    lint, types, floors and the fast tests
 #   make slow    the marked tests: slow ones, real Flower processes, data sets where they are found
 #   make flwr-newest   the adapters' tests with the newest release of Flower that they are known to pass with
-#   make bench   all benchmarks: tables on the terminal, records and pages written again; hours, most of them training for the last two
+#   make bench   most benchmarks: tables on the terminal, records and pages written again; hours, most of them training for the last two
 #   make bench-solver OLDER=FOLDER   its first half: the solver and the round beside an older checkout, and one page of them all
 #   make results   the README's table and pictures, measured again: the demo and the digits; about eleven minutes on two cores
 #   make mnist   the MNIST comparison of simulations/README.md, three seeds (needs C2M3_DATA or a download)

@@ -59,7 +59,8 @@ def match(
         Where the search starts; permutations are one per node, into a known universe. "profiles" compares every
         node's units with those of one of the nodes, whatever they are connected to; "auto" is "profiles" where the
         nodes agree more there than as they stand, and "identity" otherwise. Where groups rotate, "auto" moves nothing
-        if the gap is at most the tolerance as the nodes stand, and starts from the barycentre otherwise.
+        if permutations gain at most the tolerance as the nodes stand and every rotation less than one unit agrees on
+        average, and starts from the barycentre otherwise.
     max_steps : int
         Upper limit of Frank-Wolfe steps; one is a pass over all nodes. Every reheating may take two more.
     tolerance : float

@@ -50,9 +50,9 @@ class C2M3(Dialect):
         The network's outputs that are read, by key, field or place: ``"logits"``; by default all of them.
     calibration : iterable of batches or ClientStatistics, optional
         Inputs that the server holds, with labels or without, read once; or `ClientStatistics()`, to let the clients
-        measure channel moments on theirs. Inputs of another range or spread than the clients' are refused where
-        BatchNorm's buffers or `moments` show it, and a warning names inputs that are less far away; without either
-        nothing does, so scale them as in training.
+        measure channel moments on theirs. Inputs of another range or spread than the clients' are left out where
+        BatchNorm's buffers or `moments` show it (used, with a warning, where a recalibration is named), and a warning
+        names inputs that are less far away; without either nothing does, so scale them as in training.
     recalibrate : str, Recalibration, ClientRefit or RegMean, optional
         What the deployed model is made of. None (default): what the evidence supports, see `evidence.choose_means`:
         labels in the calibration data, else the clients' judgement, else their moments, else REPAIR after rounds in
@@ -116,11 +116,12 @@ class C2M3(Dialect):
         When to end a round's match by the clock, at the best found so far (default None: never). A round that this
         ends cannot be reproduced, and the log says so.
     memory_limit : int, optional
-        Bytes that a match may take beside the replies (default None: about six models a reply). Beyond it replies are
-        matched in batches, at a few per cent less agreement.
+        Bytes that a match may take beside the replies (default None: no limit; about one and a half models a reply).
+        Beyond it replies are matched in batches, at .1 to 1.5 % less agreement.
     diagnostics : bool
         Whether the metrics, which Flower prints in every round, hold all numbers, the agreement of every tensor of
-        every client among them. By default they hold the main ones, and the others go to the log at DEBUG.
+        every client among them. By default they hold the main ones; the others but these agreements go to the log at
+        DEBUG.
     feedback : {"never", "moved", "always"}
         When clients train the deployed model next instead of the trajectory: after rounds in which many units "moved"
         (default; at most once per node), "never" or "always". A deployed model of more than twice the largest reply's

@@ -47,8 +47,9 @@ def answer_statistics(
     What each answer reveals about the client's data:
 
     - Channel moments (`ClientStatistics`): per operator and channel the count, the mean and the spread.
-    - Sums (`ClientRefit`, `RegMean`): per linear operator the mean and the second moments of its inputs, and their
-      products with the own network's outputs. Second moments of fewer rows than columns fix the rows up to a
+    - Sums (`ClientRefit`, `RegMean`): per linear operator the mean and the second moments of its inputs, and for
+      `ClientRefit` their products with the residuals (the own network's outputs minus those of the merged weights)
+      and the residuals' sums and squares. Second moments of fewer rows than columns fix the rows up to a
       rotation, those of one row the row itself. Behind the first layer the rows are activations, from which inputs
       may be reconstructed by whoever holds the network, as the server does. Where sums would be too large
       (`ClientRefit(sketch=...)`): Gaussian mixtures of all rows and of their residuals, drawn from a seed that the

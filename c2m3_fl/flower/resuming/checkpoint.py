@@ -64,7 +64,7 @@ class Folder:
     Parameters
     ----------
     path : str or Path
-        The folder; made when the first checkpoint is written.
+        The folder; made when the run starts.
     keep : int
         How many of the latest checkpoints to keep. With two, one may be damaged.
     """

@@ -58,6 +58,11 @@ class Resumable(Strategy):
         Saved as well, beside the global ones of Python, NumPy and torch and those that are attributes of a strategy:
         what the server's own evaluation draws from, say.
 
+    Raises
+    ------
+    ConfigError
+        When `keep` is less than one, or `generators` holds something else.
+
     Examples
     --------
     Two lines in a server app::
@@ -109,7 +114,8 @@ class Resumable(Strategy):
             When there are checkpoints and every one of them is damaged, when the folder cannot be written to, or when
             another server is in it.
         ConfigError
-            When the checkpoints are of other strategies, of another model or of other calibration data.
+            When the checkpoints are of other strategies, of another model, of other calibration data or of another
+            number of generators.
         """
         self._done, self._rounds, self._result = 0, num_rounds, Result(arrays=initial_arrays)
         with self.folder.opened():
