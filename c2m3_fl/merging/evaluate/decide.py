@@ -123,8 +123,8 @@ def decide(names: Sequence[str], votes: Sequence[Vote], key: str) -> DeploymentD
     best = max(gains, key=gains.__getitem__)
     least = _MARGIN * _robust_size(votes, aggregate)
     if not gains[best] > least:
-        reason = f"no candidate lowers {key!r} of {aggregate!r} whichever voter is left out (best: {best!r}"
-        return DeploymentDecision(aggregate, f"{reason}, {gains[best]:.3g})", key, found, judged=True)
+        reason = f"no candidate lowers {key!r} of {aggregate!r} by more than {least:.3g} whichever voter is left out"
+        return DeploymentDecision(aggregate, f"{reason} (best: {best!r}, {gains[best]:.3g})", key, found, judged=True)
     reason = f"it lowers {key!r} of {aggregate!r} by at least {gains[best]:.3g} whichever voter is left out"
     return DeploymentDecision(best, reason, key, found, judged=True)
 

@@ -105,6 +105,13 @@ def test_one_voter_cannot_make_the_least_gain_smaller(honest, lie):
     assert verdict.chosen == "aggregate"
 
 
+def test_the_reason_names_the_gain_that_a_candidate_needs():
+    verdict = decide(NAMES[:2], votes((2.0, 1.99), (2.0, 1.99), (2.0, 1.99)), "loss")
+    assert verdict.reason == (
+        "no candidate lowers 'loss' of 'aggregate' by more than 0.02 whichever voter is left out (best: 'head', 0.01)"
+    )
+
+
 def test_two_infinite_losses_say_nothing():
     verdict = decide(NAMES[:2], votes((2.0, 1.0), (2.0, 1.0), (math.inf, math.inf)), "loss")
     assert (verdict.chosen, verdict.candidates[1].voters) == ("head", 2)
