@@ -24,7 +24,7 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.core.state_dicts import digest
+from c2m3_fl.core.state_dicts import digest, ordering_digest
 from c2m3_fl.errors import SimulationError
 from c2m3_fl.flower.incoming.records import from_params, to_params
 from simulations.client_app import Assignment, Trained, Trainer, build_app, train_locally
@@ -198,7 +198,7 @@ def _run_method(settings: Settings, method: str, app: ClientApp, examiner: _Exam
 
 def _in_order(replies: Sequence[Message]) -> list[Message]:
     """The replies in the order in which C2M3 passes them on: sums of floats, and later trainings, depend on it."""
-    return sorted(replies, key=lambda reply: [digest(params) for params in networks([reply])])
+    return sorted(replies, key=lambda reply: [ordering_digest(params) for params in networks([reply])])
 
 
 class _Examiner:

@@ -60,13 +60,23 @@ def digest(params: Params) -> str:
     return state.hexdigest()
 
 
+def ordering_digest(params: Params) -> str:
+    """Digest of a state dict's content that sorts by the floating tensors first.
+
+    Counters of batches change nothing that is computed, and strategies round their mean differently: they decide the
+    order only of networks that agree in everything else.
+    """
+    floating = {name: value for name, value in params.items() if value.is_floating_point()}
+    return digest(floating) + digest({name: params[name] for name in params.keys() - floating.keys()})
+
+
 def order_by_weight(nodes: Sequence[Params], weights: Tensor) -> list[int]:
-    """Indices of the nodes, the heaviest first, ties by the digest of their content.
+    """Indices of the nodes, the heaviest first, ties by their `ordering_digest`.
 
     Independent of the order in which the nodes came in: sums of floats depend on their order, and so would
     everything that is made of them. For networks that share a basis.
     """
-    digests = [digest(node) for node in nodes]
+    digests = [ordering_digest(node) for node in nodes]
     return sorted(range(len(nodes)), key=lambda index: (-float(weights[index]), digests[index]))
 
 

@@ -16,7 +16,7 @@ from flwr.server.strategy import Strategy
 from flwr.supercore import log
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.core.state_dicts import digest
+from c2m3_fl.core.state_dicts import ordering_digest
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.aligning.aligned_replies import AlignedReplies
 from c2m3_fl.flower.incoming.admitted import Dropped, Reply, Sorted, fault_of, report_dropped
@@ -70,7 +70,7 @@ def _read(node: int, result: Result, schema: Schema) -> Reply[Result]:
     params = {name: read_npy(f"reply: {name!r}", data, entry, share=True) for (name, entry), data in entries}
     size = check_values(params)
     cast = frozenset(name for (name, entry), data in entries if not entry.as_sent(received_type(data)))
-    content = content_of(digest(params), {**fit.metrics, "": weight})
+    content = content_of(ordering_digest(params), {**fit.metrics, "": weight})
     return Reply(node, params, weight, content, result, cast, size=size)
 
 

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import (
     Bulyan,
     FedAdagrad,
@@ -94,6 +94,30 @@ def test_no_harm_holds_with_batch_norm_and_its_counters(make):
             assert torch.equal(value, stock[name]) or name in mended, name
             assert bool((value >= 0).all()) or name not in mended
     assert mended == ({"1.running_var"} if make is STOCK["FedAvgM"] else set())
+
+
+def test_counters_of_batches_do_not_decide_the_order_in_which_a_strategy_sums():
+    """A run of C2M3 and one of a bare server, whose counters drift apart, on the same replies sorted the same way."""
+    model, first = normed(), from_params(normed().state_dict())
+    expected, runs = reply_schema(schema_of_params(model.state_dict()), schema_of(first)), []
+
+    def uneven(replies):
+        """As if the clients had different numbers of batches."""
+        for reply in replies:
+            record = reply.content["arrays"]
+            batches = torch.from_numpy(record["1.num_batches_tracked"].numpy()) + 7 * reply.metadata.src_node_id
+            record["1.num_batches_tracked"] = Array(batches.to(torch.int64).numpy())
+        return [each.source for each in sort_messages(replies, expected, weighted_by="num-examples").replies]
+
+    for strategy in (C2M3(STOCK["FedAvg"](), model=model, example_inputs=EXAMPLE), STOCK["FedAvg"]()):
+        rounds = []
+        grid = SerialGrid(digits_app(normed, rate=0.02), NODES, transit=uneven)
+        strategy.start(grid, first, num_rounds=5, evaluate_fn=lambda _, arrays, kept=rounds: kept.append(arrays))
+        runs.append(rounds)
+    ours, stock = ([to_params(each) for each in rounds] for rounds in runs)
+    assert int(ours[-1]["1.num_batches_tracked"]) != int(stock[-1]["1.num_batches_tracked"])
+    for mine, its in zip(ours, stock, strict=True):
+        assert all(torch.equal(value, its[name]) for name, value in mine.items() if value.is_floating_point())
 
 
 @each_strategy

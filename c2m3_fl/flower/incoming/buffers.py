@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.core.state_dicts import digest
+from c2m3_fl.core.state_dicts import ordering_digest
 from c2m3_fl.flower.incoming.admitted import Reply, TransientError
 from c2m3_fl.network.calibration import Batch
 from c2m3_fl.network.exporting import mode
@@ -113,7 +113,7 @@ class Buffers:
             return reply
         params = {name: sent[name] if name in differing else value for name, value in reply.params.items()}
         _, _, metrics = reply.content.partition(" ")
-        content = f"{digest(params)} {metrics}"
+        content = f"{ordering_digest(params)} {metrics}"
         return replace(reply, params=params, content=content, replaced=frozenset(differing), size=None)
 
     def restore(self, params: Params, replies: Sequence[Params], sent: Params) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
 from c2m3_fl.core.spec import Params
-from c2m3_fl.core.state_dicts import check_finite, digest, norm
+from c2m3_fl.core.state_dicts import check_finite, norm, ordering_digest
 from c2m3_fl.errors import ParamsError
 from c2m3_fl.flower.incoming.admitted import Decoded, Dropped, Reply, Sorted, TransientError, fault_of, report_dropped
 from c2m3_fl.flower.incoming.carried import Carried
@@ -97,7 +97,7 @@ def decoded(record: ArrayRecord, schema: Schema) -> Decoded:
     size = check_values(params)
     cast = frozenset(name for name, entry in schema.items() if not entry.as_sent(record[name].dtype))
     own = {name: record[name] for name in params.keys() - cast}
-    return Decoded(Carried(schema, params, own), digest(params), size, cast)
+    return Decoded(Carried(schema, params, own), ordering_digest(params), size, cast)
 
 
 def sort_evaluations(messages: Iterable[Message], *, weighted_by: str) -> Sorted[Message]:
@@ -106,7 +106,7 @@ def sort_evaluations(messages: Iterable[Message], *, weighted_by: str) -> Sorted
 
 
 def content_of(digested: str, metrics: Mapping[str, object]) -> str:
-    """A digest of tensors and the metrics, by which replies are told apart and ordered."""
+    """An `ordering_digest` and the metrics, by which replies are told apart and ordered."""
     return f"{digested} {sorted(metrics.items())!r}"
 
 
@@ -196,7 +196,7 @@ def _read_evaluation(message: Message, weighted_by: str) -> Reply[Message]:
     check_metrics(metrics)
     weight = _weight(metrics, weighted_by)
     check_metrics(metrics, every=True)
-    return Reply(message.metadata.src_node_id, {}, weight, content_of(digest({}), metrics), message)
+    return Reply(message.metadata.src_node_id, {}, weight, content_of(ordering_digest({}), metrics), message)
 
 
 def _read(
