@@ -28,7 +28,7 @@ class Decoded:
     params : Carried
         The tensors, in the order of the model that was sent out.
     digest : str
-        Of their content.
+        Their `ordering_digest`.
     size : float
         Their norm.
     cast : frozenset of str

@@ -106,7 +106,7 @@ def sort_evaluations(messages: Iterable[Message], *, weighted_by: str) -> Sorted
 
 
 def content_of(digested: str, metrics: Mapping[str, object]) -> str:
-    """An `ordering_digest` and the metrics, by which replies are told apart and ordered."""
+    """An `ordering_digest`, empty without tensors, and the metrics, by which replies are told apart and ordered."""
     return f"{digested} {sorted(metrics.items())!r}"
 
 
@@ -196,7 +196,7 @@ def _read_evaluation(message: Message, weighted_by: str) -> Reply[Message]:
     check_metrics(metrics)
     weight = _weight(metrics, weighted_by)
     check_metrics(metrics, every=True)
-    return Reply(message.metadata.src_node_id, {}, weight, content_of(ordering_digest({}), metrics), message)
+    return Reply(message.metadata.src_node_id, {}, weight, content_of("", metrics), message)
 
 
 def _read(
